@@ -1,0 +1,104 @@
+"""A checkpoint layout is a table of (published name, our name) templates, applied exactly once and in both directions."""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, TypeVar
+
+V = TypeVar("V")
+Rules = Sequence[tuple[str, str]]
+
+
+@cache
+def _compile(template: str) -> re.Pattern[str]:
+    parts = re.split(r"(\{(?:\*|\w+)\})", template)
+    return re.compile(
+        "".join(
+            "(?P<rest>.+)" if p == "{*}" else f"(?P<{p[1:-1]}>[^.]+)" if p.startswith("{") else re.escape(p)
+            for p in parts
+        )
+    )
+
+
+def rename_one(name: str, rules: Rules) -> tuple[str, int] | None:
+    """The new name and the index of the rule that made it; None where no rule knows the name."""
+    for n, (source, target) in enumerate(rules):
+        if m := _compile(source).fullmatch(name):
+            return re.sub(r"\{(\*|\w+)\}", lambda g, m=m: m["rest" if g[1] == "*" else g[1]], target), n
+    return None
+
+
+def rename(state: Mapping[str, V], rules: Rules) -> dict[str, V]:
+    """Apply a table to the names of `state`; the values pass through untouched.
+
+    `{x}` stands for one dot-free part of a name, `{*}` for the rest of it. The first rule that matches wins.
+    Raises KeyError on a name that no rule knows, ValueError on two names for one target.
+
+    >>> rename({"a.2.resnets.0.bias": 1}, [("a.{i}.resnets.{j}.{*}", "down.{i}.blocks.{j}.res.{*}")])
+    {'down.2.blocks.0.res.bias': 1}
+    """
+    out: dict[str, V] = {}
+    origin: dict[str, str] = {}
+    unknown = []
+    for name, value in state.items():
+        hit = rename_one(name, rules)
+        if hit is None:
+            unknown.append(name)
+            continue
+        new = hit[0]
+        if new in out:
+            raise ValueError(f"{origin[new]!r} and {name!r} are both names of {new!r}")
+        out[new], origin[new] = value, name
+    if unknown:
+        raise KeyError(f"{len(unknown)} names match no rule, e.g. {', '.join(map(repr, unknown[:5]))}")
+    return out
+
+
+def inverse(rules: Rules) -> list[tuple[str, str]]:
+    return [(target, source) for source, target in rules]
+
+
+def under(source: str, target: str, rules: Rules) -> list[tuple[str, str]]:
+    """The same rules one level deeper on both sides."""
+    return [(source + s, target + t) for s, t in rules]
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """` (nearest: ...)`, or nothing where nothing is near."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (nearest: {close[0]!r})" if close else ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One published layout of one network.
+
+    rules: exact and invertible; the spelling that is written on the way out.
+    aliases: other published spellings, rewritten to the spelling of `rules` before they apply.
+    ignored: source names that mean nothing to us, each with its reason.
+    squeezed: our names whose published tensor may carry trailing axes of size 1 (1x1 convolutions for linear layers).
+    """
+
+    rules: Rules
+    aliases: Rules = ()
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    squeezed: Sequence[str] = ()
+
+    def to_ours(self, state: Mapping[str, V]) -> dict[str, V]:
+        """Published names -> our names. Raises KeyError or ValueError as `rename`."""
+        state = {n: v for n, v in state.items() if not any(_compile(i).fullmatch(n) for i in self.ignored)}
+        if self.aliases:
+            state = rename(state, [*self.aliases, ("{*}", "{*}")])
+        return {name: self._squeeze(name, v) for name, v in rename(state, self.rules).items()}
+
+    def to_published(self, state: Mapping[str, V]) -> dict[str, V]:
+        """Our names -> published names."""
+        return rename(state, inverse(self.rules))
+
+    def _squeeze(self, name: str, value: Any) -> Any:
+        if any(_compile(s).fullmatch(name) for s in self.squeezed) and getattr(value, "ndim", 0) > 2:
+            while value.ndim > 2 and value.shape[-1] == 1:
+                value = value.squeeze(-1)
+        return value
