@@ -1,0 +1,159 @@
+"""The text encoder of CLIP (Radford et al. 2021, arXiv:2103.00020): a causal transformer over the prompt's tokens.
+
+One class for both encoders that are published with video models:
+
+| | act | layers | width | heads | published with |
+|---|---|---|---|---|---|
+| OpenCLIP ViT-H/14 | gelu | 23 (of 24) | 1024 | 16 | ModelScope, Zeroscope (the defaults here) |
+| CLIP ViT-L/14 | quick_gelu | 12 | 768 | 12 | Stable Diffusion 1.5, AnimateDiff |
+
+ModelScope reads the last but one of OpenCLIP's layers, through the final norm; its published files leave the last
+layer out.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from minit2v_convert.transformers_clip import LAYOUT
+
+from .hub import Network
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x sigmoid(1.702 x): the approximation of GELU that OpenAI's weights were trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """The fields of a published `text_encoder/config.json`; the defaults are ModelScope's."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 1024
+    intermediate_size: int = 4096
+    num_hidden_layers: int = 23
+    num_attention_heads: int = 16
+    max_position_embeddings: int = 77
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+
+    # The encoder sees the padding, and so does the UNet: no published text-to-video model masks it.
+    FIXED: ClassVar[dict[str, Any]] = {"use_attention_mask": False}
+    IGNORED: ClassVar[dict[str, str]] = {
+        "projection_dim": "the width of CLIP's joint space with images, which this encoder does not enter",
+        "attention_dropout": "in training only, 0 in every published file",
+        "dropout": "in training only, 0 in every published file",
+        "initializer_range": "the random start of a training from scratch",
+        "initializer_factor": "the random start of a training from scratch",
+        "bos_token_id": "0 in the published files, which is wrong: the tokenizer knows",
+        "eos_token_id": "2 in the published files, which is wrong: the tokenizer knows",
+        "pad_token_id": "1 in the published files, which is wrong: the tokenizer knows",
+    }
+
+    def __post_init__(self):
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act is {' or '.join(map(repr, ACTIVATIONS))}, not {self.hidden_act!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size={self.hidden_size} is no multiple of num_attention_heads={self.num_attention_heads}")
+
+
+class CausalAttention(nn.Module):
+    """Self-attention in which a token sees itself and those before it."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (b l d) -> (b l d)."""
+        q, k, v = (rearrange(p(x), "b l (n d) -> b n l d", n=self.heads) for p in (self.q, self.k, self.v))
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(rearrange(x, "b n l d -> b l (n d)"))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with an activation between them."""
+
+    def __init__(self, dim: int, inner: int, act: str):
+        super().__init__()
+        self.up = nn.Linear(dim, inner)
+        self.down = nn.Linear(inner, dim)
+        self.act = ACTIVATIONS[act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (b l d) -> (b l d)."""
+        return self.down(self.act(self.up(x)))
+
+
+class EncoderLayer(nn.Module):
+    """A pre-norm transformer layer: each half adds to the stream what it reads from a normalised copy."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        dim, eps = config.hidden_size, config.layer_norm_eps
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = CausalAttention(dim, config.num_attention_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.ff = FeedForward(dim, config.intermediate_size, config.hidden_act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (b l d) -> (b l d)."""
+        x = x + self.attn(self.norm1(x))
+        return x + self.ff(self.norm2(x))
+
+
+class CLIPTextModel(Network):
+    """Token ids to one vector per token, the `context` of the UNet's cross-attention."""
+
+    Config = CLIPTextConfig
+    layout = LAYOUT
+    weights_name = "model"
+
+    def __init__(self, config: CLIPTextConfig | None = None, **fields: Any):
+        super().__init__(config, **fields)
+        c = self.config
+        self.tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.positions = nn.Embedding(c.max_position_embeddings, c.hidden_size)
+        self.layers = nn.ModuleList([EncoderLayer(c) for _ in range(c.num_hidden_layers)])
+        self.norm_out = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        for embedding in (self.tokens, self.positions):  # CLIP's start; PyTorch's is 50 times as wide
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, ids: Tensor, clip_skip: int | None = None) -> Tensor:
+        """ids (b l) -> (b l d), after the final norm. `clip_skip` leaves out that many of the last layers.
+
+        Raises ValueError on more tokens than positions, on ids outside the vocabulary and on a `clip_skip` that is
+        not in 0 ... number of layers.
+        """
+        self._check(ids, clip_skip)
+        x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
+        for layer in self.layers[: len(self.layers) - (clip_skip or 0)]:
+            x = layer(x)
+        return self.norm_out(x)
+
+    def _check(self, ids: Tensor, clip_skip: int | None) -> None:
+        c = self.config
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.dtype not in (torch.int64, torch.int32):
+            what = f"{tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
+            raise ValueError(f"ids must be an integer tensor (batch, tokens), not {what}")
+        if ids.shape[1] > c.max_position_embeddings:
+            raise ValueError(f"{ids.shape[1]} tokens, but the text encoder has {c.max_position_embeddings} positions")
+        if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < c.vocab_size):
+            raise ValueError(
+                f"token ids {int(ids.min())} ... {int(ids.max())} are not in the text encoder's vocabulary of "
+                f"{c.vocab_size}: is this its tokenizer?"
+            )
+        if clip_skip is not None and (type(clip_skip) is not int or not 0 <= clip_skip <= len(self.layers)):
+            raise ValueError(f"clip_skip must be None or one of 0 ... {len(self.layers)}, not {clip_skip!r}")
