@@ -1,0 +1,134 @@
+"""SiLU(GroupNorm(x)), the most frequent pair of the video UNets, in one kernel.
+
+    y[n, c, i] = silu((x[n, c, i] - mean[n, g(c)]) * rstd[n, g(c)] * weight[c] + bias[c])
+
+`group_norm_silu_ref` is the specification; the kernel is judged against it in float64 (tests/kernels/test_norm.py).
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._dispatch import pick
+
+
+def group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-5, *, impl: str | None = None
+) -> Tensor:
+    """x (n c *spatial), weight (c), bias (c) -> same shape, dtype and memory format; statistics in float32 or wider.
+
+    impl: "torch", "triton" or "auto", see `_dispatch.pick`.
+    """
+    if pick("group_norm_silu", impl, x) == "torch":
+        return group_norm_silu_ref(x, weight, bias, groups, eps)
+    return triton_op()(x, weight, bias, groups, eps)
+
+
+def group_norm_silu_ref(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-5) -> Tensor:
+    """The definition, in PyTorch."""
+    return F.silu(F.group_norm(x, groups, weight, bias, eps))
+
+
+@cache
+def triton_kernel() -> Any:
+    """The kernel; Triton is imported here, at the first use."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def group_norm_silu_kernel(
+        X,  # (n, s, c) or (n, c, s) in memory, as stride_s and stride_c say
+        W,  # (c,)
+        B,  # (c,)
+        Y,  # as X
+        C,
+        S,  # s: the number of positions
+        G,
+        stride_s,
+        stride_c,
+        eps,
+        BLOCK_S: tl.constexpr,  # positions per tile
+        BLOCK_C: tl.constexpr,  # channels per tile: all of one group
+    ):
+        """One program per (sample, group). A tile is BLOCK_S positions by one group's channels."""
+        n, g = tl.program_id(0), tl.program_id(1)
+        CG = C // G
+        rows = tl.arange(0, BLOCK_S)
+        c = tl.arange(0, BLOCK_C)
+        channels = g * CG + c
+        in_group = c < CG
+        base = n.to(tl.int64) * C * S  # int64: frames x channels x pixels of a batch pass 2**31
+        cols = channels.to(tl.int64) * stride_c
+
+        # Mean first, then the centred variance: E[x^2] - E[x]^2 cancels where |mean| >> std.
+        acc = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
+        for i in range(0, S, BLOCK_S):
+            s = i + rows
+            mask = (s < S)[:, None] & in_group[None, :]
+            acc += tl.load(X + base + s.to(tl.int64)[:, None] * stride_s + cols[None, :], mask=mask, other=0.0)
+        mean = tl.sum(tl.sum(acc, axis=1), axis=0) / (CG * S)
+        acc = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
+        for i in range(0, S, BLOCK_S):
+            s = i + rows
+            mask = (s < S)[:, None] & in_group[None, :]
+            x = tl.load(X + base + s.to(tl.int64)[:, None] * stride_s + cols[None, :], mask=mask, other=0.0)
+            d = tl.where(mask, x.to(tl.float32) - mean, 0.0)
+            acc += d * d
+        rstd = 1.0 / tl.sqrt(tl.sum(tl.sum(acc, axis=1), axis=0) / (CG * S) + eps)
+
+        w = tl.load(W + channels, mask=in_group, other=0.0).to(tl.float32) * rstd
+        b = tl.load(B + channels, mask=in_group, other=0.0).to(tl.float32)
+        for i in range(0, S, BLOCK_S):
+            s = i + rows
+            mask = (s < S)[:, None] & in_group[None, :]
+            offset = base + s.to(tl.int64)[:, None] * stride_s + cols[None, :]
+            x = tl.load(X + offset, mask=mask, other=0.0).to(tl.float32)
+            y = (x - mean) * w[None, :] + b[None, :]
+            y = y / (1.0 + tl.exp(-y))
+            tl.store(Y + offset, y.to(Y.dtype.element_ty), mask=mask)
+
+    return group_norm_silu_kernel
+
+
+def tile(channels_per_group: int, positions: int) -> tuple[int, int]:
+    """(BLOCK_S, BLOCK_C): powers of two, at most 4096 elements unless one position's channels are more."""
+    block_c = 1 << (channels_per_group - 1).bit_length()
+    block_s = 1 << (positions - 1).bit_length()
+    return max(1, min(block_s, 4096 // block_c)), block_c
+
+
+@cache
+def triton_op() -> Any:
+    """The kernel as a torch op. Registered at its first use, because registering costs two seconds and 70 MiB."""
+    kernel = triton_kernel()
+
+    @torch.library.triton_op("minit2v::group_norm_silu", mutates_args=())
+    def op(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+            x = x.contiguous()
+        y = torch.empty_like(x)
+        (n, c), s = x.shape[:2], x[0, 0].numel()
+        # channels-last: a position's channels lie together; contiguous: a channel's positions do
+        stride_s, stride_c = (1, s) if x.is_contiguous() else (c, 1)
+        block_s, block_c = tile(c // groups, s)
+        torch.library.wrap_triton(kernel)[(n, groups)](
+            x, weight, bias, y, c, s, groups, stride_s, stride_c, eps, BLOCK_S=block_s, BLOCK_C=block_c
+        )
+        return y
+
+    def setup(ctx, inputs, output):
+        x, weight, bias, ctx.groups, ctx.eps = inputs
+        ctx.save_for_backward(x, weight, bias)
+
+    def backward(ctx, dy):
+        """Differentiates the reference, so it cannot drift from it."""
+        leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        with torch.enable_grad():
+            y = group_norm_silu_ref(*leaves, ctx.groups, ctx.eps)
+        return *torch.autograd.grad(y, leaves, dy), None, None
+
+    op.register_autograd(backward, setup_context=setup)
+    return op

@@ -1,0 +1,123 @@
+"""The one vocabulary of the UNets.
+
+Between blocks x is `(b f) c h w` in channels-last memory: in memory b, f, h, w, c. So tokens `(b f) (h w) c`, clips
+`b c (f h) w` (a group norm over all frames) and `b f (h w) c` (attention and convolution along time) are views of it.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minit2v_kernels import group_norm_silu
+
+from .layers import TransformerBlock
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """(n c h w) -> (n (h w) c)."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def to_image(x: Tensor, h: int) -> Tensor:
+    """(n (h w) c) -> (n c h w) in channels-last memory."""
+    return x.unflatten(1, (h, -1)).permute(0, 3, 1, 2)
+
+
+def to_clip(x: Tensor, f: int) -> Tensor:
+    """((b f) c h w) -> (b c (f h) w) in channels-last memory."""
+    return to_image(to_tokens(x).reshape(x.shape[0] // f, -1, x.shape[1]), f * x.shape[2])
+
+
+class ResBlock(nn.Module):
+    """GroupNorm-SiLU-conv twice, with the timestep added in between."""
+
+    def __init__(self, c_in: int, c_out: int, emb_dim: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.emb = nn.Linear(emb_dim, c_out)
+        self.norm2 = nn.GroupNorm(groups, c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        """x ((b f) c h w), emb (b d) after its SiLU -> ((b f) c h w)."""
+        h = self.conv1(norm_silu(self.norm1, x))
+        h = (h.unflatten(0, (len(emb), -1)) + self.emb(emb)[:, None, :, None, None]).flatten(0, 1)
+        h = self.conv2(norm_silu(self.norm2, h))
+        return self.skip(x) + h
+
+
+def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """SiLU(GroupNorm(x)), (n c h w) -> (n c h w)."""
+    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+
+
+class TemporalConv(nn.Module):
+    """Four GroupNorm-SiLU-conv layers along time only; the last is zero at initialisation, so it starts as identity.
+
+    Statistics of the norms span all frames. (The reference drops 10 % of the activations here while it trains.)
+    """
+
+    def __init__(self, c: int, groups: int):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.GroupNorm(groups, c) for _ in range(4))
+        self.convs = nn.ModuleList(nn.Conv3d(c, c, (3, 1, 1), padding=(1, 0, 0)) for _ in range(4))
+        nn.init.zeros_(self.convs[-1].weight)
+        nn.init.zeros_(self.convs[-1].bias)
+
+    def forward(self, x: Tensor, f: int) -> Tensor:
+        """x ((b f) c h w) -> ((b f) c h w)."""
+        h = to_clip(x, f)
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            h = norm_silu(norm, h)
+            # Conv3d over (f, h, w) with a kernel of (3, 1, 1) is a 2D convolution over an image of f rows and (h w)
+            # columns, for which every backend has a fast path; on the CPU Conv3d has none for this kernel.
+            image = to_image(to_tokens(h), f)
+            h = F.conv2d(image, conv.weight.squeeze(-1), conv.bias, padding=(1, 0))
+            h = to_image(to_tokens(h), f * x.shape[2])
+        return x + to_image(to_tokens(h).reshape(x.shape[0], -1, x.shape[1]), x.shape[2])
+
+
+class SpatialTransformer(nn.Module):
+    """The pixels of one frame attend to each other, then to the text."""
+
+    def __init__(self, c: int, heads: int, head_dim: int, context_dim: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.proj_in = nn.Linear(c, heads * head_dim)
+        self.block = TransformerBlock(heads * head_dim, heads, head_dim, context_dim)
+        self.proj_out = nn.Linear(heads * head_dim, c)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x ((b f) c h w), context (b l d) -> ((b f) c h w)."""
+        h = self.proj_in(to_tokens(self.norm(x)))
+        return x + to_image(self.proj_out(self.block(h, context)), x.shape[2])
+
+
+class TemporalTransformer(nn.Module):
+    """Each pixel attends to itself across the frames, twice. Statistics of the norm span all frames."""
+
+    def __init__(self, c: int, heads: int, head_dim: int, groups: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.proj_in = nn.Linear(c, heads * head_dim)
+        self.block = TransformerBlock(heads * head_dim, heads, head_dim)
+        self.proj_out = nn.Linear(heads * head_dim, c)
+
+    def forward(self, x: Tensor, f: int) -> Tensor:
+        """x ((b f) c h w) -> ((b f) c h w)."""
+        h = to_tokens(self.norm(to_clip(x, f))).unflatten(1, (f, -1))
+        h = self.proj_out(self.block(self.proj_in(h)))
+        return x + to_image(h.flatten(0, 1), x.shape[2])
+
+
+class Upsample(nn.Conv2d):
+    """Nearest neighbour to a given size, then a 3x3 convolution."""
+
+    def __init__(self, c: int):
+        super().__init__(c, c, 3, padding=1)
+
+    def forward(self, x: Tensor, size: torch.Size) -> Tensor:
+        """x (n c h w) -> (n c *size)."""
+        return super().forward(F.interpolate(x, size=size, mode="nearest"))

@@ -1,0 +1,96 @@
+"""The layers every network here is made of.
+
+b batch, f frames, p pixels of a frame, l text tokens, d width of a vector; n stands for whatever is batch here.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
+    """t (n,) -> (n dim), dim even: cosines, then sines, at dim / 2 frequencies from 1 down towards 1 / max_period.
+
+    In float32, and in this order of operations, which is the reference's: at t = 999 one rounding of a frequency
+    moves a cosine by 6e-5.
+    """
+    steps = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(-math.log(max_period) * steps / (dim // 2))
+    angles = t[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, section 3.2)."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int | None = None):
+        super().__init__()
+        inner, context_dim = heads * head_dim, context_dim or dim
+        self.head_dim = head_dim
+        self.to_q = nn.Linear(dim, inner, bias=False)
+        self.to_k = nn.Linear(context_dim, inner, bias=False)
+        self.to_v = nn.Linear(context_dim, inner, bias=False)
+        self.to_out = nn.Linear(inner, dim)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x (n l ... d), context (n m ... c) or None for x itself -> (n l ... d).
+
+        Attention runs along axis 1. Axes between it and the last are independent of each other, as heads are, so they
+        are counted as heads: (b f p d) is each pixel attending across the frames, without moving one byte.
+        """
+        context = x if context is None else context
+        q, k, v = (
+            y.reshape(*y.shape[:2], -1, self.head_dim).transpose(1, 2)
+            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.to_out(y.reshape(*x.shape[:-1], -1))
+
+
+class FeedForward(nn.Module):
+    """Linear, GEGLU (Shazeer 2020, arXiv:2002.05202), Linear; hidden width 4 * dim."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.proj_in = nn.Linear(dim, 8 * dim)
+        self.proj_out = nn.Linear(4 * dim, dim)
+        self.chunking: tuple[int, int] | None = None  # (size, axis 0 or 1): run in pieces, to need less memory
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (n l d) -> (n l d)."""
+        if self.chunking is None:
+            return self.geglu(x)
+        size, axis = self.chunking
+        return torch.cat([self.geglu(piece) for piece in x.split(size, axis)], axis)
+
+    def geglu(self, x: Tensor) -> Tensor:
+        x, gate = self.proj_in(x).chunk(2, dim=-1)
+        return self.proj_out(x * F.gelu(gate))
+
+
+class TransformerBlock(nn.Module):
+    """Attention, attention again, feed-forward: each on a LayerNorm of x, each added to x.
+
+    The second attention looks at the text where the block was made with a `context_dim`, else at x again.
+    """
+
+    def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int | None = None):
+        super().__init__()
+        self.norm1, self.attn1 = nn.LayerNorm(dim), Attention(dim, heads, head_dim)
+        self.norm2, self.attn2 = nn.LayerNorm(dim), Attention(dim, heads, head_dim, context_dim)
+        self.norm3, self.ff = nn.LayerNorm(dim), FeedForward(dim)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """x (n l ... d), context (b m c) with b dividing n -> (n l ... d).
+
+        A row of the context serves n / b rows of x: their queries stand in one row, so keys and values exist once.
+        """
+        x = x + self.attn1(self.norm1(x))
+        y = self.norm2(x)
+        if context is not None:
+            y = y.reshape(len(context), -1, y.shape[-1])
+        x = x + self.attn2(y, context).view_as(x)
+        y = self.norm3(x)
+        return x + self.ff(y.reshape(-1, *y.shape[-2:])).view_as(x)
