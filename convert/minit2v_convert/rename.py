@@ -1,4 +1,4 @@
-"""A checkpoint layout is a table of (published name, our name) templates, applied exactly once and in both directions."""
+"""A checkpoint layout is a table of (published name, our name) templates, applied once, in either direction."""
 
 import difflib
 import re

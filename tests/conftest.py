@@ -1,0 +1,169 @@
+"""What many tests need: the published files' names and shapes, folders laid out like the official ones, random weights.
+
+The fixtures return functions, because a folder of tests without `__init__.py` cannot be imported from.
+"""
+
+import gzip
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from minit2v_convert.sparse import Manifest, write_sparse_safetensors
+
+DATA = Path(__file__).parent / "data"
+
+# The published architecture, small: every kind of block is there, and no two widths are equal by chance.
+SMALL = {
+    "unet": {
+        "block_out_channels": [32, 64],
+        "layers_per_block": 1,
+        "down_block_types": ["CrossAttnDownBlock3D", "DownBlock3D"],
+        "up_block_types": ["UpBlock3D", "CrossAttnUpBlock3D"],
+        "attention_head_dim": 8,
+        "cross_attention_dim": 24,
+        "norm_num_groups": 8,
+        "sample_size": 8,
+    },
+    "vae": {
+        "block_out_channels": [8, 16],
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "sample_size": 16,
+    },
+    "text_encoder": {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 3,
+        "vocab_size": 514 + 4,
+    },
+}
+
+
+@cache
+def _manifests() -> dict[str, Manifest]:
+    return json.loads(gzip.decompress((DATA / "manifests.json.gz").read_bytes()))
+
+
+@cache
+def _configs() -> dict[str, dict[str, dict]]:
+    return json.loads((DATA / "configs.json").read_text())
+
+
+def _randomize(module: nn.Module, seed: int = 0) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float64)
+            if p.ndim > 1:  # scaled by the number of inputs: what is of size 1 stays so
+                noise = noise * p[0].numel() ** -0.5
+            p.copy_(noise if p.ndim > 1 else 0.2 * noise)
+        for m in module.modules():
+            if "Norm" in type(m).__name__ and getattr(m, "weight", None) is not None:
+                m.weight += 1
+    return module
+
+
+def _bytes_to_unicode() -> list[str]:
+    """The printable stand-ins of the 256 bytes in byte-level BPE, in the order of CLIP's vocabulary."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in shown]
+    return [chr(b) for b in shown] + [chr(256 + n) for n in range(len(hidden))]
+
+
+def _write_tiny_vocabulary(folder: Path) -> None:
+    """vocab.json and merges.txt like CLIP's: 256 bytes, 256 word ends, four merges, two special tokens."""
+    letters = _bytes_to_unicode()
+    merges = [("c", "a"), ("ca", "t</w>"), ("d", "o"), ("do", "g</w>")]
+    tokens = [*letters, *(c + "</w>" for c in letters), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: n for n, token in enumerate(tokens)}, ensure_ascii=False))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
+
+
+@pytest.fixture(scope="session")
+def manifest() -> Callable[[str], Manifest]:
+    """manifest("ms-1.7b/unet") -> {published name: (shape, dtype)}: what is inside the published files.
+
+    Repositories ms-1.7b, zeroscope_v2_576w, zeroscope_v2_XL, sd15, rv51; parts unet, vae, text_encoder; `.fp16` behind
+    the part for the variant of ms-1.7b and sd15.
+    """
+    return lambda name: {key: (tuple(shape), dtype) for key, (shape, dtype) in _manifests()[name].items()}
+
+
+@pytest.fixture(scope="session")
+def manifest_names() -> list[str]:
+    return sorted(_manifests())
+
+
+@pytest.fixture(scope="session")
+def published_config() -> Callable[[str, str], dict]:
+    """published_config("ms-1.7b", "unet") -> the published JSON; or by path: "tokenizer/special_tokens_map.json"."""
+
+    def config(repo: str, part: str) -> dict:
+        files = _configs()[repo]
+        for path in (part, f"{part}/config.json", f"{part}/scheduler_config.json", f"{part}/tokenizer_config.json"):
+            if path in files:
+                return json.loads(json.dumps(files[path]))
+        raise KeyError(f"{repo} has {sorted(files)}, not {part!r}")
+
+    return config
+
+
+@pytest.fixture(scope="session")
+def randomize_() -> Callable[..., nn.Module]:
+    """randomize_(module, seed=0): every parameter random, norms around 1, activations of size 1 stay of size 1."""
+    return _randomize
+
+
+@pytest.fixture(scope="session")
+def write_tiny_vocabulary() -> Callable[[Path], None]:
+    """write_tiny_vocabulary(folder): a CLIP vocabulary of 518 tokens; "cat" and "dog" are one token each."""
+    return _write_tiny_vocabulary
+
+
+@pytest.fixture(scope="session")
+def make_official_folder() -> Callable[..., Path]:
+    """make_official_folder(folder, repo="ms-1.7b", variant=None, small=False) -> folder, laid out as on the hub.
+
+    Full size: sparse files, zero weights, no disk used; parts of which there is no manifest are left out.
+    small=True: the same configs with small widths, and random weights written by our own networks.
+    """
+
+    def make(folder: Path, repo: str = "ms-1.7b", variant: str | None = None, small: bool = False) -> Path:
+        for path, content in _configs()[repo].items():
+            part = path.split("/")[0]
+            if small and path == f"{part}/config.json":
+                content = {**content, **SMALL[part]}
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_text(json.dumps(content, indent=2))
+        _write_tiny_vocabulary(folder / "tokenizer")
+        infix = f".{variant}" if variant else ""
+        if small:
+            from minit2v.clip import CLIPTextModel
+            from minit2v.unet3d import UNet3DConditionModel
+            from minit2v.vae import AutoencoderKL
+
+            parts = {"unet": UNet3DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+            for seed, (part, cls) in enumerate(parts.items()):
+                config = (folder / part / "config.json").read_text()
+                model = _randomize(cls.from_config(json.loads(config)), seed)
+                model.to(torch.float16 if variant == "fp16" else torch.float32)
+                model.save_pretrained(folder / part, variant=variant)
+                (folder / part / "config.json").write_text(config)  # the published wording, not ours
+            return folder
+        for part, stem in (("unet", None), ("vae", None), ("text_encoder", "model")):
+            name = f"{repo}/{part}{infix}"
+            if name in _manifests():
+                file = f"{stem or 'diffusion_pytorch_model'}{infix}.safetensors"
+                write_sparse_safetensors(folder / part / file, _manifests()[name])
+        return folder
+
+    return make
