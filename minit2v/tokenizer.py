@@ -1,0 +1,320 @@
+"""CLIP's tokenizer: text to byte-pair ids (Sennrich et al. 2016, arXiv:1508.07909; Radford et al. 2021, section 2.4).
+
+A prompt is normalised (NFC, runs of white space to one space, lower case), split into words, digits and runs of other
+symbols, and each piece's UTF-8 bytes are merged pair by pair, lowest rank first. The merging itself is Rust (the
+`tokenizers` library); what is around it is here.
+
+Ids are those of transformers' fast tokenizer, to the letter. That includes one trap: ModelScope pads with `!`, which
+makes every `!` of a prompt a special token of its own, id 0, neither merged nor ended as in other models.
+"""
+
+import json
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from minit2v_convert.rename import nearest
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+END = "</w>"  # the last symbol of a piece carries it
+NAMED = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
+
+# Fields of tokenizer_config.json that change nothing here.
+IGNORED = {
+    "add_prefix_space": "of GPT-2's tokenizer",
+    "auto_map": "code of a repository, which is never run",
+    "backend": "which of transformers' implementations saved the file",
+    "clean_up_tokenization_spaces": "decoding only",
+    "errors": "decoding only",
+    "init_inputs": "how the object was made",
+    "is_local": "where the file came from",
+    "local_files_only": "where the file came from",
+    "max_length": "of the call that was made last",
+    "merges_file": "a path on the machine that saved the file",
+    "name_or_path": "where the file came from",
+    "pad_to_multiple_of": "of the call that was made last",
+    "pad_token_type_id": "of sentence pairs",
+    "processor_class": "of the image half of CLIP",
+    "special_tokens_map_file": "a path on the machine that saved the file",
+    "stride": "of the call that was made last",
+    "tokenizer_file": "a path on the machine that saved the file",
+    "truncation_strategy": "of sentence pairs",
+    "use_fast": "there is one implementation",
+    "vocab_file": "a path on the machine that saved the file",
+}
+# Fields for which one value is supported.
+FIXED = {"do_lower_case": (True,), "padding_side": ("right",), "truncation_side": ("right",),
+         "tokenizer_class": ("CLIPTokenizer", "CLIPTokenizerFast"),
+         "additional_special_tokens": ([],), "extra_special_tokens": ([], {})}
+KNOWN = (*NAMED, *IGNORED, *FIXED, "model_max_length", "added_tokens_decoder")
+
+
+def byte_symbols() -> list[str]:
+    """The 256 printable characters that stand for the bytes, in the order of their ids: `!` first."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    return [chr(b) for b in printable] + [chr(0x100 + n) for n in range(256 - len(printable))]
+
+
+def make_backend(model: "BPE") -> "Tokenizer":
+    """CLIP's normalisation and splitting around a table of merges."""
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True),  # keep what matches
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def learn_merges(words: Mapping[tuple[str, ...], int], count: int) -> list[tuple[str, str]]:
+    """Up to `count` merges, the most frequent pair first, from words (as tuples of symbols) and how often each occurs.
+
+    Each round counts all pairs anew: simple, the same on every machine, and meant for small vocabularies.
+    """
+    words, merges = dict(words), []
+    while len(merges) < count:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, n in words.items():
+            for pair in zip(word, word[1:], strict=False):
+                pairs[pair] += n
+        if not pairs:
+            break
+        best = min(pairs, key=lambda p: (-pairs[p], p))
+        merges.append(best)
+        merged: Counter[tuple[str, ...]] = Counter()
+        for word, n in words.items():
+            merged[merge_pair(word, best)] += n
+        words = dict(merged)
+    return merges
+
+
+def merge_pair(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    """`word` with every occurrence of `pair`, from the left, made one symbol."""
+    out, n = [], 0
+    while n < len(word):
+        size = 2 if word[n : n + 2] == pair else 1
+        out.append("".join(word[n : n + size]))
+        n += size
+    return tuple(out)
+
+
+class CLIPTokenizer:
+    """Text to ids and back. Make one with `from_pretrained`, or with `train` for a model of your own.
+
+    vocab: symbol -> id. merges: pairs of symbols, by rank. The four named tokens are strings, or mappings with the
+    fields of a published AddedToken (`content`, `normalized`, `lstrip`, ...). added: further such mappings, each with
+    the `id` that its file promises.
+    """
+
+    def __init__(
+        self,
+        vocab: Mapping[str, int],
+        merges: Sequence[tuple[str, str]],
+        *,
+        bos_token: str | Mapping[str, Any] = BOS,
+        eos_token: str | Mapping[str, Any] = EOS,
+        unk_token: str | Mapping[str, Any] = EOS,
+        pad_token: str | Mapping[str, Any] = EOS,
+        model_max_length: int = 77,
+        added: Iterable[Mapping[str, Any]] = (),
+    ):
+        from tokenizers import processors
+        from tokenizers.models import BPE
+
+        if model_max_length < 2:
+            raise ValueError(f"model_max_length={model_max_length} has no room for the first and the last token")
+        self.model_max_length = int(model_max_length)
+        added = list(added)
+        by_content = {token["content"]: token for token in added}
+        # A named token that the file's own list of tokens describes is that one.
+        named = [by_content.get(_content(t), t) for t in (bos_token, eos_token, unk_token, pad_token)]
+        self.bos_token, self.eos_token, self.unk_token, self.pad_token = map(_content, named)
+
+        self.backend = make_backend(BPE(dict(vocab), list(merges), unk_token=self.unk_token, end_of_word_suffix=END))
+        self.backend.add_tokens([_added_token(t) for t in added] + [_added_token(t, special=True) for t in named])
+        for token in added:
+            if "id" in token and self.backend.token_to_id(token["content"]) != token["id"]:
+                raise ValueError(
+                    f"the tokenizer's files give {token['content']!r} the id {token['id']}, the vocabulary makes it "
+                    f"{self.backend.token_to_id(token['content'])}"
+                )
+        ids = map(self.backend.token_to_id, (self.bos_token, self.eos_token, self.pad_token))
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = ids
+        self.backend.post_processor = processors.RobertaProcessing(
+            (self.eos_token, self.eos_token_id), (self.bos_token, self.bos_token_id), False, False
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        """How many ids there are, added tokens included: the rows that a text encoder needs."""
+        return self.backend.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text between the first and the last token, as many as there are."""
+        if not isinstance(text, str):
+            raise TypeError(f"a prompt must be a str, not {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt is not valid Unicode: {error.reason} at character {error.start}") from None
+        return self.backend.encode(text).ids
+
+    def decode(self, ids: Iterable[int] | Tensor) -> str:
+        """The text of `ids`, special tokens included, a space after each piece."""
+        ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        return self.backend.decode(ids, skip_special_tokens=False).replace(END, " ").strip()
+
+    def __call__(self, texts: str | list[str], max_length: int | None = None) -> Tensor:
+        """texts -> ids (b l), l = max_length (default: model_max_length): cut to fit with a warning, or padded.
+
+        Raises TypeError where a text is not a str, ValueError on an empty list, a length below 2 or broken Unicode.
+        """
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, list | tuple):
+            raise TypeError(f"prompts must be a str or a list of str, not {type(texts).__name__}")
+        if not texts:
+            raise ValueError("the list of prompts is empty")
+        length = self.model_max_length if max_length is None else max_length
+        if length < 2:
+            raise ValueError(f"max_length={length} has no room for the first and the last token")
+        return torch.tensor([self._fit(self.encode(text), length) for text in texts], dtype=torch.int64)
+
+    def _fit(self, ids: list[int], length: int) -> list[int]:
+        if len(ids) > length:
+            warnings.warn(
+                f"the prompt has {len(ids)} tokens and the text encoder reads {length}; cut off: "
+                f"{self.decode(ids[length - 1 : -1])!r}",
+                stacklevel=3,
+            )
+            ids = [*ids[: length - 1], self.eos_token_id]
+        return ids + [self.pad_token_id] * (length - len(ids))
+
+    @classmethod
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, *, model_max_length: int = 77, pad_token: str = EOS
+    ) -> Self:
+        """A tokenizer with at most `vocab_size` ids, learned from `texts`, ids laid out as in CLIP.
+
+        256 bytes, 256 bytes that end a piece, the merges by rank, the first and the last token. With fewer pairs in
+        `texts` than asked for, the vocabulary is smaller. Deterministic. Raises ValueError on fewer than 514 ids.
+        """
+        from tokenizers.models import BPE
+
+        symbols = byte_symbols()
+        symbols += [s + END for s in symbols]
+        if vocab_size < len(symbols) + 2:
+            raise ValueError(f"vocab_size={vocab_size}: the bytes and the two special tokens alone are 514")
+        splitter = make_backend(BPE())
+        words: Counter[tuple[str, ...]] = Counter()
+        for text in texts:
+            for piece, _ in splitter.pre_tokenizer.pre_tokenize_str(splitter.normalizer.normalize_str(text)):
+                words[(*piece[:-1], piece[-1] + END)] += 1
+        merges = learn_merges(words, vocab_size - len(symbols) - 2)
+        tokens = dict.fromkeys([*symbols, *(a + b for a, b in merges), BOS, EOS])
+        vocab = {token: n for n, token in enumerate(tokens)}
+        return cls(vocab, merges, pad_token=pad_token, model_max_length=model_max_length)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> Self:
+        """A published tokenizer folder: `tokenizer.json`, or `vocab.json` and `merges.txt`.
+
+        Where the files contradict each other, what transformers does holds: `special_tokens_map.json` wins over
+        `tokenizer_config.json`, unless the latter carries the newer `added_tokens_decoder`.
+        """
+        folder = Path(path_or_id) / (subfolder or "")
+
+        def read(name: str) -> Any:
+            file = folder / name
+            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+        return cls._from_files(read, folder)
+
+    @classmethod
+    def _from_files(cls, read, folder):
+        config = read("tokenizer_config.json") or {}
+        for name, value in config.items():
+            if name in FIXED and value not in FIXED[name]:
+                raise ValueError(f"tokenizer_config.json: {name}={value!r} is not supported, only {FIXED[name][0]!r}")
+            if name not in KNOWN:
+                raise ValueError(f"tokenizer_config.json: unknown field {name!r}{nearest(name, KNOWN)}")
+        whole = read("tokenizer.json")
+        if whole is not None:
+            vocab = whole["model"]["vocab"]
+            merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in whole["model"]["merges"]]
+        else:
+            from tokenizers.models import BPE
+
+            vocab, merges = BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+        named = {name: config[name] for name in NAMED if config.get(name) is not None}
+        added: list[Mapping[str, Any]] = []
+        if "added_tokens_decoder" in config:
+            added = [{**t, "id": int(n)} for n, t in config["added_tokens_decoder"].items()]
+        else:
+            named |= {k: v for k, v in (read("special_tokens_map.json") or {}).items() if k in NAMED}
+            added = whole["added_tokens"] if whole is not None else []
+        added = sorted(added, key=lambda t: t["id"])
+        length = config.get("model_max_length", 77)
+        return cls(vocab, merges, **named, added=added, model_max_length=77 if length > 10**9 else length)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the files of a published tokenizer folder, which transformers and `from_pretrained` read back."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.backend.model.save(str(folder))  # vocab.json, merges.txt
+        self.backend.save(str(folder / "tokenizer.json"))
+        described = {t.content: t for t in self.backend.get_added_tokens_decoder().values()}
+        named = {}
+        for name in NAMED:
+            t = described[getattr(self, name)]
+            named[name] = {"content": t.content, "lstrip": t.lstrip, "normalized": t.normalized, "rstrip": t.rstrip,
+                           "single_word": t.single_word}
+        config = {
+            "add_prefix_space": False,
+            **{name: {"__type": "AddedToken", **token} for name, token in named.items()},
+            "do_lower_case": True,
+            "errors": "replace",
+            "model_max_length": self.model_max_length,
+            "tokenizer_class": "CLIPTokenizer",
+        }
+        for name, value in {"special_tokens_map.json": named, "tokenizer_config.json": config}.items():
+            (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _content(token: str | Mapping[str, Any]) -> str:
+    return token if isinstance(token, str) else token["content"]
+
+
+def _added_token(token: str | Mapping[str, Any], special: bool | None = None) -> Any:
+    """A `tokenizers.AddedToken`. A bare string means a token that is looked for before the text is normalised."""
+    from tokenizers import AddedToken
+
+    if isinstance(token, str):
+        return AddedToken(token, special=True, normalized=False)
+    fields = {k: v for k, v in token.items() if k not in ("__type", "id")}
+    return AddedToken(**(fields if special is None else fields | {"special": special}))
