@@ -1,0 +1,400 @@
+"""Frames to files and back: colours, sizes, rates, metadata, and what is left behind when something goes wrong."""
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import textwrap
+import urllib.request
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from minit2v.utils import export_to_gif, export_to_video, load_video
+from minit2v.video import _ffmpeg, read_metadata
+
+COLOURS = np.array([(0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255), (10, 100, 200), (250, 120, 30)],
+                   np.uint8)
+
+
+def solid(height=64, width=64):
+    """One frame for each colour, uint8 (f h w c)."""
+    return np.broadcast_to(COLOURS[:, None, None], (len(COLOURS), height, width, 3)).copy()
+
+
+def pixels(frames):
+    return np.stack([np.asarray(f) for f in frames]).astype(int)
+
+
+def probe(path):
+    """What ffmpeg says about the stream."""
+    said = subprocess.run([_ffmpeg(), "-hide_banner", "-i", str(path)], capture_output=True, text=True).stderr
+    return next(line for line in said.splitlines() if "Video:" in line)
+
+
+def as_form(form):
+    u8 = solid()
+    f01 = u8.astype(np.float64) / 255
+    return {
+        "array uint8": u8,
+        "array float": f01,
+        "array float16": f01.astype(np.float16),
+        "array list": list(f01.astype(np.float32)),
+        "pil": [Image.fromarray(x) for x in u8],
+        "pil tuple": tuple(Image.fromarray(x) for x in u8),
+        "pil rgba": [Image.fromarray(x).convert("RGBA") for x in u8],
+        "torch": torch.tensor(f01).permute(0, 3, 1, 2),
+        "torch uint8": torch.tensor(u8).permute(0, 3, 1, 2),
+        "torch bfloat16 list": list(torch.tensor(f01).permute(0, 3, 1, 2).bfloat16()),
+        "torch with grad": torch.tensor(f01).permute(0, 3, 1, 2).requires_grad_(),
+        "batch array": f01[None],
+        "batch torch": torch.tensor(f01).permute(0, 3, 1, 2)[None],
+        "batch list of pil": [[Image.fromarray(x) for x in u8]],
+        "batch list of array": [f01],
+        "batch of batch": [f01[None]],
+    }[form]
+
+
+FORMS = ["array uint8", "array float", "array float16", "array list", "pil", "pil tuple", "pil rgba", "torch",
+         "torch uint8", "torch bfloat16 list", "torch with grad", "batch array", "batch torch", "batch list of pil",
+         "batch list of array", "batch of batch"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_frames_keeps_its_colours(form, tmp_path):
+    path = export_to_video(as_form(form), tmp_path / "a.mp4")
+    assert path == str(tmp_path / "a.mp4")
+    frames = load_video(path)
+    assert [f.mode for f in frames] == ["RGB"] * len(COLOURS)
+    assert np.abs(pixels(frames) - solid()).max() <= 3  # 8-bit YUV costs up to 2, bfloat16 one more
+    gif = load_video(export_to_gif(as_form(form), tmp_path / "a.gif"))
+    assert np.abs(pixels(gif) - solid()).max() <= ("bfloat16" in form)
+
+
+def test_floats_are_rounded_not_truncated(tmp_path):
+    x = np.full((2, 4, 4, 3), 99.6 / 255)
+    assert (pixels(load_video(export_to_gif(x, tmp_path / "a.gif"))) == 100).all()
+    x[:] = 1.004  # an overshoot of rounding is clipped, it does not wrap
+    assert (pixels(load_video(export_to_gif(x, tmp_path / "a.gif"))) == 255).all()
+
+
+def test_grey_frames_become_rgb(tmp_path):
+    x = np.linspace(0, 255, 64).astype(np.uint8).reshape(1, 8, 8, 1)
+    assert (pixels(load_video(export_to_gif(x, tmp_path / "a.gif"))) == x).all()
+
+
+def test_stream_is_what_browsers_play(tmp_path):
+    path = export_to_video(solid(), tmp_path / "a.mp4", fps=8)
+    said = probe(path)
+    assert re.search(r"h264 \((High|Main|Constrained Baseline)\)", said) and "yuv420p(tv, bt709, progressive)" in said
+    assert "64x64" in said and " 8 fps" in said
+    data = open(path, "rb").read()
+    assert data.index(b"moov") < data.index(b"mdat")  # the index first: plays while it loads
+    assert "High 4:4:4" not in probe(export_to_video(solid(), tmp_path / "b.mp4", quality=10))
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".MP4", ".m4v", ".mov", ".mkv"])
+def test_containers_rates_and_metadata(suffix, tmp_path):
+    said = {"prompt": 'a "red" ball = 50%; # \\ \n🎬 é', "seed": 2**63, "scale": 7.5, "nested": {"x": None}}
+    path = export_to_video(solid(16, 16), tmp_path / f"a{suffix}", fps=23.976, metadata=said)
+    assert read_metadata(path) == said
+    frames, fps = load_video(path, return_fps=True)
+    assert len(frames) == len(COLOURS) and fps == pytest.approx(23.976, abs=0.01)
+
+
+def test_metadata_longer_than_an_argument_may_be(tmp_path):
+    said = {"prompt": "🎬" * 100_000}
+    assert read_metadata(export_to_video(solid(8, 8), tmp_path / "a.mp4", metadata=said)) == said
+    assert read_metadata(export_to_gif(solid(8, 8), tmp_path / "a.gif", metadata=said)) == said
+
+
+def test_no_metadata_reads_as_empty(tmp_path):
+    assert read_metadata(export_to_video(solid(8, 8), tmp_path / "a.mp4")) == {}
+    assert read_metadata(export_to_gif(solid(8, 8), tmp_path / "a.gif")) == {}
+    with pytest.raises(FileNotFoundError):
+        read_metadata(tmp_path / "b.mp4")
+    (tmp_path / "c.mp4").write_text("no video")
+    with pytest.raises(ValueError, match="not a video"):
+        read_metadata(tmp_path / "c.mp4")
+
+
+@pytest.mark.parametrize("height,width", [(2, 2), (8, 8), (64, 64), (18, 30)])
+def test_even_sizes_are_exact(height, width, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frames = load_video(export_to_video(solid(height, width), tmp_path / "a.mp4"))
+    assert {f.size for f in frames} == {(width, height)}
+
+
+def test_odd_sizes_repeat_their_last_row_and_column(tmp_path):
+    x = np.zeros((4, 33, 17, 3), np.uint8)
+    x[:, -1] = 255
+    x[:, :, -1] = 200
+    with pytest.warns(UserWarning, match="17x33 completed to 18x34") as caught:
+        frames = pixels(load_video(export_to_video(x, tmp_path / "a.mp4", quality=10)))
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert frames.shape == (4, 34, 18, 3)
+    assert (frames[:, :32, 16:] > 180).all() and (frames[:, 32:, :14] > 230).all() and (frames[:, :31, :14] < 20).all()
+
+
+def test_macro_block_size_completes_to_its_multiple(tmp_path):
+    with pytest.warns(UserWarning, match="completed to 32x32"):
+        path = export_to_video(solid(18, 30), tmp_path / "a.mp4", macro_block_size=16)
+    assert load_video(path)[0].size == (32, 32)
+
+
+def test_quality_and_bitrate_matter_and_the_default_is_clean(tmp_path):
+    ramp = np.linspace(0, 1, 64)
+    x = np.stack([np.broadcast_to((ramp[:, None] * 0.5 + np.roll(ramp, n) * 0.5)[..., None], (64, 64, 3))
+                  for n in range(8)])
+    size, error = {}, {}
+    for quality in (0, 5, 10):
+        path = export_to_video(x, tmp_path / f"{quality}.mp4", quality=quality)
+        size[quality] = os.path.getsize(path)
+        error[quality] = np.abs(pixels(load_video(path)) - x * 255).mean()
+    assert size[0] < size[5] < size[10] and error[0] > error[5] > error[10]
+    assert error[5] < 1.0
+    low = os.path.getsize(export_to_video(x, tmp_path / "b.mp4", bitrate=10_000))
+    assert low < os.path.getsize(export_to_video(x, tmp_path / "c.mp4", bitrate=1_000_000))
+
+
+def test_temporary_file_and_repeated_writes(tmp_path):
+    for export in (export_to_video, export_to_gif):
+        one, two = export(solid(8, 8)), export(solid(8, 8))
+        assert one != two and len(load_video(one)) == len(load_video(two)) == len(COLOURS)
+        os.unlink(one), os.unlink(two)
+    path = tmp_path / "a.mp4"
+    path.write_text("old")
+    export_to_video(solid(8, 8), path)
+    assert len(load_video(path)) == len(COLOURS) and os.listdir(tmp_path) == ["a.mp4"]
+    (tmp_path / "plain").write_text("")
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)  # not 0600
+
+
+def test_gif_keeps_equal_frames_and_the_total_time(tmp_path):
+    x = np.repeat(solid(8, 8)[:4], 6, axis=0)
+    path = export_to_gif(x, tmp_path / "a.gif", fps=24)
+    with Image.open(path) as gif:
+        assert gif.n_frames == 24 and gif.info["loop"] == 0
+        times = []
+        for n in range(gif.n_frames):
+            gif.seek(n)
+            times.append(gif.info["duration"])
+    assert sum(times) == 1000 and set(times) == {40, 50}
+    frames, fps = load_video(path, return_fps=True)
+    assert (pixels(frames) == x).all() and fps == 24
+
+
+def test_gif_of_many_colours_is_close_and_ffmpeg_reads_it(tmp_path):
+    y, x = np.mgrid[:64, :64] / 63
+    frames = np.stack([np.stack([x, y, np.full_like(x, n / 7)], -1) for n in range(8)])
+    path = export_to_gif(frames, tmp_path / "a.gif", fps=10)
+    assert np.abs(pixels(load_video(path)) - frames * 255).mean() < 5
+    out = subprocess.run([_ffmpeg(), "-v", "error", "-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"],
+                         capture_output=True)
+    assert out.stderr == b"" and len(out.stdout) == 8 * 64 * 64 * 3
+    assert (np.frombuffer(out.stdout, np.uint8).reshape(8, 64, 64, 3) == pixels(load_video(path))).all()
+
+
+def test_gif_rates():
+    with pytest.raises(ValueError, match="at most 100"), pytest.warns(UserWarning, match="slow"):
+        export_to_gif(solid(8, 8), fps=200)
+
+
+NAN = solid() / 255
+NAN[3, 5, 5, 1] = np.nan
+BAD_FRAMES = [
+    ([], ValueError, "no frames"),
+    (np.zeros((0, 8, 8, 3)), ValueError, "no frames"),
+    ([[]], ValueError, "no frames"),
+    (None, TypeError, "NoneType"),
+    ("a.mp4", TypeError, "str"),
+    ([1, 2], TypeError, "frame 0 is a int"),
+    (np.zeros((8, 8, 3)), ValueError, "4 axes"),
+    (np.array(3.0), ValueError, "no frames"),
+    (np.zeros((2, 4, 8, 8, 3)), ValueError, "batch of 2"),
+    ([[Image.new("RGB", (8, 8))]] * 2, ValueError, "batch of 2"),
+    (NAN, ValueError, "frame 3 holds NaN"),
+    (solid() / 255 * 2 - 1, ValueError, r"frame 0 spans \[-1, -1\]"),
+    (solid().astype(float), ValueError, r"frame 1 spans \[255, 255\]"),
+    (solid().astype(np.int64), ValueError, "int64"),
+    (np.zeros((2, 8, 8, 4), np.uint8), ValueError, "1 or 3 channels"),
+    (torch.zeros(2, 8, 8, 3), ValueError, r"\(c h w\)"),
+    (np.zeros((2, 0, 8, 3), np.uint8), ValueError, "no pixels"),
+    ([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 10))], ValueError, "first is 8x8, frame 1 8x10"),
+]
+
+
+@pytest.mark.parametrize("export,name", [(export_to_video, "a.mp4"), (export_to_gif, "a.gif")])
+@pytest.mark.parametrize("frames,error,said", BAD_FRAMES)
+def test_bad_frames_are_refused_in_one_line(export, name, frames, error, said, tmp_path):
+    with pytest.raises(error, match=said) as caught:
+        export(frames, tmp_path / name)
+    assert "\n" not in str(caught.value) and os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("change,error,said", [
+    ({"fps": 0}, ValueError, "fps"), ({"fps": -3}, ValueError, "fps"), ({"fps": float("nan")}, ValueError, "fps"),
+    ({"fps": "8"}, TypeError, "fps"), ({"fps": None}, TypeError, "fps"), ({"quality": 11}, ValueError, "quality"),
+    ({"bitrate": 0}, ValueError, "bitrate"), ({"macro_block_size": 0}, ValueError, "macro_block_size"),
+])
+def test_bad_arguments_are_refused(change, error, said, tmp_path):
+    with pytest.raises(error, match=said):
+        export_to_video(solid(8, 8), tmp_path / "a.mp4", **change)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name,said", [("a.gif", "export_to_gif"), ("a.txt", "must end in"), ("a", "must end in"),
+                                       ("a.mp3", r"must end in .*\(nearest: '.mp4'\)")])
+def test_a_name_that_is_no_video_is_refused(name, said, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        export_to_video(solid(8, 8), tmp_path / name)
+    with pytest.raises(ValueError, match="must end in .gif"):
+        export_to_gif(solid(8, 8), tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("export,suffix", [(export_to_video, ".mp4"), (export_to_gif, ".gif")])
+def test_unwritable_outputs(export, suffix, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / f"folder{suffix}").mkdir()
+    for path, error in [(tmp_path / "file" / f"a{suffix}", NotADirectoryError),
+                        (tmp_path / "nowhere" / f"a{suffix}", FileNotFoundError),
+                        (tmp_path / f"folder{suffix}", IsADirectoryError)]:
+        with pytest.raises(error) as caught:
+            export(solid(8, 8), path)
+        assert caught.value.filename == str(path)
+    assert sorted(os.listdir(tmp_path)) == ["file", f"folder{suffix}"]
+
+
+def test_encoder_failure_is_told_and_leaves_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "a.mp4"
+    path.write_text("old")
+    noise = np.random.default_rng(0).random((16, 128, 128, 3))
+    fake = tmp_path / "ffmpeg"
+    for script, said in [("echo 'broken codec' >&2; exit 3", "broken codec"), ("kill -9 $$", "SIGKILL"),
+                         ("head -c 1000 >/dev/null; exit 5", "exit code 5")]:
+        fake.write_text(f"#!/bin/sh\n{script}\n")
+        fake.chmod(0o755)
+        monkeypatch.setattr("minit2v.video._ffmpeg", lambda: str(fake))
+        with pytest.raises(RuntimeError, match=said):
+            export_to_video(noise, path)
+        assert path.read_text() == "old" and sorted(os.listdir(tmp_path)) == ["a.mp4", "ffmpeg"]
+
+
+def test_interrupt_kills_the_encoder_and_leaves_nothing(tmp_path, monkeypatch):
+    class Interrupting(np.ndarray):
+        pass
+
+    started = []
+    popen = subprocess.Popen
+
+    def spy(*args, **kw):
+        started.append(popen(*args, **kw))
+        return started[-1]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minit2v.video.subprocess.Popen", spy)
+    monkeypatch.setattr("minit2v.video.np.ascontiguousarray", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export_to_video(solid(8, 8), tmp_path / "a.mp4")
+    assert os.listdir(tmp_path) == [] and started[0].poll() == -9
+
+
+FULL = """
+    import resource, signal, sys
+    import numpy as np
+    from minit2v.utils import export_to_gif, export_to_video
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then fails as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    noise = np.random.default_rng(0).random((16, 128, 128, 3))
+    try:
+        {export}(noise, sys.argv[1])
+    except (OSError, RuntimeError) as e:
+        print(type(e).__name__, e)
+"""
+
+
+@pytest.mark.parametrize("export,suffix", [("export_to_video", ".mp4"), ("export_to_gif", ".gif")])
+def test_files_that_may_not_grow(export, suffix, tmp_path):
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(FULL.format(export=export)), tmp_path / f"a{suffix}"],
+                         capture_output=True, text=True)
+    assert "Error" in run.stdout and ("File too large" in run.stdout or "SIGXFSZ" in run.stdout), run
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 200 KiB, where this machine lets us make one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if shutil.which("mount") is None or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("no right to mount a small disk here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_full_disk(small_disk):
+    noise = np.random.default_rng(0).random((16, 128, 128, 3))
+    kept = export_to_video(solid(8, 8), small_disk / "a.mp4")
+    for export, name in [(export_to_video, "a.mp4"), (export_to_gif, "a.gif")]:
+        with pytest.raises(OSError) as caught:
+            export(noise, small_disk / name)
+        assert caught.value.errno == 28
+    assert os.listdir(small_disk) == ["a.mp4"] and len(load_video(kept)) == len(COLOURS)  # the old file survives
+
+
+def test_truncated_and_corrupt_files(tmp_path):
+    noise = np.random.default_rng(0).random((8, 64, 64, 3))
+    for name, export in [("a.mp4", export_to_video), ("a.gif", export_to_gif)]:
+        data = open(export(noise, tmp_path / name), "rb").read()
+        bad = tmp_path / f"bad-{name}"
+        for cut in (4, 40, len(data) // 3, len(data) // 2, len(data) - 300):
+            bad.write_bytes(data[:cut])
+            with pytest.raises(ValueError, match="damaged|no frames") as caught:
+                load_video(bad)
+            assert "\n" not in str(caught.value) and str(bad) in str(caught.value)
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "text.mp4").write_text("hello")
+    for name in ("empty.mp4", "text.mp4"):
+        with pytest.raises(ValueError, match="not a video"):
+            load_video(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        load_video(tmp_path / "none.mp4")
+
+
+def test_load_video_from_a_folder_and_an_address(tmp_path):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    with pytest.raises(ValueError, match="no images"):
+        load_video(folder)
+    for n in range(12):
+        Image.new("L", (8, 8), n).save(folder / f"{n}.png")
+    frames, fps = load_video(folder, return_fps=True)
+    assert [f.getpixel((0, 0)) for f in frames] == [(n, n, n) for n in range(12)] and fps is None
+    path = export_to_video(solid(8, 8), tmp_path / "a.mp4")
+    opened = []
+
+    def serve(url, timeout):
+        opened.append(url)
+        return open(path, "rb")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(urllib.request, "urlopen", serve)
+        assert len(load_video("https://example.org/x/a.mp4?download=true")) == len(COLOURS)
+    assert opened == ["https://example.org/x/a.mp4?download=true"]
+
+
+def test_names_that_look_like_options_or_addresses(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("-y.mp4", "a b'c\"%d.mp4", "é🎬.mp4", "x" * 200 + ".mp4", "file:a.mp4"):
+        assert len(load_video(export_to_video(solid(8, 8), name, metadata={"n": name}))) == len(COLOURS)
+        assert read_metadata(name) == {"n": name}
+
