@@ -1,0 +1,569 @@
+"""What all schedulers share: the noise schedule, the grids of timesteps and sigmas, prediction types, the config.
+
+x_t = alpha_t x_0 + sigma_t eps, with alpha_t**2 + sigma_t**2 = 1. The tables are float64. A step computes in float32 or
+wider and returns the dtype of the sample it was given.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn, Self
+
+import numpy as np
+import torch
+from torch import Generator, Tensor
+
+from minit2v_convert.rename import nearest
+
+CONFIG_NAME = "scheduler_config.json"
+
+# Every field that some published scheduler takes. Folders name one class and hold fields of others (ModelScope's DDIM
+# file has PNDM's `skip_prk_steps`), so all of these are kept and handed on; anything else is a spelling mistake.
+PUBLISHED_FIELDS = frozenset(
+    """
+    algorithm_type alpha_cum_end alpha_cum_start base_image_seq_len base_shift beta_end beta_max beta_min beta_schedule
+    beta_start block_length clip_denoised clip_sample clip_sample_range correct_steps corrector_k corrector_order
+    corrector_selection corrector_selection_tau corrector_steps disable_corrector dynamic_thresholding_ratio
+    editing_threshold entropy_bound eps eta euler_at_final final_sigmas_type final_step_size_scale flow_shift gamma
+    gamma_cum_end gamma_cum_start interpolation_type invert_sigmas lambda_min_clipped lower_order_final mask_token_id
+    masking_schedule max_image_seq_len max_shift minimal_topk n_grid noise_mode noise_sampler_seed num_inference_steps
+    num_policy_substeps num_train_timesteps num_vec_classes original_inference_steps predict_x0 prediction_type
+    predictor_order rescale_betas_zero_snr rho s s_churn s_max s_min s_noise sample_max_value sampling_eps scale_factors
+    scaler schedule_mode scheduler_type set_alpha_to_one shift shift_terminal sigma_data sigma_max sigma_min
+    sigma_schedule skip_prk_steps snr snr_shift_scale solver_order solver_p solver_type stage_range stages steps_offset
+    stochastic_sampling t_lim_ode t_lim_ode_below t_max t_min tail_step_multiplier tail_steps tau_func threshold
+    thresholding time_shift_type timestep_scaling timestep_spacing timestep_type trained_betas tsr_k tsr_sigma
+    upscale_mode use_beta_sigmas use_dynamic_shifting use_exponential_sigmas use_flow_sigmas use_karras_sigmas
+    use_lu_lambdas variance_type
+    """.split()
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Noise
+
+
+def randn(
+    shape: Sequence[int],
+    generator: Generator | list[Generator] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Standard normal noise of `shape`, drawn where the generator lives, then moved to `device`.
+
+    A CPU generator thus gives the same numbers on every device. With a list, each generator draws its equal share of
+    consecutive rows: one row each for a batch of videos, and f rows each where frames are merged into the batch.
+    Raises ValueError where the rows cannot be shared out, or where a GPU generator would have to draw for the CPU.
+    """
+    device = torch.device(device or "cpu")
+    generators = list(generator) if isinstance(generator, list | tuple) else [generator]
+    if not generators or shape[0] % len(generators):
+        raise ValueError(f"{len(generators)} generators cannot share out a batch of {shape[0]}; give one per video")
+    share = (shape[0] // len(generators), *shape[1:])
+    parts = []
+    for g in generators:
+        source = device if g is None else g.device
+        if source.type != device.type and source.type != "cpu":
+            raise ValueError(f"a generator on {source} cannot draw noise for {device}; use torch.Generator('cpu')")
+        parts.append(torch.randn(share, generator=g, device=source, dtype=dtype))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Noise schedules: (num_train_timesteps,) betas
+
+
+def linear_betas(start: float, end: float, n: int, dtype: torch.dtype) -> Tensor:
+    """Straight in beta: DDPM, AnimateDiff. (ldm and ComfyUI call this one `sqrt_linear`.)"""
+    return torch.linspace(start, end, n, dtype=dtype)
+
+
+def scaled_linear_betas(start: float, end: float, n: int, dtype: torch.dtype) -> Tensor:
+    """Straight in sqrt(beta): Stable Diffusion, ModelScope, Zeroscope. (ldm and ComfyUI call this one `linear`.)"""
+    return torch.linspace(start**0.5, end**0.5, n, dtype=dtype) ** 2
+
+
+def cosine_betas(start: float, end: float, n: int, dtype: torch.dtype) -> Tensor:
+    """Cosine in alpha_bar, each beta at most 0.999 (Nichol and Dhariwal, arXiv:2102.09672, eq. 17)."""
+    bar = [math.cos((i / n + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(n + 1)]
+    return torch.tensor([min(1 - b / a, 0.999) for a, b in zip(bar, bar[1:], strict=False)], dtype=dtype)
+
+
+BETA_SCHEDULES = {"linear": linear_betas, "scaled_linear": scaled_linear_betas, "squaredcos_cap_v2": cosine_betas}
+
+
+def zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Shift and stretch sqrt(alpha_bar) so that it ends at exactly 0 (Lin et al., arXiv:2305.08891, algorithm 1)."""
+    root = torch.cumprod(1 - betas, 0).sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    bar = root**2
+    return 1 - torch.cat([bar[:1], bar[1:] / bar[:-1]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Grids: n timesteps out of 0 ... total - 1, falling (table 2 of arXiv:2305.08891)
+
+
+def leading(total: int, n: int, offset: int = 0) -> np.ndarray:
+    """0, r, 2r, ... (n - 1) r, plus the offset, with r = total // n: DDIM's `leading`. It never reaches the top."""
+    return np.arange(n)[::-1] * (total // n) + offset
+
+
+def leading_open(total: int, n: int, offset: int = 0) -> np.ndarray:
+    """r, 2r, ... n r, plus the offset, with r = total // (n + 1): the `leading` of the DPM-Solver family."""
+    return leading(total, n + 1, offset)[:-1]
+
+
+def linspace(total: int, n: int, offset: int = 0) -> np.ndarray:
+    """n even points from the top to 0, both included, not rounded."""
+    return np.linspace(0, total - 1, n)[::-1]
+
+
+def linspace_open(total: int, n: int, offset: int = 0) -> np.ndarray:
+    """n + 1 even points from the top to 0, without the 0: the `linspace` of the DPM-Solver family."""
+    return linspace(total, n + 1)[:-1]
+
+
+def trailing(total: int, n: int, offset: int = 0, step: float | None = None) -> np.ndarray:
+    """The top, and down from there in steps of total / n: the grid that a zero terminal SNR needs.
+
+    np.arange makes one point too many, -1, for 62 of the n up to 1000 (61, 103, ...); it is cut off.
+    """
+    return np.round(np.arange(total, 0, -(step or total / n)))[:n] - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Spacings: n sigmas from `high` down to `low`
+
+
+def karras_sigmas(high: float, low: float, n: int, rho: float = 7.0) -> np.ndarray:
+    """Even in sigma**(1/rho) (Karras et al., arXiv:2206.00364, eq. 5)."""
+    return (high ** (1 / rho) + np.linspace(0, 1, n) * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+
+
+def exponential_sigmas(high: float, low: float, n: int) -> np.ndarray:
+    """Even in log sigma, which is even in lambda: also DPM-Solver's uniform log-SNR (Lu et al., arXiv:2206.00927)."""
+    return np.exp(np.linspace(math.log(high), math.log(low), n))
+
+
+def beta_sigmas(high: float, low: float, n: int, shape: float = 0.6) -> np.ndarray:
+    """At the quantiles of the Beta(0.6, 0.6) distribution: dense at both ends (arXiv:2407.12173)."""
+    return low + (high - low) * beta_quantiles(1 - np.linspace(0, 1, n), shape)
+
+
+def beta_quantiles(p: np.ndarray, a: float) -> np.ndarray:
+    """Inverse of the cumulative distribution of Beta(a, a), to 1e-12.
+
+    The distribution is symmetric, so that x <= 1/2 is enough, where the series of the incomplete beta function
+    (DLMF 8.17.7) gains a bit per term. Bisection, as the slope at 0 is infinite.
+    """
+    k = np.arange(60)
+    terms = np.cumprod(np.concatenate([[1.0], (k[1:] - a) / k[1:]])) / (a + k)
+    terms *= math.gamma(2 * a) / math.gamma(a) ** 2
+    tail = np.minimum(p, 1 - p)
+    low, high = np.zeros_like(tail), np.full_like(tail, 0.5)
+    for _ in range(60):
+        x = (low + high) / 2
+        below = x**a * (terms * x[:, None] ** k).sum(1) < tail
+        low, high = np.where(below, x, low), np.where(below, high, x)
+    return np.where(p <= 0.5, high, 1 - high) * np.where(p == 0, 0.0, 1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config
+
+
+class SchedulerConfig(dict):
+    """A scheduler's fields: those of its class, and those of others that its file held. Read-only.
+
+    `_use_default_values` lists the fields that nobody set: to another class they do not count. `explicit` are the
+    fields that were passed in code, which no compatibility mode overrides.
+    """
+
+    def __init__(self, values: Mapping[str, Any], explicit: Iterable[str] = ()):
+        super().__init__(values)
+        object.__setattr__(self, "explicit", frozenset(explicit))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(f"the scheduler's config has no field {name!r}{nearest(name, list(self))}")
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise AttributeError(f"a scheduler's config is read-only: {_REMADE}")
+
+    def _refuse(self, *args: Any, **kw: Any) -> NoReturn:
+        raise TypeError(f"a scheduler's config is read-only: {_REMADE}")
+
+    __delattr__ = __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
+
+    def __reduce__(self) -> tuple:
+        return SchedulerConfig, (dict(self), self.explicit)
+
+
+_REMADE = "make another scheduler, Class.from_config(scheduler.config, field=value)"
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The fields that every scheduler has; each class adds its own in the published order."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    trained_betas: Sequence[float] | None = None
+
+
+@dataclass
+class SchedulerOutput:
+    """prev_sample: the sample one step further. pred_original_sample: the guess at x_0, where the solver makes one."""
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor | None = None
+
+    def to_tuple(self) -> tuple[Tensor, ...]:
+        return tuple(v for v in (self.prev_sample, self.pred_original_sample) if v is not None)
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Schedulers
+
+
+class Scheduler:
+    """Base of the schedulers. A solver adds its fields, `set_timesteps` and `step`."""
+
+    Fields: ClassVar[type[NoiseSchedule]] = NoiseSchedule
+    # What a field may be, and the values of other schedulers' fields of the same name that stand for one of ours.
+    choices: ClassVar[dict[str, tuple]] = {}
+    aliases: ClassVar[dict[str, dict[str, str]]] = {}
+    # Zero terminal SNR makes the last sigma infinite; solvers in sigma put the smallest number of float16 instead.
+    smallest_alpha_bar: ClassVar[float] = 0.0
+    order: ClassVar[int] = 1
+
+    def __init__(self, *args: Any, compat: str | None = None, **values: Any):
+        """Fields of `Fields`, by position or by name. compat: None or "diffusers" (see minit2v/compat.py).
+
+        Raises TypeError on a field that the class does not have, ValueError on a value that it cannot take.
+        """
+        own = self.field_defaults()
+        if len(args) > len(own):
+            raise TypeError(f"{type(self).__name__} takes at most {len(own)} arguments, {len(args)} were given")
+        given = dict(zip(own, args, strict=False))
+        self._check_fields(values)
+        if twice := given.keys() & values.keys():
+            raise TypeError(f"{type(self).__name__} got {sorted(twice)[0]!r} twice")
+        given |= values
+        self._set_config(_compat_fields(type(self), compat) | given, explicit=given)
+
+        c = self.config
+        self.num_inference_steps: int | None = None
+        self.betas = self._betas(torch.float64)
+        self.alphas_cumprod = self._alphas_cumprod(self.betas)
+        self.timesteps = torch.arange(c.num_train_timesteps - 1, -1, -1)
+        self.init_noise_sigma: float = 1.0
+
+    # --- config
+
+    @classmethod
+    def field_defaults(cls) -> dict[str, Any]:
+        return {f.name: f.default for f in fields(cls.Fields)}
+
+    @classmethod
+    def _check_fields(cls, names: Iterable[str]) -> None:
+        own = list(cls.field_defaults())
+        for name in names:
+            if name not in own:
+                raise TypeError(f"{cls.__name__} has no field {name!r}{nearest(name, own)}")
+
+    def _set_config(self, given: Mapping[str, Any], explicit: Iterable[str]) -> None:
+        values = self.field_defaults() | given
+        for name, other in self.aliases.items():
+            values[name] = other.get(values[name], values[name])
+        for name, allowed in self.choices.items():
+            if values[name] not in allowed:
+                listed = ", ".join(map(repr, allowed))
+                raise ValueError(f"{type(self).__name__}: {name} must be one of {listed}, not {values[name]!r}")
+        if isinstance(values["trained_betas"], np.ndarray | Tensor):
+            values["trained_betas"] = values["trained_betas"].tolist()
+        if unset := [name for name in self.field_defaults() if name not in given]:
+            values["_use_default_values"] = unset
+        self._config = SchedulerConfig(values, explicit)
+
+    @property
+    def config(self) -> SchedulerConfig:
+        return self._config
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], *, compat: str | None = None, **overrides: Any) -> Self:
+        """A scheduler of this class from the config of any, with some fields replaced.
+
+        A field that nobody set in `config` gets this class's default. `compat` overrides a field of `config` unless
+        that was passed in code; `overrides` win over both. Raises TypeError on an override that this class does not
+        have, ValueError on a field of `config` that no published scheduler has.
+        """
+        if not isinstance(config, Mapping):
+            raise TypeError(f"from_config wants a config, not {type(config).__name__}; for a folder: from_pretrained")
+        cls._check_fields(overrides)
+        own = cls.field_defaults()
+        unset = config.get("_use_default_values", ())
+        values = {k: v for k, v in config.items() if k not in unset and k != "_use_default_values"}
+        known = PUBLISHED_FIELDS | own.keys() | _EXTRA_FIELDS
+        for name in values:
+            if name not in known and not name.startswith("_"):
+                raise ValueError(f"scheduler config: unknown field {name!r}{nearest(name, sorted(known))}")
+        explicit = overrides.keys() | getattr(config, "explicit", frozenset())
+        forced = {k: v for k, v in _compat_fields(cls, compat).items() if k not in explicit}
+        given = {k: v for k, v in values.items() if k in own} | forced | overrides
+        hidden = {k: v for k, v in values.items() if k not in given}
+        if "_class_name" in hidden:
+            hidden["_class_name"] = cls.__name__
+
+        new = cls(**given)
+        new._config = SchedulerConfig(hidden | new.config, explicit)
+        return new
+
+    def with_compat(self, compat: str | None) -> Self:
+        """This scheduler with the fields of a compatibility mode, except those that were passed in code.
+
+        Itself where that changes nothing; else a new one, on which `set_timesteps` has not been called.
+        """
+        forced = {k: v for k, v in _compat_fields(type(self), compat).items() if k not in self.config.explicit}
+        if all(self.config[k] == v for k, v in forced.items()):
+            return self
+        return self.from_config(self.config, compat=compat)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        compat: str | None = None,
+        **overrides: Any,
+    ) -> Self:
+        """From a folder that holds scheduler_config.json, from that file itself, or from a repository on the hub."""
+        path = Path(path_or_id)
+        if path.is_dir():
+            path = path / (subfolder or "") / CONFIG_NAME
+            if not path.is_file():
+                raise FileNotFoundError(f"no {CONFIG_NAME} in {path.parent}")
+        elif not path.is_file():
+            from huggingface_hub import hf_hub_download
+
+            path = Path(
+                hf_hub_download(
+                    str(path_or_id),
+                    CONFIG_NAME,
+                    subfolder=subfolder,
+                    revision=revision,
+                    local_files_only=local_files_only,
+                    token=token,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                )
+            )
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as e:
+            raise ValueError(f"{path} is not valid JSON: {e}") from None
+        return cls.from_config(config, compat=compat, **overrides)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write scheduler_config.json. In the file every field counts as set."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {k: v for k, v in self.config.items() if k != "_use_default_values"}
+        values["_class_name"] = type(self).__name__
+        (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={self.config[k]!r}' for k in self.field_defaults())})"
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    # --- noise levels
+
+    def _betas(self, dtype: torch.dtype) -> Tensor:
+        c = self.config
+        if c.trained_betas is None:
+            betas = BETA_SCHEDULES[c.beta_schedule](c.beta_start, c.beta_end, c.num_train_timesteps, dtype)
+        else:
+            betas = torch.tensor(c.trained_betas, dtype=dtype)
+        if len(betas) != c.num_train_timesteps:
+            raise ValueError(f"trained_betas has {len(betas)} entries for {c.num_train_timesteps} training timesteps")
+        if not ((betas > 0) & (betas < 1)).all():
+            raise ValueError("every beta must lie between 0 and 1")
+        return zero_terminal_snr(betas) if c.get("rescale_betas_zero_snr") else betas
+
+    def _alphas_cumprod(self, betas: Tensor) -> Tensor:
+        bar = torch.cumprod(1 - betas, 0)
+        bar[-1] = bar[-1].clamp(min=self.smallest_alpha_bar)
+        return bar
+
+    def _count(self, n: int) -> int:
+        total = self.config.num_train_timesteps
+        if isinstance(n, bool) or not isinstance(n, Integral) or not 1 <= n <= total:
+            raise ValueError(f"num_inference_steps must be a whole number from 1 to {total}, not {n!r}")
+        return int(n)
+
+    def _in_range(self, timesteps: np.ndarray) -> np.ndarray:
+        total = self.config.num_train_timesteps
+        if timesteps.min() < 0 or timesteps.max() > total - 1:
+            raise ValueError(
+                f"timesteps from {timesteps.max():g} to {timesteps.min():g} leave the trained 0 ... {total - 1}; "
+                "use fewer steps or a smaller steps_offset"
+            )
+        return timesteps
+
+    def _rows(self, values: Tensor, x: Tensor) -> Tensor:
+        """(n,) float64 levels -> (n, 1, 1, ...) on the device of x, in the dtype in which its step is computed."""
+        values = values.to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        return values.reshape(-1, *[1] * (x.ndim - 1))
+
+    def _levels(self, x: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        bar = self.alphas_cumprod[torch.as_tensor(timesteps).cpu().long()]
+        return self._rows(bar.sqrt(), x), self._rows((1 - bar).sqrt(), x)
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """alpha_t x_0 + sigma_t eps at one timestep, or at one per row."""
+        alpha, sigma = self._levels(original_samples, timesteps)
+        return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """v = alpha_t eps - sigma_t x_0 (Salimans and Ho, arXiv:2202.00512, appendix D)."""
+        alpha, sigma = self._levels(sample, timesteps)
+        return (alpha * noise - sigma * sample).to(sample.dtype)
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """What the network sees; here the sample itself."""
+        return sample
+
+    # --- parts of a step
+
+    def _widen(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """Both in float32 or wider. Raises ValueError where they do not belong together or the grid is not set."""
+        if self.num_inference_steps is None:
+            raise ValueError("call set_timesteps before step")
+        if model_output.shape != sample.shape:
+            raise ValueError(f"prediction {tuple(model_output.shape)} and sample {tuple(sample.shape)} differ in shape")
+        dtype = torch.promote_types(torch.promote_types(model_output.dtype, sample.dtype), torch.float32)
+        return model_output.to(dtype), sample.to(dtype)
+
+    def _x0_and_eps(self, out: Tensor, x: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
+        """The two readings of what the network said about x = alpha x_0 + sigma eps."""
+        match self.config.prediction_type:
+            case "epsilon":
+                return (x - sigma * out) / alpha, out
+            case "sample":
+                return out, (x - alpha * out) / sigma
+            case "v_prediction":
+                return alpha * x - sigma * out, alpha * out + sigma * x
+        raise ValueError(f"{type(self).__name__}: unknown prediction_type {self.config.prediction_type!r}")
+
+    def _threshold(self, x0: Tensor) -> Tensor:
+        """Dynamic thresholding, per row (Saharia et al., Imagen, arXiv:2205.11487, section 2.3). For pixels only."""
+        c = self.config
+        s = torch.quantile(x0.flatten(1).abs(), c.dynamic_thresholding_ratio, dim=1).clamp(1, c.sample_max_value)
+        s = s.reshape(-1, *[1] * (x0.ndim - 1))
+        return x0.clamp(-s, s) / s
+
+
+class SigmaScheduler(Scheduler):
+    """Base of the solvers that walk down `sigmas` (sigma_t / alpha_t), one longer than `timesteps`, by a counter."""
+
+    smallest_alpha_bar = 2.0**-24
+
+    def __init__(self, *args: Any, **values: Any):
+        super().__init__(*args, **values)
+        self.timesteps = self.timesteps.float()
+        self.sigmas = torch.cat([self._table().flip(0), torch.zeros(1, dtype=torch.float64)])
+        self.step_index: int | None = None
+        self.begin_index: int | None = None
+        spacings = [n for n in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas") if self.config.get(n)]
+        if len(spacings) > 1:
+            raise ValueError(f"{type(self).__name__}: choose one of {' and '.join(spacings)}")
+
+    def _table(self, bar: Tensor | None = None) -> Tensor:
+        """(num_train_timesteps,) sigmas, rising."""
+        bar = self.alphas_cumprod if bar is None else bar
+        return ((1 - bar) / bar).sqrt()
+
+    def _spaced(self, high: float, low: float, n: int) -> np.ndarray | None:
+        """n sigmas by the spacing that the config asks for, None where it asks for none."""
+        c = self.config
+        low = low if c.get("sigma_min") is None else c["sigma_min"]
+        high = high if c.get("sigma_max") is None else c["sigma_max"]
+        if c.use_karras_sigmas:
+            return karras_sigmas(high, low, n)
+        if c.get("use_lu_lambdas") or c.use_exponential_sigmas:
+            return exponential_sigmas(high, low, n)
+        return beta_sigmas(high, low, n) if c.use_beta_sigmas else None
+
+    def _set_grid(self, timesteps: np.ndarray, sigmas: np.ndarray, device: Any, dtype: torch.dtype) -> None:
+        self.num_inference_steps = len(timesteps)
+        self.timesteps = torch.from_numpy(np.ascontiguousarray(timesteps)).to(device=device, dtype=dtype)
+        self.sigmas = torch.from_numpy(np.asarray(sigmas, dtype=np.float64))
+        self.step_index = self.begin_index = None
+
+    def _last_sigma(self) -> float:
+        return 0.0 if self.config.final_sigmas_type == "zero" else self._table()[0].item()
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at this place of the grid (a pipeline that begins with a noised video)."""
+        self.begin_index = begin_index
+
+    def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
+        """The place of a timestep in the grid; the second one where it occurs twice, so that a start in the middle does
+        not repeat a noise level. Raises ValueError where it does not occur."""
+        grid = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        places = (grid.cpu() == torch.as_tensor(timestep).cpu()).nonzero().flatten().tolist()
+        if not places:
+            raise ValueError(f"{float(timestep):g} is not one of scheduler.timesteps")
+        return places[min(1, len(places) - 1)]
+
+    def _start(self, timestep: float | Tensor) -> int:
+        """The place at which this step starts."""
+        if self.step_index is None:
+            self.step_index = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
+        if self.step_index >= len(self.timesteps):
+            raise ValueError(f"all {len(self.timesteps)} steps are done; call set_timesteps for another video")
+        return self.step_index
+
+    def _scales(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) of the solver's own x at a noise level."""
+        raise NotImplementedError
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Noise for the solver's own x, at the given timesteps; after set_begin_index, at the place where it stands."""
+        timesteps = torch.as_tensor(timesteps).reshape(-1)
+        if self.begin_index is None:
+            places = [self.index_for_timestep(t) for t in timesteps]
+        else:
+            places = [self.begin_index if self.step_index is None else self.step_index] * len(timesteps)
+        alpha, sigma = (self._rows(v, original_samples) for v in self._scales(self.sigmas[places]))
+        return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
+
+
+# Fields that we add to the published ones (minit2v/compat.py lists them with their reasons).
+_EXTRA_FIELDS = frozenset({"previous_timestep", "sde_third_order"})
+
+
+def _compat_fields(cls: type[Scheduler], compat: str | None) -> dict[str, Any]:
+    if compat is None:
+        return {}
+    from minit2v.compat import compat_fields
+
+    return compat_fields(cls.__name__, compat)
