@@ -29,34 +29,25 @@ PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\
 END = "</w>"  # the last symbol of a piece carries it
 NAMED = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
 
-# Fields of tokenizer_config.json that change nothing here.
+# Fields of tokenizer_config.json that change nothing here, and why.
 IGNORED = {
+    **dict.fromkeys(("is_local", "local_files_only", "merges_file", "name_or_path", "special_tokens_map_file",
+                     "tokenizer_file", "vocab_file"), "where the file came from"),
+    **dict.fromkeys(("max_length", "pad_to_multiple_of", "stride", "truncation_strategy"), "of the last call"),
+    **dict.fromkeys(("auto_map", "backend", "init_inputs", "processor_class", "use_fast"), "of the code that saved it"),
+    **dict.fromkeys(("clean_up_tokenization_spaces", "errors"), "of decoding"),
     "add_prefix_space": "of GPT-2's tokenizer",
-    "auto_map": "code of a repository, which is never run",
-    "backend": "which of transformers' implementations saved the file",
-    "clean_up_tokenization_spaces": "decoding only",
-    "errors": "decoding only",
-    "init_inputs": "how the object was made",
-    "is_local": "where the file came from",
-    "local_files_only": "where the file came from",
-    "max_length": "of the call that was made last",
-    "merges_file": "a path on the machine that saved the file",
-    "name_or_path": "where the file came from",
-    "pad_to_multiple_of": "of the call that was made last",
     "pad_token_type_id": "of sentence pairs",
-    "processor_class": "of the image half of CLIP",
-    "special_tokens_map_file": "a path on the machine that saved the file",
-    "stride": "of the call that was made last",
-    "tokenizer_file": "a path on the machine that saved the file",
-    "truncation_strategy": "of sentence pairs",
-    "use_fast": "there is one implementation",
-    "vocab_file": "a path on the machine that saved the file",
 }
-# Fields for which one value is supported.
-FIXED = {"do_lower_case": (True,), "padding_side": ("right",), "truncation_side": ("right",),
-         "tokenizer_class": ("CLIPTokenizer", "CLIPTokenizerFast"),
-         "additional_special_tokens": ([],), "extra_special_tokens": ([], {})}
-KNOWN = (*NAMED, *IGNORED, *FIXED, "model_max_length", "added_tokens_decoder")
+# Fields of which these values are supported, the first is the usual one.
+FIXED = {
+    "do_lower_case": (True,),
+    "padding_side": ("right",),
+    "truncation_side": ("right",),
+    "tokenizer_class": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "additional_special_tokens": ([],),
+    "extra_special_tokens": ([], {}),
+}
 
 
 def byte_symbols() -> list[str]:
@@ -147,7 +138,11 @@ class CLIPTokenizer:
         named = [by_content.get(_content(t), t) for t in (bos_token, eos_token, unk_token, pad_token)]
         self.bos_token, self.eos_token, self.unk_token, self.pad_token = map(_content, named)
 
-        self.backend = make_backend(BPE(dict(vocab), list(merges), unk_token=self.unk_token, end_of_word_suffix=END))
+        try:
+            model = BPE(dict(vocab), list(merges), unk_token=self.unk_token, end_of_word_suffix=END)
+        except Exception as error:  # the library raises no narrower class
+            raise ValueError(f"the tokenizer's vocabulary and merges do not fit together: {error}") from None
+        self.backend = make_backend(model)
         self.backend.add_tokens([_added_token(t) for t in added] + [_added_token(t, special=True) for t in named])
         for token in added:
             if "id" in token and self.backend.token_to_id(token["content"]) != token["id"]:
@@ -194,17 +189,17 @@ class CLIPTokenizer:
         length = self.model_max_length if max_length is None else max_length
         if length < 2:
             raise ValueError(f"max_length={length} has no room for the first and the last token")
-        return torch.tensor([self._fit(self.encode(text), length) for text in texts], dtype=torch.int64)
-
-    def _fit(self, ids: list[int], length: int) -> list[int]:
-        if len(ids) > length:
-            warnings.warn(
-                f"the prompt has {len(ids)} tokens and the text encoder reads {length}; cut off: "
-                f"{self.decode(ids[length - 1 : -1])!r}",
-                stacklevel=3,
-            )
-            ids = [*ids[: length - 1], self.eos_token_id]
-        return ids + [self.pad_token_id] * (length - len(ids))
+        rows = []
+        for text in texts:
+            ids = self.encode(text)
+            if len(ids) > length:
+                cut = self.decode(ids[length - 1 : -1])
+                warnings.warn(
+                    f"the prompt has {len(ids)} tokens and {length} are read; cut off: {cut!r}", stacklevel=2
+                )
+                ids = [*ids[: length - 1], self.eos_token_id]
+            rows.append(ids + [self.pad_token_id] * (length - len(ids)))
+        return torch.tensor(rows, dtype=torch.int64)
 
     @classmethod
     def train(
@@ -249,38 +244,50 @@ class CLIPTokenizer:
         """
         folder = Path(path_or_id) / (subfolder or "")
 
-        def read(name: str) -> Any:
-            file = folder / name
-            return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        def find(name: str) -> Path | None:
+            return folder / name if (folder / name).is_file() else None
 
-        return cls._from_files(read, folder)
+        def read(name: str) -> dict[str, Any]:
+            file = find(name)
+            return {} if file is None else json.loads(file.read_text(encoding="utf-8"))
 
-    @classmethod
-    def _from_files(cls, read, folder):
-        config = read("tokenizer_config.json") or {}
-        for name, value in config.items():
-            if name in FIXED and value not in FIXED[name]:
-                raise ValueError(f"tokenizer_config.json: {name}={value!r} is not supported, only {FIXED[name][0]!r}")
-            if name not in KNOWN:
-                raise ValueError(f"tokenizer_config.json: unknown field {name!r}{nearest(name, KNOWN)}")
+        config = read("tokenizer_config.json")
+        _check_fields("tokenizer_config.json", config, (*NAMED, "model_max_length", "added_tokens_decoder"))
+        named = {name: config[name] for name in NAMED if config.get(name) is not None}
+
+        # Of tokenizer.json the vocabulary is read and no more: how text is split is CLIP's own and known.
         whole = read("tokenizer.json")
-        if whole is not None:
-            vocab = whole["model"]["vocab"]
-            merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in whole["model"]["merges"]]
+        if whole:
+            vocab, merges = whole["model"]["vocab"], [tuple(m.split(" ") if isinstance(m, str) else m) for m in
+                                                      whole["model"]["merges"]]
         else:
             from tokenizers.models import BPE
 
-            vocab, merges = BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-        named = {name: config[name] for name in NAMED if config.get(name) is not None}
-        added: list[Mapping[str, Any]] = []
+            files = [find(name) for name in ("vocab.json", "merges.txt")]
+            if None in files:
+                raise FileNotFoundError(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt")
+            vocab, merges = BPE.read_file(*map(str, files))
+
         if "added_tokens_decoder" in config:
-            added = [{**t, "id": int(n)} for n, t in config["added_tokens_decoder"].items()]
+            added = {t["content"]: {**t, "id": int(n)} for n, t in config["added_tokens_decoder"].items()}
         else:
-            named |= {k: v for k, v in (read("special_tokens_map.json") or {}).items() if k in NAMED}
-            added = whole["added_tokens"] if whole is not None else []
-        added = sorted(added, key=lambda t: t["id"])
-        length = config.get("model_max_length", 77)
-        return cls(vocab, merges, **named, added=added, model_max_length=77 if length > 10**9 else length)
+            special = read("special_tokens_map.json")
+            _check_fields("special_tokens_map.json", special, tuple(NAMED))
+            named |= {name: special[name] for name in NAMED if special.get(name) is not None}
+            contents = [_content(token) for token in named.values()]
+            added = {
+                t: {"content": t, "id": n, "special": t in contents, "normalized": t not in contents}
+                for t, n in read("added_tokens.json").items()
+            }
+            added |= {t["content"]: t for t in whole.get("added_tokens", [])}
+        length = config.get("model_max_length") or 77
+        return cls(
+            vocab,
+            merges,
+            **named,
+            added=sorted(added.values(), key=lambda t: t["id"]),
+            model_max_length=77 if length > 10**9 else length,  # 1e30 stands for "unknown" in these files
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the files of a published tokenizer folder, which transformers and `from_pretrained` read back."""
@@ -292,8 +299,8 @@ class CLIPTokenizer:
         named = {}
         for name in NAMED:
             t = described[getattr(self, name)]
-            named[name] = {"content": t.content, "lstrip": t.lstrip, "normalized": t.normalized, "rstrip": t.rstrip,
-                           "single_word": t.single_word}
+            flags = ("content", "lstrip", "normalized", "rstrip", "single_word")
+            named[name] = {flag: getattr(t, flag) for flag in flags}
         config = {
             "add_prefix_space": False,
             **{name: {"__type": "AddedToken", **token} for name, token in named.items()},
@@ -304,6 +311,14 @@ class CLIPTokenizer:
         }
         for name, value in {"special_tokens_map.json": named, "tokenizer_config.json": config}.items():
             (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _check_fields(file: str, fields: Mapping[str, Any], known: Sequence[str]) -> None:
+    for name, value in fields.items():
+        if name in FIXED and value not in FIXED[name]:
+            raise ValueError(f"{file}: {name}={value!r} is not supported, only {FIXED[name][0]!r}")
+        if name not in FIXED and name not in IGNORED and name not in known:
+            raise ValueError(f"{file}: unknown field {name!r}{nearest(name, [*known, *FIXED, *IGNORED])}")
 
 
 def _content(token: str | Mapping[str, Any]) -> str:
