@@ -4,32 +4,67 @@ Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, ar
 Axes: n frames of all videos, c channels, h w height and width.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from minit2v_convert.diffusers_vae import LAYOUT
 from torch import Tensor, nn
 
+from minit2v_convert.diffusers_vae import LAYOUT
+
+from .blocks import norm_silu, to_image, to_tokens
 from .hub import Network
 
 
 @dataclass(frozen=True)
 class AutoencoderKLConfig:
+    """The published model's config.json, field by field."""
+
     in_channels: int = 3
     out_channels: int = 3
     down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",) * 4
     up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",) * 4
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # per level, finest first
-    layers_per_block: int = 2
+    layers_per_block: int = 2  # ResBlocks per level of the encoder; one more in the decoder
     latent_channels: int = 4
     norm_num_groups: int = 32
-    sample_size: int = 512
-    scaling_factor: float = 0.18215  # latents times this have a standard deviation of about 1
+    sample_size: int = 512  # of the pictures it was trained on, in pixels: the size of a tile
+    scaling_factor: float = 0.18215  # latents times this have a standard deviation of about 1; pipelines apply it
+    force_upcast: bool = True  # for pipelines that may run a float16 VAE in float32; kept, and not read by the network
 
-    FIXED: ClassVar[dict[str, Any]] = {"act_fn": "silu"}
+    FIXED: ClassVar[dict[str, Any]] = {
+        "act_fn": "silu",
+        "latents_mean": None,
+        "latents_std": None,
+        "mid_block_add_attention": True,
+        "shift_factor": None,
+        "use_post_quant_conv": True,
+        "use_quant_conv": True,
+    }
     IGNORED: ClassVar[dict[str, str]] = {}
+
+    def __post_init__(self):
+        channels, groups = self.block_out_channels, self.norm_num_groups
+        for name, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            types = getattr(self, name)
+            if types != (known,) * len(channels):
+                raise ValueError(
+                    f"{name} must be {known!r} for each of the {len(channels)} block_out_channels, not {types}"
+                )
+        for name in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, not {getattr(self, name)!r}")
+        if not channels or any(not isinstance(c, int) or c < 1 or c % groups for c in channels):
+            raise ValueError(f"norm_num_groups {groups} must divide block_out_channels {channels}")
+        if not isinstance(self.sample_size, int) or self.sample_size < self.factor:
+            raise ValueError(f"sample_size must be an integer of at least {self.factor}, not {self.sample_size!r}")
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent in height and in width."""
+        return 2 ** (len(self.block_out_channels) - 1)
 
 
 class ResBlock(nn.Module):
@@ -44,9 +79,10 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.skip(x) + h
+        """x (n c h w) -> (n c_out h w)."""
+        h = self.conv2(norm_silu(self.norm2, self.conv1(norm_silu(self.norm1, x))))
+        h += self.skip(x)  # in place: at full resolution every tensor counts
+        return h
 
 
 class PixelAttention(nn.Module):
@@ -58,9 +94,39 @@ class PixelAttention(nn.Module):
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(c, c) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x).flatten(2).transpose(1, 2)  # n (h w) c
-        h = F.scaled_dot_product_attention(self.to_q(h)[:, None], self.to_k(h)[:, None], self.to_v(h)[:, None])
-        return x + self.to_out(h[:, 0]).transpose(1, 2).reshape(x.shape)
+        """x (n c h w) -> same."""
+        h = to_tokens(self.norm(x))
+        # A head axis of 1: with four axes every device has an attention that never stores all pairs of pixels.
+        q, k, v = (proj(h)[:, None] for proj in (self.to_q, self.to_k, self.to_v))
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        return x + to_image(self.to_out(h), x.shape[2])
+
+
+class Downsample(nn.Conv2d):
+    """3x3 convolution of stride 2, padded at the right and the bottom only, as the weights were trained."""
+
+    def __init__(self, c: int):
+        super().__init__(c, c, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (n c h w) -> (n c h//2 w//2)."""
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Conv2d):
+    """Every pixel doubled in height and width, then a 3x3 convolution."""
+
+    def __init__(self, c: int):
+        super().__init__(c, c, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (n c h w) -> (n c 2h 2w)."""
+        if not x.is_cpu:  # measured on the CPU only
+            return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        # Doubling is a transposed convolution with a 2x2 kernel of ones. The two in one are a transposed convolution
+        # whose 4x4 kernel is the 3x3 one summed over 2x2 windows: 16 products for 4 pixels instead of 36.
+        kernel = F.avg_pool2d(self.weight.flip(2, 3), 2, stride=1, padding=1, divisor_override=1)
+        return F.conv_transpose2d(x, kernel.transpose(0, 1), self.bias, stride=2, padding=1)
 
 
 class Mid(nn.Module):
@@ -71,6 +137,7 @@ class Mid(nn.Module):
         self.res1, self.attention, self.res2 = ResBlock(c, c, groups), PixelAttention(c, groups), ResBlock(c, c, groups)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (n c h w) -> same."""
         return self.res2(self.attention(self.res1(x)))
 
 
@@ -91,7 +158,7 @@ class Encoder(nn.Module):
         for i, c_out in enumerate(cfg.block_out_channels):
             blocks = [ResBlock(c if j == 0 else c_out, c_out, groups) for j in range(cfg.layers_per_block)]
             last = i == len(cfg.block_out_channels) - 1
-            self.levels.append(Level(blocks, None if last else nn.Conv2d(c_out, c_out, 3, stride=2)))
+            self.levels.append(Level(blocks, None if last else Downsample(c_out)))
             c = c_out
         self.mid = Mid(c, groups)
         self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
@@ -104,8 +171,8 @@ class Encoder(nn.Module):
             for block in level.blocks:
                 x = block(x)
             if level.resample is not None:
-                x = level.resample(F.pad(x, (0, 1, 0, 1)))  # right and bottom only, as LDM does
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+                x = level.resample(x)
+        return self.conv_out(norm_silu(self.norm_out, self.mid(x)))
 
 
 class Decoder(nn.Module):
@@ -117,7 +184,7 @@ class Decoder(nn.Module):
         self.levels = nn.ModuleList()
         for i, c_out in reversed(list(enumerate(cfg.block_out_channels))):
             blocks = [ResBlock(c if j == 0 else c_out, c_out, groups) for j in range(cfg.layers_per_block + 1)]
-            self.levels.append(Level(blocks, None if i == 0 else nn.Conv2d(c_out, c_out, 3, padding=1)))
+            self.levels.append(Level(blocks, None if i == 0 else Upsample(c_out)))
             c = c_out
         self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
         self.conv_out = nn.Conv2d(c, cfg.out_channels, 3, padding=1)
@@ -129,8 +196,8 @@ class Decoder(nn.Module):
             for block in level.blocks:
                 x = block(x)
             if level.resample is not None:
-                x = level.resample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return self.conv_out(F.silu(self.norm_out(x)))
+                x = level.resample(x)
+        return self.conv_out(norm_silu(self.norm_out, x))
 
 
 class DiagonalGaussian:
@@ -142,6 +209,7 @@ class DiagonalGaussian:
         self.std = torch.exp(0.5 * self.logvar)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
+        """mean + std * noise. The noise is drawn where the generator lives, so a CPU's serves every device alike."""
         device = self.mean.device if generator is None else generator.device
         noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
         return self.mean + self.std * noise.to(self.mean.device)
@@ -150,7 +218,23 @@ class DiagonalGaussian:
         return self.mean
 
 
+def blend(before: Tensor, x: Tensor, extent: int, axis: int) -> Tensor:
+    """x, whose first `extent` rows (axis 2) or columns (axis 3) fade over from the last ones of the tile before it."""
+    extent = min(before.shape[axis], x.shape[axis], extent)
+    shape = (-1, 1) if axis == 2 else (-1,)
+    ramp = torch.arange(extent, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)).view(shape) / extent
+    old = before.narrow(axis, before.shape[axis] - extent, extent)
+    new, rest = x.split((extent, x.shape[axis] - extent), axis)
+    return torch.cat([(old * (1 - ramp) + new * ramp).to(x.dtype), rest], axis)
+
+
 class AutoencoderKL(Network):
+    """Keyword arguments are the fields of AutoencoderKLConfig.
+
+    Slicing (one frame at a time) changes nothing but memory. Tiling changes the picture a little: no tile sees the
+    others, neither in its norms nor in its attention.
+    """
+
     Config = AutoencoderKLConfig
     layout = LAYOUT
 
@@ -160,11 +244,76 @@ class AutoencoderKL(Network):
         self.encoder, self.decoder = Encoder(cfg), Decoder(cfg)
         self.quant_conv = nn.Conv2d(2 * cfg.latent_channels, 2 * cfg.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(cfg.latent_channels, cfg.latent_channels, 1)
+        self.slicing = False
+        self.tiling: tuple[int, int] | None = None  # size of a tile and distance from tile to tile, in latents
 
-    def encode(self, x: Tensor) -> DiagonalGaussian:
-        """x (n 3 h w) in [-1, 1] -> distribution of latents (n c h/8 w/8)."""
-        return DiagonalGaussian(self.quant_conv(self.encoder(x)))
+    def encode(self, x: Tensor, chunk_size: int | None = None) -> DiagonalGaussian:
+        """x (n 3 h w) in [-1, 1] -> distribution of the latents (n c h//8 w//8); `chunk_size` frames at a time."""
+        factor = self.config.factor
+        self.check("x", x, self.config.in_channels)
+        if min(x.shape[2:]) < factor:
+            raise ValueError(f"x must be at least {factor} x {factor} pixels, not {x.shape[2]} x {x.shape[3]}")
+        return DiagonalGaussian(self.run(lambda x: self.quant_conv(self.encoder(x)), x, chunk_size, factor, 1))
 
-    def decode(self, z: Tensor) -> Tensor:
-        """z (n c h w) -> pixels (n 3 8h 8w), about [-1, 1]."""
-        return self.decoder(self.post_quant_conv(z))
+    def decode(self, z: Tensor, chunk_size: int | None = None) -> Tensor:
+        """z (n c h w) -> pixels (n 3 8h 8w), about [-1, 1]; `chunk_size` frames at a time."""
+        self.check("z", z, self.config.latent_channels)
+        return self.run(lambda z: self.decoder(self.post_quant_conv(z)), z, chunk_size, 1, self.config.factor)
+
+    def check(self, name: str, x: Tensor, channels: int) -> None:
+        if x.ndim != 4 or x.shape[1] != channels:
+            raise ValueError(f"{name} must be (frames, {channels} channels, height, width), not {tuple(x.shape)}")
+
+    def run(self, half: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int | None, unit: int, unit_out: int):
+        """half(x) in chunks of frames, and in tiles where x is larger than one; units: pixels per latent in and out."""
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, not {chunk_size!r}")
+        if x.is_cpu:  # a fifth faster there; CUDA's GroupNorm would copy it back each time
+            x = x.contiguous(memory_format=torch.channels_last)
+        chunks = x.split(1 if self.slicing else chunk_size or max(1, len(x)))
+        tiled = self.tiling is not None and max(x.shape[2:]) > self.tiling[0] * unit
+        pieces = [self.run_tiles(half, c, unit, unit_out) if tiled else half(c) for c in chunks]
+        return torch.cat(pieces).contiguous()
+
+    def run_tiles(self, half: Callable[[Tensor], Tensor], x: Tensor, unit: int, unit_out: int) -> Tensor:
+        """half(x) tile by tile, from the top left; each fades over from the ones above and left of it."""
+        size, step = self.tiling
+        keep, extent = step * unit_out, (size - step) * unit_out
+        # A tile starts where at least one latent is left.
+        tops, lefts = (range(0, n - unit + 1, step * unit) for n in x.shape[2:])
+        rows, above = [], []
+        for top in tops:
+            row: list[Tensor] = []
+            for j, left in enumerate(lefts):
+                tile = half(x[:, :, top : top + size * unit, left : left + size * unit])
+                if above:
+                    tile = blend(above[j], tile, extent, axis=2)
+                if row:
+                    tile = blend(row[-1], tile, extent, axis=3)
+                row.append(tile)
+            rows.append(torch.cat([tile[:, :, :keep, :keep] for tile in row], dim=3))
+            above = row
+        return torch.cat(rows, dim=2)
+
+    def enable_slicing(self) -> None:
+        """Encode and decode one frame at a time, whatever `chunk_size` says."""
+        self.slicing = True
+
+    def disable_slicing(self) -> None:
+        self.slicing = False
+
+    def enable_tiling(self, tile_size: int | None = None, overlap: float = 0.25) -> None:
+        """Pictures larger than `tile_size` pixels (default: the config's sample_size) go through in square tiles.
+
+        Neighbours share a fraction `overlap` of a tile, rounded up to whole latents, and fade into each other there.
+        """
+        tile_size = self.config.sample_size if tile_size is None else tile_size
+        size = tile_size // self.config.factor
+        if size < 1:
+            raise ValueError(f"tile_size must be at least {self.config.factor} pixels, not {tile_size!r}")
+        if not 0 <= overlap < 1:
+            raise ValueError(f"overlap is a fraction of a tile, from 0 to less than 1, not {overlap!r}")
+        self.tiling = size, max(1, int(size * (1 - overlap)))
+
+    def disable_tiling(self) -> None:
+        self.tiling = None
