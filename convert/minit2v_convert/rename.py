@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeVar
@@ -52,8 +52,12 @@ def rename(state: Mapping[str, V], rules: Rules) -> dict[str, V]:
             raise ValueError(f"{origin[new]!r} and {name!r} are both names of {new!r}")
         out[new], origin[new] = value, name
     if unknown:
-        raise KeyError(f"{len(unknown)} names match no rule, e.g. {', '.join(map(repr, unknown[:5]))}")
+        raise KeyError(_no_rule(unknown))
     return out
+
+
+def _no_rule(unknown: Sequence[str]) -> str:
+    return f"{len(unknown)} names match no rule, e.g. {', '.join(map(repr, unknown[:5]))}"
 
 
 def inverse(rules: Rules) -> list[tuple[str, str]]:
@@ -86,18 +90,39 @@ class Layout:
     ignored: Mapping[str, str] = field(default_factory=dict)
     squeezed: Sequence[str] = ()
 
+    def match(self, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+        """({our name: published name}, published names that no rule knows); names without meaning are in neither.
+
+        Raises ValueError on two names for one target.
+        """
+        spelled = {}
+        for name in names:
+            if not any(_compile(i).fullmatch(name) for i in self.ignored):
+                hit = rename_one(name, self.aliases)
+                spelled[name] = hit[0] if hit else name
+        found: dict[str, str] = {}
+        unknown = []
+        for name, spelling in spelled.items():
+            hit = rename_one(spelling, self.rules)
+            if hit is None:
+                unknown.append(name)
+            elif found.setdefault(hit[0], name) != name:
+                raise ValueError(f"{found[hit[0]]!r} and {name!r} are both names of {hit[0]!r}")
+        return found, unknown
+
     def to_ours(self, state: Mapping[str, V]) -> dict[str, V]:
         """Published names -> our names. Raises KeyError or ValueError as `rename`."""
-        state = {n: v for n, v in state.items() if not any(_compile(i).fullmatch(n) for i in self.ignored)}
-        if self.aliases:
-            state = rename(state, [*self.aliases, ("{*}", "{*}")])
-        return {name: self._squeeze(name, v) for name, v in rename(state, self.rules).items()}
+        found, unknown = self.match(state)
+        if unknown:
+            raise KeyError(_no_rule(unknown))
+        return {ours: self.squeeze(ours, state[published]) for ours, published in found.items()}
 
     def to_published(self, state: Mapping[str, V]) -> dict[str, V]:
         """Our names -> published names."""
         return rename(state, inverse(self.rules))
 
-    def _squeeze(self, name: str, value: Any) -> Any:
+    def squeeze(self, name: str, value: Any) -> Any:
+        """`value` without the trailing axes of size 1 that our name does not have."""
         if any(_compile(s).fullmatch(name) for s in self.squeezed) and getattr(value, "ndim", 0) > 2:
             while value.ndim > 2 and value.shape[-1] == 1:
                 value = value.squeeze(-1)
