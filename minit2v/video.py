@@ -223,7 +223,8 @@ def _encode(command: list[str], frames: list[np.ndarray], path: Path, log: Path)
         said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         if any("No space left" in line for line in said):
             raise OSError(errno.ENOSPC, "no space left on the disk", str(path))
-        reason = said[0].strip() if said else f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        reason = said[0].strip() if said else ended
         raise RuntimeError(f"{path}: the video encoder failed: {reason}")
 
 

@@ -1,0 +1,459 @@
+"""The `minit2v` command: videos from texts, videos from videos, and a look into model folders.
+
+What torch is needed for is imported when it is needed: `minit2v --help` and a wrong option answer at once.
+"""
+
+import argparse
+import errno
+import logging
+import os
+import platform
+import re
+import secrets
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from minit2v_convert.rename import nearest
+
+EMBEDDED = "shapes"  # the model that comes with the package
+# What suits a model better than the defaults of its pipeline, for those names that say which model it is.
+PRESETS: dict[str, dict[str, Any]] = {EMBEDDED: {"num_frames": 16, "steps": 25, "scheduler": "dpm++"}}
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "deis": "DEISMultistepScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler-a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "lcm": "LCMScheduler",
+    "lms": "LMSDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+SUFFIXES = (".mp4", ".gif", ".mkv", ".mov", ".m4v")
+# The settings that make a video, under the names of their options. They are stored in the file, and `--replay` reads
+# them back through the parser, so that a file says nothing that the command line could not.
+SETTINGS = ("model", "revision", "variant", "negative_prompt", "num_frames", "steps", "guidance_scale", "strength",
+            "scheduler", "seed", "height", "width", "fps", "dtype", "device", "compat", "kernels")
+DECODED_AT_ONCE = 8  # frames: what the VAE's last layers need would otherwise grow with the video
+
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+
+
+def _whole(text: str) -> int:
+    if not re.fullmatch(r"\+?\d+", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not re.fullmatch(r"\d+", text) or int(text) >= 2**64:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 2**64 - 1, not {text!r}")
+    return int(text)
+
+
+def _number(low: float, high: float, open_low: bool = False) -> Any:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high or (open_low and value == low):
+            lowest = f"above {low:g}" if open_low else f"from {low:g}"
+            raise argparse.ArgumentTypeError(f"must be a number {lowest} to {high:g}, not {text!r}")
+        return value
+
+    return parse
+
+
+def _output(text: str) -> Path:
+    path = Path(text)
+    if path.suffix and path.suffix.lower() not in SUFFIXES and not path.is_dir() and not text.endswith(os.sep):
+        raise argparse.ArgumentTypeError(f"{text}: a file must end in {', '.join(SUFFIXES)}; a folder in {os.sep}")
+    return path
+
+
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, takes no abbreviations, and keeps no trace of what is not given."""
+
+    def __init__(self, **kw: Any):
+        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, **kw)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        namespace, rest = super().parse_known_args(args, namespace)
+        if rest:
+            word, known = rest[0].split("=")[0], [s for a in self._actions for s in a.option_strings]
+            self.error(f"unknown argument {word!r}{nearest(word, known)}")
+        return namespace, rest
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> Parser:
+    from . import __version__
+
+    parser = Parser(prog="minit2v", description="Text-to-video diffusion.")
+    parser.add_argument("--version", action="version", version=f"minit2v {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    generate = commands.add_parser("generate", help="make videos of texts")
+    generate.add_argument("prompt", nargs="*", default=[], help="what to show; each prompt makes a file")
+    generate.add_argument("--prompts", metavar="FILE", help="a file with one prompt per line, - for standard input")
+    generate.add_argument("--replay", metavar="VIDEO", help="make this video again; options given here win")
+    generate.add_argument("--num-frames", type=_whole, metavar="N", help="length of the video")
+
+    restyle = commands.add_parser("restyle", help="make a video of a video and a text")
+    restyle.add_argument("video", help="a video, a GIF, or a folder of images")
+    restyle.add_argument("prompt", nargs="*", default=[], help="what to show; each prompt makes a file")
+    restyle.add_argument("--prompts", metavar="FILE", help="a file with one prompt per line, - for standard input")
+    restyle.add_argument("--strength", type=_number(0, 1), metavar="S",
+                         help="how far to go from the video: 0 not at all, 1 all the way")
+
+    for sub in (generate, restyle):
+        size = "the model's" if sub is generate else "the video's"
+        sub.add_argument("--model", help=f"a folder or a hub id; {EMBEDDED} is the one in this package")
+        sub.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub")
+        sub.add_argument("--variant", metavar="NAME", help="variant of the weights' files: fp16")
+        sub.add_argument("--negative-prompt", metavar="TEXT", help="what not to show")
+        sub.add_argument("--steps", type=_whole, metavar="N", help="denoising steps")
+        sub.add_argument("--guidance-scale", type=_number(0, 1000), metavar="G", help="how close to the prompt")
+        sub.add_argument("--scheduler", metavar="NAME", help=f"solver: {', '.join(SCHEDULERS)}, or a class name")
+        sub.add_argument("--seed", type=_seed, metavar="N", help="of the noise, the same for each prompt; else drawn")
+        sub.add_argument("--height", type=_whole, metavar="PIXELS", help=f"if not {size}")
+        sub.add_argument("--width", type=_whole, metavar="PIXELS", help=f"if not {size}")
+        sub.add_argument("--fps", type=_number(0, 1000, True), metavar="RATE",
+                         help="frames per second: 8" if sub is generate else "frames per second, if not the video's")
+        sub.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
+                         help="of the weights: float16 on cuda, else float32")
+        sub.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, ...")
+        sub.add_argument("--compat", choices=("diffusers",), help="give the reference's numbers where ours differ")
+        sub.add_argument("--kernels", choices=("auto", "torch", "triton"), help="how to run the fused operations")
+        sub.add_argument("-o", "--output", type=_output, metavar="PATH",
+                         help=f"a file ({', '.join(SUFFIXES)}; replaced), or a folder (names are made, none replaced)")
+
+    inspect = commands.add_parser("inspect", help="say what is in a model, without loading its weights")
+    inspect.add_argument("model", help=f"a folder, a hub id, or {EMBEDDED}")
+    inspect.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub")
+    inspect.add_argument("--variant", metavar="NAME", help="variant of the weights' files: fp16")
+
+    for sub in (generate, restyle, inspect):
+        sub.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
+    return parser
+
+
+# ------------------------------------------------------------------------------------------------------------ command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0, 1 after an error, 2 on wrong usage, 130 when interrupted."""
+    parser = _parser()
+    debug = False
+    try:
+        with _said_in_one_line():
+            args = parser.parse_args(argv)
+            debug = args.debug
+            if args.command == "inspect":
+                return _inspect(args)
+            return _make(args, parser)
+    except SystemExit as e:  # of argparse, which has said why
+        return e.code if isinstance(e.code, int) else 1
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        _say("interrupted; nothing half-written is left")
+        return 130
+    except Exception as e:
+        if debug:
+            raise
+        _say(f"error: {_one_line(e)}")
+        return 1
+
+
+def _say(text: str) -> None:
+    print(f"minit2v: {text}", file=sys.stderr, flush=True)
+
+
+def _one_line(e: BaseException) -> str:
+    if isinstance(e, OSError) and e.strerror:
+        return f"{e.filename}: {e.strerror}" if e.filename else e.strerror
+    if type(e).__name__ == "OutOfMemoryError":
+        return f"out of memory: fewer frames, a smaller size or --dtype float16 need less ({str(e).split('.')[0]})"
+    text = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
+    return " ".join(text.split()) or type(e).__name__
+
+
+@contextmanager
+def _said_in_one_line() -> Iterator[None]:
+    """Warnings and the package's log messages as single lines, each once."""
+
+    def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+        _say(f"warning: {' '.join(str(message).split())}")
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("minit2v: warning: %(message)s"))
+    handler.setLevel(logging.WARNING)
+    logger = logging.getLogger("minit2v")
+    before, propagate = warnings.showwarning, logger.propagate
+    warnings.showwarning, logger.propagate = show, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        warnings.showwarning, logger.propagate = before, propagate
+        logger.removeHandler(handler)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from .inspection import report
+
+    lines, good = report(_find_model(args.model), revision=getattr(args, "revision", None),
+                         variant=getattr(args, "variant", None))
+    print("\n".join(lines))
+    return 0 if good else 1
+
+
+# ------------------------------------------------------------------------------------------------------------- videos
+
+
+def _make(args: argparse.Namespace, parser: Parser) -> int:
+    """`generate` and `restyle`: one model, a file for each prompt."""
+    stored: dict[str, Any] = {}
+    if "replay" in args:
+        args, stored = _replay(args, parser)
+    prompts = list(args.prompt) + (_read_prompts(args.prompts) if "prompts" in args else [])
+    if not prompts:
+        parser.error("give a prompt" + (", --prompts FILE or --replay VIDEO" if args.command == "generate"
+                                        else " or --prompts FILE"))
+    if "kernels" in args:
+        os.environ["MINIT2V_KERNELS"] = args.kernels
+    given = {"model": EMBEDDED, **{k: v for k, v in vars(args).items() if k in SETTINGS}}
+    settings = {"seed": secrets.randbelow(2**32), "fps": 8.0, **PRESETS.get(given["model"], {})}
+    paths = _output_paths(getattr(args, "output", None), prompts, given.get("seed", settings["seed"]))
+    video, source = None, {}
+    if args.command == "restyle":
+        video, measured, source = _read_source(args.video, stored)
+        settings |= measured
+    settings |= given
+    pipe, call = _load(args.command, settings)
+
+    _say(", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in {**source, **settings}.items()
+                   if v is not None and k != "video_sha256"))
+    failures = []
+    for n, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
+        pipe.set_progress_bar_config(desc=f"{n + 1}/{len(prompts)}" if len(prompts) > 1 else None, unit="step",
+                                     dynamic_ncols=True)
+        try:
+            start = time.monotonic()
+            frames = _run(pipe, call, prompt, settings["seed"], video)
+            about = {"minit2v": args.command, "prompt": prompt, **settings, **source, "versions": _versions()}
+            _write(frames, path, settings["fps"], about)
+            print(path, flush=True)
+            _say(f"{len(frames)} frames of {frames.shape[2]}x{frames.shape[1]} in {time.monotonic() - start:.1f} s")
+        except Exception as e:
+            if args.debug:
+                raise
+            failures.append(f"error: {_quote(prompt) + ': ' if len(prompts) > 1 else ''}{_one_line(e)}")
+    for line in failures:
+        _say(line)
+    if failures and len(prompts) > 1:
+        _say(f"{len(failures)} of {len(prompts)} prompts failed")
+    return 1 if failures else 0
+
+
+def _run(pipe: Any, call: dict[str, Any], prompt: str, seed: int, video: Any) -> Any:
+    """The frames (f h w 3) of one prompt. The noise comes from the CPU, so that the seed means the same everywhere."""
+    import torch
+
+    extra = {} if video is None else {"video": video}
+    return pipe(prompt, generator=torch.Generator("cpu").manual_seed(seed), output_type="np",
+                decode_chunk_size=DECODED_AT_ONCE, **call, **extra).frames[0]
+
+
+def _write(frames: Any, path: Path, fps: float, about: dict[str, Any]) -> None:
+    from .video import export_to_gif, export_to_video
+
+    export = export_to_gif if path.suffix.lower() == ".gif" else export_to_video
+    export(frames, path, fps=fps, metadata=about)
+
+
+def _load(command: str, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The pipeline, and the arguments of its call; `settings` gets what was chosen for options that were not given."""
+    import inspect
+
+    import torch
+
+    from . import schedulers
+    from .pipelines import TextToVideoSDPipeline, VideoToVideoSDPipeline
+
+    solver = _scheduler_class(settings["scheduler"], schedulers) if settings.get("scheduler") else None
+    device = _device(settings.get("device", "auto"))
+    dtype = settings.setdefault("dtype", "float16" if device.type == "cuda" else "float32")
+    cls = TextToVideoSDPipeline if command == "generate" else VideoToVideoSDPipeline
+    path = _find_model(settings["model"])
+    if settings["model"] != EMBEDDED and Path(settings["model"]).is_dir():
+        settings["model"] = str(Path(settings["model"]).absolute())  # to be found from other folders, too
+    _say(f"loading {settings['model']}")
+    pipe = cls.from_pretrained(path, dtype=getattr(torch, dtype), compat=settings.get("compat"),
+                               **{k: settings[k] for k in ("revision", "variant") if settings.get(k)}).to(device)
+    if solver is not None:
+        pipe.scheduler = solver.from_config(pipe.scheduler.config)
+
+    names = {"steps": "num_inference_steps", **{n: n for n in ("guidance_scale", "negative_prompt", "height", "width")}}
+    if command == "generate":
+        names["num_frames"] = "num_frames"
+        size = pipe.unet.config.sample_size
+        for name, latents in zip(("height", "width"), (size, size) if isinstance(size, int) else size, strict=True):
+            settings.setdefault(name, latents * pipe.vae_scale_factor)
+    else:
+        names["strength"] = "strength"
+        settings.pop("num_frames", None)
+    defaults = inspect.signature(cls.__call__).parameters
+    call = {argument: settings.setdefault(name, defaults[argument].default) for name, argument in names.items()}
+    settings |= {"scheduler": type(pipe.scheduler).__name__, "device": str(device),
+                 "kernels": os.environ.get("MINIT2V_KERNELS") or "auto"}
+    return pipe, call
+
+
+def _find_model(model: str) -> str:
+    """A folder or a hub id."""
+    if model == EMBEDDED:
+        from importlib.resources import files
+
+        folder = files("minit2v") / "assets" / EMBEDDED
+        if not (folder / "model_index.json").is_file():
+            raise FileNotFoundError(errno.ENOENT, "the model of this package is not in this installation", str(folder))
+        return str(folder)
+    if not Path(model).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise FileNotFoundError(errno.ENOENT, f"no such folder, and no hub id (owner/name){nearest(model, [EMBEDDED])}",
+                                model)
+    return model
+
+
+def _scheduler_class(name: str, schedulers: Any) -> type:
+    known = {n.lower(): n for n in dir(schedulers) if n.endswith("Scheduler")}
+    short = {k: v for k, v in SCHEDULERS.items() if v.lower() in known}
+    found = short.get(name.lower(), name).lower()
+    if found not in known:
+        hint = nearest(name.lower(), [*short, *known])
+        raise ValueError(f"no scheduler {name!r}{hint}; there are {', '.join(short)}")
+    return getattr(schedulers, known[found])
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    there = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "auto":
+        return there or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"no device {name!r}; there are auto, cpu{f' and {there.type}' if there else ''}") from None
+    usable = device.type == "cpu" or (there is not None and device.type == there.type)
+    if not usable or (device.index or 0) >= max(1, torch.accelerator.device_count()):
+        raise ValueError(f"the device {name!r} is not here; there are auto, cpu{f' and {there.type}' if there else ''}")
+    return device
+
+
+def _versions() -> dict[str, str]:
+    import torch
+
+    from . import __version__
+
+    return {"minit2v": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+def _read_prompts(file: str) -> list[str]:
+    """The lines of a file, blank ones left out."""
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{file}: not UTF-8 text ({e.reason} at byte {e.start})") from None
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{file}: no prompts in it")
+    return prompts
+
+
+def _quote(prompt: str) -> str:
+    return f'"{prompt}"' if len(prompt) <= 60 else f'"{prompt[:57]}..."'
+
+
+def _output_paths(output: Path | None, prompts: list[str], seed: int) -> list[Path]:
+    """A path for each prompt, in a folder that is there and can be written: found out before the work, not after it."""
+    is_file = output is not None and output.suffix.lower() in SUFFIXES and not output.is_dir()
+    folder = output.parent if is_file else output or Path()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise type(e)(e.errno, f"cannot write here ({e.strerror})", str(folder)) from None
+    if is_file and len(prompts) == 1:
+        if output.exists():
+            _say(f"{output} will be replaced")
+        return [output]
+    paths: list[Path] = []
+    for n, prompt in enumerate(prompts):
+        words = re.sub(r"[\W_]+", "-", prompt.lower())[:40].strip("-") or "video"
+        stem, suffix = (f"{output.stem}-{n + 1}", output.suffix) if is_file else (f"{words}-{seed}", ".mp4")
+        names = (folder / f"{stem}{f'-{k}' if k > 1 else ''}{suffix}" for k in range(1, 10**6))
+        paths.append(next(p for p in names if p not in paths and not p.exists()))
+    return paths
+
+
+def _read_source(path: str, stored: dict[str, Any]) -> tuple[list, dict[str, Any], dict[str, str]]:
+    """The frames to restyle, the settings that they suggest, and what says which video it was."""
+    import hashlib
+
+    from .video import load_video
+
+    frames, fps = load_video(path, return_fps=True)
+    digest = hashlib.sha256(b"".join(f.tobytes() for f in frames)).hexdigest()
+    if stored.get("video_sha256", digest) != digest:
+        raise ValueError(f"{path}: not the video that was restyled, its frames have changed")
+    measured = {"height": frames[0].height, "width": frames[0].width, **({"fps": fps} if fps else {})}
+    return frames, measured, {"video": str(Path(path).absolute()), "video_sha256": digest}
+
+
+def _replay(args: argparse.Namespace, parser: Parser) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The arguments that made a video, under those given now; and what the video has stored."""
+    from .video import read_metadata
+
+    stored = read_metadata(args.replay)
+    command = stored.get("minit2v")
+    if command not in ("generate", "restyle") or not isinstance(stored.get("prompt"), str):
+        raise ValueError(f"{args.replay}: no settings of minit2v are stored in this file")
+    given = {k: v for k, v in vars(args).items() if k not in ("command", "replay", "prompt", "prompts")}
+    if command == "restyle" and "num_frames" in given:
+        raise ValueError(f"--num-frames: {args.replay} was made by restyle, whose source has its number of frames")
+    words = [f"--{k.replace('_', '-')}={stored[k]}" for k in SETTINGS if stored.get(k) is not None]
+    prompts = args.prompt or ([] if "prompts" in args else [stored["prompt"]])
+    again = parser.parse_args([command, *words, "--", *([str(stored.get("video"))] if command == "restyle" else []),
+                               *prompts])
+    for name, value in [*given.items(), *([("prompts", args.prompts)] if "prompts" in args else [])]:
+        setattr(again, name, value)
+
+    then, now = stored.get("versions", {}), _versions()
+    if changed := [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v]:
+        _say(f"warning: the video may come out differently, as versions have changed: {', '.join(changed)}")
+    if "device" not in given:
+        try:
+            _device(again.device)
+        except ValueError:
+            _say(f"warning: made on {again.device}, which is not here: the numbers may differ a little")
+            again.device = "auto"
+    return again, stored
