@@ -2,5 +2,13 @@
 
 from .ddim import DDIMScheduler
 from .dpm_multistep import DPMSolverMultistepScheduler
+from .euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+from .pndm import PNDMScheduler
 
-__all__ = ["DDIMScheduler", "DPMSolverMultistepScheduler"]
+__all__ = [
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "PNDMScheduler",
+]

@@ -267,7 +267,6 @@ class Scheduler:
         self.betas = self._betas(torch.float64)
         self.alphas_cumprod = self._alphas_cumprod(self.betas)
         self.timesteps = torch.arange(c.num_train_timesteps - 1, -1, -1)
-        self.init_noise_sigma: float = 1.0
 
     # --- config
 
@@ -394,6 +393,10 @@ class Scheduler:
     def __len__(self) -> int:
         return self.config.num_train_timesteps
 
+    def _own(self, name: str) -> Any:
+        """The value of a field, None where only other classes have it (the config may then still hold it for them)."""
+        return self.config[name] if name in self.field_defaults() else None
+
     # --- noise levels
 
     def _betas(self, dtype: torch.dtype) -> Tensor:
@@ -406,7 +409,7 @@ class Scheduler:
             raise ValueError(f"trained_betas has {len(betas)} entries for {c.num_train_timesteps} training timesteps")
         if not ((betas > 0) & (betas < 1)).all():
             raise ValueError("every beta must lie between 0 and 1")
-        return zero_terminal_snr(betas) if c.get("rescale_betas_zero_snr") else betas
+        return zero_terminal_snr(betas) if self._own("rescale_betas_zero_snr") else betas
 
     def _alphas_cumprod(self, betas: Tensor) -> Tensor:
         bar = torch.cumprod(1 - betas, 0)
@@ -447,7 +450,12 @@ class Scheduler:
         alpha, sigma = self._levels(sample, timesteps)
         return (alpha * noise - sigma * sample).to(sample.dtype)
 
-    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+    @property
+    def init_noise_sigma(self) -> float:
+        """The standard deviation of the noise that the first step expects."""
+        return 1.0
+
+    def scale_model_input(self, sample: Tensor, timestep: int | float | Tensor | None = None) -> Tensor:
         """What the network sees; here the sample itself."""
         return sample
 
@@ -492,7 +500,7 @@ class SigmaScheduler(Scheduler):
         self.sigmas = torch.cat([self._table().flip(0), torch.zeros(1, dtype=torch.float64)])
         self.step_index: int | None = None
         self.begin_index: int | None = None
-        spacings = [n for n in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas") if self.config.get(n)]
+        spacings = [n for n in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas") if self._own(n)]
         if len(spacings) > 1:
             raise ValueError(f"{type(self).__name__}: choose one of {' and '.join(spacings)}")
 
@@ -503,14 +511,14 @@ class SigmaScheduler(Scheduler):
 
     def _spaced(self, high: float, low: float, n: int) -> np.ndarray | None:
         """n sigmas by the spacing that the config asks for, None where it asks for none."""
-        c = self.config
-        low = low if c.get("sigma_min") is None else c["sigma_min"]
-        high = high if c.get("sigma_max") is None else c["sigma_max"]
-        if c.use_karras_sigmas:
+        # sigma_min and sigma_max are fields of Euler's that DPM-Solver heeds too where its config holds them.
+        low = low if self.config.get("sigma_min") is None else self.config["sigma_min"]
+        high = high if self.config.get("sigma_max") is None else self.config["sigma_max"]
+        if self._own("use_karras_sigmas"):
             return karras_sigmas(high, low, n)
-        if c.get("use_lu_lambdas") or c.use_exponential_sigmas:
+        if self._own("use_lu_lambdas") or self._own("use_exponential_sigmas"):
             return exponential_sigmas(high, low, n)
-        return beta_sigmas(high, low, n) if c.use_beta_sigmas else None
+        return beta_sigmas(high, low, n) if self._own("use_beta_sigmas") else None
 
     def _set_grid(self, timesteps: np.ndarray, sigmas: np.ndarray, device: Any, dtype: torch.dtype) -> None:
         self.num_inference_steps = len(timesteps)
@@ -558,7 +566,7 @@ class SigmaScheduler(Scheduler):
 
 
 # Fields that we add to the published ones (minit2v/compat.py lists them with their reasons).
-_EXTRA_FIELDS = frozenset({"previous_timestep", "sde_third_order"})
+_EXTRA_FIELDS = frozenset({"previous_timestep", "sde_third_order", "average"})
 
 
 def _compat_fields(cls: type[Scheduler], compat: str | None) -> dict[str, Any]:
