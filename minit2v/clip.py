@@ -61,8 +61,9 @@ class CLIPTextConfig:
     def __post_init__(self):
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {' or '.join(map(repr, ACTIVATIONS))}, not {self.hidden_act!r}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size={self.hidden_size} is no multiple of num_attention_heads={self.num_attention_heads}")
+        dim, heads = self.hidden_size, self.num_attention_heads
+        if dim % heads:
+            raise ValueError(f"hidden_size={dim} is no multiple of num_attention_heads={heads}")
 
 
 class CausalAttention(nn.Module):
@@ -120,6 +121,7 @@ class CLIPTextModel(Network):
     Config = CLIPTextConfig
     layout = LAYOUT
     weights_name = "model"
+    head = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
 
     def __init__(self, config: CLIPTextConfig | None = None, **fields: Any):
         super().__init__(config, **fields)

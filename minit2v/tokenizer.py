@@ -8,7 +8,6 @@ Ids are those of transformers' fast tokenizer, to the letter. That includes one 
 makes every `!` of a prompt a special token of its own, id 0, neither merged nor ended as in other models.
 """
 
-import json
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,8 @@ import torch
 from torch import Tensor
 
 from minit2v_convert.rename import nearest
+
+from .hub import find_folder, parse_json, write_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -236,20 +237,25 @@ class CLIPTokenizer:
         local_files_only: bool = False,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
+        force_download: bool = False,
     ) -> Self:
         """A published tokenizer folder: `tokenizer.json`, or `vocab.json` and `merges.txt`.
 
         Where the files contradict each other, what transformers does holds: `special_tokens_map.json` wins over
         `tokenizer_config.json`, unless the latter carries the newer `added_tokens_decoder`.
         """
-        folder = Path(path_or_id) / (subfolder or "")
-
-        def find(name: str) -> Path | None:
-            return folder / name if (folder / name).is_file() else None
+        folder, names = find_folder(
+            path_or_id,
+            subfolder,
+            revision=revision,
+            local_files_only=local_files_only,
+            token=token,
+            cache_dir=cache_dir,
+            force_download=force_download,
+        )
 
         def read(name: str) -> dict[str, Any]:
-            file = find(name)
-            return {} if file is None else json.loads(file.read_text(encoding="utf-8"))
+            return parse_json(folder / name) if name in names else {}
 
         config = read("tokenizer_config.json")
         _check_fields("tokenizer_config.json", config, (*NAMED, "model_max_length", "added_tokens_decoder"))
@@ -258,15 +264,20 @@ class CLIPTokenizer:
         # Of tokenizer.json the vocabulary is read and no more: how text is split is CLIP's own and known.
         whole = read("tokenizer.json")
         if whole:
-            vocab, merges = whole["model"]["vocab"], [tuple(m.split(" ") if isinstance(m, str) else m) for m in
-                                                      whole["model"]["merges"]]
-        else:
+            model = whole.get("model", {})
+            if not {"vocab", "merges"} <= model.keys():
+                raise ValueError(f"{folder / 'tokenizer.json'} holds no byte-pair vocabulary")
+            vocab, merges = model["vocab"], model["merges"]
+            merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
+        elif "vocab.json" in names and "merges.txt" in names:
             from tokenizers.models import BPE
 
-            files = [find(name) for name in ("vocab.json", "merges.txt")]
-            if None in files:
-                raise FileNotFoundError(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt")
-            vocab, merges = BPE.read_file(*map(str, files))
+            try:
+                vocab, merges = BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+            except Exception as error:  # the library raises no narrower class
+                raise ValueError(f"{folder}: vocab.json or merges.txt is broken: {error}") from None
+        else:
+            raise FileNotFoundError(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt")
 
         if "added_tokens_decoder" in config:
             added = {t["content"]: {**t, "id": int(n)} for n, t in config["added_tokens_decoder"].items()}
@@ -309,8 +320,8 @@ class CLIPTokenizer:
             "model_max_length": self.model_max_length,
             "tokenizer_class": "CLIPTokenizer",
         }
-        for name, value in {"special_tokens_map.json": named, "tokenizer_config.json": config}.items():
-            (folder / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(folder / "special_tokens_map.json", named)
+        write_json(folder / "tokenizer_config.json", config)
 
 
 def _check_fields(file: str, fields: Mapping[str, Any], known: Sequence[str]) -> None:

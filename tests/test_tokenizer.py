@@ -254,9 +254,17 @@ def test_missing_and_broken_files_are_named(published, tmp_path):
     (folder / "merges.txt").write_text("#version: 0.2\nc a\nca zz\n")
     with raises(ValueError, match="do not fit together.*zz"):
         CLIPTokenizer.from_pretrained(folder)
+    (folder / "vocab.json").write_text('{"a": ')
+    with raises(ValueError, match="vocab.json or merges.txt is broken"):
+        CLIPTokenizer.from_pretrained(folder)
     (folder / "merges.txt").unlink()
     with raises(FileNotFoundError, match="neither tokenizer.json nor vocab.json and merges.txt"):
         CLIPTokenizer.from_pretrained(folder)
+    (folder / "tokenizer.json").write_text('{"model": {"type": "Unigram", "vocab": []}}')
+    with raises(ValueError, match="tokenizer.json holds no byte-pair vocabulary"):
+        CLIPTokenizer.from_pretrained(folder)
+    with raises(FileNotFoundError, match="no folder"):
+        CLIPTokenizer.from_pretrained(tmp_path / "nowhere")
 
 
 def test_importing_it_does_not_import_the_library():

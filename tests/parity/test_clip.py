@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from transformers import CLIPTextConfig as PeerConfig
@@ -66,6 +68,8 @@ def test_clip_skip_counts_as_diffusers_does(pair, ids, skip):
 def test_what_we_save_loads_in_transformers(pair, ids, tmp_path):
     ours, peer = pair
     ours.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["CLIPTextModel"] and config["model_type"] == Peer.config_class.model_type
     loaded, info = Peer.from_pretrained(tmp_path, dtype=torch.float64, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert (states(loaded.eval(), ids)[0] - states(peer, ids)[0]).abs().max() < 1e-12
