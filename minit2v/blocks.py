@@ -1,7 +1,8 @@
 """The one vocabulary of the UNets.
 
-Between blocks x is `(b f) c h w` in channels-last memory: in memory b, f, h, w, c. So tokens `(b f) (h w) c`, clips
-`b c (f h) w` (a group norm over all frames) and `b f (h w) c` (attention and convolution along time) are views of it.
+Between blocks x is `(b f) c h w`. Transformers hold it in channels-last memory, where tokens `(b f) (h w) c` and
+`b f (h w) c` are views of it. Convolutions hold it as `conv_layout` says. Every reshape below is right in both layouts,
+and a view wherever the layout allows one.
 """
 
 import torch
@@ -10,7 +11,16 @@ from torch import Tensor, nn
 
 from minit2v_kernels import group_norm_silu
 
-from .layers import TransformerBlock
+from .layers import Linear, TransformerBlock
+
+
+def conv_layout(x: Tensor) -> Tensor:
+    """(n c h w) -> the same, in the memory layout in which convolutions are fast.
+
+    Channels-last, but for the CPU: there the weights, which are stored with the input channels outside, would be
+    rearranged at every call, and at the coarse levels the weights are far larger than x.
+    """
+    return x.contiguous() if x.is_cpu else x.contiguous(memory_format=torch.channels_last)
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -24,8 +34,13 @@ def to_image(x: Tensor, h: int) -> Tensor:
 
 
 def to_clip(x: Tensor, f: int) -> Tensor:
-    """((b f) c h w) -> (b c (f h) w) in channels-last memory."""
-    return to_image(to_tokens(x).reshape(x.shape[0] // f, -1, x.shape[1]), f * x.shape[2])
+    """((b f) c h w) -> (b c f (h w)): the image that a convolution along time or a norm over all frames sees."""
+    return x.unflatten(0, (-1, f)).transpose(1, 2).flatten(3)
+
+
+def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """SiLU(GroupNorm(x)), (n c h w) -> (n c h w)."""
+    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
 
 
 class ResBlock(nn.Module):
@@ -35,22 +50,17 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.emb = nn.Linear(emb_dim, c_out)
+        self.emb = Linear(emb_dim, c_out)
         self.norm2 = nn.GroupNorm(groups, c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x ((b f) c h w), emb (b d) after its SiLU -> ((b f) c h w)."""
+        x = conv_layout(x)
         h = self.conv1(norm_silu(self.norm1, x))
         h = (h.unflatten(0, (len(emb), -1)) + self.emb(emb)[:, None, :, None, None]).flatten(0, 1)
-        h = self.conv2(norm_silu(self.norm2, h))
-        return self.skip(x) + h
-
-
-def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """SiLU(GroupNorm(x)), (n c h w) -> (n c h w)."""
-    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+        return self.skip(x) + self.conv2(norm_silu(self.norm2, h))
 
 
 class TemporalConv(nn.Module):
@@ -68,15 +78,12 @@ class TemporalConv(nn.Module):
 
     def forward(self, x: Tensor, f: int) -> Tensor:
         """x ((b f) c h w) -> ((b f) c h w)."""
-        h = to_clip(x, f)
+        h = conv_layout(to_clip(x, f))
         for norm, conv in zip(self.norms, self.convs, strict=True):
-            h = norm_silu(norm, h)
-            # Conv3d over (f, h, w) with a kernel of (3, 1, 1) is a 2D convolution over an image of f rows and (h w)
-            # columns, for which every backend has a fast path; on the CPU Conv3d has none for this kernel.
-            image = to_image(to_tokens(h), f)
-            h = F.conv2d(image, conv.weight.squeeze(-1), conv.bias, padding=(1, 0))
-            h = to_image(to_tokens(h), f * x.shape[2])
-        return x + to_image(to_tokens(h).reshape(x.shape[0], -1, x.shape[1]), x.shape[2])
+            # A convolution over (f, h, w) with a kernel of (3, 1, 1) is one over an image of f rows and (h w) columns
+            # with a kernel of (3, 1). In two dimensions every backend has a fast path; in three the CPU has none.
+            h = F.conv2d(norm_silu(norm, h), conv.weight.squeeze(-1), conv.bias, padding=(1, 0))
+        return x + h.transpose(1, 2).reshape(x.shape)
 
 
 class SpatialTransformer(nn.Module):
@@ -85,12 +92,13 @@ class SpatialTransformer(nn.Module):
     def __init__(self, c: int, heads: int, head_dim: int, context_dim: int, groups: int):
         super().__init__()
         self.norm = nn.GroupNorm(groups, c, eps=1e-6)
-        self.proj_in = nn.Linear(c, heads * head_dim)
+        self.proj_in = Linear(c, heads * head_dim)
         self.block = TransformerBlock(heads * head_dim, heads, head_dim, context_dim)
-        self.proj_out = nn.Linear(heads * head_dim, c)
+        self.proj_out = Linear(heads * head_dim, c)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """x ((b f) c h w), context (b l d) -> ((b f) c h w)."""
+        x = x.contiguous(memory_format=torch.channels_last)
         h = self.proj_in(to_tokens(self.norm(x)))
         return x + to_image(self.proj_out(self.block(h, context)), x.shape[2])
 
@@ -101,13 +109,14 @@ class TemporalTransformer(nn.Module):
     def __init__(self, c: int, heads: int, head_dim: int, groups: int):
         super().__init__()
         self.norm = nn.GroupNorm(groups, c, eps=1e-6)
-        self.proj_in = nn.Linear(c, heads * head_dim)
+        self.proj_in = Linear(c, heads * head_dim)
         self.block = TransformerBlock(heads * head_dim, heads, head_dim)
-        self.proj_out = nn.Linear(heads * head_dim, c)
+        self.proj_out = Linear(heads * head_dim, c)
 
     def forward(self, x: Tensor, f: int) -> Tensor:
         """x ((b f) c h w) -> ((b f) c h w)."""
-        h = to_tokens(self.norm(to_clip(x, f))).unflatten(1, (f, -1))
+        x = x.contiguous(memory_format=torch.channels_last)
+        h = self.norm(to_clip(x, f)).permute(0, 2, 3, 1)  # b f (h w) c
         h = self.proj_out(self.block(self.proj_in(h)))
         return x + to_image(h.flatten(0, 1), x.shape[2])
 
@@ -120,4 +129,4 @@ class Upsample(nn.Conv2d):
 
     def forward(self, x: Tensor, size: torch.Size) -> Tensor:
         """x (n c h w) -> (n c *size)."""
-        return super().forward(F.interpolate(x, size=size, mode="nearest"))
+        return super().forward(F.interpolate(conv_layout(x), size=size, mode="nearest"))

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     """t (n,) -> (n dim), dim even: cosines, then sines, at dim / 2 frequencies from 1 down towards 1 / max_period.
@@ -22,6 +24,20 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+class Linear(nn.Linear):
+    """nn.Linear; on the CPU, without gradients, through oneDNN.
+
+    Its float32 kernels use AVX-512 on every x86 that has it. MKL's, which nn.Linear calls, do so on Intel's only: on
+    AMD's they take twice the time.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (... in_features) -> (... out_features)."""
+        if x.is_cpu and x.dtype == torch.float32 and ONEDNN and not torch.is_grad_enabled():
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return super().forward(x)
+
+
 class Attention(nn.Module):
     """Multi-head scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, section 3.2)."""
 
@@ -29,10 +45,10 @@ class Attention(nn.Module):
         super().__init__()
         inner, context_dim = heads * head_dim, context_dim or dim
         self.head_dim = head_dim
-        self.to_q = nn.Linear(dim, inner, bias=False)
-        self.to_k = nn.Linear(context_dim, inner, bias=False)
-        self.to_v = nn.Linear(context_dim, inner, bias=False)
-        self.to_out = nn.Linear(inner, dim)
+        self.to_q = Linear(dim, inner, bias=False)
+        self.to_k = Linear(context_dim, inner, bias=False)
+        self.to_v = Linear(context_dim, inner, bias=False)
+        self.to_out = Linear(inner, dim)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x (n l ... d), context (n m ... c) or None for x itself -> (n l ... d).
@@ -54,8 +70,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.proj_in = nn.Linear(dim, 8 * dim)
-        self.proj_out = nn.Linear(4 * dim, dim)
+        self.proj_in = Linear(dim, 8 * dim)
+        self.proj_out = Linear(4 * dim, dim)
         self.chunking: tuple[int, int] | None = None  # (size, axis 0 or 1): run in pieces, to need less memory
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from minit2v_convert import diffusers_unet3d
 
-from .blocks import ResBlock, SpatialTransformer, TemporalConv, TemporalTransformer, Upsample, norm_silu
+from .blocks import ResBlock, SpatialTransformer, TemporalConv, TemporalTransformer, Upsample, conv_layout, norm_silu
 from .hub import Network
-from .layers import FeedForward, timestep_embedding
+from .layers import FeedForward, Linear, timestep_embedding
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class UNet3DConfig:
                 f"the narrowest of block_out_channels, not {width!r}"
             )
         if not isinstance(groups, int) or groups < 1 or any(c % groups for c in self.block_out_channels):
-            raise ValueError(f"norm_num_groups {groups} must divide each of block_out_channels {self.block_out_channels}")
+            raise ValueError(f"norm_num_groups {groups} must divide block_out_channels {self.block_out_channels}")
         if self.block_out_channels[0] % 2:
             raise ValueError(f"block_out_channels[0] must be even (sines, cosines), not {self.block_out_channels[0]}")
 
@@ -117,7 +117,7 @@ class UNet3DConditionModel(Network):
         channels, layers, groups = config.block_out_channels, config.layers_per_block, config.norm_num_groups
         base, last = channels[0], len(channels) - 1
         levels = list(enumerate(zip(channels, config.attention, strict=True)))
-        self.time_mlp = nn.Sequential(nn.Linear(base, 4 * base), nn.SiLU(), nn.Linear(4 * base, 4 * base))
+        self.time_mlp = nn.Sequential(Linear(base, 4 * base), nn.SiLU(), Linear(4 * base, 4 * base))
         self.conv_in = nn.Conv2d(config.in_channels, base, 3, padding=1)
         self.temporal_in = TemporalTransformer(base, 8, config.attention_head_dim, groups)
 
@@ -150,7 +150,7 @@ class UNet3DConditionModel(Network):
         emb = timestep_embedding(t, self.config.block_out_channels[0]).to(self.dtype)
         emb = nn.functional.silu(self.time_mlp(emb)).expand(b, -1)  # every block starts from the same SiLU of it
 
-        x = rearrange(x, "b c f h w -> (b f) c h w").contiguous(memory_format=torch.channels_last)
+        x = conv_layout(rearrange(x, "b c f h w -> (b f) c h w"))
         x = self.temporal_in(self.conv_in(x), f)
         skips = [x]
         for level in self.down:
@@ -158,7 +158,7 @@ class UNet3DConditionModel(Network):
                 x = self.run(block, x, emb, context, f)
                 skips.append(x)
             if level.resample is not None:
-                x = level.resample(x)
+                x = level.resample(conv_layout(x))
                 skips.append(x)
         for block in self.mid:
             x = self.run(block, x, emb, context, f)
@@ -167,7 +167,7 @@ class UNet3DConditionModel(Network):
                 x = self.run(block, torch.cat([x, skips.pop()], dim=1), emb, context, f)
             if level.resample is not None:
                 x = level.resample(x, skips[-1].shape[-2:])
-        x = self.conv_out(norm_silu(self.norm_out, x))
+        x = self.conv_out(norm_silu(self.norm_out, conv_layout(x)))
         return rearrange(x, "(b f) c h w -> b c f h w", f=f).contiguous()
 
     def run(self, block: Block, x: Tensor, emb: Tensor, context: Tensor, f: int) -> Tensor:
