@@ -1,0 +1,488 @@
+"""What every pipeline is made of: components, a text encoded once, the denoising loop, frames out of the VAE.
+
+    text, negative = encode_prompt(...)         tokenizer, CLIP
+    x = noise, or an encoded video with noise   (b c f h w)
+    x = denoise(x, timesteps, ...)              UNet and scheduler, step by step
+    frames = decode_latents(x)                  VAE
+"""
+
+import inspect
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from minit2v_convert.rename import nearest
+
+from ..compat import compat_fields
+from ..hub import first_nonfinite
+from . import files, frames
+
+logger = logging.getLogger(__name__)
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+@dataclass
+class PipelineOutput:
+    """What a pipeline returns: `frames` by name, `output[0]` or `output["frames"]`. `frames[i]` is the i-th video."""
+
+    frames: Any
+
+    def to_tuple(self) -> tuple[Any]:
+        return (self.frames,)
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        return self.__dict__[key] if isinstance(key, str) else self.to_tuple()[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.to_tuple())
+
+    def __len__(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True)
+class StepCallbacks:
+    """What a caller wants to hear of, and to change, after each step."""
+
+    legacy: Callable[[int, Tensor, Tensor], None] | None = None  # (step, t, latents), its result is not used
+    legacy_every: int = 1
+    on_end: Callable[..., dict[str, Tensor] | None] | None = None  # (pipe, step, t, tensors) -> tensors to replace
+    names: Sequence[str] = ("latents",)  # the tensors that `on_end` is shown
+    NAMES: ClassVar[tuple[str, ...]] = ("latents", "prompt_embeds", "negative_prompt_embeds")
+
+    def check(self) -> None:
+        if not isinstance(self.legacy_every, int) or self.legacy_every < 1:
+            raise ValueError(f"callback_steps must be a positive integer, not {self.legacy_every!r}")
+        if unknown := [n for n in self.names if n not in self.NAMES]:
+            raise ValueError(f"callback_on_step_end_tensor_inputs: {unknown} is not among {list(self.NAMES)}")
+
+    def __call__(self, pipe: "DiffusionPipeline", step: int, t: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
+        """The tensors (in the order of NAMES) after the callbacks have seen them and perhaps replaced some."""
+        state = dict(zip(self.NAMES, tensors, strict=True))
+        if self.legacy is not None and step % self.legacy_every == 0:
+            self.legacy(step, t, state["latents"])
+        if self.on_end is not None:
+            new = self.on_end(pipe, step, t, {n: state[n] for n in self.names}) or {}
+            if unknown := [n for n in new if n not in self.NAMES]:
+                raise ValueError(f"callback_on_step_end returned {unknown}, which is not among {list(self.NAMES)}")
+            state |= new
+        return list(state.values())
+
+
+class DiffusionPipeline:
+    """Components under the names of model_index.json, and what can be done with all of them together."""
+
+    COMPONENTS: ClassVar[dict[str, tuple[str, ...]]] = {}  # name -> classes that fit; none given: any scheduler
+    FIELDS: ClassVar[tuple[str, ...]] = ()  # the deviations (compat.py) that are saved with the pipeline
+    STEP_AXES: ClassVar[str] = "(b f) c h w"  # how the scheduler sees the latents: it draws its noise in this shape
+    HINTS: ClassVar[dict[str, str]] = {}  # arguments of other pipelines -> what to do instead
+    CLASSES: ClassVar[dict[str, type["DiffusionPipeline"]]] = {}
+
+    def __init_subclass__(cls, **kw: Any):
+        super().__init_subclass__(**kw)
+        DiffusionPipeline.CLASSES[cls.__name__] = cls
+
+    def __init__(self, components: dict[str, Any], compat: str | None, fields: dict[str, Any]):
+        """Fields that are None take their value from `compat` (None, or "diffusers" for the reference's numbers)."""
+        defaults = compat_fields(type(self).__name__, compat)
+        self.compat = compat
+        for name in self.FIELDS:
+            setattr(self, name, defaults[name] if fields[name] is None else fields[name])
+        for name in self.COMPONENTS:
+            setattr(self, name, components[name])
+        self._offload_to: torch.device | None = None
+        self._progress: dict[str, Any] = {}
+
+    # Components ------------------------------------------------------------------------------------------------------
+
+    @property
+    def components(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.COMPONENTS}
+
+    @property
+    def scheduler(self) -> Any:
+        return self._scheduler
+
+    @scheduler.setter
+    def scheduler(self, scheduler: Any) -> None:
+        """`compat` holds for a scheduler assigned later, too; what it was given explicitly stays."""
+        self._scheduler = scheduler.with_compat(self.compat) if self.compat and scheduler is not None else scheduler
+
+    @property
+    def _networks(self) -> dict[str, nn.Module]:
+        return {name: c for name, c in self.components.items() if isinstance(c, nn.Module)}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._main_network.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the components are: the CPU, between calls, when they are offloaded to it."""
+        return self._main_network.device
+
+    @property
+    def _main_network(self) -> nn.Module:
+        if not self._networks:
+            raise ValueError(f"this {type(self).__name__} has no networks")
+        return self._networks.get("unet") or next(iter(self._networks.values()))
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent, along height and width."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 8
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_id: str | Path,
+        *,
+        variant: str | None = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        torch_dtype: torch.dtype | str | dict[str, torch.dtype | str] | None = None,
+        dtype: torch.dtype | str | dict[str, torch.dtype | str] | None = None,
+        use_safetensors: bool | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        compat: str | None = None,
+        **overrides: Any,
+    ) -> Self:
+        """The pipeline of a local folder or a hub id.
+
+        Called on `DiffusionPipeline`, model_index.json names the class. `torch_dtype` and `dtype` are one argument
+        under its old and new name; None is float32, and a dictionary {component: dtype, "default": dtype} gives each
+        its own. Components given by name (`vae=...`, `scheduler=...`) are used in place of the folder's, also None.
+        """
+        where = dict(revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir,
+                     force_download=force_download)
+        index = files.read_index(path_or_id, subfolder, where)
+        if cls is DiffusionPipeline:
+            cls = files.pick_class(index, DiffusionPipeline.CLASSES)
+        saved = index.get(files.FIELDS_KEY, {})
+        compat = saved.get("compat") if compat is None else compat
+        fields = {name: overrides.pop(name, saved.get(name)) for name in cls.FIELDS}
+        dtypes = files.component_dtypes(torch_dtype, dtype, cls.COMPONENTS)
+        weights = dict(variant=variant, use_safetensors=use_safetensors)
+        components = files.load_components(path_or_id, subfolder, index, cls, overrides, dtypes, where, weights)
+        return cls(**components, compat=compat, **fields)
+
+    def save_pretrained(
+        self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None
+    ) -> None:
+        """Write the published layout, which the reference loads, too. Every file appears complete or not at all."""
+        fields = {name: getattr(self, name) for name in self.FIELDS}
+        files.save_components(Path(folder), type(self).__name__, self.components,
+                              {"compat": self.compat, **fields}, safe_serialization, variant)
+
+    @classmethod
+    def from_pipe(cls, pipe: "DiffusionPipeline", *, torch_dtype: torch.dtype | None = None,
+                  dtype: torch.dtype | None = None, **overrides: Any) -> Self:
+        """A pipeline of this class around the same components: no copy, and no cast where no dtype is given."""
+        known = {**pipe.components, "compat": pipe.compat, **{f: getattr(pipe, f) for f in pipe.FIELDS}}
+        known = {name: value for name, value in known.items() if name in (*cls.COMPONENTS, "compat", *cls.FIELDS)}
+        if "compat" in overrides:  # another mode: its fields, not those of `pipe`
+            known = {name: value for name, value in known.items() if name not in pipe.FIELDS}
+        accepted = (*cls.COMPONENTS, "compat", *cls.FIELDS)
+        for name in overrides:
+            if name not in accepted:
+                raise TypeError(f"{cls.__name__}.from_pipe() has no argument {name!r}{nearest(name, accepted)}")
+        new = cls(**known | overrides)
+        new._offload_to, new._progress = pipe._offload_to, dict(pipe._progress)
+        return new.to(dtype=dtype or torch_dtype)
+
+    # Devices ---------------------------------------------------------------------------------------------------------
+
+    def to(self, *args: Any, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Move and cast every network: `to("cuda")`, `to(torch.float16)`, both in any order. Returns the pipeline."""
+        for arg in args:
+            if isinstance(arg, torch.dtype) and dtype is None:
+                dtype = arg
+            elif isinstance(arg, torch.device | str | int) and device is None:
+                device = arg
+            elif arg is not None:
+                raise TypeError(f"to() takes one device and one dtype, not {arg!r}" + " as well" * (len(args) > 1))
+        if device is not None and self._offload_to is not None and torch.device(device).type != "cpu":
+            logger.warning("The pipeline moves to %s as a whole: model offloading is off from here.", device)
+            self._offload_to = None
+        for network in self._networks.values():
+            network.to(device=device, dtype=dtype)
+        return self
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """Keep the networks on the CPU and bring each to the accelerator only while it computes."""
+        if device is None and torch.accelerator.is_available():
+            device = torch.accelerator.current_accelerator()
+        if device is None or torch.device(device).type == "cpu":
+            logger.warning("No accelerator was found, so nothing is offloaded: the pipeline runs on the CPU.")
+            return
+        device = torch.device(device)
+        if gpu_id is not None and device.index not in (None, gpu_id):
+            raise ValueError(f"gpu_id={gpu_id} contradicts device={str(device)!r}")
+        self.to("cpu")
+        self._offload_to = torch.device(device.type, gpu_id) if gpu_id is not None else device
+
+    @property
+    def _execution_device(self) -> torch.device:
+        return self._offload_to or self.device
+
+    @contextmanager
+    def _placed(self, name: str) -> Iterator[Any]:
+        """The component, where it computes; back to the CPU afterwards if it is offloaded."""
+        component = getattr(self, name)
+        if component is None:
+            raise ValueError(f"this needs the pipeline's {name}, which is None")
+        if self._offload_to is None:
+            yield component
+            return
+        try:
+            yield component.to(self._offload_to)
+        finally:
+            component.to("cpu")
+
+    def enable_vae_slicing(self) -> None:
+        """Decode frame by frame: less memory, the same numbers."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Encode and decode large frames in overlapping tiles: less memory, other numbers where tiles meet."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        self.vae.disable_tiling()
+
+    def set_progress_bar_config(self, **tqdm_arguments: Any) -> None:
+        self._progress = tqdm_arguments
+
+    def progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:
+        from tqdm.auto import tqdm
+
+        return tqdm(iterable, total=total, **self._progress)
+
+    # Text ------------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_prompt(
+        self,
+        prompt: str | list[str] | None,
+        device: torch.device | str | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | list[str] | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        lora_scale: float | None = None,
+        clip_skip: int | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Text states (b l d) of the prompts and of the negative ones; the latter None without guidance.
+
+        One negative prompt serves a whole batch; none at all is the empty text. States that are given are not encoded
+        again.
+        """
+        if lora_scale is not None:
+            raise ValueError("lora_scale: this pipeline has no adapters")
+        device = device or self._execution_device
+        encoder = self.text_encoder if self.text_encoder is not None else self.unet
+        if prompt_embeds is None:
+            prompt_embeds = self._encode([prompt] if isinstance(prompt, str) else list(prompt), None, clip_skip)
+        text = prompt_embeds.to(device=device, dtype=encoder.dtype)
+        if not do_classifier_free_guidance:
+            return text.repeat_interleave(num_images_per_prompt, dim=0), None
+
+        if negative_prompt_embeds is None:
+            texts = [negative_prompt or ""] if isinstance(negative_prompt, str | None) else list(negative_prompt)
+            skip = clip_skip if self.clip_skip_negative else None
+            negative_prompt_embeds = self._encode(texts, text.shape[1], skip)
+        negative = negative_prompt_embeds.to(device=device, dtype=encoder.dtype)
+        if negative.shape[0] == 1:
+            negative = negative.expand(len(text), -1, -1)
+        if negative.shape != text.shape:
+            raise ValueError(f"prompts and negative prompts do not match: {tuple(text.shape)} and "
+                             f"{tuple(negative.shape)} (batch, tokens, width)")
+        return (text.repeat_interleave(num_images_per_prompt, dim=0),
+                negative.repeat_interleave(num_images_per_prompt, dim=0))
+
+    def _encode(self, texts: list[str], length: int | None, clip_skip: int | None) -> Tensor:
+        """b texts -> states (b l d)."""
+        if self.tokenizer is None:
+            raise ValueError("to encode a prompt, the pipeline needs its tokenizer, which is None")
+        ids = self.tokenizer(texts, max_length=length).to(self._execution_device)
+        with self._placed("text_encoder") as text_encoder:
+            states = text_encoder(ids, clip_skip)
+            self._check_finite(states, text_encoder, "the text encoder")
+        return states
+
+    # Denoising -------------------------------------------------------------------------------------------------------
+
+    def denoise(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        steps: int,
+        text: Tensor,
+        negative: Tensor | None,
+        guidance_scale: float,
+        eta: float,
+        generator: Generators,
+        callbacks: StepCallbacks,
+    ) -> Tensor:
+        """x (b c f h w) at the noise of timesteps[0] -> clean latents (b c f h w).
+
+        Guidance (Ho and Salimans, arXiv:2207.12598): the UNet sees every video twice, with the negative and with the
+        positive text, and the prediction goes `guidance_scale` times the way from the one to the other.
+        """
+        step_arguments = self._step_arguments(eta, generator)
+        spare = len(timesteps) - steps * self.scheduler.order  # solver calls that make no step of their own (PNDM)
+        done = 0
+        with self._placed("unet") as unet, self.progress_bar(total=steps) as bar:
+            for i, t in enumerate(timesteps):
+                context = text if negative is None else torch.cat([negative, text])
+                batch = self.scheduler.scale_model_input(x if negative is None else torch.cat([x, x]), t)
+                eps = unet(batch.to(unet.dtype), t, context.to(unet.dtype))
+                if negative is not None:
+                    eps_negative, eps_text = eps.chunk(2)
+                    eps = eps_negative + guidance_scale * (eps_text - eps_negative)
+
+                flat_eps, flat_x = (rearrange(v, f"b c f h w -> {self.STEP_AXES}") for v in (eps, x))
+                flat_x = self.scheduler.step(flat_eps, t, flat_x, **step_arguments).prev_sample
+                x = rearrange(flat_x, f"{self.STEP_AXES} -> b c f h w", b=len(x))
+
+                if i in (0, len(timesteps) - 1):  # bad weights show at once, overflow at the end
+                    self._check_finite(x, unet, "the UNet")
+                if i + 1 == len(timesteps) or (i + 1 > spare and (i + 1) % self.scheduler.order == 0):
+                    x, text, negative = callbacks(self, done, t, x, text, negative)
+                    done += 1
+                    bar.update()
+        return x
+
+    def _step_arguments(self, eta: float, generator: Generators) -> dict[str, Any]:
+        """Those of eta and generator that the scheduler's step knows."""
+        known = inspect.signature(self.scheduler.step).parameters
+        if eta and "eta" not in known:
+            logger.warning("%s has no eta: eta=%s means nothing to it.", type(self.scheduler).__name__, eta)
+        return {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in known}
+
+    # Pixels ----------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor, decode_chunk_size: int | None = None) -> Tensor:
+        """latents (b c f h w) -> pixels (b 3 f H W), float32, about [-1, 1]; `decode_chunk_size` frames at a time."""
+        with self._placed("vae") as vae:
+            z = rearrange(latents.to(vae.device, vae.dtype), "b c f h w -> (b f) c h w") / vae.config.scaling_factor
+            pixels = vae.decode(z, decode_chunk_size).float()
+            self._check_finite(pixels, vae, "the VAE")
+        return rearrange(pixels, "(b f) c h w -> b c f h w", b=latents.shape[0])
+
+    def _output(self, x: Tensor, output_type: str, decode_chunk_size: int | None) -> Any:
+        if output_type == "latent":
+            return x
+        return frames.from_tensor(self.decode_latents(x, decode_chunk_size), output_type)
+
+    # Checks ----------------------------------------------------------------------------------------------------------
+
+    def _check_call(
+        self,
+        prompt: Any,
+        negative_prompt: Any,
+        prompt_embeds: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+        num_inference_steps: int,
+        guidance_scale: float,
+        output_type: str,
+        cross_attention_kwargs: dict[str, Any] | None,
+        decode_chunk_size: int | None,
+        callbacks: StepCallbacks,
+        unknown: dict[str, Any],
+    ) -> int:
+        """Refuse, before any work, what cannot work, each with one line. Returns the number of prompts."""
+        for name in unknown:
+            accepted = [p for p in inspect.signature(self.__call__).parameters if p != "unknown"]
+            raise TypeError(f"{type(self).__name__} has no argument {name!r}{nearest(name, accepted)}"
+                            f"{self.HINTS.get(name, '')}")
+        check_count("num_inference_steps", num_inference_steps)
+        if decode_chunk_size is not None:
+            check_count("decode_chunk_size", decode_chunk_size)
+        callbacks.check()
+        if not isinstance(guidance_scale, int | float) or not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale must be a finite number, not {guidance_scale!r}")
+        if output_type not in frames.OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {frames.OUTPUT_TYPES}, not {output_type!r}")
+        if cross_attention_kwargs:
+            raise ValueError(f"cross_attention_kwargs must be None or empty: no one reads {cross_attention_kwargs}")
+
+        batch = _check_text("prompt", prompt, prompt_embeds, self.unet, required=True)
+        negatives = _check_text("negative_prompt", negative_prompt, negative_prompt_embeds, self.unet, required=False)
+        if negatives not in (1, batch):
+            raise ValueError(f"{negatives} negative prompts for {batch} prompts: give one, or one for each")
+        return batch
+
+    def _check_generator(self, generator: Generators, batch: int) -> None:
+        several = isinstance(generator, list | tuple)
+        if several and len(generator) != batch:
+            raise ValueError(f"{len(generator)} generators for {batch} videos: give one, or one for each")
+        for g in generator if several else [generator]:
+            if not isinstance(g, torch.Generator | None) or (several and g is None):
+                raise TypeError(f"generator must be a torch.Generator or a list of them, not {g!r}")
+            if g is not None and g.device.type not in ("cpu", self._execution_device.type):
+                raise ValueError(f"a generator on {g.device} cannot draw for a pipeline on {self._execution_device}")
+
+    def _check_size(self, height: int, width: int) -> None:
+        for name, value in (("height", height), ("width", width)):
+            check_count(name, value)
+            if value % self.vae_scale_factor:
+                near = max(1, round(value / self.vae_scale_factor)) * self.vae_scale_factor
+                raise ValueError(f"{name} must be a multiple of {self.vae_scale_factor}, not {value} (nearest: {near})")
+
+    def _check_finite(self, x: Tensor, network: nn.Module, what: str) -> None:
+        if torch.isfinite(x).all():
+            return
+        if (name := first_nonfinite(network)) is not None:
+            raise FloatingPointError(f"{what} gave NaN or infinity, because its parameter {name!r} holds some")
+        raise FloatingPointError(f"{what} gave NaN or infinity in {network.dtype} though its parameters are finite"
+                                 + (": use bfloat16 or float32" if network.dtype == torch.float16 else ""))
+
+
+def check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, not {value!r}")
+
+
+def check_finite_input(name: str, x: Tensor | None) -> None:
+    if x is not None and not torch.isfinite(x).all():
+        raise ValueError(f"{name} holds NaN or infinity")
+
+
+def _check_text(name: str, texts: Any, embeds: Tensor | None, unet: nn.Module, required: bool) -> int:
+    """The number of texts, of which the call gives either the words or the states."""
+    if texts is not None and embeds is not None:
+        raise ValueError(f"give {name} or {name}_embeds, not both")
+    if embeds is not None:
+        width = unet.config.cross_attention_dim
+        if not isinstance(embeds, Tensor) or embeds.ndim != 3 or embeds.shape[2] != width or not len(embeds):
+            what = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
+            raise ValueError(f"{name}_embeds must be a tensor (batch, tokens, {width}), not {what}")
+        check_finite_input(f"{name}_embeds", embeds)
+        return len(embeds)
+    if texts is None and required:
+        raise ValueError(f"give a {name} or {name}_embeds")
+    if texts is None or isinstance(texts, str):
+        return 1
+    if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
+        raise ValueError(f"{name} must be a text or a list of texts, not {texts!r:.80}")
+    if not texts:
+        raise ValueError(f"{name} is an empty list")
+    return len(texts)

@@ -1,0 +1,132 @@
+"""A pipeline's folder: model_index.json names the class of each component, which lies in the folder of its name."""
+
+import importlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minit2v_convert.rename import nearest
+
+from .. import hub
+
+logger = logging.getLogger(__name__)
+
+INDEX = "model_index.json"
+FIELDS_KEY = "_minit2v"  # our own fields in the index; the reference passes over names that begin with "_"
+
+# Published class name -> module. Schedulers are looked up in `minit2v.schedulers`.
+CLASSES = {
+    "AutoencoderKL": "vae",
+    "CLIPTextModel": "clip",
+    "CLIPTokenizer": "tokenizer",
+    "CLIPTokenizerFast": "tokenizer",
+    "UNet3DConditionModel": "unet3d",
+}
+
+# What indexes name and no pipeline here uses, and why that is all right.
+UNUSED = {
+    "safety_checker": "a classifier of single images, after the VAE",
+    "feature_extractor": "prepares images for the safety checker",
+    "image_encoder": "turns image prompts into vectors, and there are none",
+    "requires_safety_checker": "a switch of the safety checker",
+}
+
+
+def read_index(path_or_id: str | Path, subfolder: str | None, where: dict[str, Any]) -> dict[str, Any]:
+    """The content of model_index.json."""
+    return hub.read_json(path_or_id, INDEX, subfolder=subfolder, **where)
+
+
+def pick_class(index: dict[str, Any], classes: dict[str, type]) -> type:
+    name = index.get("_class_name")
+    if name in classes:
+        return classes[name]
+    raise ValueError(f"{INDEX} names the pipeline {name!r}, which is not here{nearest(str(name), list(classes))}; "
+                     f"call from_pretrained on the class you want: {', '.join(sorted(classes))}")
+
+
+def component_dtypes(torch_dtype: Any, dtype: Any, names: Any) -> dict[str, torch.dtype]:
+    """The dtype of each component, from one dtype, its name, a dictionary of them, or None for float32."""
+    if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
+        raise ValueError(f"torch_dtype={torch_dtype} and dtype={dtype} are one argument: give one")
+    given = torch_dtype if dtype is None else dtype
+    given = dict(given) if isinstance(given, dict) else {"default": given}
+    for name in given:
+        if name not in names and name != "default":
+            raise ValueError(f"dtype for {name!r}, which is no component{nearest(name, [*names, 'default'])}")
+    default = given.pop("default", None)
+    return {name: hub.pick_dtype(given.get(name, default)) for name in names}
+
+
+def load_components(
+    path_or_id: str | Path,
+    subfolder: str | None,
+    index: dict[str, Any],
+    pipeline: type,
+    overrides: dict[str, Any],
+    dtypes: dict[str, torch.dtype],
+    where: dict[str, Any],
+    weights: dict[str, Any],
+) -> dict[str, Any]:
+    """name -> component, each from its folder or from `overrides`."""
+    for name in overrides:
+        if name not in pipeline.COMPONENTS and name not in UNUSED:
+            known = [*pipeline.COMPONENTS, *pipeline.FIELDS, "variant", "revision", "subfolder", "torch_dtype", "dtype",
+                     "use_safetensors", "local_files_only", "token", "cache_dir", "force_download", "compat"]
+            raise TypeError(f"{pipeline.__name__}.from_pretrained() has no argument {name!r}{nearest(name, known)}")
+    entries = {name: value for name, value in index.items() if not name.startswith("_")}
+    for name in entries:
+        if name in UNUSED:
+            logger.info("%s is passed over: %s", name, UNUSED[name])
+        elif name not in pipeline.COMPONENTS:
+            raise ValueError(f"{INDEX} has {name!r}, which {pipeline.__name__} does not know"
+                             f"{nearest(name, list(pipeline.COMPONENTS))}")
+    classes = {}
+    for name, fitting in pipeline.COMPONENTS.items():  # all checks before the first gigabyte
+        if name in overrides:
+            continue
+        if name not in entries:
+            raise ValueError(f"{INDEX} has no {name!r}, which {pipeline.__name__} needs; give it as {name}=...")
+        classes[name] = _component_class(name, entries[name], fitting, pipeline.__name__)
+    loaded = {}
+    for name, cls in classes.items():
+        part = f"{subfolder}/{name}" if subfolder else name
+        extra = dict(weights, dtype=dtypes[name]) if issubclass(cls, torch.nn.Module) else {}
+        loaded[name] = cls.from_pretrained(path_or_id, subfolder=part, **where, **extra)
+    return {name: overrides.get(name, loaded.get(name)) for name in pipeline.COMPONENTS}
+
+
+def _component_class(name: str, entry: Any, fitting: tuple[str, ...], pipeline: str) -> type:
+    """The class that an index entry [library, class] names."""
+    if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
+        raise ValueError(f"{INDEX}: {name!r} should be [library, class], not {entry!r}")
+    published = entry[1].removeprefix("Flax")
+    if fitting:
+        if published not in fitting:
+            raise ValueError(f"{INDEX}: {name!r} is a {published}, and {pipeline} takes {' or '.join(fitting)}")
+        return getattr(importlib.import_module(f"minit2v.{CLASSES[published]}"), published.removesuffix("Fast"))
+    schedulers = importlib.import_module("minit2v.schedulers")
+    known = [n for n in dir(schedulers) if n.endswith("Scheduler")]
+    if published not in known:
+        raise ValueError(f"{INDEX}: there is no scheduler {published!r}{nearest(published, known)}; "
+                         f"give one as scheduler=..., of {', '.join(known)}")
+    return getattr(schedulers, published)
+
+
+def save_components(
+    folder: Path, pipeline: str, components: dict[str, Any], fields: dict[str, Any], safe_serialization: bool,
+    variant: str | None,
+) -> None:
+    """Every component into its folder, then the index, last: where it lies, all lies."""
+    missing = [name for name, component in components.items() if component is None]
+    if missing:
+        raise ValueError(f"a pipeline without {' and '.join(missing)} cannot be saved")
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": hub.DIFFUSERS_VERSION, FIELDS_KEY: fields}
+    for name, component in sorted(components.items()):
+        weights = dict(safe_serialization=safe_serialization, variant=variant)
+        component.save_pretrained(folder / name, **weights if isinstance(component, torch.nn.Module) else {})
+        library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"
+        index[name] = [library, type(component).__name__]
+    hub.write_json(folder / INDEX, index)

@@ -1,0 +1,105 @@
+"""Text to video with ModelScope's and Zeroscope's UNet (Wang et al. 2023, arXiv:2308.06571)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..schedulers.base import randn
+from .base import DiffusionPipeline, Generators, PipelineOutput, StepCallbacks, check_count, check_finite_input
+
+
+class TextToVideoSDPipelineOutput(PipelineOutput):
+    """`frames`: (b f h w 3) array, (b f 3 h w) tensor, b lists of f PIL images, or latents (b c f h w)."""
+
+    frames: np.ndarray | Tensor | list[list[Any]]
+
+
+class TextToVideoSDPipeline(DiffusionPipeline):
+    """Videos from texts: noise, denoised under the guidance of the text, decoded frame by frame."""
+
+    COMPONENTS = {
+        "vae": ("AutoencoderKL",),
+        "text_encoder": ("CLIPTextModel",),
+        "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+        "unet": ("UNet3DConditionModel",),
+        "scheduler": (),
+    }
+    FIELDS = ("clip_skip_negative",)
+    HINTS = {
+        "video": "; a video is continued by VideoToVideoSDPipeline.from_pipe(pipe)",
+        "strength": "; it belongs to VideoToVideoSDPipeline.from_pipe(pipe)",
+    }
+
+    def __init__(self, vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, scheduler: Any, *,
+                 compat: str | None = None, clip_skip_negative: bool | None = None):
+        components = dict(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
+        super().__init__(components, compat, {"clip_skip_negative": clip_skip_negative})
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int = 16,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 9.0,
+        negative_prompt: str | list[str] | None = None,
+        eta: float = 0.0,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        callback: Callable[[int, Tensor, Tensor], None] | None = None,
+        callback_steps: int = 1,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        clip_skip: int | None = None,
+        *,
+        callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        decode_chunk_size: int | None = None,
+        **unknown: Any,
+    ) -> TextToVideoSDPipelineOutput | tuple[Any]:
+        """One video for each prompt.
+
+        height, width: in pixels, multiples of the VAE's factor (8); the UNet's own size where not given.
+        guidance_scale: above 1, the prediction moves this many times the way from the negative prompt to the prompt.
+        eta: the noise of DDIM's steps, 0 to 1. generator: one, or one per video, which then does not depend on the
+        others. latents: the starting noise (b 4 f h/8 w/8), of standard deviation 1. clip_skip: how many of the text
+        encoder's last layers to leave out. callback(step, t, latents) is called every `callback_steps` steps,
+        callback_on_step_end(pipe, step, t, tensors) after each; what the latter returns replaces `latents`,
+        `prompt_embeds` or `negative_prompt_embeds`. decode_chunk_size: frames that the VAE decodes at a time, all
+        where not given.
+        """
+        callbacks = StepCallbacks(callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        batch = self._check_call(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_inference_steps,
+                                 guidance_scale, output_type, cross_attention_kwargs, decode_chunk_size, callbacks,
+                                 unknown)
+        self._check_generator(generator, batch)
+        size = self.unet.config.sample_size
+        rows, columns = (size, size) if isinstance(size, int) else size
+        height = rows * self.vae_scale_factor if height is None else height
+        width = columns * self.vae_scale_factor if width is None else width
+        self._check_size(height, width)
+        check_count("num_frames", num_frames)
+        shape = (batch, self.unet.config.in_channels, num_frames,
+                 height // self.vae_scale_factor, width // self.vae_scale_factor)
+        if latents is not None and latents.shape != shape:
+            raise ValueError(f"latents must be {shape} (b c f h w), not {tuple(latents.shape)}")
+        check_finite_input("latents", latents)
+
+        device = self._execution_device
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        text, negative = self.encode_prompt(prompt, device, 1, guidance_scale > 1, negative_prompt, prompt_embeds,
+                                            negative_prompt_embeds, clip_skip=clip_skip)
+        noise = randn(shape, generator, device, text.dtype) if latents is None else latents.to(device)
+        x = noise * self.scheduler.init_noise_sigma
+        x = self.denoise(x, self.scheduler.timesteps, num_inference_steps, text, negative, guidance_scale, eta,
+                         generator, callbacks)
+        video = self._output(x, output_type, decode_chunk_size)
+        return TextToVideoSDPipelineOutput(video) if return_dict else (video,)
