@@ -58,12 +58,14 @@ class UNet3DConfig:
         mirrored = tuple("CrossAttnUpBlock3D" if a else "UpBlock3D" for a in reversed(self.attention))
         if self.up_block_types != mirrored:
             raise ValueError(f"up_block_types must mirror down_block_types: {mirrored}, not {self.up_block_types}")
-        if not isinstance(width, int) or not 0 < width <= min(self.block_out_channels):
+        if not 0 < width <= min(self.block_out_channels):
             raise ValueError(
-                f"attention_head_dim is the width of a head: an integer up to {min(self.block_out_channels)}, "
+                f"attention_head_dim is the width of a head, at most {min(self.block_out_channels)}, "
                 f"the narrowest of block_out_channels, not {width!r}"
             )
-        if not isinstance(groups, int) or groups < 1 or any(c % groups for c in self.block_out_channels):
+        if self.layers_per_block < 1:
+            raise ValueError(f"layers_per_block must be at least 1, not {self.layers_per_block}")
+        if groups < 1 or any(c % groups for c in self.block_out_channels):
             raise ValueError(f"norm_num_groups {groups} must divide block_out_channels {self.block_out_channels}")
         if self.block_out_channels[0] % 2:
             raise ValueError(f"block_out_channels[0] must be even (sines, cosines), not {self.block_out_channels[0]}")
