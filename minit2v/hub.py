@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minit2v_convert.rename import Layout, nearest
 
@@ -375,6 +376,15 @@ def fill(model: "Network", files: Sequence[Path], dtype: torch.dtype) -> None:
             raise RuntimeError(f"{type(model).__name__}: {name} has no values after loading; is it a hidden buffer?")
 
 
+class _Weightless(TorchFunctionMode):
+    """While networks are built on `meta`: no random numbers. (To draw none, PyTorch would import its compiler: 3 s.)"""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def _open_all(files: Sequence[Path]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in files:
@@ -488,7 +498,7 @@ class Network(nn.Module):
         )
         config = parse_json(folder / "config.json")
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _Weightless():
                 model = cls.from_config(config, **config_overrides)
         except ValueError as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from None

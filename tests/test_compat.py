@@ -1,0 +1,49 @@
+"""The table of deviations: each is a field of its owner, with the table's values, and the mode sets them all."""
+
+from dataclasses import fields
+
+import pytest
+
+import minit2v.schedulers as schedulers
+from minit2v.compat import DEVIATIONS, compat_fields
+from minit2v.pipelines.text_to_video import TextToVideoSDPipeline
+from minit2v.pipelines.video_to_video import VideoToVideoSDPipeline
+
+PIPELINES = {cls.__name__: cls for cls in (TextToVideoSDPipeline, VideoToVideoSDPipeline)}
+
+
+def owner_of(name):
+    return PIPELINES[name] if name in PIPELINES else getattr(schedulers, name)
+
+
+@pytest.mark.parametrize("deviation", DEVIATIONS, ids=lambda d: f"{d.owner}.{d.field}")
+def test_each_deviation_is_a_field_of_its_owner(deviation):
+    cls = owner_of(deviation.owner)
+    assert deviation.default != deviation.diffusers
+    assert deviation.why and deviation.see and "\n" not in deviation.why + deviation.see
+    if deviation.owner in PIPELINES:
+        assert deviation.field in cls.FIELDS
+        parts = dict.fromkeys(cls.COMPONENTS)
+        value = {mode: getattr(cls(**parts, compat=mode), deviation.field) for mode in (None, "diffusers")}
+        given = getattr(cls(**parts, compat="diffusers", **{deviation.field: deviation.default}), deviation.field)
+    else:
+        assert {f.name: f.default for f in fields(cls.Fields)}[deviation.field] == deviation.default
+        value = {mode: cls(compat=mode).config[deviation.field] for mode in (None, "diffusers")}
+        given = cls(compat="diffusers", **{deviation.field: deviation.default}).config[deviation.field]
+    assert value == {None: deviation.default, "diffusers": deviation.diffusers}
+    assert given == deviation.default, "a field that is passed wins over the mode"
+
+
+def test_every_field_of_a_pipeline_is_in_the_table():
+    for name, cls in PIPELINES.items():
+        assert set(cls.FIELDS) == set(compat_fields(name, None))
+
+
+def test_every_field_that_schedulers_add_is_in_the_table():
+    assert schedulers.base._EXTRA_FIELDS == {d.field for d in DEVIATIONS if d.owner not in PIPELINES}
+
+
+def test_an_unknown_mode_is_named():
+    with pytest.raises(ValueError, match="compat must be None or 'diffusers', not 'diffuser' .nearest: 'diffusers'."):
+        compat_fields("DDIMScheduler", "diffuser")
+    assert compat_fields("NoSuchClass", "diffusers") == {}
