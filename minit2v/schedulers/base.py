@@ -4,7 +4,6 @@ x_t = alpha_t x_0 + sigma_t eps, with alpha_t**2 + sigma_t**2 = 1. The tables ar
 wider and returns the dtype of the sample it was given.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -243,7 +242,7 @@ class Scheduler:
     # What a field may be, and the values of other schedulers' fields of the same name that stand for one of ours.
     choices: ClassVar[dict[str, tuple]] = {}
     aliases: ClassVar[dict[str, dict[str, str]]] = {}
-    # Zero terminal SNR makes the last sigma infinite; solvers in sigma put the smallest number of float16 instead.
+    # What zero terminal SNR ends at. Solvers in sigma cannot do with 0, and put the smallest number of float16 instead.
     smallest_alpha_bar: ClassVar[float] = 0.0
     order: ClassVar[int] = 1
 
@@ -353,39 +352,30 @@ class Scheduler:
         **overrides: Any,
     ) -> Self:
         """From a folder that holds scheduler_config.json, from that file itself, or from a repository on the hub."""
-        path = Path(path_or_id)
-        if path.is_dir():
-            path = path / (subfolder or "") / CONFIG_NAME
-            if not path.is_file():
-                raise FileNotFoundError(f"no {CONFIG_NAME} in {path.parent}")
-        elif not path.is_file():
-            from huggingface_hub import hf_hub_download
+        from ..hub import parse_json, read_json
 
-            path = Path(
-                hf_hub_download(
-                    str(path_or_id),
-                    CONFIG_NAME,
-                    subfolder=subfolder,
-                    revision=revision,
-                    local_files_only=local_files_only,
-                    token=token,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                )
+        if Path(path_or_id).is_file():
+            config = parse_json(Path(path_or_id))
+        else:
+            config = read_json(
+                path_or_id,
+                CONFIG_NAME,
+                subfolder=subfolder,
+                revision=revision,
+                local_files_only=local_files_only,
+                token=token,
+                cache_dir=cache_dir,
+                force_download=force_download,
             )
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as e:
-            raise ValueError(f"{path} is not valid JSON: {e}") from None
         return cls.from_config(config, compat=compat, **overrides)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write scheduler_config.json. In the file every field counts as set."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        from ..hub import write_json
+
         values = {k: v for k, v in self.config.items() if k != "_use_default_values"}
         values["_class_name"] = type(self).__name__
-        (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_json(Path(folder) / CONFIG_NAME, values)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={self.config[k]!r}' for k in self.field_defaults())})"
@@ -413,7 +403,8 @@ class Scheduler:
 
     def _alphas_cumprod(self, betas: Tensor) -> Tensor:
         bar = torch.cumprod(1 - betas, 0)
-        bar[-1] = bar[-1].clamp(min=self.smallest_alpha_bar)
+        if self._own("rescale_betas_zero_snr"):
+            bar[-1] = self.smallest_alpha_bar
         return bar
 
     def _count(self, n: int) -> int:
@@ -507,7 +498,7 @@ class SigmaScheduler(Scheduler):
     def _table(self, bar: Tensor | None = None) -> Tensor:
         """(num_train_timesteps,) sigmas, rising."""
         bar = self.alphas_cumprod if bar is None else bar
-        return ((1 - bar) / bar).sqrt()
+        return ((1 - bar) / bar) ** 0.5
 
     def _spaced(self, high: float, low: float, n: int) -> np.ndarray | None:
         """n sigmas by the spacing that the config asks for, None where it asks for none."""
@@ -522,8 +513,8 @@ class SigmaScheduler(Scheduler):
 
     def _set_grid(self, timesteps: np.ndarray, sigmas: np.ndarray, device: Any, dtype: torch.dtype) -> None:
         self.num_inference_steps = len(timesteps)
-        self.timesteps = torch.from_numpy(np.ascontiguousarray(timesteps)).to(device=device, dtype=dtype)
-        self.sigmas = torch.from_numpy(np.asarray(sigmas, dtype=np.float64))
+        self.timesteps = torch.tensor(timesteps.tolist(), dtype=dtype, device=device)
+        self.sigmas = torch.tensor(sigmas, dtype=torch.float64)
         self.step_index = self.begin_index = None
 
     def _last_sigma(self) -> float:
@@ -544,8 +535,12 @@ class SigmaScheduler(Scheduler):
 
     def _start(self, timestep: float | Tensor) -> int:
         """The place at which this step starts."""
-        if self.step_index is None:
-            self.step_index = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
+        if self.step_index is None and self.begin_index is None:
+            # From the top even where the top occurs twice (fractional timesteps, cut off): a run begins there.
+            first = float(timestep) == float(self.timesteps[0])
+            self.step_index = 0 if first else self.index_for_timestep(timestep)
+        elif self.step_index is None:
+            self.step_index = self.begin_index
         if self.step_index >= len(self.timesteps):
             raise ValueError(f"all {len(self.timesteps)} steps are done; call set_timesteps for another video")
         return self.step_index

@@ -61,10 +61,10 @@ class DDIMScheduler(Scheduler):
         c, n = self.config, self._count(num_inference_steps)
         grid = {"leading": leading, "linspace": linspace, "trailing": trailing}[c.timestep_spacing]
         timesteps = self._in_range(grid(c.num_train_timesteps, n, c.steps_offset).round().astype(np.int64))
-        self._check_terminal(timesteps[0])
-        self.num_inference_steps = n
-        self.timesteps = torch.from_numpy(np.ascontiguousarray(timesteps)).to(device)
         self._falling = timesteps.tolist()
+        self._check_terminal(self._falling[0])
+        self.num_inference_steps = n
+        self.timesteps = torch.tensor(self._falling, device=device)
 
     def _alpha_bar_after(self, t: int) -> Tensor:
         """alpha_bar where the step from t ends."""

@@ -23,7 +23,7 @@ GRIDS = {"linspace": linspace, "leading": leading, "trailing": trailing}
 
 
 class _Euler(SigmaScheduler):
-    """What both share: x = x_0 + sigma eps, whose variance grows with sigma; the network sees x / sqrt(sigma**2 + 1)."""
+    """What both share: x = x_0 + sigma eps, which grows with sigma, and of which the network sees a scaled copy."""
 
     def __init__(self, *args, **values):
         super().__init__(*args, **values)
@@ -51,7 +51,7 @@ class _Euler(SigmaScheduler):
     def _begin(self, timestep: float | Tensor) -> tuple[float, float]:
         """The sigmas between which this step goes."""
         if isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point()):
-            raise ValueError(f"{type(self).__name__}.step wants one of scheduler.timesteps, not a number like {timestep}")
+            raise ValueError(f"{type(self).__name__}.step wants one of scheduler.timesteps, not an index ({timestep})")
         if not self._scaled:
             warnings.warn("call scale_model_input before the network, or its input is of the wrong size", stacklevel=3)
             self._scaled = True
@@ -157,7 +157,7 @@ class EulerDiscreteScheduler(_Euler):
             noise = randn(model_output.shape, generator, model_output.device, model_output.dtype)
             x = x + s_noise * math.sqrt(raised**2 - sigma**2) * noise
         x0 = self._x0(out, x, raised if self.config.prediction_type == "epsilon" else sigma)
-        x = x + (target - raised) * (x - x0) / raised
+        x = x0 + target / raised * (x - x0)
         self.step_index += 1
         x, x0 = x.to(sample.dtype), x0.to(sample.dtype)
         return SchedulerOutput(x, x0) if return_dict else (x, x0)
@@ -201,7 +201,7 @@ class EulerAncestralDiscreteScheduler(_Euler):
         down = math.sqrt(target**2 - up**2)
         x0 = self._x0(out, x, sigma)
         noise = randn(model_output.shape, generator, model_output.device, model_output.dtype)
-        x = x + (down - sigma) * (x - x0) / sigma + up * noise
+        x = x0 + down / sigma * (x - x0) + up * noise
         self.step_index += 1
         x, x0 = x.to(sample.dtype), x0.to(sample.dtype)
         return SchedulerOutput(x, x0) if return_dict else (x, x0)

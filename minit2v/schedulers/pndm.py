@@ -50,6 +50,10 @@ class PNDMScheduler(Scheduler):
         if not self.config.set_alpha_to_one:
             self.final_alpha_cumprod = self.alphas_cumprod[0]
 
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at this place of the grid. "ratio" counts from the first call all the same."""
+        self._i = 0 if self.config.previous_timestep == "ratio" else begin_index
+
     def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
         """Lay the grid, with the timesteps of the Runge-Kutta steps or the repeated one. At least 4 steps without
         skip_prk_steps. Raises ValueError where the grid does not fit the training timesteps."""
