@@ -1,0 +1,416 @@
+"""Trains the embedded model from nothing: `python -m minit2v.training.shapes --out runs/shapes`.
+
+Three stages, each checkpointed to `--out` every minute and resumed from there, each batch a function of (seed, step),
+so that a run that was killed goes on exactly as if it had not been:
+1. `vae`: pictures to 8x8x4 latents and back, until the analyser reads every colour and shape off the round trip.
+2. `text`: the text encoder learns to tell captions apart, by naming what they say (CLIP's are trained beforehand too).
+3. `unet`: v-prediction on the latents of clips, stills first, then 16 frames.
+"""
+
+import argparse
+import copy
+import csv
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..clip import CLIPTextModel
+from ..pipelines.text_to_video import TextToVideoSDPipeline
+from ..schedulers.dpm_multistep import DPMSolverMultistepScheduler
+from ..tokenizer import CLIPTokenizer
+from ..unet3d import UNet3DConditionModel
+from ..vae import AutoencoderKL
+from . import world
+
+VAE = {
+    "block_out_channels": (16, 32, 32, 64),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,  # one channel per group would be instance norm, and wash the colours out
+    "sample_size": world.SIZE,
+    "scaling_factor": 1.0,  # `whiten` folds mean and scale of the latents into the 1x1 convolutions
+}
+
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 16,
+}
+UNET = {
+    "sample_size": 8,
+    "block_out_channels": (48, 96),
+    "down_block_types": ("DownBlock3D", "CrossAttnDownBlock3D"),
+    "up_block_types": ("CrossAttnUpBlock3D", "UpBlock3D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 64,
+    "attention_head_dim": 16,
+}
+
+
+class Run:
+    """Steps of one stage: checkpoint, resume, log. The state is everything that the next step depends on."""
+
+    def __init__(self, out: Path, stage: str, modules: dict[str, nn.Module], optimizer, seconds: float = 60.0):
+        self.path, self.log = out / f"{stage}.ckpt", out / f"{stage}.csv"
+        self.modules, self.optimizer, self.every = modules, optimizer, seconds
+        self.step, self.spent, self.saved = 0, 0.0, time.monotonic()
+        if self.path.exists():
+            state = torch.load(self.path, weights_only=True)
+            for name, module in modules.items():
+                module.load_state_dict(state[name])
+            optimizer.load_state_dict(state["optimizer"])
+            self.step, self.spent = state["step"], state["seconds"]
+        self.began = time.monotonic() - self.spent
+
+    def save(self) -> None:
+        state = {name: module.state_dict() for name, module in self.modules.items()}
+        state |= {"optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": time.monotonic() - self.began}
+        part = self.path.with_suffix(".part")
+        torch.save(state, part)
+        os.replace(part, self.path)
+        self.saved = time.monotonic()
+
+    def steps(self, total: int) -> Iterator[int]:
+        while self.step < total:
+            yield self.step
+            self.step += 1
+            if self.step == total or time.monotonic() - self.saved > self.every:
+                self.save()
+
+    def write(self, **values: float) -> None:
+        new = not self.log.exists()
+        with self.log.open("a", newline="") as file:
+            row = {"step": self.step, "minutes": round((time.monotonic() - self.began) / 60, 2), **values}
+            writer = csv.DictWriter(file, row)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        print("  ".join(f"{k} {v:.4g}" for k, v in row.items()), flush=True)
+
+
+def cosine(step: int, total: int, warmup: int = 100) -> float:
+    """Learning rate factor: linear warm-up, then half a cosine to 0."""
+    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+def trapezoid(step: int, total: int, warmup: int = 200) -> float:
+    """Learning rate factor: linear warm-up, flat, linear to 0 over the last fifth."""
+    return min(1.0, (step + 1) / warmup, (total - step) / (0.2 * total))
+
+
+def generators(seed: int, stage: str, step: int) -> tuple[random.Random, torch.Generator]:
+    """Python's and torch's random numbers of one step."""
+    rng = random.Random(f"{seed} {stage} {step}")
+    return rng, torch.Generator().manual_seed(rng.getrandbits(60))
+
+
+def stills(rng: random.Random, count: int) -> Tensor:
+    """Random moments of random clips, (b c h w) in [-1, 1]. The autoencoder sees all combinations: it knows no words."""
+    clips = []
+    for _ in range(count):
+        clip = world.draw_clip(rng, *rng.choice(world.COMBINATIONS))
+        s = rng.random()
+        place = tuple(a + s * (b - a) for a, b in zip(clip.start, clip.end, strict=True))
+        clips.append(world.Clip(clip.colour, clip.shape, clip.motion, place, place))
+    return world.render(clips, frames=1)[:, :, 0] * 2 - 1
+
+
+# --------------------------------------------------------------------------------------------------- the autoencoder
+
+
+def train_vae(out: Path, seed: int, steps: int = 2500, batch: int = 32, rate: float = 2e-3) -> AutoencoderKL:
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(**VAE).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(vae.parameters(), rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    run = Run(out, "vae", {"vae": vae}, optimizer)
+    for step in run.steps(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * cosine(step, steps)
+        rng, noise = generators(seed, "vae", step)
+        x = stills(rng, batch).contiguous(memory_format=torch.channels_last)
+        posterior = vae.encode(x)
+        y = vae.decode(posterior.sample(noise))
+        # Most of a picture is background: the object and its edges count as much as all the black.
+        weight = 0.25 + 3.0 * F.max_pool2d((x > -1).amax(1, keepdim=True).float(), 5, 1, 2)
+        error = ((y - x).abs() + (y - x).square()) * weight
+        kl = 0.5 * (posterior.mean.square() + posterior.logvar.exp() - 1 - posterior.logvar).mean()
+        loss = error.mean() + 1e-4 * kl
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0:
+            psnr = -10 * math.log10((y - x).detach().square().mean().item() / 4)
+            run.write(loss=loss.item(), kl=kl.item(), psnr=psnr)
+    whiten(vae.eval(), seed)
+    return vae
+
+
+@torch.no_grad()
+def whiten(vae: AutoencoderKL, seed: int) -> None:
+    """Give every latent channel mean 0 and deviation 1, exactly, by the 1x1 convolutions on both sides of it."""
+    rng, _ = generators(seed, "whiten", 0)
+    z = torch.cat([vae.encode(stills(rng, 64)).mean for _ in range(16)])
+    mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
+    c = len(mean)
+    vae.quant_conv.weight[:c] /= std[:, None, None, None]
+    vae.quant_conv.bias[:c] = (vae.quant_conv.bias[:c] - mean) / std
+    vae.quant_conv.bias[c:] -= 2 * std.log()
+    vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
+    vae.post_quant_conv.weight *= std[None, :, None, None]
+
+
+@torch.no_grad()
+def vae_accuracy(vae: AutoencoderKL, seed: int, per_combination: int = 1) -> dict[str, float]:
+    """How often the analyser reads the right colour, shape and motion off the round trip of drawn clips."""
+    rng, _ = generators(seed, "vae accuracy", 0)
+    right, count = [0, 0, 0], 0
+    for combination in world.COMBINATIONS * per_combination:
+        video = world.render([world.draw_clip(rng, *combination)])[0]
+        frames = vae.decode(vae.encode(video.transpose(0, 1) * 2 - 1).mode())
+        got = world.analyse((frames.transpose(0, 1) / 2 + 0.5).clamp(0, 1))
+        right = [r + (g == w) for r, g, w in zip(right, got, combination, strict=True)]
+        count += 1
+    return dict(zip(("colour", "shape", "motion"), (r / count for r in right), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------- the text encoder
+
+
+class Reader(nn.Module):
+    """The text encoder and three linear layers that name colour, shape and motion from its last token."""
+
+    def __init__(self, text_encoder: CLIPTextModel):
+        super().__init__()
+        dim = text_encoder.config.hidden_size
+        self.text_encoder = text_encoder
+        self.heads = nn.ModuleList(nn.Linear(dim, n) for n in (len(world.COLOURS), len(world.SHAPES), len(MOTIONS)))
+
+    def forward(self, ids: Tensor) -> list[Tensor]:
+        """ids (b l) -> logits (b classes) of colour, shape, motion."""
+        return [head(self.text_encoder(ids)[:, -1]) for head in self.heads]
+
+
+MOTIONS = (*world.MOTIONS, "still")
+LABELS = (list(world.COLOURS), list(world.SHAPES), list(MOTIONS))
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    texts = [c for combination in world.COMBINATIONS for c in world.captions(*combination)]
+    return CLIPTokenizer.train(texts, 640, model_max_length=16)
+
+
+def still_captions(colour: str, shape: str) -> list[str]:
+    return [f"a {colour} {shape}", f"{colour} {shape}", f"the {colour} {shape}", f"a {shape} in {colour}"]
+
+
+def train_text(out: Path, seed: int, steps: int = 1500, batch: int = 64, rate: float = 2e-3) -> CLIPTextModel:
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    reader = Reader(CLIPTextModel(vocab_size=tokenizer.vocab_size, **TEXT))
+    optimizer = torch.optim.AdamW(reader.parameters(), rate, betas=(0.9, 0.99), weight_decay=1e-2)
+    run = Run(out, "text", {"reader": reader}, optimizer)
+    for step in run.steps(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * cosine(step, steps)
+        rng, _ = generators(seed, "text", step)
+        texts, labels = [], []
+        for _ in range(batch):
+            colour, shape, motion = rng.choice(world.TRAINED)
+            if rng.random() < 0.25:
+                motion = "still"
+            pool = still_captions(colour, shape) if motion == "still" else world.captions(colour, shape, motion)
+            texts.append(rng.choice(pool))
+            labels.append([names.index(n) for names, n in zip(LABELS, (colour, shape, motion), strict=True)])
+        logits = reader(tokenizer(texts))
+        loss = sum(F.cross_entropy(g, w) for g, w in zip(logits, torch.tensor(labels).unbind(1), strict=True))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        if step % 50 == 0:
+            run.write(loss=loss.item())
+    return reader.text_encoder.eval()
+
+
+# --------------------------------------------------------------------------------------------------------- the UNet
+
+
+@torch.no_grad()
+def latents_of_world(vae: AutoencoderKL, out: Path, seed: int, per_combination: int = 96) -> Tensor:
+    """Latents of drawn clips of the trained combinations, (combination, clip, c, f, h, w) in float16; cached in `out`."""
+    path = out / "latents.pt"
+    if path.exists():
+        return torch.load(path, weights_only=True)
+    rng, _ = generators(seed, "latents", 0)
+    rows = []
+    for combination in tqdm(world.TRAINED, "encoding clips"):
+        video = world.render([world.draw_clip(rng, *combination) for _ in range(per_combination)])
+        frames = rearrange(video, "b c f h w -> (b f) c h w") * 2 - 1
+        z = torch.cat([vae.encode(x.contiguous(memory_format=torch.channels_last)).mode() for x in frames.split(128)])
+        rows.append(rearrange(z, "(b f) c h w -> b c f h w", f=world.FRAMES).half())
+    latents = torch.stack(rows)
+    torch.save(latents, path.with_suffix(".part"))
+    os.replace(path.with_suffix(".part"), path)
+    return latents
+
+
+class Painter(nn.Module):
+    """What the last stage trains, together: the UNet and the text encoder."""
+
+    def __init__(self, unet: UNet3DConditionModel, text_encoder: CLIPTextModel):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        """x (b c f h w), t (b,), ids (b l) -> predicted v (b c f h w)."""
+        return self.unet(x, t, self.text_encoder(ids))
+
+
+def train_unet(
+    out: Path,
+    seed: int,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    course: tuple[tuple[int, int, int], ...] = ((1, 64, 2500), (4, 24, 3000), (16, 8, 4000)),
+    rate: float = 1.5e-3,
+    panel: int = 500,
+) -> Painter:
+    """v-prediction (Salimans and Ho 2022, arXiv:2202.00512) on latents.
+
+    course: (frames, clips a batch, steps). Stills teach colour and shape at a sixteenth of the price of a clip, four
+    frames spread over the clip teach which way things go at a quarter, all sixteen make it smooth.
+    """
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    latents = latents_of_world(vae, out, seed)
+    painter = Painter(UNet3DConditionModel(**UNET), text_encoder.train())
+    average = copy.deepcopy(painter).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(painter.parameters(), rate, betas=(0.9, 0.99), weight_decay=1e-2)
+    run = Run(out, "unet", {"painter": painter, "average": average}, optimizer)
+    alpha_bar = make_scheduler().alphas_cumprod.float()
+    total, losses = sum(steps for *_, steps in course), []
+    for step in run.steps(total):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * trapezoid(step, total)
+        rng, noise = generators(seed, "unet", step)
+        frames, b = stage_at(course, step)
+        x, texts = draw_batch(rng, latents, frames, b)
+        # What is where is decided at the highest noise, so half of the steps are trained there.
+        high = torch.rand(b, generator=noise) < 0.5
+        t = 1 - torch.rand(b, generator=noise) * torch.where(high, 0.3, 1.0)
+        t = (t * 1000).long().clamp(0, 999)
+        eps = torch.randn(x.shape, generator=noise)
+        alpha, sigma = (a.sqrt()[:, None, None, None, None] for a in (alpha_bar[t], 1 - alpha_bar[t]))
+        v = painter(alpha * x + sigma * eps, t, tokenizer(texts))
+        loss = F.mse_loss(v, alpha * eps - sigma * x)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(painter.parameters(), 1.0)
+        optimizer.step()
+        decay = min(0.998, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(painter.parameters()), 1 - decay)
+        losses.append(loss.item())
+        if step % 50 == 49:
+            run.write(loss=sum(losses) / len(losses))
+            losses.clear()
+        if step % panel == panel - 1 and frames == world.FRAMES or step == total - 1:
+            report_panel(out, run, average, vae, tokenizer, step + 1)
+    return average
+
+
+def stage_at(course: tuple[tuple[int, int, int], ...], step: int) -> tuple[int, int]:
+    """(frames, clips a batch) of one step."""
+    for frames, batch, steps in course:
+        if step < steps:
+            return frames, batch
+        step -= steps
+    raise ValueError("the course is over")
+
+
+def draw_batch(rng: random.Random, latents: Tensor, frames: int, batch: int) -> tuple[Tensor, list[str]]:
+    """x (b c f h w) and a caption for each; one in ten is empty, for guidance. One frame is any, more span the clip."""
+    rows, texts = [], []
+    for _ in range(batch):
+        i, j, k = rng.randrange(len(world.TRAINED)), rng.randrange(latents.shape[1]), rng.randrange(world.FRAMES)
+        colour, shape, motion = world.TRAINED[i]
+        chosen = [k] if frames == 1 else torch.linspace(0, world.FRAMES - 1, frames).round().long()
+        rows.append(latents[i, j][:, chosen])
+        pool = still_captions(colour, shape) if frames == 1 else world.captions(colour, shape, motion)
+        texts.append("" if rng.random() < 0.1 else rng.choice(pool))
+    return torch.stack(rows).float(), texts
+
+
+def make_scheduler() -> DPMSolverMultistepScheduler:
+    """SD's schedule, brought to zero SNR at its end (Lin et al. 2023, arXiv:2305.08891)."""
+    return DPMSolverMultistepScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+
+
+def make_pipeline(vae: AutoencoderKL, painter: Painter, tokenizer: CLIPTokenizer) -> TextToVideoSDPipeline:
+    return TextToVideoSDPipeline(vae, painter.text_encoder, tokenizer, painter.unet, make_scheduler())
+
+
+def report_panel(
+    out: Path, run: Run, painter: Painter, vae: AutoencoderKL, tokenizer: CLIPTokenizer, step: int, count: int = 18
+) -> None:
+    """Generates a fixed panel of combinations, has it read back, and keeps it as a picture: a row for each video."""
+    from PIL import Image
+
+    pipe = make_pipeline(vae, painter, tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    chosen = world.TRAINED[3 :: len(world.TRAINED) // count][:count]
+    prompts = [world.captions(*c)[0] for c in chosen]
+    noise = [torch.Generator().manual_seed(n) for n in range(count)]
+    videos = pipe(
+        prompts, num_frames=world.FRAMES, num_inference_steps=25, guidance_scale=GUIDANCE, generator=noise, output_type="pt"
+    ).frames  # (b f c h w)
+    seen = [world.analyse(v.transpose(0, 1)) for v in videos]
+    right = {name: sum(s[n] == c[n] for s, c in zip(seen, chosen, strict=True)) / count for n, name in enumerate(NAMES)}
+    with (out / "panel.csv").open("a") as file:
+        file.write(",".join(map(str, (step, round((time.monotonic() - run.began) / 60, 2), *right.values()))) + "\n")
+    print(f"step {step} panel:", right, flush=True)
+    strip = rearrange(videos[:, ::2], "b f c h w -> (b h) (f w) c")
+    Image.fromarray((strip * 255).round().byte().numpy()).save(out / f"panel-{step:05d}.png")
+
+
+NAMES = ("colour", "shape", "motion")
+GUIDANCE = 3.0
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints, curves and the finished model")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    vae = train_vae(args.out, args.seed)
+    print("round trip:", json.dumps(vae_accuracy(vae, args.seed)))
+    vae.save_pretrained(args.out / "shapes" / "vae")
+    text_encoder = train_text(args.out, args.seed)
+    painter = train_unet(args.out, args.seed, vae, text_encoder)
+    make_pipeline(vae, painter, make_tokenizer()).save_pretrained(args.out / "shapes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""The world of the embedded model, drawn by code: one shape of one colour in one motion, on black.
+
+6 colours x 3 shapes x 6 motions = 108 combinations, of which `UNSEEN` (16, every colour, shape and motion among them)
+are never trained on. `render` draws clips, `caption` words them, `analyse` reads colour, shape and motion back off pixels.
+"""
+
+import random
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+SIZE, FRAMES = 64, 16
+
+COLOURS = {
+    "red": (1.0, 0.0, 0.0),
+    "green": (0.0, 1.0, 0.0),
+    "blue": (0.0, 0.0, 1.0),
+    "yellow": (1.0, 1.0, 0.0),
+    "magenta": (1.0, 0.0, 1.0),
+    "white": (1.0, 1.0, 1.0),
+}
+SHAPES = ("circle", "square", "triangle")
+MOTIONS = ("left", "right", "up", "down", "growing", "shrinking")
+
+COMBINATIONS = list(product(COLOURS, SHAPES, MOTIONS))
+
+
+# 16 of 108 (14.8 %): at most one motion of each (colour, shape), at most one colour of each (shape, motion)
+UNSEEN = [(c, s, MOTIONS[(i + 2 * j) % 6]) for (i, c), (j, s) in product(enumerate(COLOURS), enumerate(SHAPES))][:16]
+TRAINED = [c for c in COMBINATIONS if c not in UNSEEN]
+
+MOVING = (
+    "a {colour} {shape} moving {way}",
+    "a {colour} {shape} moves {way}",
+    "{colour} {shape} moving {way}",
+    "the {colour} {shape} is moving {way}",
+    "a {shape} in {colour} moving {way}",
+    "a {colour} {shape} goes {way}",
+)
+SIZING = (
+    "a {colour} {shape} {way}",
+    "a {way} {colour} {shape}",
+    "{colour} {shape} {way}",
+    "the {colour} {shape} is {way}",
+    "a {shape} in {colour} {way}",
+    "a {colour} {shape} that is {way}",
+)
+WAYS = {
+    "left": ("left", "to the left"),
+    "right": ("right", "to the right"),
+    "up": ("up", "upwards"),
+    "down": ("down", "downwards"),
+    "growing": ("growing", "getting bigger"),
+    "shrinking": ("shrinking", "getting smaller"),
+}
+
+
+def captions(colour: str, shape: str, motion: str) -> list[str]:
+    """Every phrasing of one combination; the first is the plain one."""
+    templates = MOVING if motion in MOTIONS[:4] else SIZING
+    return [
+        t.format(colour=colour, shape=shape, way=way)
+        for way in WAYS[motion]
+        for t in templates
+        if not (way.startswith("getting") and t.startswith("a {way}"))
+    ]
+
+
+@dataclass
+class Clip:
+    """What `render` draws: centre x, y and half-width in pixels, at the first and the last frame."""
+
+    colour: str
+    shape: str
+    motion: str
+    start: tuple[float, float, float]
+    end: tuple[float, float, float]
+
+
+def draw_clip(rng: random.Random, colour: str, shape: str, motion: str) -> Clip:
+    """Random place, size and speed, always wholly inside the picture."""
+    if motion in MOTIONS[:4]:
+        r = rng.uniform(8.0, 12.0)
+        way = rng.uniform(20.0, 28.0)
+        a = rng.uniform(r + 1, SIZE - r - 1 - way)  # along the motion
+        b = rng.uniform(r + 1, SIZE - r - 1)  # across it
+        first, last = (a, a + way) if motion in ("right", "down") else (a + way, a)
+        if motion in ("left", "right"):
+            return Clip(colour, shape, motion, (first, b, r), (last, b, r))
+        return Clip(colour, shape, motion, (b, first, r), (b, last, r))
+    small, big = rng.uniform(5.0, 7.5), rng.uniform(14.0, 19.0)
+    x, y = rng.uniform(big + 1, SIZE - big - 1), rng.uniform(big + 1, SIZE - big - 1)
+    first, last = (small, big) if motion == "growing" else (big, small)
+    return Clip(colour, shape, motion, (x, y, first), (x, y, last))
+
+
+def render(clips: list[Clip], frames: int = FRAMES) -> Tensor:
+    """Clips -> video (b c f h w) in [0, 1]. Edges are antialiased by the distance to the outline, in pixels."""
+    start = torch.tensor([c.start for c in clips], dtype=torch.float32)
+    end = torch.tensor([c.end for c in clips], dtype=torch.float32)
+    s = torch.linspace(0, 1, frames)[None, :, None] if frames > 1 else torch.zeros(1, 1, 1)
+    cx, cy, r = (start[:, None] + s * (end - start)[:, None]).unbind(-1)  # each (b f)
+    grid = torch.arange(SIZE, dtype=torch.float32) + 0.5
+    x = grid[None, None, None, :] - cx[:, :, None, None]
+    y = grid[None, None, :, None] - cy[:, :, None, None]
+    r = r[:, :, None, None]
+    distance = torch.empty(len(clips), frames, SIZE, SIZE)
+    for shape in SHAPES:
+        rows = [i for i, c in enumerate(clips) if c.shape == shape]
+        if not rows:
+            continue
+        u, v, q = x[rows], y[rows], r[rows]
+        if shape == "circle":
+            d = (u * u + v * v).sqrt() - q
+        elif shape == "square":
+            d = torch.maximum(u.abs(), v.abs()) - q
+        else:  # apex up: two slanted edges through (0, -r) and (+-r, r), and the base at r
+            d = torch.maximum((2 * u.abs() - v - q) / 5**0.5, v - q)
+        distance[rows] = d
+    colour = torch.tensor([COLOURS[c.colour] for c in clips])
+    return colour[:, :, None, None, None] * (0.5 - distance).clamp(0, 1)[:, None]
+
+
+def read_colour(video: Tensor, mask: Tensor) -> str | None:
+    """The palette colour nearest to the mean colour of the foreground."""
+    if mask.sum() < FRAMES:
+        return None
+    mean = (video * mask).sum((1, 2, 3)) / mask.sum()
+    mean = mean / mean.max().clamp(min=1e-6)  # brightness is not colour
+    palette = torch.tensor(list(COLOURS.values()))
+    return list(COLOURS)[int((palette - mean).abs().sum(1).argmin())]
+
+
+def analyse(video: Tensor) -> tuple[str | None, str | None, str | None]:
+    """video (c f h w) in [0, 1] -> what is seen: (colour, shape, motion), None where nothing clear is.
+
+    Plain image analysis: brightness over a threshold is foreground; the mean colour of the foreground; how much of its
+    bounding box it fills (circle pi/4, square 1, triangle 1/2); straight-line fits of centre and extent over time.
+    """
+    video = video.float()
+    light = video.amax(0)  # (f h w)
+    mask = light > 0.5
+    area = mask.sum((1, 2)).float()
+    seen = area >= 30  # a shape of half-width 4 has 32 pixels as a triangle
+    colour = read_colour(video, (mask & seen[:, None, None]).float())
+    if seen.sum() < FRAMES // 2:
+        return colour, None, None
+
+    grid = torch.arange(light.shape[-1]).float()
+    cx = (mask.sum(1) * grid).sum(1) / area.clamp(min=1)
+    cy = (mask.sum(2) * grid).sum(1) / area.clamp(min=1)
+
+    # The box is measured between the outermost rows and columns that are lit like an edge of it (2 pixels or more),
+    # so that one stray pixel does not move it.
+    width = (mask.sum(1) >= 2).sum(1).float()
+    height = (mask.sum(2) >= 2).sum(1).float()
+    big = seen & (area >= 0.5 * area.max())  # small frames of a growing shape say little about corners
+    fill = (area / (width * height).clamp(min=1))[big].median()
+    shape = "triangle" if fill < 0.67 else "circle" if fill < 0.89 else "square"
+
+    t = torch.arange(len(area)).float()[seen]
+    t = t - t.mean()
+
+    def change(v: Tensor) -> float:
+        """How far the fitted line goes over the whole clip, pixels."""
+        v = v[seen]
+        return float((t * (v - v.mean())).sum() / (t * t).sum()) * (len(area) - 1)
+
+    dx, dy, dr = change(cx), change(cy), change((width + height) / 4)
+    # Travelling is 20 to 28 pixels, growing 6.5 to 14 of half-width: weighed to the same scale, half of the least counts.
+    scores = {"left": -dx / 20, "right": dx / 20, "up": -dy / 20, "down": dy / 20, "growing": dr / 7, "shrinking": -dr / 7}
+    motion = max(scores, key=scores.__getitem__)
+    return colour, shape, motion if scores[motion] >= 0.5 else None
