@@ -26,17 +26,11 @@ EMBEDDED = "shapes"  # the model that comes with the package
 PRESETS: dict[str, dict[str, Any]] = {EMBEDDED: {"num_frames": 16, "steps": 25, "scheduler": "dpm++"}}
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
-    "ddpm": "DDPMScheduler",
-    "deis": "DEISMultistepScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
     "dpmsolver++": "DPMSolverMultistepScheduler",
     "euler": "EulerDiscreteScheduler",
     "euler-a": "EulerAncestralDiscreteScheduler",
-    "heun": "HeunDiscreteScheduler",
-    "lcm": "LCMScheduler",
-    "lms": "LMSDiscreteScheduler",
     "pndm": "PNDMScheduler",
-    "unipc": "UniPCMultistepScheduler",
 }
 SUFFIXES = (".mp4", ".gif", ".mkv", ".mov", ".m4v")
 # The settings that make a video, under the names of their options. They are stored in the file, and `--replay` reads
@@ -180,6 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(text: str) -> None:
+    text = text.encode("utf-8", "backslashreplace").decode()  # an argument that is not UTF-8 can be quoted, too
     print(f"minit2v: {text}", file=sys.stderr, flush=True)
 
 
@@ -197,7 +192,8 @@ def _said_in_one_line() -> Iterator[None]:
     """Warnings and the package's log messages as single lines, each once."""
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        _say(f"warning: {' '.join(str(message).split())}")
+        text = " ".join(str(message).split())  # the tokenizer quotes what it cuts off, and a prompt can be a book
+        _say(f"warning: {text if len(text) <= 300 else text[:297] + '...'}")
 
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("minit2v: warning: %(message)s"))
@@ -246,8 +242,7 @@ def _make(args: argparse.Namespace, parser: Parser) -> int:
     settings |= given
     pipe, call = _load(args.command, settings)
 
-    _say(", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in {**source, **settings}.items()
-                   if v is not None and k != "video_sha256"))
+    _say(_summary(settings, len(video) if video else settings["num_frames"]))
     failures = []
     for n, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
         pipe.set_progress_bar_config(desc=f"{n + 1}/{len(prompts)}" if len(prompts) > 1 else None, unit="step",
@@ -255,7 +250,8 @@ def _make(args: argparse.Namespace, parser: Parser) -> int:
         try:
             start = time.monotonic()
             frames = _run(pipe, call, prompt, settings["seed"], video)
-            about = {"minit2v": args.command, "prompt": prompt, **settings, **source, "versions": _versions()}
+            about = {"minit2v": args.command, "prompt": prompt, **{k: settings[k] for k in SETTINGS if k in settings},
+                     **source, "versions": _versions()}
             _write(frames, path, settings["fps"], about)
             print(path, flush=True)
             _say(f"{len(frames)} frames of {frames.shape[2]}x{frames.shape[1]} in {time.monotonic() - start:.1f} s")
@@ -268,6 +264,17 @@ def _make(args: argparse.Namespace, parser: Parser) -> int:
     if failures and len(prompts) > 1:
         _say(f"{len(failures)} of {len(prompts)} prompts failed")
     return 1 if failures else 0
+
+
+def _summary(s: dict[str, Any], frames: int) -> str:
+    size = f"{frames} frames of {s['width']}x{s['height']} at {s['fps']:g} fps"
+    parts = [size, f"{s['steps']} steps of {s['scheduler']}", f"guidance {s['guidance_scale']:g}", f"seed {s['seed']}",
+             f"{s['dtype']} on {s['device']}", f"kernels {s['kernels']}"]
+    if "strength" in s:
+        parts.insert(2, f"strength {s['strength']:g}")
+    if s.get("negative_prompt"):
+        parts.append(f"not {_quote(s['negative_prompt'])}")
+    return ", ".join(parts + [f"{k} {s[k]}" for k in ("revision", "variant", "compat") if s.get(k)])
 
 
 def _run(pipe: Any, call: dict[str, Any], prompt: str, seed: int, video: Any) -> Any:
@@ -341,11 +348,10 @@ def _find_model(model: str) -> str:
 
 def _scheduler_class(name: str, schedulers: Any) -> type:
     known = {n.lower(): n for n in dir(schedulers) if n.endswith("Scheduler")}
-    short = {k: v for k, v in SCHEDULERS.items() if v.lower() in known}
-    found = short.get(name.lower(), name).lower()
+    found = SCHEDULERS.get(name.lower(), name).lower()
     if found not in known:
-        hint = nearest(name.lower(), [*short, *known])
-        raise ValueError(f"no scheduler {name!r}{hint}; there are {', '.join(short)}")
+        there = [*SCHEDULERS, *known.values()]
+        raise ValueError(f"no scheduler {name!r}{nearest(name, there)}; there are {', '.join(there)}")
     return getattr(schedulers, known[found])
 
 

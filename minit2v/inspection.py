@@ -1,0 +1,242 @@
+"""What is in a model's folder or hub repository, from its configs and the headers of its weights' files alone."""
+
+import importlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from minit2v_convert.rename import nearest
+
+from . import hub
+from .pipelines import files as pipeline_files
+from .pipelines.base import DiffusionPipeline
+
+WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pth", ".pt", ".msgpack", ".onnx")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+class Source(Protocol):
+    """Where a model lies. `part` is a component's folder, "" the model itself."""
+
+    def sizes(self, part: str) -> dict[str, int]:
+        """The files of a part, in bytes; empty where there is no such part."""
+
+    def json(self, part: str, name: str) -> dict[str, Any]:
+        """The object in a JSON file."""
+
+    def tensors(self, part: str, name: str) -> dict[str, Tensor]:
+        """The tensors of a weights' file, on `meta`."""
+
+
+class Folder:
+    def __init__(self, root: Path):
+        self.root = root
+
+    def sizes(self, part: str) -> dict[str, int]:
+        folder = self.root / part
+        return {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()} if folder.is_dir() else {}
+
+    def json(self, part: str, name: str) -> dict[str, Any]:
+        return hub.parse_json(self.root / part / name)
+
+    def tensors(self, part: str, name: str) -> dict[str, Tensor]:
+        path = self.root / part / name
+        state = read_header(path) if path.suffix == ".safetensors" else hub.open_weights(path)  # the latter only maps
+        return {n: x.to("meta") for n, x in state.items()}
+
+
+class Repository:
+    """A repository on the hub: its small files are fetched, of the weights only the headers."""
+
+    def __init__(self, repo: str, revision: str | None):
+        from huggingface_hub import HfApi
+
+        self.api, self.repo, self.revision = HfApi(), repo, revision
+        try:
+            info = self.api.model_info(repo, revision=revision, files_metadata=True)
+        except Exception as e:  # the hub's library has had three HTTP libraries, each with its own exceptions
+            raise OSError(f"{repo}: the hub does not say what is in it: {hub.first_line(e)}") from None
+        self.files = {s.rfilename: s.size or 0 for s in info.siblings or ()}
+
+    def sizes(self, part: str) -> dict[str, int]:
+        prefix = f"{part}/" if part else ""
+        names = {n.removeprefix(prefix): size for n, size in sorted(self.files.items()) if n.startswith(prefix)}
+        return {n: size for n, size in names.items() if "/" not in n}
+
+    def json(self, part: str, name: str) -> dict[str, Any]:
+        return hub.read_json(self.repo, name, subfolder=part or None, revision=self.revision)
+
+    def tensors(self, part: str, name: str) -> dict[str, Tensor]:
+        if not name.endswith(".safetensors"):
+            raise ValueError(f"{name} would have to be downloaded: a pickle has no header")
+        path = f"{part}/{name}" if part else name
+        header = self.api.parse_safetensors_file_metadata(self.repo, path, revision=self.revision).tensors
+        return {n: _meta(name, n, t.dtype, t.shape) for n, t in header.items()}
+
+
+def read_header(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file, on `meta`. Raises ValueError where the header or the length is wrong."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(f"{path} is truncated, or no safetensors file ({size} bytes)")
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            tensors = {name: _meta(str(path), name, t["dtype"], t["shape"]) for name, t in header.items()}
+            end = max((t["data_offsets"][1] for t in header.values()), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
+            raise ValueError(f"{path}: the header is broken ({hub.first_line(e)})") from None
+    if end != size - 8 - length:
+        raise ValueError(f"{path} is truncated or broken: its tensors take {end} bytes, there are {size - 8 - length}")
+    return tensors
+
+
+def _meta(file: str, name: str, dtype: str, shape: list[int]) -> Tensor:
+    if dtype not in DTYPES:
+        raise ValueError(f"{file}: {name!r} is of the unknown type {dtype!r}")
+    return torch.empty(shape, dtype=DTYPES[dtype], device="meta")
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+def report(model: str, revision: str | None = None, variant: str | None = None) -> tuple[list[str], bool]:
+    """The lines of the report on a folder or hub id, and whether everything in it fits."""
+    path = Path(model).expanduser()
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{model} is a file: inspect reads a folder or a hub id")
+    source: Source = Folder(path) if path.is_dir() else Repository(model, revision)
+    there = source.sizes("")
+    if pipeline_files.INDEX in there:
+        title, parts, faults = _parts(source.json("", pipeline_files.INDEX))
+    elif "config.json" in there:
+        title, parts, faults = "a single component", {"": None}, []
+    else:
+        raise FileNotFoundError(f"{model} has neither {pipeline_files.INDEX} nor config.json; "
+                                f"the files there: {', '.join(there) or 'none'}")
+    rows, total = [], 0
+    for part, cls in parts.items():
+        row, count, wrong = _inspect(source, part, cls, variant)
+        rows.append(row)
+        total += count
+        faults += [f"{part + ': ' if part else ''}{w}" for w in wrong]
+    lines = [f"{model}: {title}", "", *_table(("component", "class", "parameters", "dtype", "keys", "files"), rows)]
+    lines += ["", f"{total:,} parameters", *(f"wrong: {fault}" for fault in faults)]
+    return [line.rstrip() for line in lines], not faults
+
+
+def _parts(index: dict[str, Any]) -> tuple[str, dict[str, str | None], list[str]]:
+    """The pipeline's class, {component: its class} and what is wrong with the index."""
+    name = str(index.get("_class_name"))
+    parts: dict[str, str | None] = {}
+    faults = []
+    for part, entry in index.items():
+        if part.startswith("_") or part in pipeline_files.UNUSED:
+            continue
+        if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
+            faults.append(f"{part}: the index should have [library, class], not {entry!r}")
+            continue
+        parts[part] = entry[1]
+    if name not in DiffusionPipeline.CLASSES:
+        faults.append(f"the pipeline {name!r} is not here{nearest(name, list(DiffusionPipeline.CLASSES))}")
+    else:
+        needed = DiffusionPipeline.CLASSES[name].COMPONENTS
+        faults += [f"{part}: missing in the index, {name} needs it" for part in needed if part not in parts]
+    return name, parts, faults
+
+
+def _inspect(source: Source, part: str, cls: str | None, variant: str | None) -> tuple[tuple[str, ...], int, list[str]]:
+    """The row of one component, its number of parameters, and what is wrong with it."""
+    sizes = source.sizes(part)
+    if not sizes:
+        return (part, cls or "", "", "", "", "no files"), 0, ["there are no files in its folder"]
+    try:
+        if cls is None or cls in pipeline_files.CLASSES and not cls.startswith("CLIPTokenizer"):
+            return _inspect_network(source, part, cls, variant, sizes)
+        shown = (part, cls, "", "", "", _files(sizes))
+        if cls.startswith("CLIPTokenizer"):
+            whole = "tokenizer.json" in sizes or {"vocab.json", "merges.txt"} <= set(sizes)
+            return shown, 0, [] if whole else ["neither tokenizer.json nor vocab.json and merges.txt"]
+        schedulers = importlib.import_module("minit2v.schedulers")
+        known = [n for n in dir(schedulers) if n.endswith("Scheduler")]
+        if cls not in known:
+            return shown, 0, [f"the class {cls!r} is not here{nearest(cls, [*known, *pipeline_files.CLASSES])}"]
+        getattr(schedulers, cls).from_config(source.json(part, "scheduler_config.json"))
+        return shown, 0, []
+    except (ValueError, OSError) as e:
+        return (part, cls or "", "", "", "", _files(sizes)), 0, [hub.first_line(e)]
+
+
+def _inspect_network(
+    source: Source, part: str, cls: str | None, variant: str | None, sizes: dict[str, int]
+) -> tuple[tuple[str, ...], int, list[str]]:
+    config = source.json(part, "config.json")
+    cls = cls or str(config.get("_class_name") or (config.get("architectures") or [None])[0])
+    if cls not in pipeline_files.CLASSES:
+        raise ValueError(f"config.json is that of {cls!r}, which is not here{nearest(cls, [*pipeline_files.CLASSES])}")
+    network = getattr(importlib.import_module(f"minit2v.{pipeline_files.CLASSES[cls]}"), cls)
+    with torch.device("meta"):
+        model = network.from_config(config)
+    count = sum(p.numel() for p in model.parameters())
+    shown = (part, cls, f"{count:,}")
+    try:
+        chosen = [n for n in hub.choose_weights(network.weights_name, variant, None)(list(sizes)) if n != "config.json"]
+    except FileNotFoundError as e:
+        return (*shown, "", "", _files(sizes)), count, [f"no {e}"]
+    files = _files({n: sizes[n] for n in chosen})
+    if unread := [n for n in sizes if n.endswith(WEIGHTS) and n not in chosen]:
+        files += f" (not read: {_files({n: sizes[n] for n in unread})})"
+    try:
+        tensors: dict[str, Tensor] = {}
+        for name in chosen:
+            tensors |= source.tensors(part, name)
+        found, unknown = network.layout.match(tensors)
+    except (ValueError, OSError) as e:
+        return (*shown, "", "", files), count, [hub.first_line(e)]
+    expected = model.state_dict()
+    unknown += [published for ours, published in found.items() if ours not in expected]
+    missing = list(network.layout.to_published({n: None for n in expected if n not in found}))
+    have = {ours: network.layout.squeeze(ours, tensors[name]) for ours, name in found.items() if ours in expected}
+    shapes = [f"{found[n]!r} is {tuple(x.shape)}, not {tuple(expected[n].shape)}" for n, x in have.items()
+              if x.shape != expected[n].shape]
+    dtypes = Counter(str(x.dtype).removeprefix("torch.") for x in have.values())
+    dtype = ", ".join(dtypes) if len(dtypes) < 2 else ", ".join(f"{n} {k}" for k, n in dtypes.most_common())
+    fits = len(have) - len(shapes)
+    keys = f"all {fits} match" if not (missing or unknown or shapes) else f"{fits} of {len(expected)} match"
+    faults = {"missing": [*map(repr, missing)], "unknown": [*map(repr, unknown)], "of another shape": shapes}
+    wrong = [f"{len(items)} keys {what}: {_some(items)}" for what, items in faults.items() if items]
+    return (*shown, dtype, keys, files), count, wrong
+
+
+def _some(items: list[str]) -> str:
+    return ", ".join(items[:3]) + (", ..." if len(items) > 3 else "")
+
+
+def _files(sizes: dict[str, int]) -> str:
+    """Names and sizes; shards of one file as one."""
+    merged: dict[str, list[int]] = {}
+    for name, size in sizes.items():
+        merged.setdefault(re.sub(r"-\d{5}-of-", "-*-of-", name), []).append(size)
+    return ", ".join(f"{name} {_bytes(sum(s))}" for name, s in merged.items())
+
+
+def _bytes(n: int) -> str:
+    k = min(int(math.log10(max(n, 1)) // 3), 4)
+    return f"{n / 1000**k:.{1 if k else 0}f} {('B', 'kB', 'MB', 'GB', 'TB')[k]}"
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
+    rows = [head, *rows]
+    widths = [max(len(row[n]) for row in rows) for n in range(len(head))]
+    return ["  ".join(f"{cell:>{w}}" if n == 2 else f"{cell:<{w}}" for n, (cell, w) in
+                      enumerate(zip(row, widths, strict=True))) for row in rows]

@@ -1,0 +1,569 @@
+"""The `minit2v` command, mostly called in this process, on small random models."""
+
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minit2v import cli, schedulers
+from minit2v.video import export_to_video, load_video, read_metadata
+
+FAST = ["--num-frames", "3", "--steps", "2"]
+RESTYLED = ["--steps", "4", "--strength", "0.5"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, make_official_folder):
+    """A whole pipeline: 16x16 pixels."""
+    return make_official_folder(tmp_path_factory.mktemp("model"), small=True)
+
+
+@pytest.fixture
+def copy(model, tmp_path):
+    return shutil.copytree(model, tmp_path / "copy")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Each test in a folder of its own, with no setting left over."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("MINIT2V_KERNELS", "")
+
+
+@pytest.fixture
+def run(capsys):
+    """run(*args) -> (exit code, lines of stdout, lines of stderr without progress bars)."""
+
+    def call(*args):
+        code = cli.main([str(a) for a in args])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out.splitlines(), [line for line in err.splitlines() if line.startswith("minit2v")]
+
+    return call
+
+
+def pixels(path):
+    return np.stack([np.asarray(f) for f in load_video(path)])
+
+
+def fails(result, *said, code=1):
+    """Whether the command ended with this code and one line that says all of this."""
+    got, out, err = result
+    errors = [line for line in err if "error:" in line]
+    assert got == code and len(errors) == 1 and not out, result
+    for word in said:
+        assert re.search(word, errors[0]), (word, errors[0])
+
+
+# ------------------------------------------------------------------------------------------------------------ generate
+
+
+def test_generate_writes_a_video_and_says_what_it_did(run, model):
+    code, out, err = run("generate", "a cat runs", "--model", model, *FAST, "--seed", 7)
+    assert code == 0 and out == ["a-cat-runs-7.mp4"] and os.listdir() == ["a-cat-runs-7.mp4"]
+    assert pixels(out[0]).shape == (3, 16, 16, 3)
+    said = "\n".join(err)
+    for word in ("3 frames of 16x16 at 8 fps", "2 steps of DDIMScheduler", "guidance 9", "seed 7", "float32 on cpu"):
+        assert word in said
+    stored = read_metadata(out[0])
+    assert stored["prompt"] == "a cat runs" and stored["seed"] == 7 and stored["model"] == str(model)
+    assert stored["versions"]["torch"] == torch.__version__ and stored["steps"] == 2 and stored["fps"] == 8
+
+
+def test_every_option_reaches_the_pipeline(run, model):
+    code, out, err = run(
+        "generate", "a cat", "--model", model, "--num-frames", 2, "--steps", 3, "--guidance-scale", 2.5, "--seed", 1,
+        "--negative-prompt", "a dog", "--scheduler", "euler-a", "--height", 24, "--width", 32, "--fps", 12.5,
+        "--dtype", "bfloat16", "--device", "cpu", "--compat", "diffusers", "--kernels", "torch", "-o", "x.mp4")
+    assert code == 0 and out == ["x.mp4"]
+    frames, fps = load_video("x.mp4", return_fps=True)
+    assert len(frames) == 2 and frames[0].size == (32, 24) and fps == 12.5
+    stored = read_metadata("x.mp4")
+    expected = {"guidance_scale": 2.5, "negative_prompt": "a dog", "scheduler": "EulerAncestralDiscreteScheduler",
+                "height": 24, "width": 32, "dtype": "bfloat16", "compat": "diffusers", "kernels": "torch", "steps": 3}
+    assert {k: stored[k] for k in expected} == expected
+    assert os.environ["MINIT2V_KERNELS"] == "torch"
+    assert any("compat diffusers" in line and 'not "a dog"' in line for line in err)
+
+
+def test_options_change_the_video(run, model):
+    base = ["generate", "a cat", "--model", model, *FAST, "--seed", 1]
+    changes = [[], ["--seed", 2], ["--negative-prompt", "a dog"], ["--scheduler", "euler"], ["--guidance-scale", 1],
+               ["--steps", 3], ["--dtype", "bfloat16"]]
+    videos = []
+    for n, change in enumerate(changes):
+        assert run(*base, *change, "-o", f"{n}.gif")[0] == 0
+        videos.append(pixels(f"{n}.gif"))
+    for n, video in enumerate(videos[1:], 1):
+        assert not np.array_equal(video, videos[0]), changes[n]
+
+
+def test_the_seed_is_drawn_said_and_stored(run, model):
+    seeds = set()
+    for n in range(2):
+        code, out, err = run("generate", "a cat", "--model", model, *FAST, "-o", f"{n}.mp4")
+        stored = read_metadata(out[0])
+        seeds.add(stored["seed"])
+        assert code == 0 and any(f"seed {stored['seed']}," in line for line in err)
+    assert len(seeds) == 2
+
+
+@pytest.mark.parametrize("name,cls", [*cli.SCHEDULERS.items(), ("DDIMScheduler", "DDIMScheduler"),
+                                      ("Euler", "EulerDiscreteScheduler")])
+def test_schedulers_by_name(name, cls):
+    assert cli._scheduler_class(name, schedulers).__name__ == cls
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+def test_replay_makes_the_same_video(run, model, suffix, monkeypatch):
+    made = ["generate", "a 🐱 = \"50%\"; runs\\", "--model", os.path.relpath(model), *FAST, "--negative-prompt=-x = y",
+            "--scheduler", "dpm++", "--fps", 12, "-o", f"a{suffix}"]
+    assert run(*made)[0] == 0
+    Path("else").mkdir()
+    monkeypatch.chdir("else")  # the model is found from here, too
+    code, out, err = run("generate", "--replay", f"../a{suffix}", "-o", f"b{suffix}")
+    assert code == 0 and not any("warning" in line for line in err), err
+    assert np.array_equal(pixels(f"../a{suffix}"), pixels(f"b{suffix}"))
+    assert Path(f"../a{suffix}").read_bytes() == Path(f"b{suffix}").read_bytes()
+
+
+def test_replay_with_changes(run, model):
+    assert run("generate", "a cat", "--model", model, *FAST, "--seed", 3, "-o", "a.mp4")[0] == 0
+    assert run("generate", "--replay", "a.mp4", "--steps", 3, "-o", "b.mp4")[0] == 0
+    one, two = read_metadata("a.mp4"), read_metadata("b.mp4")
+    assert two["steps"] == 3 and {**one, "steps": 3} == two
+    assert run("generate", "a dog", "--replay", "a.mp4", "-o", "c.mp4")[0] == 0
+    assert read_metadata("c.mp4") == {**one, "prompt": "a dog"}
+    Path("list").write_text("a dog\na cat\n")
+    code, out, _ = run("generate", "--prompts", "list", "--replay", "a.mp4")
+    assert code == 0 and [read_metadata(f)["prompt"] for f in out] == ["a dog", "a cat"]
+    assert np.array_equal(pixels(out[1]), pixels("a.mp4"))
+
+
+def test_replay_of_a_prompt_that_looks_like_an_option(run, model):
+    assert run("generate", "--model", model, *FAST, "-o", "a.mp4", "--", "--steps is a cat")[0] == 0
+    assert run("generate", "--replay", "a.mp4", "-o", "b.mp4")[0] == 0
+    assert read_metadata("b.mp4")["prompt"] == "--steps is a cat"
+
+
+def test_replay_of_other_versions_and_devices_warns(run, model):
+    assert run("generate", "a cat", "--model", model, *FAST, "-o", "a.mp4")[0] == 0
+    stored = read_metadata("a.mp4")
+    stored["versions"]["torch"] = "1.0"
+    export_to_video(load_video("a.mp4"), "old.mp4", metadata={**stored, "device": "xpu:7"})
+    code, out, err = run("generate", "--replay", "old.mp4", "-o", "b.mp4")
+    warned = [line for line in err if "warning" in line]
+    assert code == 0 and len(warned) == 2 and f"torch 1.0 -> {torch.__version__}" in warned[0] and "xpu:7" in warned[1]
+    assert np.array_equal(pixels("a.mp4"), pixels("b.mp4"))
+
+
+def test_replay_refuses_what_holds_no_settings(run, model):
+    frames = np.zeros((2, 8, 8, 3), np.uint8)
+    export_to_video(frames, "none.mp4")
+    export_to_video(frames, "other.mp4", metadata={"prompt": "a cat"})
+    export_to_video(frames, "bad.mp4", metadata={"minit2v": "generate", "prompt": "a cat", "steps": "many"})
+    Path("text.mp4").write_text("hello")
+    fails(run("generate", "--replay", "none.mp4"), "no settings")
+    fails(run("generate", "--replay", "other.mp4"), "no settings")
+    fails(run("generate", "--replay", "text.mp4"), "not a video")
+    fails(run("generate", "--replay", "gone.mp4"), "gone.mp4: no such file")
+    code, out, err = run("generate", "--replay", "bad.mp4")
+    assert code == 2 and not out
+
+
+# ------------------------------------------------------------------------------------------------- prompts and outputs
+
+
+def test_several_prompts_and_one_that_fails(run, model):
+    code, out, err = run("generate", "a cat", "broken \ud800", "a dog", "--model", model, *FAST, "--seed", 5)
+    assert code == 1 and out == ["a-cat-5.mp4", "a-dog-5.mp4"] and len(os.listdir()) == 2
+    assert [line for line in err if "error:" in line] and "1 of 3 prompts failed" in err[-1]
+    assert run("generate", "a dog", "--model", model, *FAST, "--seed", 5, "-o", "alone.mp4")[0] == 0
+    assert np.array_equal(pixels("alone.mp4"), pixels("a-dog-5.mp4"))  # its company changes nothing
+
+
+def test_prompts_from_a_file_and_standard_input(run, model, monkeypatch):
+    Path("list.txt").write_text("a cat\n\n  ein Hund läuft  \n", encoding="utf-8")
+    code, out, _ = run("generate", "first", "--prompts", "list.txt", "--model", model, *FAST, "--seed", 1, "-o", "o/x")
+    assert code == 0 and out == [f"o/x/{name}-1.mp4" for name in ("first", "a-cat", "ein-hund-läuft")]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a bird\n"))
+    assert run("generate", "--prompts", "-", "--model", model, *FAST, "--seed", 1)[1] == ["a-bird-1.mp4"]
+    Path("empty.txt").write_text("\n \n")
+    Path("latin.txt").write_bytes(b"a caf\xe9\n")
+    fails(run("generate", "--prompts", "empty.txt", "--model", model), "empty.txt: no prompts")
+    fails(run("generate", "--prompts", "latin.txt", "--model", model), "latin.txt: not UTF-8")
+    fails(run("generate", "--prompts", "gone.txt", "--model", model), "gone.txt: No such file")
+
+
+def test_made_names_replace_nothing_and_given_ones_do(run, model):
+    args = ["--model", model, *FAST, "--seed", 1]
+    assert run("generate", "a cat", "a cat", *args)[1] == ["a-cat-1.mp4", "a-cat-1-2.mp4"]
+    assert run("generate", "A cat!", *args)[1] == ["a-cat-1-3.mp4"]
+    assert run("generate", "a cat", "a dog", *args, "-o", "v.gif")[1] == ["v-1.gif", "v-2.gif"]
+    assert run("generate", "a cat", "a dog", *args, "-o", "v.gif")[1] == ["v-1-2.gif", "v-2-2.gif"]
+    Path("v.mp4").write_text("old")
+    code, out, err = run("generate", "a cat", *args, "-o", "v.mp4")
+    assert out == ["v.mp4"] and any("v.mp4 will be replaced" in line for line in err) and len(pixels("v.mp4")) == 3
+    Path("folder.mp4").mkdir()
+    assert run("generate", "a cat", *args, "-o", "folder.mp4")[1] == ["folder.mp4/a-cat-1.mp4"]
+
+
+@pytest.mark.parametrize("prompt,name", [("", "video-1.mp4"), ("🎬🐱", "video-1.mp4"), ("a 🐱", "a-1.mp4"),
+                                         ("../../etc/x", "etc-x-1.mp4"), ("cat " * 2500, "cat-" * 10 + "1.mp4"),
+                                         ("猫が走る", "猫が走る-1.mp4")])
+def test_unusual_prompts(run, model, prompt, name):
+    code, out, err = run("generate", "--model", model, *FAST, "--seed", 1, "--", prompt)
+    assert code == 0 and out == [name] and read_metadata(name)["prompt"] == prompt
+    warned = [line for line in err if "warning" in line]
+    assert len(warned) == (len(prompt) > 1000) and all(len(line) < 400 for line in warned)
+
+
+def test_unwritable_outputs_fail_before_the_work(run, model, monkeypatch):
+    Path("file").write_text("")
+    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("loaded the model"))
+    fails(run("generate", "a cat", "--model", model, "-o", "file/a.mp4"), "file", "Not a directory|File exists")
+    fails(run("generate", "a cat", "--model", model, "-o", "/proc/nowhere/a.mp4"), "/proc/nowhere")
+    fails(run("generate", "a cat", "--model", model, "-o", "a.txt"), "must end in .mp4", code=2)
+    assert os.listdir() == ["file"]
+
+
+def test_a_disk_that_fills_up(run, model, monkeypatch):
+    import minit2v.video
+
+    def full(command, frames, path, log):
+        Path(command[-1]).write_bytes(b"half")
+        raise OSError(28, "no space left on the disk", str(path))
+
+    monkeypatch.setattr(minit2v.video, "_encode", full)
+    fails(run("generate", "a cat", "--model", model, *FAST, "-o", "a.mp4"), "a.mp4: no space left on the disk")
+    assert os.listdir() == []
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+USAGE = [
+    (["generate"], "give a prompt"),
+    (["generate", "x", "--steps", "0"], "--steps: must be a whole number of at least 1"),
+    (["generate", "x", "--steps", "-3"], "--steps"),
+    (["generate", "x", "--steps", "2.5"], "--steps"),
+    (["generate", "x", "--num-frames", "0"], "--num-frames"),
+    (["generate", "x", "--seed", "-1"], "--seed"),
+    (["generate", "x", "--seed", str(2**64)], "--seed"),
+    (["generate", "x", "--fps", "0"], "--fps"),
+    (["generate", "x", "--fps", "nan"], "--fps"),
+    (["generate", "x", "--guidance-scale", "high"], "--guidance-scale"),
+    (["generate", "x", "--dtype", "int8"], "--dtype"),
+    (["generate", "x", "--kernels", "cuda"], "--kernels"),
+    (["generate", "x", "--compat", "comfy"], "--compat"),
+    (["generate", "x", "--step", "3"], "unknown argument '--step'.*--steps"),
+    (["generate", "x", "--strength", "1"], "unknown argument '--strength'"),
+    (["restyle", "x.mp4", "y", "--strength", "1.5"], "--strength: must be a number from 0 to 1"),
+    (["restyle", "x.mp4", "y", "--num-frames", "4"], "--num-frames"),
+    (["restyle"], "video"),
+    (["restyle", "x.mp4"], "give a prompt"),
+    (["inspect"], "model"),
+    (["generat"], "generat"),
+    ([], "command"),
+]
+
+
+@pytest.mark.parametrize("args,said", USAGE)
+def test_wrong_usage_is_one_line_and_code_2(args, said, capsys):
+    assert cli.main(args) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and re.search(said, err)
+
+
+def test_version_and_help(capsys):
+    assert cli.main(["--version"]) == 0
+    assert re.fullmatch(r"minit2v \d+\.\d+\S*\n", capsys.readouterr().out)
+    assert cli.main(["generate", "--help"]) == 0
+    said = capsys.readouterr().out
+    for name in (*cli.SETTINGS, "replay", "prompts", "output", "debug"):
+        assert f"--{name.replace('_', '-')}" in said or name == "strength"
+
+
+def test_bad_settings_are_one_line(run, model):
+    base = ["generate", "a cat", "--model", model, *FAST]
+    fails(run(*base, "--scheduler", "eulr"), "no scheduler 'eulr'", "nearest: 'euler'")
+    fails(run(*base, "--device", "gpu"), "no device 'gpu'", "cpu")
+    fails(run(*base, "--device", "xpu:9"), "'xpu:9' is not here")
+    fails(run(*base, "--width", 17), "width must be a multiple of 2", "nearest")
+    fails(run(*base, "--variant", "fp15"), "fp15")
+    fails(run(*base, "--revision", "nowhere", "--model", "shape"), "no such folder", "nearest: 'shapes'")
+    fails(run(*base, "--model", "gone/folder/of/mine"), "gone/folder/of/mine")
+    fails(run(*base, "--kernels", "triton"), "triton")
+    assert os.listdir() == []
+
+
+def test_debug_shows_where(model):
+    with pytest.raises(ValueError, match="no scheduler"):
+        cli.main(["generate", "a cat", "--model", str(model), "--scheduler", "eulr", "--debug"])
+
+
+def test_the_message_of_an_error():
+    assert cli._one_line(OSError(28, "no space", "a.mp4")) == "a.mp4: no space"
+    assert cli._one_line(KeyError("two\n  lines")) == "two lines"
+    assert cli._one_line(RuntimeError()) == "RuntimeError"
+    assert "--dtype float16" in cli._one_line(torch.OutOfMemoryError("CUDA out of memory. Tried"))
+
+
+def spoil(folder, part, change):
+    file = next((folder / part).glob("*.safetensors"))
+    state = load_file(file)
+    change(state)
+    save_file({k: v.clone() for k, v in state.items()}, file)
+
+
+def test_broken_models_are_one_line(run, copy):
+    weights = copy / "unet/diffusion_pytorch_model.safetensors"
+    data, base = weights.read_bytes(), ["generate", "a cat", "--model", copy, *FAST]
+    for content, said in [(data[: len(data) // 2], "diffusion_pytorch_model.safetensors"), (data[:5], "safetensors"),
+                          (b"", "empty"), (b"\xff" * 1000, "safetensors"), (data[:4000] + data[5000:], "safetensors")]:
+        weights.write_bytes(content)
+        fails(run(*base), said)
+    weights.write_bytes(data)
+
+    spoil(copy, "unet", lambda s: s["conv_out.weight"].fill_(float("nan")))
+    fails(run(*base), "NaN", "conv_out.weight")
+    weights.write_bytes(data)
+
+    weights.unlink()
+    fails(run(*base), "unet", "diffusion_pytorch_model.safetensors")
+
+    class Attack:
+        def __reduce__(self):
+            return os.system, ("touch attacked",)
+
+    (copy / "unet/diffusion_pytorch_model.bin").write_bytes(pickle.dumps({"x": Attack()}))
+    fails(run(*base), "diffusion_pytorch_model.bin", "refused|broken")
+    assert not Path("attacked").exists()
+    (copy / "unet/diffusion_pytorch_model.bin").unlink()
+
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps({**index, "unet": ["diffusers", "UNet2DConditionModel"]}))
+    fails(run(*base), "UNet2DConditionModel")
+    (copy / "model_index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "vae"}))
+    fails(run(*base), "'vae'")
+    (copy / "model_index.json").write_text("{")
+    fails(run(*base), "model_index.json")
+    assert os.listdir() == []
+
+
+# -------------------------------------------------------------------------------------------------------------- restyle
+
+
+@pytest.fixture
+def source():
+    ramp = np.linspace(0, 1, 24)
+    frames = np.stack([np.broadcast_to(np.roll(ramp, n)[:, None, None], (24, 24, 3)) for n in range(4)])
+    return export_to_video(frames, "source.mp4", fps=6)
+
+
+def test_restyle_takes_size_and_rate_of_the_video(run, model, source):
+    code, out, err = run("restyle", source, "a cat", "--model", model, *RESTYLED, "--seed", 1)
+    assert code == 0 and out == ["a-cat-1.mp4"]
+    frames, fps = load_video(out[0], return_fps=True)
+    assert len(frames) == 4 and frames[0].size == (24, 24) and fps == 6
+    stored = read_metadata(out[0])
+    assert stored["strength"] == 0.5 and stored["guidance_scale"] == 15 and stored["fps"] == 6
+    assert any("strength 0.5" in line for line in err)
+    assert run("restyle", source, "a cat", "--model", model, *RESTYLED, "--height", 16, "--width", 32, "--fps", 3,
+               "-o", "b.mp4")[0] == 0
+    frames, fps = load_video("b.mp4", return_fps=True)
+    assert frames[0].size == (32, 16) and fps == 3
+
+
+def test_strength_is_how_far_it_goes(run, model, source):
+    base = ["restyle", source, "a cat", "--model", model, "--steps", 4, "--seed", 1]
+    videos = {}
+    for s in (0, 0.5, 1):
+        assert run(*base, "--strength", s, "-o", f"{s}.gif")[0] == 0
+        videos[s] = pixels(f"{s}.gif").astype(int)
+    assert np.abs(videos[0] - videos[0.5]).max() > 0 and np.abs(videos[0.5] - videos[1]).max() > 0
+
+
+def test_restyle_is_replayed_from_the_same_source_only(run, model, source):
+    assert run("restyle", source, "a cat", "--model", model, *RESTYLED, "-o", "a.mp4")[0] == 0
+    Path("else").mkdir()
+    os.chdir("else")
+    assert run("generate", "--replay", "../a.mp4", "-o", "b.mp4")[0] == 0
+    os.chdir("..")
+    assert Path("a.mp4").read_bytes() == Path("else/b.mp4").read_bytes()
+    fails(run("generate", "--replay", "a.mp4", "--num-frames", 3), "--num-frames")
+    export_to_video(np.zeros((4, 24, 24, 3), np.uint8), source)
+    fails(run("generate", "--replay", "a.mp4"), "source.mp4", "changed")
+    os.unlink(source)
+    fails(run("generate", "--replay", "a.mp4"), "source.mp4", "no such file")
+
+
+def test_restyle_of_what_is_no_video(run, model):
+    Path("text.mp4").write_text("hello")
+    fails(run("restyle", "text.mp4", "a cat", "--model", model), "text.mp4: not a video")
+    fails(run("restyle", "gone.mp4", "a cat", "--model", model), "gone.mp4: no such file")
+    export_to_video(np.zeros((2, 24, 18, 3), np.uint8), "a.mp4")
+    code = run("restyle", "a.mp4", "a cat", "--model", model, *RESTYLED, "-o", "b.gif")[0]
+    assert code == 0 and pixels("b.gif").shape == (2, 24, 18, 3)
+
+
+# -------------------------------------------------------------------------------------------------------------- Ctrl-C
+
+
+@pytest.mark.parametrize("when", ["step/s", "2/2"])
+def test_interrupt_leaves_no_broken_file(model, when):
+    """In the middle of the first video, and in the middle of the second, when the first is whole."""
+    prompts = ["a cat", "a dog"] if when == "2/2" else ["a cat"]
+    steps = "60" if when == "2/2" else "900"
+    command = [sys.executable, "-c", "import sys; from minit2v.cli import main; sys.exit(main())", "generate", *prompts,
+               "--model", model, "--num-frames", "2", "--steps", steps, "--seed", "1", "-o", "out/"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        said = b""
+        deadline = time.monotonic() + 60
+        while when.encode() not in said and time.monotonic() < deadline:
+            assert (some := os.read(process.stderr.fileno(), 4096)), said
+            said += some
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"Traceback" not in said + err and b"interrupted" in err, said + err
+    assert sorted(os.listdir("out")) == (["a-cat-1.mp4"] if when == "2/2" else [])
+    assert out.decode().split() == [f"out/{name}" for name in os.listdir("out")]
+    assert all(len(load_video(f"out/{name}")) == 2 for name in os.listdir("out"))
+
+
+# ------------------------------------------------------------------------------------------------------------- inspect
+
+
+def test_inspect_a_folder_that_fits(run, model):
+    code, out, err = run("inspect", model)
+    assert code == 0 and "TextToVideoSDPipeline" in out[0]
+    rows = {line.split()[0]: line for line in out if line.strip()}
+    for part in ("unet", "vae", "text_encoder"):
+        assert re.search(r"float32\s+all \d+ match\s+\S+\.safetensors \d", rows[part])
+    assert "DDIMScheduler" in rows["scheduler"] and "CLIPTokenizer" in rows["tokenizer"]
+    assert run("inspect", model / "vae")[0] == 0
+
+
+def test_inspect_a_model_of_full_size_without_its_weights(run, make_official_folder, tmp_path):
+    make_official_folder(tmp_path / "ms", "ms-1.7b", variant="fp16")
+    code, out, _ = run("inspect", tmp_path / "ms", "--variant", "fp16")
+    rows = {line.split()[0]: line for line in out if line.strip()}
+    assert code == 0, out
+    assert re.search(r"1,411,\d+,\d+\s+float16\s+all \d+ match .*fp16\.safetensors 2\.8 GB", rows["unet"])
+
+
+def test_inspect_says_what_does_not_fit(run, copy):
+    def change(state):
+        state["unknown.weight"] = torch.zeros(1)
+        del state["conv_in.bias"]
+        state["conv_out.bias"] = torch.zeros(7)
+
+    spoil(copy, "unet", change)
+    (copy / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{broken  header}")
+    shutil.rmtree(copy / "tokenizer")
+    index = json.loads((copy / "model_index.json").read_text())
+    index |= {"scheduler": ["diffusers", "DDIMSchedular"], "_class_name": "TextToVideoPipeline"}
+    (copy / "model_index.json").write_text(json.dumps(index))
+    code, out, _ = run("inspect", copy)
+    wrong = [line.removeprefix("wrong: ") for line in out if line.startswith("wrong")]
+    assert code == 1 and len(wrong) == 7
+    for said in ("unet: 1 keys missing: 'conv_in.bias'", "unet: 1 keys unknown: 'unknown.weight'",
+                 "unet: 1 keys of another shape: 'conv_out.bias' is (7,), not (4,)", "vae: .*header is broken",
+                 "tokenizer: there are no files", "'DDIMSchedular' is not here (nearest: 'DDIMScheduler')",
+                 "the pipeline 'TextToVideoPipeline' is not here"):
+        assert any(re.search(re.escape(said).replace(r"\.\*", ".*"), line) for line in wrong), (said, wrong)
+    assert any("464 of 466 match" in line for line in out)
+
+
+def test_inspect_other_layouts_of_files(run, copy):
+    folder = copy / "unet"
+    file = folder / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    names = sorted(state)
+    shards = [{n: state[n].half() for n in names[:100]}, {n: state[n] for n in names[100:]}]
+    for n, shard in enumerate(shards):
+        save_file(shard, folder / f"diffusion_pytorch_model-0000{n + 1}-of-00002.safetensors")
+    file.unlink()
+    torch.save(state, folder / "diffusion_pytorch_model.bin")
+    code, out, _ = run("inspect", copy)
+    row = next(line for line in out if line.startswith("unet"))
+    assert code == 0 and "366 float32, 100 float16" in row and "-*-of-00002.safetensors" in row
+    assert "(not read: diffusion_pytorch_model.bin" in row
+    for shard in folder.glob("*-of-*"):
+        shard.unlink()
+    code, out, _ = run("inspect", folder)
+    assert code == 0 and any("all 466 match" in line and ".bin" in line for line in out)
+    data = (folder / "diffusion_pytorch_model.bin").read_bytes()
+    (folder / "diffusion_pytorch_model.bin").write_bytes(data[:-2000])
+    assert run("inspect", folder)[0] == 1
+    (folder / "diffusion_pytorch_model.bin").unlink()
+    code, out, _ = run("inspect", folder)
+    assert code == 1 and "no diffusion_pytorch_model.safetensors" in out[-1]
+
+
+def test_inspect_truncated_weights(run, copy):
+    file = copy / "vae/diffusion_pytorch_model.safetensors"
+    data = file.read_bytes()
+    for cut in (0, 4, 500, len(data) - 1):
+        file.write_bytes(data[:cut])
+        code, out, _ = run("inspect", copy / "vae")
+        assert code == 1 and "truncated" in out[-1]
+
+
+def test_inspect_what_is_no_model(run, copy):
+    Path("empty").mkdir()
+    fails(run("inspect", "empty"), "neither model_index.json nor config.json")
+    fails(run("inspect", copy / "model_index.json"), "is a file")
+    fails(run("inspect", "gone"), "no such folder")
+    (copy / "unet/config.json").write_text('{"_class_name": "UNet2DModel"}')
+    code, out, _ = run("inspect", copy / "unet")
+    assert code == 1 and "'UNet2DModel', which is not here" in out[-1]
+
+
+def test_inspect_a_hub_id_reads_headers_only(run, model, monkeypatch):
+    import huggingface_hub
+
+    from minit2v import hub, inspection
+
+    read = []
+
+    class Api:
+        def model_info(self, repo, revision=None, files_metadata=False):
+            if repo != "owner/name" or revision != "v1":
+                raise RuntimeError("404\nnot found")
+            files = [p for p in model.rglob("*") if p.is_file()]
+            return SimpleNamespace(siblings=[SimpleNamespace(rfilename=str(p.relative_to(model)), size=p.stat().st_size)
+                                             for p in files])
+
+        def parse_safetensors_file_metadata(self, repo, path, revision=None):
+            read.append(path)
+            header = json.loads((model / path).read_bytes()[8:].split(b"}}", 1)[0] + b"}}")
+            header.pop("__metadata__", None)
+            return SimpleNamespace(tensors={k: SimpleNamespace(dtype=v["dtype"], shape=v["shape"])
+                                            for k, v in header.items()})
+
+    def read_json(repo, name, subfolder=None, revision=None):
+        return hub.parse_json(model / (subfolder or "") / name)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(inspection, "hub", SimpleNamespace(**{**vars(hub), "read_json": read_json}))
+    code, out, _ = run("inspect", "owner/name", "--revision", "v1")
+    assert code == 0, out
+    local = run("inspect", model)[1]
+    assert out[1:] == local[1:] and len(read) == 3
+    fails(run("inspect", "owner/name"), "owner/name", "404")
