@@ -93,7 +93,9 @@ class DiffusionPipeline:
 
     def __init__(self, components: dict[str, Any], compat: str | None, fields: dict[str, Any]):
         """Fields that are None take their value from `compat` (None, or "diffusers" for the reference's numbers)."""
-        defaults = compat_fields(type(self).__name__, compat)
+        defaults: dict[str, Any] = {}
+        for cls in reversed(type(self).__mro__):  # a class of the user's own deviates as the one it is made from
+            defaults |= compat_fields(cls.__name__, compat)
         self.compat = compat
         for name in self.FIELDS:
             setattr(self, name, defaults[name] if fields[name] is None else fields[name])
@@ -139,7 +141,7 @@ class DiffusionPipeline:
     @property
     def vae_scale_factor(self) -> int:
         """Pixels per latent, along height and width."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1) if self.vae is not None else 8
+        return self.vae.config.factor if self.vae is not None else 8
 
     @classmethod
     def from_pretrained(

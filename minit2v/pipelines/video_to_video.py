@@ -121,12 +121,9 @@ class VideoToVideoSDPipeline(TextToVideoSDPipeline):
         if x.shape[1] == self.unet.config.in_channels:
             return x.to(dtype).expand(batch, -1, -1, -1, -1)
         with self._placed("vae") as vae:
-            chunks = rearrange(x.to(vae.dtype), "b c f h w -> (b f) c h w").split(ENCODED_AT_ONCE)
-            gaussians = [vae.encode(chunk) for chunk in chunks]
-        mean, std = (torch.cat([getattr(g, part) for g in gaussians]) for part in ("mean", "std"))
-        self._check_finite(mean, self.vae, "the VAE")
-        if len(x) < batch:
-            mean, std = (v.repeat(batch, 1, 1, 1) for v in (mean, std))
+            gaussian = vae.encode(rearrange(x.to(vae.dtype), "b c f h w -> (b f) c h w"), ENCODED_AT_ONCE)
+            self._check_finite(gaussian.mean, vae, "the VAE")
+        mean, std = (v.repeat(batch // len(x), 1, 1, 1) for v in (gaussian.mean, gaussian.std))
         z = mean + std * randn(mean.shape, generator, mean.device, mean.dtype)
         return rearrange(z.to(dtype) * self.vae.config.scaling_factor, "(b f) c h w -> b c f h w", b=batch)
 

@@ -1,0 +1,125 @@
+"""The calls of the reference's text-to-video pages, on small folders of the same layout."""
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from minit2v import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    TextToVideoSDPipeline,
+    VideoToVideoSDPipeline,
+)
+from minit2v.utils import export_to_video
+
+PROMPT = "Spiderman is surfing"
+STEPS = dict(num_inference_steps=2)  # in place of 25 and 40
+
+
+@pytest.fixture(scope="module")
+def modelscope(tmp_path_factory, make_official_folder):
+    """damo-vilab/text-to-video-ms-1.7b: fp16 variant files beside the configs."""
+    folder = make_official_folder(tmp_path_factory.mktemp("ms"), repo="ms-1.7b", variant="fp16", small=True)
+    assert (folder / "unet/diffusion_pytorch_model.fp16.safetensors").is_file()
+    return folder
+
+
+@pytest.fixture(scope="module", params=["zeroscope_v2_576w", "zeroscope_v2_XL"])
+def zeroscope(request, tmp_path_factory, make_official_folder):
+    """cerspense's repositories: no safetensors, `.bin` files of half precision without a variant in their names."""
+    folder = make_official_folder(tmp_path_factory.mktemp("zs"), repo=request.param, small=True)
+    for part in ("unet", "vae", "text_encoder"):
+        (file,) = (folder / part).glob("*.safetensors")
+        name = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
+        torch.save({k: v.half() for k, v in load_file(file).items()}, folder / part / name)
+        file.unlink()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def half(folder, cls=DiffusionPipeline, **kw):
+    """As on the page, in float16; what follows is in float32 where a CPU computes, which is slow in float16."""
+    pipe = cls.from_pretrained(folder, torch_dtype=torch.float16, **kw)
+    assert {pipe.unet.dtype, pipe.vae.dtype, pipe.text_encoder.dtype} == {torch.float16}
+    pipe.set_progress_bar_config(disable=True)
+    return pipe if DEVICE == "cuda" else pipe.to(torch.float32)
+
+
+def test_float16(modelscope):
+    pipe = DiffusionPipeline.from_pretrained(modelscope, torch_dtype=torch.float16, variant="fp16").to(DEVICE)
+    assert pipe(PROMPT, num_frames=2, num_inference_steps=1).frames.shape == (1, 2, 16, 16, 3)
+
+
+@pytest.mark.parametrize("cls", [DiffusionPipeline, TextToVideoSDPipeline])
+def test_modelscope_page(modelscope, cls, tmp_path):
+    pipe = half(modelscope, cls, variant="fp16")
+    assert type(pipe) is TextToVideoSDPipeline
+    pipe = pipe.to(DEVICE)
+    video_frames = pipe(PROMPT, **STEPS, num_frames=4).frames
+    assert export_to_video(video_frames).endswith(".mp4")  # the page of 0.26: a batch of one
+    video_frames = pipe(PROMPT, **STEPS, num_frames=4).frames[0]
+    path = export_to_video(video_frames, output_video_path="./x.mp4")
+    assert (tmp_path / path).samefile(tmp_path / "x.mp4")
+
+
+def test_optimised_for_memory(modelscope):
+    pipe = half(modelscope, variant="fp16")
+    pipe.enable_model_cpu_offload()
+    pipe.enable_vae_slicing()
+    pipe.vae.enable_slicing()
+    assert pipe(PROMPT, num_frames=64, num_inference_steps=1).frames[0].shape == (64, 16, 16, 3)
+
+
+def test_another_scheduler(modelscope):
+    pipe = half(modelscope, variant="fp16")
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    assert pipe.scheduler.config.beta_start == 0.00085  # the published values, not the class's defaults
+    pipe.enable_model_cpu_offload()
+    assert pipe(PROMPT, num_inference_steps=25, num_frames=2).frames.shape[1] == 2
+
+
+def test_zeroscope_page(zeroscope):
+    pipe = half(zeroscope)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.enable_model_cpu_offload()
+    pipe.unet.enable_forward_chunking(chunk_size=1, dim=1)
+    pipe.enable_vae_slicing()
+    video_frames = pipe(PROMPT, **STEPS, height=32, width=56, num_frames=6).frames[0]
+    assert video_frames.shape == (6, 32, 56, 3)
+    assert export_to_video(video_frames)
+
+
+def test_zeroscope_xl(zeroscope):
+    """The index names the text pipeline; the page calls what it got with a video."""
+    pipe = half(zeroscope)
+    frames = pipe(PROMPT, **STEPS, height=32, width=56, num_frames=3).frames[0]
+    pipe.to("cpu")
+    pipe = half(zeroscope, revision="refs/pr/15")  # means nothing to a local folder
+    video = [Image.fromarray((frame * 255).astype("uint8")).resize((64, 40)) for frame in frames]
+    with pytest.raises(TypeError, match=r"VideoToVideoSDPipeline\.from_pipe\(pipe\)"):
+        pipe(PROMPT, video=video, strength=0.6)
+    for v2v in (VideoToVideoSDPipeline.from_pipe(pipe), half(zeroscope, VideoToVideoSDPipeline)):
+        pipe = v2v
+        pipe.set_progress_bar_config(disable=True)
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+        pipe.enable_model_cpu_offload()
+        pipe.vae.enable_slicing()
+        video_frames = pipe(PROMPT, video=video, strength=0.6, num_inference_steps=4).frames[0]
+        assert video_frames.shape == (3, 40, 64, 3)
+
+
+def test_encode_prompt_and_tiling(modelscope):
+    pipe = DiffusionPipeline.from_pretrained(modelscope, variant="fp16")
+    text, negative = pipe.encode_prompt(PROMPT, "cpu", 1, True, "blurry")
+    assert text.shape == negative.shape and text.dtype == torch.float32
+    pipe.enable_vae_tiling()
+    pipe.disable_vae_tiling()
+    pipe.disable_vae_slicing()
