@@ -114,8 +114,10 @@ def test_a_trained_tokenizer_is_transformers_own(pad, tmp_path):
 
 def test_learned_tokens(make_folder):
     folder = make_folder("sd15")
-    (folder / "added_tokens.json").write_text(json.dumps({"<toy>": 900, EOS: 899, "Big": 901}))
+    (folder / "added_tokens.json").write_text(json.dumps({"<toy>": 900, EOS: 899, "Big": 901, "two words": 902}))
     peer, ours = Peer.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder)
-    for text in ["a <toy>", "a<TOY>b", "big Big bigger", f"{EOS} <|ENDOFTEXT|>"]:
+    for text in ["a <toy>", "a<TOY>b", "big Big bigger", f"{EOS} <|ENDOFTEXT|>", "Two \n words two  words"]:
         assert ours.encode(text) == peer(text).input_ids
     assert_same(peer, ours)
+    flags = {n: (t.content, t.special, t.normalized) for n, t in ours.backend.get_added_tokens_decoder().items()}
+    assert flags == {n: (t.content, t.special, t.normalized) for n, t in peer.added_tokens_decoder.items()}
