@@ -47,19 +47,19 @@ class AutoencoderKLConfig:
 
     def __post_init__(self):
         channels, groups = self.block_out_channels, self.norm_num_groups
-        for name, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            types = getattr(self, name)
-            if types != (known,) * len(channels):
-                raise ValueError(
-                    f"{name} must be {known!r} for each of the {len(channels)} block_out_channels, not {types}"
-                )
         for name in ("in_channels", "out_channels", "layers_per_block", "latent_channels", "norm_num_groups"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, not {getattr(self, name)!r}")
-        if not channels or any(not isinstance(c, int) or c < 1 or c % groups for c in channels):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not channels or any(c < 1 or c % groups for c in channels):
             raise ValueError(f"norm_num_groups {groups} must divide block_out_channels {channels}")
-        if not isinstance(self.sample_size, int) or self.sample_size < self.factor:
-            raise ValueError(f"sample_size must be an integer of at least {self.factor}, not {self.sample_size!r}")
+        for name, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            if getattr(self, name) != (known,) * len(channels):
+                raise ValueError(
+                    f"{name} must be {known!r} for each of the {len(channels)} block_out_channels, "
+                    f"not {getattr(self, name)}"
+                )
+        if self.sample_size < self.factor:
+            raise ValueError(f"sample_size must be at least {self.factor} pixels, one latent, not {self.sample_size}")
 
     @property
     def factor(self) -> int:
