@@ -68,7 +68,8 @@ def triton_kernel() -> Any:
         for i in range(0, S, BLOCK_S):
             s = i + rows
             mask = (s < S)[:, None] & in_group[None, :]
-            acc += tl.load(X + base + s.to(tl.int64)[:, None] * stride_s + cols[None, :], mask=mask, other=0.0)
+            x = tl.load(X + base + s.to(tl.int64)[:, None] * stride_s + cols[None, :], mask=mask, other=0.0)
+            acc += x.to(tl.float32)
         mean = tl.sum(tl.sum(acc, axis=1), axis=0) / (CG * S)
         acc = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
         for i in range(0, S, BLOCK_S):

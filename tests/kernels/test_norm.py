@@ -1,0 +1,119 @@
+"""group_norm_silu: the choice between implementations, and the kernel interpreted, compiled, and on a GPU."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minit2v_kernels import _dispatch, group_norm_silu, norm
+
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None and os.environ.get("CI", "").lower() not in ("1", "true"), reason="needs triton"
+)
+
+
+def python(*args: str, **env: str) -> str:
+    """The output of `python args`; fails with it where the process fails."""
+    done = subprocess.run([sys.executable, *args], env={**os.environ, **env}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@needs_triton
+def test_accuracy_in_the_interpreter():
+    file = str(Path(__file__).with_name("norm_accuracy.py"))
+    assert " passed" in python("-m", "pytest", "-q", "-p", "no:cacheprovider", file, TRITON_INTERPRET="1")
+
+
+@needs_triton
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_accuracy_on_the_gpu():
+    file = str(Path(__file__).with_name("norm_accuracy.py"))
+    assert " passed" in python("-m", "pytest", "-q", "-p", "no:cacheprovider", file, TRITON_INTERPRET="0")
+
+
+COMPILE = """
+import minit2v_kernels.norm as norm
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+block_s, block_c = norm.tile(10, 4096)
+for target, binary in (
+    (GPUTarget("cuda", 80, 32), "ptx"), (GPUTarget("cuda", 90, 32), "ptx"), (GPUTarget("hip", "gfx942", 64), "amdgcn")
+):
+    for dtype in ("fp32", "fp16", "bf16"):
+        signature = dict.fromkeys(("X", "W", "B", "Y"), f"*{dtype}")
+        signature |= dict.fromkeys(("C", "S", "G", "stride_s", "stride_c"), "i32")
+        signature |= {"eps": "fp32", "BLOCK_S": "constexpr", "BLOCK_C": "constexpr"}
+        source = ASTSource(norm.triton_kernel(), signature, constexprs={"BLOCK_S": block_s, "BLOCK_C": block_c})
+        assert len(compile(source, target=target).asm[binary]) > 1000
+        print(target.arch, dtype)
+"""
+
+
+@needs_triton
+def test_compiles_ahead_of_time(tmp_path):
+    """What the interpreter accepts and a compiler rejects shows here, for GPUs that are not."""
+    out = python("-c", COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    want = [f"{arch} {dtype}" for arch in (80, 90, "gfx942") for dtype in ("fp32", "fp16", "bf16")]
+    assert out.splitlines() == want
+
+
+def test_importing_imports_no_triton():
+    modules = "print([m for m in ('triton', 'torch._dynamo') if m in sys.modules])"
+    call = "minit2v_kernels.group_norm_silu(torch.ones(1, 2, 3), torch.ones(2), torch.ones(2), 1)"
+    assert python("-c", f"import sys, torch, minit2v_kernels; {call}; {modules}").strip() == "[]"
+
+
+@pytest.fixture
+def args():
+    return torch.randn(2, 8, 3, 5), torch.randn(8), torch.randn(8), 4
+
+
+@pytest.mark.parametrize("impl", [None, "auto", "torch"])
+def test_the_cpu_runs_the_definition(args, impl, monkeypatch):
+    monkeypatch.delenv("MINIT2V_KERNELS", raising=False)
+    monkeypatch.setattr(norm, "triton_op", lambda: pytest.fail("asked for Triton"))
+    x, w, b, groups = args
+    assert torch.equal(group_norm_silu(*args, eps=1e-3, impl=impl), F.silu(F.group_norm(x, groups, w, b, 1e-3)))
+
+
+def test_asking_for_triton_never_falls_back(args, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(_dispatch, "has_triton", lambda: True)
+    with pytest.raises(RuntimeError, match="impl='triton' needs a GPU tensor, not one on cpu"):
+        group_norm_silu(*args, impl="triton")
+    monkeypatch.setenv("MINIT2V_KERNELS", "triton")
+    with pytest.raises(RuntimeError, match="MINIT2V_KERNELS='triton' needs a GPU"):
+        group_norm_silu(*args)
+    monkeypatch.setattr(_dispatch, "has_triton", lambda: False)
+    with pytest.raises(RuntimeError, match="Triton is not installed"):
+        group_norm_silu(*args)
+    group_norm_silu(*args, impl="torch")  # the argument wins over the environment
+
+
+def test_unknown_implementations(args, monkeypatch):
+    with pytest.raises(ValueError, match="impl must be one of 'auto', 'torch', 'triton', not 'cuda'"):
+        group_norm_silu(*args, impl="cuda")
+    monkeypatch.setenv("MINIT2V_KERNELS", "tirton")
+    with pytest.raises(ValueError, match="MINIT2V_KERNELS must be one of .* not 'tirton'"):
+        group_norm_silu(*args)
+
+
+class OnGPU:
+    is_cuda, device = True, torch.device("cuda")
+
+
+def test_auto_is_triton_only_where_it_is_proven(monkeypatch):
+    monkeypatch.delenv("MINIT2V_KERNELS", raising=False)
+    monkeypatch.setattr(_dispatch, "has_triton", lambda: True)
+    monkeypatch.setattr(_dispatch, "family", lambda device: "sm_90")
+    for proven, impl in ((set(), "torch"), ({"sm_80"}, "torch"), ({"sm_80", "sm_90"}, "triton")):
+        monkeypatch.setitem(_dispatch.PROVEN, "group_norm_silu", frozenset(proven))
+        assert _dispatch.pick("group_norm_silu", None, OnGPU()) == impl
