@@ -83,6 +83,9 @@ def find_folder(
 
     prefix = f"{subfolder}/" if subfolder else ""
     names = [s.rfilename.removeprefix(prefix) for s in info.siblings or () if s.rfilename.startswith(prefix)]
+    if not names:
+        there = sorted({s.rfilename.split("/")[0] for s in info.siblings or () if "/" in s.rfilename})
+        raise FileNotFoundError(f"{label} does not exist; the folders there: {', '.join(there) or 'none'}")
     wanted = _named(choose, [n for n in names if "/" not in n], label)
     try:
         root = hf.snapshot_download(
@@ -341,7 +344,7 @@ def fill(model: "Network", files: Sequence[Path], dtype: torch.dtype) -> None:
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from None
     missing = list(model.layout.to_published({name: None for name in expected if name not in found}))
-    unknown += [published for name, published in found.items() if name not in expected]
+    unknown = sorted(unknown + [published for name, published in found.items() if name not in expected])
     shapes = []
     for name, published in found.items():
         have = model.layout.squeeze(name, tensors[published])
@@ -513,10 +516,10 @@ class Network(nn.Module):
         safe_serialization: `.safetensors`, else `.bin`. variant: the infix of the weights' file. A file that exists is
         replaced when the new one is complete; OSError where it cannot be.
         """
-        state = {name: value.detach().cpu().contiguous() for name, value in self.published_state_dict().items()}
         stem = self.weights_name if safe_serialization or self.weights_name != "model" else "pytorch_model"
         infix = f".{variant}" if variant else ""
         with replacing(Path(folder) / f"{stem}{infix}.{'safetensors' if safe_serialization else 'bin'}") as temporary:
+            state = {name: value.detach().cpu().contiguous() for name, value in self.published_state_dict().items()}
             if safe_serialization:
                 from safetensors.torch import save_file
 
