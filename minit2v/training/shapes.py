@@ -119,7 +119,10 @@ def generators(seed: int, stage: str, step: int) -> tuple[random.Random, torch.G
 
 
 def stills(rng: random.Random, count: int) -> Tensor:
-    """Random moments of random clips, (b c h w) in [-1, 1]. The autoencoder sees all combinations: it knows no words."""
+    """Random moments of random clips, (b c h w) in [-1, 1].
+
+    Of all combinations: a still of an unseen one is a still of trained ones too, and the autoencoder knows no words.
+    """
     clips = []
     for _ in range(count):
         clip = world.draw_clip(rng, *rng.choice(world.COMBINATIONS))
@@ -251,7 +254,7 @@ def train_text(out: Path, seed: int, steps: int = 1500, batch: int = 64, rate: f
 
 @torch.no_grad()
 def latents_of_world(vae: AutoencoderKL, out: Path, seed: int, per_combination: int = 96) -> Tensor:
-    """Latents of drawn clips of the trained combinations, (combination, clip, c, f, h, w) in float16; cached in `out`."""
+    """Latents of drawn clips of the trained combinations, (combination clip c f h w) in float16; cached in `out`."""
     path = out / "latents.pt"
     if path.exists():
         return torch.load(path, weights_only=True)
@@ -383,7 +386,12 @@ def report_panel(
     prompts = [world.captions(*c)[0] for c in chosen]
     noise = [torch.Generator().manual_seed(n) for n in range(count)]
     videos = pipe(
-        prompts, num_frames=world.FRAMES, num_inference_steps=25, guidance_scale=GUIDANCE, generator=noise, output_type="pt"
+        prompts,
+        num_frames=world.FRAMES,
+        num_inference_steps=25,
+        guidance_scale=GUIDANCE,
+        generator=noise,
+        output_type="pt",
     ).frames  # (b f c h w)
     seen = [world.analyse(v.transpose(0, 1)) for v in videos]
     right = {name: sum(s[n] == c[n] for s, c in zip(seen, chosen, strict=True)) / count for n, name in enumerate(NAMES)}
@@ -398,18 +406,43 @@ NAMES = ("colour", "shape", "motion")
 GUIDANCE = 3.0
 
 
+def draw_curves(out: Path) -> None:
+    """Losses of the three stages and the panel's accuracy against minutes, as one picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 4, figsize=(16, 3.6))
+    for axis, (stage, column) in zip(axes, (("vae", "psnr"), ("text", "loss"), ("unet", "loss")), strict=False):
+        with (out / f"{stage}.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        axis.plot([float(r["minutes"]) for r in rows], [float(r[column]) for r in rows], lw=1)
+        axis.set(title=f"{stage}: {column}", xlabel="minutes", yscale="log" if column == "loss" else "linear")
+    if (out / "panel.csv").exists():
+        rows = [list(map(float, line.split(","))) for line in (out / "panel.csv").read_text().split()]
+        for n, name in enumerate(NAMES):
+            axes[3].plot([r[1] for r in rows], [100 * r[2 + n] for r in rows], "o-", ms=3, label=name)
+        axes[3].legend()
+    axes[3].set(title="panel of 18 videos: % right", xlabel="minutes", ylim=(0, 103))
+    figure.tight_layout()
+    figure.savefig(out / "curves.png", dpi=110)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints, curves and the finished model")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
+
     vae = train_vae(args.out, args.seed)
-    print("round trip:", json.dumps(vae_accuracy(vae, args.seed)))
-    vae.save_pretrained(args.out / "shapes" / "vae")
+    print("round trip:", json.dumps(vae_accuracy(vae, args.seed)), flush=True)
     text_encoder = train_text(args.out, args.seed)
     painter = train_unet(args.out, args.seed, vae, text_encoder)
-    make_pipeline(vae, painter, make_tokenizer()).save_pretrained(args.out / "shapes")
+    make_pipeline(vae, painter, make_tokenizer()).to(torch.float16).save_pretrained(args.out / "shapes")
+    draw_curves(args.out)
+    print(f"the model is in {args.out / 'shapes'}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The world of the embedded model, drawn by code: one shape of one colour in one motion, on black.
 
 6 colours x 3 shapes x 6 motions = 108 combinations, of which `UNSEEN` (16, every colour, shape and motion among them)
-are never trained on. `render` draws clips, `caption` words them, `analyse` reads colour, shape and motion back off pixels.
+are never trained on. `render` draws clips, `captions` words them, `analyse` reads colour, shape and motion back off the
+pixels.
 """
 
 import random
@@ -169,7 +170,8 @@ def analyse(video: Tensor) -> tuple[str | None, str | None, str | None]:
         return float((t * (v - v.mean())).sum() / (t * t).sum()) * (len(area) - 1)
 
     dx, dy, dr = change(cx), change(cy), change((width + height) / 4)
-    # Travelling is 20 to 28 pixels, growing 6.5 to 14 of half-width: weighed to the same scale, half of the least counts.
-    scores = {"left": -dx / 20, "right": dx / 20, "up": -dy / 20, "down": dy / 20, "growing": dr / 7, "shrinking": -dr / 7}
+    # Travelling is 20 to 28 pixels, growing 6.5 to 14 of half-width: brought to one scale; half of the least counts.
+    dx, dy, dr = dx / 20, dy / 20, dr / 7
+    scores = {"left": -dx, "right": dx, "up": -dy, "down": dy, "growing": dr, "shrinking": -dr}
     motion = max(scores, key=scores.__getitem__)
     return colour, shape, motion if scores[motion] >= 0.5 else None
