@@ -460,6 +460,9 @@ def test_compat_is_saved_and_holds_later(folder, tmp_path):
         assert not p.clip_skip_negative
 
     right = DiffusionPipeline.from_pretrained(folder)
+    right.save_pretrained(tmp_path / "right")
+    turned = DiffusionPipeline.from_pretrained(tmp_path / "right", compat="diffusers")
+    assert not turned.clip_skip_negative and turned.scheduler.config.previous_timestep == "ratio"
     right.scheduler = DDIMScheduler()
     assert right.clip_skip_negative and right.scheduler.config.previous_timestep == "grid"
     with pytest.raises(ValueError, match="compat"):
@@ -483,6 +486,17 @@ def test_class_and_overrides(folder):
     assert type(v2v) is VideoToVideoSDPipeline and v2v.scheduler is scheduler
     text_only = TextToVideoSDPipeline.from_pretrained(str(folder), unet=None, vae=None)
     assert text_only.encode_prompt("a cat")[0].shape == (1, 77, 24)
+    with pytest.raises(ValueError, match="needs its unet"):
+        text_only("a cat")
+    no_text = TextToVideoSDPipeline.from_pretrained(folder, text_encoder=None, tokenizer=None, vae=None)
+    states = torch.zeros(1, 77, 24)
+    call = FAST | dict(height=64, width=64)  # without the VAE, its factor is taken to be 8
+    latents = no_text(**call, prompt_embeds=states, negative_prompt_embeds=states, output_type="latent").frames
+    assert latents.shape == (1, 4, 3, 8, 8)
+    with pytest.raises(ValueError, match="needs its vae"):
+        no_text(**call, prompt_embeds=states, negative_prompt_embeds=states)
+    with pytest.raises(ValueError, match="tokenizer"):
+        no_text("a cat", **call, output_type="latent")
     with pytest.raises(TypeError, match="'schedular'.*'scheduler'"):
         DiffusionPipeline.from_pretrained(folder, schedular=scheduler)
     with pytest.raises(ValueError, match="'unets'.*'unet'"):

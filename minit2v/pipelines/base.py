@@ -172,13 +172,12 @@ class DiffusionPipeline:
         index = files.read_index(path_or_id, subfolder, where)
         if cls is DiffusionPipeline:
             cls = files.pick_class(index, DiffusionPipeline.CLASSES)
-        saved = index.get(files.FIELDS_KEY, {})
-        compat = saved.get("compat") if compat is None else compat
+        saved = index.get(files.FIELDS_KEY, {}) if compat is None else {"compat": compat}  # a mode given wins
         fields = {name: overrides.pop(name, saved.get(name)) for name in cls.FIELDS}
         dtypes = files.component_dtypes(torch_dtype, dtype, cls.COMPONENTS)
         weights = dict(variant=variant, use_safetensors=use_safetensors)
         components = files.load_components(path_or_id, subfolder, index, cls, overrides, dtypes, where, weights)
-        return cls(**components, compat=compat, **fields)
+        return cls(**components, compat=saved.get("compat"), **fields)
 
     def save_pretrained(
         self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None
@@ -415,6 +414,9 @@ class DiffusionPipeline:
             accepted = [p for p in inspect.signature(self.__call__).parameters if p != "unknown"]
             raise TypeError(f"{type(self).__name__} has no argument {name!r}{nearest(name, accepted)}"
                             f"{self.HINTS.get(name, '')}")
+        for name in ("unet", "scheduler", "vae")[: 2 if output_type == "latent" else 3]:
+            if getattr(self, name) is None:
+                raise ValueError(f"to make a video, the pipeline needs its {name}, which is None")
         check_count("num_inference_steps", num_inference_steps)
         if decode_chunk_size is not None:
             check_count("decode_chunk_size", decode_chunk_size)
@@ -424,7 +426,7 @@ class DiffusionPipeline:
         if output_type not in frames.OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {frames.OUTPUT_TYPES}, not {output_type!r}")
         if cross_attention_kwargs:
-            raise ValueError(f"cross_attention_kwargs must be None or empty: no one reads {cross_attention_kwargs}")
+            raise ValueError(f"cross_attention_kwargs must be None or empty: no adapter reads {cross_attention_kwargs}")
 
         batch = _check_text("prompt", prompt, prompt_embeds, self.unet, required=True)
         negatives = _check_text("negative_prompt", negative_prompt, negative_prompt_embeds, self.unet, required=False)
