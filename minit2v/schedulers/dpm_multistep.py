@@ -168,7 +168,7 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
             x0 = self._threshold(x0)
             eps = (x - alpha_s * x0) / sigma_s
         self.model_outputs = [*self.model_outputs, x0 if data else eps][-c.solver_order :]
-        order = self._order(i)
+        order = self._order(i) if h > 0 else 1  # a repeated sigma: nothing to do, and no h to divide by
 
         # x_s = linear * x + scale * (w0 d0 + w1 d1 + w2 d2): w0 = phi_1, w1 and w2 as the rule says.
         if data:
