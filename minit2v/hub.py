@@ -297,7 +297,7 @@ def pick_dtype(torch_dtype: torch.dtype | str | None = None, dtype: torch.dtype 
 
 
 def open_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` or `torch.save` file under their names, memory-mapped: nothing is read yet.
+    """The tensors of a `.safetensors` or `torch.save` file under their names, memory-mapped.
 
     A pickle may hold tensors and nothing else. Raises ValueError in one line that says what the file is instead.
     """
