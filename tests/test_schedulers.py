@@ -488,6 +488,9 @@ def test_grids_that_do_not_fit_are_refused():
                 make(cls).set_timesteps(**arguments)
         with pytest.raises(ValueError, match="leave the trained"):
             make(cls).set_timesteps(timesteps=[1000, 500])
+        for bad in ([], [100, 500]):
+            with pytest.raises(ValueError, match="timesteps must be a list of falling numbers"):
+                make(cls).set_timesteps(timesteps=bad)
 
 
 BAD = [
@@ -499,6 +502,10 @@ BAD = [
     (DDIMScheduler, {"previous_timestep": "t"}, ValueError, "'grid', 'ratio', not 't'"),
     (DDIMScheduler, {"trained_betas": [0.1, 0.2]}, ValueError, "2 entries for 1000 training timesteps"),
     (DDIMScheduler, {"beta_end": 1.5}, ValueError, "every beta must lie between 0 and 1"),
+    (DDIMScheduler, {"beta_start": "0.1"}, ValueError, "beta_start must be of type float, not '0.1'"),
+    (DDIMScheduler, {"steps_offset": 0.5}, ValueError, "steps_offset must be of type int, not 0.5"),
+    (DDIMScheduler, {"clip_sample": "no"}, ValueError, "clip_sample must be of type bool, not 'no'"),
+    (DDIMScheduler, {"num_train_timesteps": 0}, ValueError, "num_train_timesteps must be at least 1"),
     (DDIMScheduler, {"compat": "difusers"}, ValueError, "compat must be None or 'diffusers'"),
     (DPMSolverMultistepScheduler, {"solver_order": 4}, ValueError, "solver_order must be one of 1, 2, 3"),
     (DPMSolverMultistepScheduler, {"use_flow_sigmas": True}, ValueError, "use_flow_sigmas must be one of False"),
@@ -651,3 +658,26 @@ def test_no_warnings_in_ordinary_use():
             for t in scheduler.timesteps:
                 scheduler.scale_model_input(x, t)
                 x = scheduler.step(x, t, x).prev_sample
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("cls", ALL)
+def test_every_device_goes_the_same_way(cls):
+    """The noise of a CPU generator is the same for the GPU, and tables on the CPU serve both."""
+    fields = {"algorithm_type": "sde-dpmsolver++"} if cls is DPMSolverMultistepScheduler else {}
+    step = {"eta": 0.5} if cls is DDIMScheduler else {}
+
+    def run(device):
+        scheduler, g = make(cls, **fields), torch.Generator().manual_seed(0)
+        x = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(1)).to(device)
+        if cls is not PNDMScheduler:
+            step["generator"] = g
+        scheduler.set_timesteps(8, device=device)
+        assert scheduler.timesteps.device.type == device
+        x = scheduler.add_noise(x, x, scheduler.timesteps[:1]) * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            x = scheduler.step(torch.tanh(scheduler.scale_model_input(x, t)), t, x, **step).prev_sample
+        return x.cpu()
+
+    torch.testing.assert_close(run("cuda"), run("cpu"), rtol=1e-5, atol=1e-4)

@@ -7,7 +7,7 @@ wider and returns the dtype of the sample it was given.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self
 
@@ -103,7 +103,7 @@ def zero_terminal_snr(betas: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Grids: n timesteps out of 0 ... total - 1, falling (table 2 of arXiv:2305.08891)
+# Grids: n timesteps out of 0 ... total - 1, falling (table 2 of arXiv:2305.08891). The offset shifts `leading` only.
 
 
 def leading(total: int, n: int, offset: int = 0) -> np.ndarray:
@@ -284,6 +284,10 @@ class Scheduler:
         values = self.field_defaults() | given
         for name, other in self.aliases.items():
             values[name] = other.get(values[name], values[name])
+        for name, default in self.field_defaults().items():
+            if not _fits(values[name], default):
+                wanted = type(default).__name__
+                raise ValueError(f"{type(self).__name__}: {name} must be of type {wanted}, not {values[name]!r}")
         for name, allowed in self.choices.items():
             if values[name] not in allowed:
                 listed = ", ".join(map(repr, allowed))
@@ -391,6 +395,8 @@ class Scheduler:
 
     def _betas(self, dtype: torch.dtype) -> Tensor:
         c = self.config
+        if c.num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps must be at least 1, not {c.num_train_timesteps}")
         if c.trained_betas is None:
             betas = BETA_SCHEDULES[c.beta_schedule](c.beta_start, c.beta_end, c.num_train_timesteps, dtype)
         else:
@@ -421,6 +427,13 @@ class Scheduler:
                 "use fewer steps or a smaller steps_offset"
             )
         return timesteps
+
+    def _custom(self, values: Sequence[float], name: str) -> np.ndarray:
+        """Timesteps or sigmas that the caller chose."""
+        chosen = np.array(values, dtype=np.float64)
+        if chosen.ndim != 1 or not len(chosen) or (np.diff(chosen) > 0).any() or not np.isfinite(chosen).all():
+            raise ValueError(f"{name} must be a list of falling numbers, not {values!r}")
+        return chosen
 
     def _rows(self, values: Tensor, x: Tensor) -> Tensor:
         """(n,) float64 levels -> (n, 1, 1, ...) on the device of x, in the dtype in which its step is computed."""
@@ -558,6 +571,18 @@ class SigmaScheduler(Scheduler):
             places = [self.begin_index if self.step_index is None else self.step_index] * len(timesteps)
         alpha, sigma = (self._rows(v, original_samples) for v in self._scales(self.sigmas[places]))
         return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a value is of the kind of a field's default. Flags may be None, as in published files."""
+    match default:
+        case bool():
+            return isinstance(value, bool | None)
+        case int():
+            return isinstance(value, Integral) and not isinstance(value, bool)
+        case float():
+            return isinstance(value, Real) and not isinstance(value, bool)
+    return True
 
 
 # Fields that we add to the published ones (minit2v/compat.py lists them with their reasons).

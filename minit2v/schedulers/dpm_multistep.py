@@ -102,7 +102,7 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
         if timesteps is not None:
             if spacing:
                 raise ValueError("timesteps and a spacing of sigmas (use_..._sigmas) exclude each other")
-            grid = self._in_range(np.array(timesteps, dtype=np.int64))
+            grid = self._in_range(self._custom(timesteps, "timesteps").astype(np.int64))
         elif spacing:
             n = self._count(num_inference_steps)
             sigmas = self._spaced(table[-1].item(), table[0].item(), n)
@@ -148,7 +148,7 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor]:
-        """x_t (b, ...) -> x_s: algorithm 2 of arXiv:2211.01095 and its first and third orders; section 4 for noise.
+        """x_t (b, ...) -> x_s: algorithm 2 of arXiv:2211.01095, its first and third orders, its stochastic form.
 
         With h the step in lambda = log(alpha / sigma), the solution is a linear part plus an exponentially weighted
         integral of the prediction, which is extrapolated through the last predictions: d0 is its value, d1 and d2

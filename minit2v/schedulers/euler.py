@@ -107,7 +107,7 @@ class EulerDiscreteScheduler(_Euler):
             raise ValueError("give num_inference_steps, timesteps or sigmas, one of them")
         table = self._table().numpy()
         if sigmas is not None:
-            levels = np.array(sigmas, dtype=np.float64)
+            levels = self._custom(sigmas, "sigmas")
             grid = self._sigma_to_t(levels[:-1], table)
         else:
             if timesteps is None:
@@ -116,7 +116,7 @@ class EulerDiscreteScheduler(_Euler):
             else:
                 if c.use_karras_sigmas or c.use_exponential_sigmas or c.use_beta_sigmas or self._continuous:
                     raise ValueError("timesteps exclude a spacing of sigmas (use_..._sigmas) and continuous timesteps")
-                grid, n = np.array(timesteps, dtype=np.float64), len(timesteps)
+                grid, n = self._custom(timesteps, "timesteps"), len(timesteps)
             levels = np.interp(self._in_range(grid), np.arange(len(table)), table)
             if c.interpolation_type == "log_linear":
                 levels = np.exp(np.linspace(math.log(table[-1]), math.log(table[0]), n + 1))

@@ -134,7 +134,7 @@ class PNDMScheduler(Scheduler):
         return self._x0_and_eps(out, x, math.sqrt(bar), math.sqrt(1 - bar))[1]
 
     def _transfer(self, x: Tensor, eps: Tensor, here: int, there: int) -> Tensor:
-        """x along eps from one timestep to another, equation (11): DDIM's step."""
+        """x along eps from one timestep to another, equation (9) of the paper: DDIM's step."""
         if self.config.average == "prediction":
             eps = self._eps(eps, x, here)
         bar_t = self.alphas_cumprod[here].item()
