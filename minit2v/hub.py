@@ -1,4 +1,4 @@
-"""Where files come from, what a config may say, and strict loading: weights are made on `meta` and filled once.
+"""Where files come from, and the base of the networks, which are read from them and written to them.
 
 Bad content raises ValueError, a file that is missing FileNotFoundError, a file that cannot be written or fetched
 OSError: each in one line that names the file.
@@ -8,26 +8,26 @@ import glob
 import json
 import os
 import re
-import types
-import typing
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields as dataclass_fields
-from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from minit2v_convert.rename import Layout, nearest
+from minit2v_convert.rename import Layout
+
+from .config import config_fields, make_config
+from .config import pick_dtype as pick_dtype
+from .weights import Weightless, fill
+from .weights import first_line as first_line
+from .weights import first_nonfinite as first_nonfinite
+from .weights import open_weights as open_weights
 
 DIFFUSERS_VERSION = "0.30.0"  # the version whose file layout we write, as its own files say
-
-# ---------------------------------------------------------------------------------------------- where files come from
-
 Choose = Callable[[Sequence[str]], Sequence[str]]  # the names of the files in a folder -> those that are needed
 
 
@@ -203,227 +203,6 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise
 
 
-def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-# ------------------------------------------------------------------------------------------------ what a config may say
-
-# Fields that describe a file's history, not a network.
-HISTORY = (
-    "_class_name",
-    "_diffusers_version",
-    "_name_or_path",
-    "architectures",
-    "transformers_version",
-    "torch_dtype",
-    "dtype",
-    "model_type",
-)
-
-
-def make_config(cls: type, values: Mapping[str, Any]) -> Any:
-    """An instance of the frozen dataclass `cls` from the fields of a config file. Raises ValueError on unknown ones."""
-    hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclass_fields(cls)]
-    kept = {}
-    for name, value in values.items():
-        value = _tuples(value)
-        if name in known:
-            if not _fits(value, hints[name]):
-                hint = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
-                raise ValueError(f"{cls.__name__}: {name} must be {hint}, not {value!r}")
-            kept[name] = value
-        elif name in cls.FIXED:
-            if value != _tuples(cls.FIXED[name]):
-                raise ValueError(f"{cls.__name__}: only {name}={cls.FIXED[name]!r} is supported, not {value!r}")
-        elif name not in cls.IGNORED and name not in HISTORY:
-            raise ValueError(f"{cls.__name__} has no field {name!r}{nearest(name, [*known, *cls.FIXED])}")
-    return cls(**kept)
-
-
-def config_fields(config: Any) -> dict[str, Any]:
-    """A config's fields as JSON has them, with those of which only one value is supported."""
-    return {**config.FIXED, **{f.name: getattr(config, f.name) for f in dataclass_fields(config)}}
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether `value` is of the annotated type. An int is a float, a bool is not an int."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, a) for a in args)
-    if origin is typing.Literal:
-        return value in args
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        of = args[:1] * len(value) if args[-1] is Ellipsis else args
-        return len(value) == len(of) and all(map(_fits, value, of))
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return hint is Any or isinstance(value, origin or hint)
-
-
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float64": torch.float64,
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
-
-
-def pick_dtype(torch_dtype: torch.dtype | str | None = None, dtype: torch.dtype | str | None = None) -> torch.dtype:
-    """The one dtype that two spellings of one argument mean; float32 where neither is given."""
-    given = []
-    for value in (torch_dtype, dtype):
-        if value is not None:
-            name = str(value).removeprefix("torch.")
-            if name not in DTYPES:
-                raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {value!r}{nearest(name, [*DTYPES])}")
-            given.append(DTYPES[name])
-    if len(set(given)) > 1:
-        raise ValueError(f"torch_dtype={torch_dtype} and dtype={dtype} are one argument: give one")
-    return given[0] if given else torch.float32
-
-
-# ------------------------------------------------------------------------------------------------------------- weights
-
-
-def open_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` or `torch.save` file under their names, memory-mapped.
-
-    A pickle may hold tensors and nothing else. Raises ValueError in one line that says what the file is instead.
-    """
-    with path.open("rb") as file:
-        head = file.read(512)
-    if not head:
-        raise ValueError(f"{path} is empty")
-    if head.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` where it was cloned")
-    if head.lstrip()[:1] == b"<":
-        raise ValueError(f"{path} is a web page, not weights: download the file itself")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        zipped = head.startswith(b"PK")  # what torch < 1.6 wrote cannot be mapped
-        state = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a broken file breaks its reader anywhere
-        if refused := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ValueError(f"{path} is refused: its pickle wants {refused[1]}, which weights do not need") from None
-        raise ValueError(f"{path} is broken ({path.stat().st_size} bytes): {first_line(error)}") from None
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, not tensors by name")
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{path} holds a {type(value).__name__} under {name!r}, not a tensor")
-    return state
-
-
-def fill(model: "Network", files: Sequence[Path], dtype: torch.dtype) -> None:
-    """Give a model on `meta` the weights of `files`, strictly. ValueError in one line where they do not fit it.
-
-    Tensors that have `dtype` stay mapped. The others are cast one by one, and what has been read for that is let go
-    every 256 MiB: at no time are there two copies of more than one tensor.
-    """
-    label = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-    tensors = _open_all(files)
-    expected = model.state_dict()
-    try:
-        found, unknown = model.layout.match(tensors)
-    except ValueError as error:
-        raise ValueError(f"{label}: {error}") from None
-    missing = list(model.layout.to_published({name: None for name in expected if name not in found}))
-    unknown = sorted(unknown + [published for name, published in found.items() if name not in expected])
-    shapes = []
-    for name, published in found.items():
-        have = model.layout.squeeze(name, tensors[published])
-        if name in expected and have.shape != expected[name].shape:
-            shapes.append(f"{published!r} is {tuple(have.shape)}, not {tuple(expected[name].shape)}")
-    if missing or unknown or shapes:
-        faults = [
-            _list_some(len(missing), "missing", map(repr, missing)),
-            _list_some(len(unknown), "unknown", (repr(n) + nearest(n, missing) for n in unknown)),
-            _list_some(len(shapes), "of another shape", shapes),
-        ]
-        raise ValueError(f"{label} does not fit {type(model).__name__}: {'; '.join(f for f in faults if f)}")
-
-    ready = {}
-    unreleased = 0
-    for name, published in found.items():
-        x = model.layout.squeeze(name, tensors[published])
-        if x.dtype == dtype:
-            ready[name] = x
-            continue
-        try:
-            ready[name] = _cast(x, dtype)
-        except ValueError as error:
-            raise ValueError(f"{label}: {published!r} {error}") from None
-        unreleased += x.nbytes
-        if unreleased > 2**28:
-            del x, tensors
-            tensors, unreleased = _open_all(files), 0
-    model.load_state_dict(ready, assign=True)
-    for name, value in chain(model.named_parameters(), model.named_buffers()):
-        if value.is_meta:
-            raise RuntimeError(f"{type(model).__name__}: {name} has no values after loading; is it a hidden buffer?")
-
-
-class _Weightless(TorchFunctionMode):
-    """While networks are built on `meta`: no random numbers. (To draw none, PyTorch would import its compiler: 3 s.)"""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", "") == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-def _open_all(files: Sequence[Path]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for path in files:
-        for name, value in open_weights(path).items():
-            if name in tensors:
-                raise ValueError(f"{path} repeats {name!r}, which another shard has")
-            tensors[name] = value
-    return tensors
-
-
-def _list_some(count: int, what: str, items: Iterable[str]) -> str:
-    """"2 missing ('a', 'b')", of many the first three."""
-    shown = ", ".join(item for item, _ in zip(items, range(3), strict=False))
-    return f"{count} {what} ({shown}{', ...' if count > 3 else ''})" if count else ""
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    y = x.to(dtype)
-    if y.numel() and not all(map(torch.isfinite, torch.aminmax(y))):
-        if not torch.isfinite(x).all():
-            raise ValueError("holds NaN or infinity")
-        raise ValueError(f"does not fit {dtype}: its largest value is {x.abs().max().item():.3g}")
-    return y
-
-
-def first_nonfinite(model: nn.Module) -> str | None:
-    """The published name of the first parameter that holds NaN or infinity.
-
-    For outputs that are not finite: tensors that stay mapped are not looked at when they are loaded.
-    """
-    for name, value in model.state_dict().items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            return next(iter(model.layout.to_published({name: None}))) if isinstance(model, Network) else name
-    return None
-
-
 class Network(nn.Module):
     """Base of the networks: configuration, strict loading, saving."""
 
@@ -501,7 +280,7 @@ class Network(nn.Module):
         )
         config = parse_json(folder / "config.json")
         try:
-            with torch.device("meta"), _Weightless():
+            with torch.device("meta"), Weightless():
                 model = cls.from_config(config, **config_overrides)
         except ValueError as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from None

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minit2v.clip import CLIPTextModel
-from minit2v.hub import Network, config_fields, find_folder, first_nonfinite, make_config, pick_dtype, read_json
+from minit2v.config import config_fields, make_config, pick_dtype
+from minit2v.hub import Network, find_folder, first_nonfinite, read_json
 from minit2v.unet3d import UNet3DConditionModel
 from minit2v.vae import AutoencoderKL
 from minit2v_convert.rename import Layout

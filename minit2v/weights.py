@@ -1,0 +1,152 @@
+"""Files of weights, opened without being read, and strict loading: a model is made on `meta` and filled once.
+
+Bad content raises ValueError in one line that names the file.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from minit2v_convert.rename import nearest
+
+if TYPE_CHECKING:
+    from .hub import Network
+
+
+def open_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` or `torch.save` file under their names, memory-mapped.
+
+    A pickle may hold tensors and nothing else. Raises ValueError in one line that says what the file is instead.
+    """
+    with path.open("rb") as file:
+        head = file.read(512)
+    if not head:
+        raise ValueError(f"{path} is empty")
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` where it was cloned")
+    if head.lstrip()[:1] == b"<":
+        raise ValueError(f"{path} is a web page, not weights: download the file itself")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        zipped = head.startswith(b"PK")  # what torch < 1.6 wrote cannot be mapped
+        state = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a broken file breaks its reader anywhere
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(f"{path} is refused: its pickle wants {refused[1]}, which weights do not need") from None
+        raise ValueError(f"{path} is broken ({path.stat().st_size} bytes): {first_line(error)}") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}, not tensors by name")
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{path} holds a {type(value).__name__} under {name!r}, not a tensor")
+    return state
+
+
+def fill(model: "Network", files: Sequence[Path], dtype: torch.dtype) -> None:
+    """Give a model on `meta` the weights of `files`, strictly. ValueError in one line where they do not fit it.
+
+    Tensors that have `dtype` stay mapped. The others are cast one by one, and what has been read for that is let go
+    every 256 MiB: at no time are there two copies of more than one tensor.
+    """
+    label = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+    tensors = _open_all(files)
+    expected = model.state_dict()
+    try:
+        found, unknown = model.layout.match(tensors)
+    except ValueError as error:
+        raise ValueError(f"{label}: {error}") from None
+    missing = list(model.layout.to_published({name: None for name in expected if name not in found}))
+    unknown = sorted(unknown + [published for name, published in found.items() if name not in expected])
+    shapes = []
+    for name, published in found.items():
+        have = model.layout.squeeze(name, tensors[published])
+        if name in expected and have.shape != expected[name].shape:
+            shapes.append(f"{published!r} is {tuple(have.shape)}, not {tuple(expected[name].shape)}")
+    if missing or unknown or shapes:
+        faults = [
+            _list_some(len(missing), "missing", map(repr, missing)),
+            _list_some(len(unknown), "unknown", (repr(n) + nearest(n, missing) for n in unknown)),
+            _list_some(len(shapes), "of another shape", shapes),
+        ]
+        raise ValueError(f"{label} does not fit {type(model).__name__}: {'; '.join(f for f in faults if f)}")
+
+    ready = {}
+    unreleased = 0
+    for name, published in found.items():
+        x = model.layout.squeeze(name, tensors[published])
+        if x.dtype == dtype:
+            ready[name] = x
+            continue
+        try:
+            ready[name] = _cast(x, dtype)
+        except ValueError as error:
+            raise ValueError(f"{label}: {published!r} {error}") from None
+        unreleased += x.nbytes
+        if unreleased > 2**28:
+            del x, tensors
+            tensors, unreleased = _open_all(files), 0
+    model.load_state_dict(ready, assign=True)
+    for name, value in chain(model.named_parameters(), model.named_buffers()):
+        if value.is_meta:
+            raise RuntimeError(f"{type(model).__name__}: {name} has no values after loading; is it a hidden buffer?")
+
+
+class Weightless(TorchFunctionMode):
+    """While networks are built on `meta`: no random numbers. (To draw none, PyTorch would import its compiler: 3 s.)"""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+def _open_all(files: Sequence[Path]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path in files:
+        for name, value in open_weights(path).items():
+            if name in tensors:
+                raise ValueError(f"{path} repeats {name!r}, which another shard has")
+            tensors[name] = value
+    return tensors
+
+
+def _list_some(count: int, what: str, items: Iterable[str]) -> str:
+    """"2 missing ('a', 'b')", of many the first three."""
+    shown = ", ".join(item for item, _ in zip(items, range(3), strict=False))
+    return f"{count} {what} ({shown}{', ...' if count > 3 else ''})" if count else ""
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    y = x.to(dtype)
+    if y.numel() and not all(map(torch.isfinite, torch.aminmax(y))):
+        if not torch.isfinite(x).all():
+            raise ValueError("holds NaN or infinity")
+        raise ValueError(f"does not fit {dtype}: its largest value is {x.abs().max().item():.3g}")
+    return y
+
+
+def first_nonfinite(model: nn.Module) -> str | None:
+    """The published name of the first parameter that holds NaN or infinity.
+
+    For outputs that are not finite: tensors that stay mapped are not looked at when they are loaded.
+    """
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            layout = getattr(model, "layout", None)
+            return next(iter(layout.to_published({name: None}))) if layout else name
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
