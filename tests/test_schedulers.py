@@ -19,7 +19,8 @@ from minit2v.schedulers import (
     EulerDiscreteScheduler,
     PNDMScheduler,
 )
-from minit2v.schedulers.base import Scheduler, beta_quantiles, karras_sigmas, randn, trailing, zero_terminal_snr
+from minit2v.schedulers.base import Scheduler, randn
+from minit2v.schedulers.grids import beta_quantiles, karras_sigmas, trailing, zero_terminal_snr
 
 ALL = [
     DDIMScheduler,

@@ -1,10 +1,9 @@
-"""What all schedulers share: the noise schedule, the grids of timesteps and sigmas, prediction types, the config.
+"""What all schedulers share: noise, noise levels, prediction types, the counter of the sigma family, the config.
 
 x_t = alpha_t x_0 + sigma_t eps, with alpha_t**2 + sigma_t**2 = 1. The tables are float64. A step computes in float32 or
 wider and returns the dtype of the sample it was given.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
@@ -16,6 +15,8 @@ import torch
 from torch import Generator, Tensor
 
 from minit2v_convert.rename import nearest
+
+from .grids import BETA_SCHEDULES, beta_sigmas, exponential_sigmas, karras_sigmas, zero_terminal_snr
 
 CONFIG_NAME = "scheduler_config.json"
 
@@ -69,106 +70,6 @@ def randn(
             raise ValueError(f"a generator on {source} cannot draw noise for {device}; use torch.Generator('cpu')")
         parts.append(torch.randn(share, generator=g, device=source, dtype=dtype))
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(device)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Noise schedules: (num_train_timesteps,) betas
-
-
-def linear_betas(start: float, end: float, n: int, dtype: torch.dtype) -> Tensor:
-    """Straight in beta: DDPM, AnimateDiff. (ldm and ComfyUI call this one `sqrt_linear`.)"""
-    return torch.linspace(start, end, n, dtype=dtype)
-
-
-def scaled_linear_betas(start: float, end: float, n: int, dtype: torch.dtype) -> Tensor:
-    """Straight in sqrt(beta): Stable Diffusion, ModelScope, Zeroscope. (ldm and ComfyUI call this one `linear`.)"""
-    return torch.linspace(start**0.5, end**0.5, n, dtype=dtype) ** 2
-
-
-def cosine_betas(start: float, end: float, n: int, dtype: torch.dtype) -> Tensor:
-    """Cosine in alpha_bar, each beta at most 0.999 (Nichol and Dhariwal, arXiv:2102.09672, eq. 17)."""
-    bar = [math.cos((i / n + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(n + 1)]
-    return torch.tensor([min(1 - b / a, 0.999) for a, b in zip(bar, bar[1:], strict=False)], dtype=dtype)
-
-
-BETA_SCHEDULES = {"linear": linear_betas, "scaled_linear": scaled_linear_betas, "squaredcos_cap_v2": cosine_betas}
-
-
-def zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Shift and stretch sqrt(alpha_bar) so that it ends at exactly 0 (Lin et al., arXiv:2305.08891, algorithm 1)."""
-    root = torch.cumprod(1 - betas, 0).sqrt()
-    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
-    bar = root**2
-    return 1 - torch.cat([bar[:1], bar[1:] / bar[:-1]])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Grids: n timesteps out of 0 ... total - 1, falling (table 2 of arXiv:2305.08891). The offset shifts `leading` only.
-
-
-def leading(total: int, n: int, offset: int = 0) -> np.ndarray:
-    """0, r, 2r, ... (n - 1) r, plus the offset, with r = total // n: DDIM's `leading`. It never reaches the top."""
-    return np.arange(n)[::-1] * (total // n) + offset
-
-
-def leading_open(total: int, n: int, offset: int = 0) -> np.ndarray:
-    """r, 2r, ... n r, plus the offset, with r = total // (n + 1): the `leading` of the DPM-Solver family."""
-    return leading(total, n + 1, offset)[:-1]
-
-
-def linspace(total: int, n: int, offset: int = 0) -> np.ndarray:
-    """n even points from the top to 0, both included, not rounded."""
-    return np.linspace(0, total - 1, n)[::-1]
-
-
-def linspace_open(total: int, n: int, offset: int = 0) -> np.ndarray:
-    """n + 1 even points from the top to 0, without the 0: the `linspace` of the DPM-Solver family."""
-    return linspace(total, n + 1)[:-1]
-
-
-def trailing(total: int, n: int, offset: int = 0, step: float | None = None) -> np.ndarray:
-    """The top, and down from there in steps of total / n: the grid that a zero terminal SNR needs.
-
-    np.arange makes one point too many, -1, for 62 of the n up to 1000 (61, 103, ...); it is cut off.
-    """
-    return np.round(np.arange(total, 0, -(step or total / n)))[:n] - 1
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Spacings: n sigmas from `high` down to `low`
-
-
-def karras_sigmas(high: float, low: float, n: int, rho: float = 7.0) -> np.ndarray:
-    """Even in sigma**(1/rho) (Karras et al., arXiv:2206.00364, eq. 5)."""
-    return (high ** (1 / rho) + np.linspace(0, 1, n) * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-
-
-def exponential_sigmas(high: float, low: float, n: int) -> np.ndarray:
-    """Even in log sigma, which is even in lambda: also DPM-Solver's uniform log-SNR (Lu et al., arXiv:2206.00927)."""
-    return np.exp(np.linspace(math.log(high), math.log(low), n))
-
-
-def beta_sigmas(high: float, low: float, n: int, shape: float = 0.6) -> np.ndarray:
-    """At the quantiles of the Beta(0.6, 0.6) distribution: dense at both ends (arXiv:2407.12173)."""
-    return low + (high - low) * beta_quantiles(1 - np.linspace(0, 1, n), shape)
-
-
-def beta_quantiles(p: np.ndarray, a: float) -> np.ndarray:
-    """Inverse of the cumulative distribution of Beta(a, a), to 1e-12.
-
-    The distribution is symmetric, so that x <= 1/2 is enough, where the series of the incomplete beta function
-    (DLMF 8.17.7) gains a bit per term. Bisection, as the slope at 0 is infinite.
-    """
-    k = np.arange(60)
-    terms = np.cumprod(np.concatenate([[1.0], (k[1:] - a) / k[1:]])) / (a + k)
-    terms *= math.gamma(2 * a) / math.gamma(a) ** 2
-    tail = np.minimum(p, 1 - p)
-    low, high = np.zeros_like(tail), np.full_like(tail, 0.5)
-    for _ in range(60):
-        x = (low + high) / 2
-        below = x**a * (terms * x[:, None] ** k).sum(1) < tail
-        low, high = np.where(below, x, low), np.where(below, high, x)
-    return np.where(p <= 0.5, high, 1 - high) * np.where(p == 0, 0.0, 1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from .base import BETA_SCHEDULES, NoiseSchedule, Scheduler, SchedulerOutput, leading, linspace, randn, trailing
+from .base import NoiseSchedule, Scheduler, SchedulerOutput, randn
+from .grids import BETA_SCHEDULES, leading, linspace, trailing
 
 
 class DDIMScheduler(Scheduler):

@@ -6,16 +6,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from .base import (
-    BETA_SCHEDULES,
-    NoiseSchedule,
-    SchedulerOutput,
-    SigmaScheduler,
-    leading_open,
-    linspace_open,
-    randn,
-    trailing,
-)
+from .base import NoiseSchedule, SchedulerOutput, SigmaScheduler, randn
+from .grids import BETA_SCHEDULES, leading_open, linspace_open, trailing
 
 
 class DPMSolverMultistepScheduler(SigmaScheduler):

@@ -8,16 +8,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor
 
-from .base import (
-    BETA_SCHEDULES,
-    NoiseSchedule,
-    SchedulerOutput,
-    SigmaScheduler,
-    leading,
-    linspace,
-    randn,
-    trailing,
-)
+from .base import NoiseSchedule, SchedulerOutput, SigmaScheduler, randn
+from .grids import BETA_SCHEDULES, leading, linspace, trailing
 
 GRIDS = {"linspace": linspace, "leading": leading, "trailing": trailing}
 

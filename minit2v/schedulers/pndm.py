@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import BETA_SCHEDULES, NoiseSchedule, Scheduler, SchedulerOutput, leading, linspace, trailing
+from .base import NoiseSchedule, Scheduler, SchedulerOutput
+from .grids import BETA_SCHEDULES, leading, linspace, trailing
 
 # Adams-Bashforth: the weights of the last predictions, newest first.
 BASHFORTH = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
