@@ -156,9 +156,9 @@ def test_replay_with_changes(run, model):
 
 
 def test_replay_of_a_prompt_that_looks_like_an_option(run, model):
-    assert run("generate", "--model", model, *FAST, "-o", "a.mp4", "--", "--steps is a cat")[0] == 0
+    assert run("generate", "--model", model, *FAST, "-o", "a.mp4", "--", "--cat")[0] == 0
     assert run("generate", "--replay", "a.mp4", "-o", "b.mp4")[0] == 0
-    assert read_metadata("b.mp4")["prompt"] == "--steps is a cat"
+    assert read_metadata("b.mp4")["prompt"] == "--cat"
 
 
 def test_replay_of_other_versions_and_devices_warns(run, model):
@@ -237,7 +237,9 @@ def test_unwritable_outputs_fail_before_the_work(run, model, monkeypatch):
     Path("file").write_text("")
     monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("loaded the model"))
     fails(run("generate", "a cat", "--model", model, "-o", "file/a.mp4"), "file", "Not a directory|File exists")
-    fails(run("generate", "a cat", "--model", model, "-o", "/proc/nowhere/a.mp4"), "/proc/nowhere")
+    if Path("/proc").is_dir():  # where not even root may write
+        fails(run("generate", "a cat", "--model", model, "-o", "/proc/a.mp4"), "/proc: cannot write here")
+        fails(run("generate", "a cat", "--model", model, "-o", "/proc/nowhere/a.mp4"), "/proc/nowhere")
     fails(run("generate", "a cat", "--model", model, "-o", "a.txt"), "must end in .mp4", code=2)
     assert os.listdir() == ["file"]
 
@@ -434,12 +436,12 @@ def test_interrupt_leaves_no_broken_file(model, when):
                "--model", model, "--num-frames", "2", "--steps", steps, "--seed", "1", "-o", "out/"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         said = b""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while when.encode() not in said and time.monotonic() < deadline:
             assert (some := os.read(process.stderr.fileno(), 4096)), said
             said += some
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
     assert process.returncode == 130 and b"Traceback" not in said + err and b"interrupted" in err, said + err
     assert sorted(os.listdir("out")) == (["a-cat-1.mp4"] if when == "2/2" else [])
     assert out.decode().split() == [f"out/{name}" for name in os.listdir("out")]
