@@ -80,6 +80,15 @@ def test_video_to_video(v2v, name):
         assert_same(v2v, prompt="a cat", video=video, num_inference_steps=4, strength=strength, guidance_scale=4.0)
 
 
+def test_start_on_a_timestep_that_the_grid_has_twice(v2v):
+    """Of 50 Karras sigmas two round to one timestep; the last three steps begin on the first of them."""
+    use(v2v, "DPMSolverMultistepScheduler", use_karras_sigmas=True)
+    video = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    assert_same(v2v, prompt="a cat", video=video, num_inference_steps=50, strength=0.06, guidance_scale=4.0)
+    timesteps = v2v[0].scheduler.timesteps
+    assert timesteps[47] == timesteps[48]
+
+
 def test_forms_of_a_video(v2v):
     from PIL import Image
 
