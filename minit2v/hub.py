@@ -9,7 +9,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
@@ -58,54 +58,71 @@ def find_folder(
         raise FileNotFoundError(f"there is no folder {repo!r}, and a hub id is 'owner/name'")
 
     import huggingface_hub as hf
-    from huggingface_hub import errors
 
-    reason = "local_files_only" if local_files_only else "HF_HUB_OFFLINE" if hf.constants.HF_HUB_OFFLINE else ""
-    if not reason:
+    offline = "local_files_only" if local_files_only else "HF_HUB_OFFLINE" if hf.constants.HF_HUB_OFFLINE else ""
+    if not offline:
         try:
             info = hf.HfApi(token=token).model_info(repo, revision=revision)
-        except errors.GatedRepoError:
-            raise OSError(f"{repo} is gated: accept its terms on its page, and log in or pass token=") from None
-        except errors.RepositoryNotFoundError:
-            raise FileNotFoundError(
-                f"there is no folder {repo!r}, and the hub has no repository of that name (a private one needs token=)"
-            ) from None
-        except errors.RevisionNotFoundError:
-            raise FileNotFoundError(f"{repo} has no revision {revision!r}") from None
-        except Exception as error:  # the hub's library has had three HTTP libraries, each with its own exceptions
-            reason = first_line(error)
-            warnings.warn(f"the hub cannot be reached ({reason}): {repo} is read from the cache", stacklevel=4)
-    if reason:
+        except Exception as error:
+            _raise_refusal(error, repo, revision)
+            offline = first_line(error)
+            warnings.warn(f"the hub cannot be reached ({offline}): {repo} is read from the cache", stacklevel=3)
+    if offline:
         cached = _cached_snapshot(hf, repo, revision, cache_dir)
         if cached is None:
-            raise FileNotFoundError(f"{repo} is not in the cache, and the hub is not asked: {reason}")
+            raise FileNotFoundError(f"{repo} is not in the cache, and the hub is not asked: {offline}")
         return _choose_in(cached, subfolder, choose, f"the cached copy of {label}")
 
     prefix = f"{subfolder}/" if subfolder else ""
-    names = [s.rfilename.removeprefix(prefix) for s in info.siblings or () if s.rfilename.startswith(prefix)]
+    files = [s.rfilename for s in info.siblings or ()]
+    names = [f.removeprefix(prefix) for f in files if f.startswith(prefix)]
     if not names:
-        there = sorted({s.rfilename.split("/")[0] for s in info.siblings or () if "/" in s.rfilename})
-        raise FileNotFoundError(f"{label} does not exist; the folders there: {', '.join(there) or 'none'}")
+        raise _no_folder(label, {f.split("/")[0] for f in files if "/" in f})
     wanted = _named(choose, [n for n in names if "/" not in n], label)
     try:
-        root = hf.snapshot_download(
-            repo,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            force_download=force_download,
-            allow_patterns=[glob.escape(prefix + n) for n in wanted],
+        root = Path(
+            hf.snapshot_download(
+                repo,
+                revision=revision,
+                cache_dir=cache_dir,
+                token=token,
+                force_download=force_download,
+                allow_patterns=[glob.escape(prefix + n) for n in wanted],
+            )
         )
     except Exception as error:
+        _raise_refusal(error, repo, revision)
         raise OSError(f"fetching {label} failed: {first_line(error)}") from error
-    return Path(root) / prefix, wanted
+    if absent := [n for n in wanted if not (root / prefix / n).is_file()]:  # its answer when the line breaks down
+        raise OSError(f"fetching {label} failed: {', '.join(absent)} did not come")
+    return root / prefix, wanted
+
+
+def _raise_refusal(error: Exception, repo: str, revision: str | None) -> None:
+    """Says in a line what the hub will not give. Other errors pass: the hub's library has had three HTTP libraries
+    below it, each with its own."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        raise OSError(f"{repo} is gated: accept its terms on its page, and log in or pass token=") from None
+    if isinstance(error, errors.RepositoryNotFoundError):
+        raise FileNotFoundError(
+            f"there is no folder {repo!r}, and the hub has no repository of that name (a private one needs token=)"
+        ) from None
+    if isinstance(error, errors.RevisionNotFoundError):
+        raise FileNotFoundError(f"{repo} has no revision {revision!r}") from None
+    if isinstance(error, errors.HFValidationError):
+        raise ValueError(f"{repo!r} is no folder and no hub id: {first_line(error)}") from None
+
+
+def _no_folder(label: str, there: Iterable[str]) -> FileNotFoundError:
+    return FileNotFoundError(f"{label} does not exist; the folders there: {', '.join(sorted(there)) or 'none'}")
 
 
 def _choose_in(root: Path, subfolder: str | None, choose: Choose, label: str) -> tuple[Path, list[str]]:
     folder = root / (subfolder or "")
     if not folder.is_dir():
-        there = sorted(p.name for p in root.iterdir() if p.is_dir())
-        raise FileNotFoundError(f"{label} does not exist; the folders there: {', '.join(there) or 'none'}")
+        raise _no_folder(label, (p.name for p in root.iterdir() if p.is_dir()))
     return folder, _named(choose, sorted(p.name for p in folder.iterdir() if p.is_file()), label)
 
 

@@ -590,6 +590,7 @@ class Hub(http.server.ThreadingHTTPServer):
         self.sent: list[str] = []
         self.asked: list[str] = []
         self.stall: set[str] = set()
+        self.gated: set[str] = set()
 
     @property
     def url(self) -> str:
@@ -644,6 +645,8 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
             return self.reply(200, json.dumps(tree).encode(), Content_Type="application/json")
         if m[6] not in names:
             return self.reply(404, X_Error_Code="EntryNotFound")
+        if m[6] in self.server.gated:
+            return self.reply(403, X_Error_Code="GatedRepo")
         if self.command == "GET":
             if m[6] in self.server.stall:
                 return self.reply(500)
@@ -751,6 +754,14 @@ def test_what_the_hub_refuses(hub, repository):
     with pytest.raises(OSError) as error:
         Tiny.from_pretrained("owner/closed", subfolder="unet")
     assert line(error).startswith("owner/closed is gated: ")
+    hub.gated.add("unet/config.json")  # what the hub does: it lists the files and keeps them
+    with pytest.raises(OSError) as error:
+        Tiny.from_pretrained("owner/name", subfolder="unet")
+    assert line(error).startswith("owner/name is gated: ")
+    hub.gated.clear()
+    with pytest.raises(ValueError) as error:
+        Tiny.from_pretrained("owner/na..me", subfolder="unet")
+    assert line(error).startswith("'owner/na..me' is no folder and no hub id: ")
     with pytest.raises(FileNotFoundError) as error:
         Tiny.from_pretrained("owner/name", subfolder="unte")
     assert line(error) == "owner/name/unte does not exist; the folders there: safety_checker, tokenizer, unet"
