@@ -53,11 +53,9 @@ class AutoencoderKLConfig:
         if not channels or any(c < 1 or c % groups for c in channels):
             raise ValueError(f"norm_num_groups {groups} must divide block_out_channels {channels}")
         for name, known in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            if getattr(self, name) != (known,) * len(channels):
-                raise ValueError(
-                    f"{name} must be {known!r} for each of the {len(channels)} block_out_channels, "
-                    f"not {getattr(self, name)}"
-                )
+            types, levels = getattr(self, name), len(channels)
+            if types != (known,) * levels:
+                raise ValueError(f"{name} must be {known!r} for each of the {levels} block_out_channels, not {types}")
         if self.sample_size < self.factor:
             raise ValueError(f"sample_size must be at least {self.factor} pixels, one latent, not {self.sample_size}")
 
@@ -96,7 +94,7 @@ class PixelAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (n c h w) -> same."""
         h = to_tokens(self.norm(x))
-        # A head axis of 1: with four axes every device has an attention that never stores all pairs of pixels.
+        # A head axis of 1: with it the attention goes through in blocks, and never stores all pairs of pixels.
         q, k, v = (proj(h)[:, None] for proj in (self.to_q, self.to_k, self.to_v))
         h = F.scaled_dot_product_attention(q, k, v)[:, 0]
         return x + to_image(self.to_out(h), x.shape[2])
@@ -266,11 +264,13 @@ class AutoencoderKL(Network):
         if x.ndim != 4 or x.shape[1] != channels:
             raise ValueError(f"{name} must be (frames, {channels} channels, height, width), not {tuple(x.shape)}")
 
-    def run(self, half: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int | None, unit: int, unit_out: int):
+    def run(
+        self, half: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int | None, unit: int, unit_out: int
+    ) -> Tensor:
         """half(x) in chunks of frames, and in tiles where x is larger than one; units: pixels per latent in and out."""
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, not {chunk_size!r}")
-        if x.is_cpu:  # a fifth faster there; CUDA's GroupNorm would copy it back each time
+        if x.is_cpu:  # faster there; CUDA's GroupNorm would copy it back each time
             x = x.contiguous(memory_format=torch.channels_last)
         chunks = x.split(1 if self.slicing else chunk_size or max(1, len(x)))
         tiled = self.tiling is not None and max(x.shape[2:]) > self.tiling[0] * unit
