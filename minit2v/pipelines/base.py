@@ -22,12 +22,10 @@ from torch import Tensor, nn
 from minit2v_convert.rename import nearest
 
 from ..compat import compat_fields
-from ..hub import first_nonfinite
 from . import files, frames
+from .checks import Generators, check_count, check_result, check_text
 
 logger = logging.getLogger(__name__)
-
-Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 @dataclass
@@ -324,7 +322,7 @@ class DiffusionPipeline:
         ids = self.tokenizer(texts, max_length=length).to(self._execution_device)
         with self._placed("text_encoder") as text_encoder:
             states = text_encoder(ids, clip_skip)
-            self._check_finite(states, text_encoder, "the text encoder")
+            check_result(states, text_encoder, "the text encoder")
         return states
 
     # Denoising -------------------------------------------------------------------------------------------------------
@@ -363,7 +361,7 @@ class DiffusionPipeline:
                 x = rearrange(flat_x, f"{self.STEP_AXES} -> b c f h w", b=len(x))
 
                 if i in (0, len(timesteps) - 1):  # bad weights show at once, overflow at the end
-                    self._check_finite(x, unet, "the UNet")
+                    check_result(x, unet, "the UNet")
                 if i + 1 == len(timesteps) or (i + 1 > spare and (i + 1) % self.scheduler.order == 0):
                     x, text, negative = callbacks(self, done, t, x, text, negative)
                     done += 1
@@ -385,7 +383,7 @@ class DiffusionPipeline:
         with self._placed("vae") as vae:
             z = rearrange(latents.to(vae.device, vae.dtype), "b c f h w -> (b f) c h w") / vae.config.scaling_factor
             pixels = vae.decode(z, decode_chunk_size).float()
-            self._check_finite(pixels, vae, "the VAE")
+            check_result(pixels, vae, "the VAE")
         return rearrange(pixels, "(b f) c h w -> b c f h w", b=latents.shape[0])
 
     def _output(self, x: Tensor, output_type: str, decode_chunk_size: int | None) -> Any:
@@ -428,65 +426,8 @@ class DiffusionPipeline:
         if cross_attention_kwargs:
             raise ValueError(f"cross_attention_kwargs must be None or empty: no adapter reads {cross_attention_kwargs}")
 
-        batch = _check_text("prompt", prompt, prompt_embeds, self.unet, required=True)
-        negatives = _check_text("negative_prompt", negative_prompt, negative_prompt_embeds, self.unet, required=False)
+        batch = check_text("prompt", prompt, prompt_embeds, self.unet, required=True)
+        negatives = check_text("negative_prompt", negative_prompt, negative_prompt_embeds, self.unet, required=False)
         if negatives not in (1, batch):
             raise ValueError(f"{negatives} negative prompts for {batch} prompts: give one, or one for each")
         return batch
-
-    def _check_generator(self, generator: Generators, batch: int) -> None:
-        several = isinstance(generator, list | tuple)
-        if several and len(generator) != batch:
-            raise ValueError(f"{len(generator)} generators for {batch} videos: give one, or one for each")
-        for g in generator if several else [generator]:
-            if not isinstance(g, torch.Generator | None) or (several and g is None):
-                raise TypeError(f"generator must be a torch.Generator or a list of them, not {g!r}")
-            if g is not None and g.device.type not in ("cpu", self._execution_device.type):
-                raise ValueError(f"a generator on {g.device} cannot draw for a pipeline on {self._execution_device}")
-
-    def _check_size(self, height: int, width: int) -> None:
-        for name, value in (("height", height), ("width", width)):
-            check_count(name, value)
-            if value % self.vae_scale_factor:
-                near = max(1, round(value / self.vae_scale_factor)) * self.vae_scale_factor
-                raise ValueError(f"{name} must be a multiple of {self.vae_scale_factor}, not {value} (nearest: {near})")
-
-    def _check_finite(self, x: Tensor, network: nn.Module, what: str) -> None:
-        if torch.isfinite(x).all():
-            return
-        if (name := first_nonfinite(network)) is not None:
-            raise FloatingPointError(f"{what} gave NaN or infinity, because its parameter {name!r} holds some")
-        raise FloatingPointError(f"{what} gave NaN or infinity in {network.dtype} though its parameters are finite"
-                                 + (": use bfloat16 or float32" if network.dtype == torch.float16 else ""))
-
-
-def check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, not {value!r}")
-
-
-def check_finite_input(name: str, x: Tensor | None) -> None:
-    if x is not None and not torch.isfinite(x).all():
-        raise ValueError(f"{name} holds NaN or infinity")
-
-
-def _check_text(name: str, texts: Any, embeds: Tensor | None, unet: nn.Module, required: bool) -> int:
-    """The number of texts, of which the call gives either the words or the states."""
-    if texts is not None and embeds is not None:
-        raise ValueError(f"give {name} or {name}_embeds, not both")
-    if embeds is not None:
-        width = unet.config.cross_attention_dim
-        if not isinstance(embeds, Tensor) or embeds.ndim != 3 or embeds.shape[2] != width or not len(embeds):
-            what = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
-            raise ValueError(f"{name}_embeds must be a tensor (batch, tokens, {width}), not {what}")
-        check_finite_input(f"{name}_embeds", embeds)
-        return len(embeds)
-    if texts is None and required:
-        raise ValueError(f"give a {name} or {name}_embeds")
-    if texts is None or isinstance(texts, str):
-        return 1
-    if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
-        raise ValueError(f"{name} must be a text or a list of texts, not {texts!r:.80}")
-    if not texts:
-        raise ValueError(f"{name} is an empty list")
-    return len(texts)

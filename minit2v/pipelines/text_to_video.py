@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..schedulers.base import randn
-from .base import DiffusionPipeline, Generators, PipelineOutput, StepCallbacks, check_count, check_finite_input
+from .base import DiffusionPipeline, PipelineOutput, StepCallbacks
+from .checks import Generators, check_count, check_finite, check_generator, check_pixels
 
 
 class TextToVideoSDPipelineOutput(PipelineOutput):
@@ -80,18 +81,19 @@ class TextToVideoSDPipeline(DiffusionPipeline):
         batch = self._check_call(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_inference_steps,
                                  guidance_scale, output_type, cross_attention_kwargs, decode_chunk_size, callbacks,
                                  unknown)
-        self._check_generator(generator, batch)
+        check_generator(generator, batch, self._execution_device)
         size = self.unet.config.sample_size
         rows, columns = (size, size) if isinstance(size, int) else size
         height = rows * self.vae_scale_factor if height is None else height
         width = columns * self.vae_scale_factor if width is None else width
-        self._check_size(height, width)
+        check_pixels("height", height, self.vae_scale_factor)
+        check_pixels("width", width, self.vae_scale_factor)
         check_count("num_frames", num_frames)
         shape = (batch, self.unet.config.in_channels, num_frames,
                  height // self.vae_scale_factor, width // self.vae_scale_factor)
         if latents is not None and latents.shape != shape:
             raise ValueError(f"latents must be {shape} (b c f h w), not {tuple(latents.shape)}")
-        check_finite_input("latents", latents)
+        check_finite("latents", latents)
 
         device = self._execution_device
         self.scheduler.set_timesteps(num_inference_steps, device=device)

@@ -12,7 +12,8 @@ from einops import rearrange
 from torch import Tensor
 
 from ..schedulers.base import randn
-from .base import Generators, StepCallbacks, check_finite_input
+from .base import StepCallbacks
+from .checks import Generators, check_finite, check_generator, check_pixels, check_result
 from .frames import to_tensor
 from .text_to_video import TextToVideoSDPipeline, TextToVideoSDPipelineOutput
 
@@ -75,7 +76,7 @@ class VideoToVideoSDPipeline(TextToVideoSDPipeline):
         if len(source) not in (1, batch) and batch != 1:
             raise ValueError(f"{len(source)} videos for {batch} prompts: give one, or one for each")
         batch = max(batch, len(source))
-        self._check_generator(generator, batch)
+        check_generator(generator, batch, self._execution_device)
 
         device = self._execution_device
         steps = min(int(num_inference_steps * strength), num_inference_steps)
@@ -106,14 +107,15 @@ class VideoToVideoSDPipeline(TextToVideoSDPipeline):
         if latents is not None:
             if latents.ndim != 5 or latents.shape[1] != channels or not latents.numel():
                 raise ValueError(f"latents must be (b {channels} f h w), not {tuple(latents.shape)}")
-            check_finite_input("latents", latents)
+            check_finite("latents", latents)
             return latents
         for name, value in (("height", height), ("width", width)):
             if value is not None:
-                self._check_size(**{"height": self.vae_scale_factor, "width": self.vae_scale_factor, name: value})
+                check_pixels(name, value, self.vae_scale_factor)
         x = to_tensor(video, height, width, channels)
         if x.shape[1] != channels:
-            self._check_size(*x.shape[-2:])
+            check_pixels("height", x.shape[3], self.vae_scale_factor)
+            check_pixels("width", x.shape[4], self.vae_scale_factor)
         return x
 
     def _encode_video(self, x: Tensor, batch: int, generator: Generators, dtype: torch.dtype) -> Tensor:
@@ -122,7 +124,7 @@ class VideoToVideoSDPipeline(TextToVideoSDPipeline):
             return x.to(dtype).expand(batch, -1, -1, -1, -1)
         with self._placed("vae") as vae:
             gaussian = vae.encode(rearrange(x.to(vae.dtype), "b c f h w -> (b f) c h w"), ENCODED_AT_ONCE)
-            self._check_finite(gaussian.mean, vae, "the VAE")
+            check_result(gaussian.mean, vae, "the VAE")
         mean, std = (v.repeat(batch // len(x), 1, 1, 1) for v in (gaussian.mean, gaussian.std))
         z = mean + std * randn(mean.shape, generator, mean.device, mean.dtype)
         return rearrange(z.to(dtype) * self.vae.config.scaling_factor, "(b f) c h w -> b c f h w", b=batch)

@@ -1,0 +1,72 @@
+"""What a call refuses before any work, each with one line, and the look at what comes out of a network."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..hub import first_nonfinite
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, not {value!r}")
+
+
+def check_finite(name: str, x: Tensor | None) -> None:
+    if x is not None and not torch.isfinite(x).all():
+        raise ValueError(f"{name} holds NaN or infinity")
+
+
+def check_text(name: str, texts: Any, embeds: Tensor | None, unet: nn.Module, required: bool) -> int:
+    """The number of texts, of which the call gives either the words or the states."""
+    if texts is not None and embeds is not None:
+        raise ValueError(f"give {name} or {name}_embeds, not both")
+    if embeds is not None:
+        width = unet.config.cross_attention_dim
+        if not isinstance(embeds, Tensor) or embeds.ndim != 3 or embeds.shape[2] != width or not len(embeds):
+            what = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
+            raise ValueError(f"{name}_embeds must be a tensor (batch, tokens, {width}), not {what}")
+        check_finite(f"{name}_embeds", embeds)
+        return len(embeds)
+    if texts is None and required:
+        raise ValueError(f"give a {name} or {name}_embeds")
+    if texts is None or isinstance(texts, str):
+        return 1
+    if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
+        raise ValueError(f"{name} must be a text or a list of texts, not {texts!r:.80}")
+    if not texts:
+        raise ValueError(f"{name} is an empty list")
+    return len(texts)
+
+
+def check_pixels(name: str, value: Any, factor: int) -> None:
+    """A height or width, of which the VAE makes one latent of every `factor` pixels."""
+    check_count(name, value)
+    if value % factor:
+        near = max(1, round(value / factor)) * factor
+        raise ValueError(f"{name} must be a multiple of {factor}, not {value} (nearest: {near})")
+
+
+def check_generator(generator: Generators, batch: int, device: torch.device) -> None:
+    several = isinstance(generator, list | tuple)
+    if several and len(generator) != batch:
+        raise ValueError(f"{len(generator)} generators for {batch} videos: give one, or one for each")
+    for g in generator if several else [generator]:
+        if not isinstance(g, torch.Generator | None) or (several and g is None):
+            raise TypeError(f"generator must be a torch.Generator or a list of them, not {g!r}")
+        if g is not None and g.device.type not in ("cpu", device.type):
+            raise ValueError(f"a generator on {g.device} cannot draw for a pipeline on {device}")
+
+
+def check_result(x: Tensor, network: nn.Module, what: str) -> None:
+    """Raises FloatingPointError where a network's output is not finite, with the parameter that is to blame."""
+    if torch.isfinite(x).all():
+        return
+    if (name := first_nonfinite(network)) is not None:
+        raise FloatingPointError(f"{what} gave NaN or infinity, because its parameter {name!r} holds some")
+    raise FloatingPointError(f"{what} gave NaN or infinity in {network.dtype} though its parameters are finite"
+                             + (": use bfloat16 or float32" if network.dtype == torch.float16 else ""))
