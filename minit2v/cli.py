@@ -432,7 +432,8 @@ def _read_source(path: str, stored: dict[str, Any]) -> tuple[list, dict[str, Any
     if stored.get("video_sha256", digest) != digest:
         raise ValueError(f"{path}: not the video that was restyled, its frames have changed")
     measured = {"height": frames[0].height, "width": frames[0].width, **({"fps": fps} if fps else {})}
-    return frames, measured, {"video": str(Path(path).absolute()), "video_sha256": digest}
+    where = path if path.startswith(("http://", "https://")) else str(Path(path).absolute())
+    return frames, measured, {"video": where, "video_sha256": digest}
 
 
 def _replay(args: argparse.Namespace, parser: Parser) -> tuple[argparse.Namespace, dict[str, Any]]:

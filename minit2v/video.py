@@ -277,12 +277,14 @@ def _local(path: str | os.PathLike, scratch: str) -> Path:
     """The path itself, or what was downloaded from an address."""
     if str(path).startswith(("http://", "https://")):
         import shutil
-        import urllib.parse
         import urllib.request
 
-        local = Path(scratch) / Path(urllib.parse.urlparse(str(path)).path).name
-        with urllib.request.urlopen(str(path), timeout=60) as source, open(local, "wb") as target:
-            shutil.copyfileobj(source, target)
+        local = Path(scratch) / "video"
+        try:
+            with urllib.request.urlopen(str(path), timeout=60) as source, open(local, "wb") as target:
+                shutil.copyfileobj(source, target)
+        except OSError as e:
+            raise OSError(f"{path}: cannot be fetched ({e})") from e
         return local
     path = Path(path)
     if not path.exists():
@@ -293,18 +295,23 @@ def _local(path: str | os.PathLike, scratch: str) -> Path:
 def load_video(video: str | os.PathLike, *, return_fps: bool = False) -> Any:
     """The frames of a video, GIF or folder of images (in the order of the numbers in their names), a list of PIL RGB.
 
-    video: a path, or an http(s) address. With `return_fps` a pair (frames, frames per second); a folder has no rate:
-    None. Raises FileNotFoundError, or ValueError where there is no video in the file or it is damaged.
+    video: a path, or an http(s) address. With `return_fps` a pair (frames, frames per second), the latter None where
+    there is no rate, as in a folder. Raises FileNotFoundError, or ValueError where the file is no video or damaged.
     """
     with tempfile.TemporaryDirectory(prefix="minit2v-") as scratch:
         path = _local(video, scratch)
         if path.is_dir():
             frames, fps = _load_folder(path), None
-        elif path.read_bytes()[:4] == b"GIF8":
+        elif _is_gif(path):
             frames, fps = _load_gif(path)
         else:
             frames, fps = _decode(path)
     return (frames, fps) if return_fps else frames
+
+
+def _is_gif(path: Path) -> bool:
+    with open(path, "rb") as f:
+        return f.read(4) == b"GIF8"
 
 
 def _load_folder(path: Path) -> list:
@@ -331,13 +338,14 @@ def _load_gif(path: Path) -> tuple[list, float]:
     return frames, 1000 * len(frames) / duration
 
 
-def _decode(path: Path) -> tuple[list, float]:
+def _decode(path: Path) -> tuple[list, float | None]:
     """Every frame once, in the stream's own size: as PPM images, whose headers say that size."""
     from PIL import Image
 
     run = subprocess.run([_ffmpeg(), "-hide_banner", "-nostats", "-v", "level+info", "-xerror",
                           "-i", str(path.absolute()), "-map", "0:v:0",
-                          "-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm", "pipe:1"],
+                          "-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm",
+                          "-pix_fmt", "rgb24", "pipe:1"],
                          stdin=subprocess.DEVNULL, capture_output=True)
     log = run.stderr.decode(errors="replace")
     errors = re.findall(r"\[(?:error|fatal)\] (.*)", log)
@@ -348,10 +356,10 @@ def _decode(path: Path) -> tuple[list, float]:
         size = int(header[1]), int(header[2])
         at = header.end() + 3 * size[0] * size[1]
         frames.append(Image.frombytes("RGB", size, run.stdout[header.end() : at]))
-    rate = re.search(r"Video:.*?([\d.]+) fps", log)
-    if not frames or at != len(run.stdout) or rate is None:
+    if not frames or at != len(run.stdout):
         raise ValueError(f"{path}: no frames could be read")
-    return frames, float(rate[1])
+    rate = re.search(r"Video:.*?([\d.]+)(k?) fps", log)
+    return frames, float(rate[1]) * (1000 if rate[2] else 1) if rate else None
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
@@ -359,9 +367,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
-    with open(path, "rb") as f:
-        is_gif = f.read(4) == b"GIF8"
-    if is_gif:
+    if _is_gif(path):
         from PIL import Image
 
         with Image.open(path) as gif:

@@ -123,6 +123,22 @@ def test_the_seed_is_drawn_said_and_stored(run, model):
     assert len(seeds) == 2
 
 
+def test_without_a_model_the_embedded_one_and_its_settings(run, model, tmp_path, monkeypatch):
+    import importlib.resources
+
+    package = tmp_path / "package"
+    monkeypatch.setattr(importlib.resources, "files", lambda name: package)
+    fails(run("generate", "a cat"), "assets/shapes: the model of this package is not in this installation")
+    shutil.copytree(model, package / "assets" / "shapes")
+    code, out, err = run("generate", "a cat", "--steps", 1, "-o", "a.gif")
+    assert code == 0 and any("16 frames" in line and "guidance 3" in line for line in err)
+    assert read_metadata("a.gif")["model"] == "shapes"
+    assert run("generate", "--replay", "a.gif", "-o", "b.gif")[0] == 0
+    assert Path("a.gif").read_bytes() == Path("b.gif").read_bytes()
+    assert run("restyle", "a.gif", "a dog", "--steps", 2)[0] == 0
+    assert run("inspect", "shapes")[0] == 0
+
+
 @pytest.mark.parametrize("name,cls", [*cli.SCHEDULERS.items(), ("DDIMScheduler", "DDIMScheduler"),
                                       ("Euler", "EulerDiscreteScheduler")])
 def test_schedulers_by_name(name, cls):

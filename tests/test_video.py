@@ -389,7 +389,20 @@ def test_load_video_from_a_folder_and_an_address(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(urllib.request, "urlopen", serve)
         assert len(load_video("https://example.org/x/a.mp4?download=true")) == len(COLOURS)
+        with pytest.raises(OSError, match="^http://example.org/: cannot be fetched"):
+            patch.setattr(urllib.request, "urlopen", lambda url, timeout: open(tmp_path / "gone"))
+            load_video("http://example.org/")
     assert opened == ["https://example.org/x/a.mp4?download=true"]
+
+
+def test_videos_that_others_made(tmp_path):
+    """Ten bits a sample, and more frames a second than ffmpeg writes out."""
+    path = str(tmp_path / "a.mp4")
+    subprocess.run([_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", "color=0x0A64C8:s=16x8:r=1000", "-frames:v", "3",
+                    "-pix_fmt", "yuv420p10le", "-c:v", "libx264", path], check=True)
+    frames, fps = load_video(path, return_fps=True)
+    assert len(frames) == 3 and frames[0].size == (16, 8) and fps == 1000
+    assert np.abs(pixels(frames) - [10, 100, 200]).max() <= 4
 
 
 def test_names_that_look_like_options_or_addresses(tmp_path, monkeypatch):
