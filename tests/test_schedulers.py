@@ -126,6 +126,13 @@ def test_higher_orders_of_dpm(algorithm, prediction):
     assert error(third, 20) < error(second, 20) / 3 and error(third, 40) < error(second, 40) / 2
 
 
+def test_a_repeated_sigma_is_no_step():
+    """Spacings that end at sigma_min, with sigma_min at the end again: a step of length 0, by which nothing divides."""
+    fields = {"final_sigmas_type": "sigma_min", "lower_order_final": False, "use_lu_lambdas": True}
+    for rule in ({"solver_order": 3}, {"solver_type": "heun"}):
+        assert error(make(DPMSolverMultistepScheduler, **fields, **rule), 40) < 0.02
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 def test_pndm_beats_ddim(prediction):
     kind = {"prediction_type": prediction}

@@ -1,7 +1,10 @@
 """Whole trajectories against diffusers, to 1e-5 of the sample's size at every step."""
 
+import importlib
+import inspect
 import itertools
 import json
+import pkgutil
 import warnings
 from types import SimpleNamespace
 
@@ -12,6 +15,9 @@ import pytest
 import torch
 
 import minit2v.schedulers as ours
+from minit2v.schedulers.base import PUBLISHED_FIELDS
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 TOLERANCE = 1e-5
 COUNTS = (1, 2, 3, 7, 25, 50)
@@ -311,6 +317,21 @@ def test_takes_timesteps_and_sigmas():
     assert_same(*pair("DPMSolverMultistepScheduler", **SD), grid=grid)
     assert_same(*pair("EulerDiscreteScheduler", **SD), grid=grid)
     assert_same(*pair("EulerDiscreteScheduler", **SD), grid=sigmas)
+
+
+def test_every_published_field_is_known():
+    found = set()
+    for module in pkgutil.walk_packages(diffusers.schedulers.__path__, "diffusers.schedulers."):
+        try:
+            members = vars(importlib.import_module(module.name))
+        except ModuleNotFoundError:  # torchsde
+            continue
+        for cls in members.values():
+            if inspect.isclass(cls) and issubclass(cls, diffusers.ConfigMixin) and cls.__module__ == module.name:
+                found |= set(inspect.signature(cls.__init__).parameters) - {"self", "args", "kwargs"}
+    assert len(found) > 90
+    assert found <= PUBLISHED_FIELDS
+    assert PUBLISHED_FIELDS - found <= {"noise_sampler_seed"}
 
 
 @pytest.mark.parametrize("name", ours.__all__)
