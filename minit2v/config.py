@@ -36,7 +36,7 @@ def make_config(cls: type, values: Mapping[str, Any]) -> Any:
                 raise ValueError(f"{cls.__name__}: {name} must be {hint}, not {value!r}")
             kept[name] = value
         elif name in cls.FIXED:
-            if value != _tuples(cls.FIXED[name]):
+            if value != cls.FIXED[name]:
                 raise ValueError(f"{cls.__name__}: only {name}={cls.FIXED[name]!r} is supported, not {value!r}")
         elif name not in cls.IGNORED and name not in HISTORY:
             raise ValueError(f"{cls.__name__} has no field {name!r}{nearest(name, [*known, *cls.FIXED])}")

@@ -5,6 +5,7 @@ OSError: each in one line that names the file.
 """
 
 import glob
+import inspect
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from minit2v_convert.rename import Layout
+from minit2v_convert.rename import Layout, nearest
 
 from .config import config_fields, make_config
 from .config import pick_dtype as pick_dtype
@@ -282,8 +283,14 @@ class Network(nn.Module):
 
         variant: "fp16" reads the files with that infix. torch_dtype or dtype: what the weights are cast to, float32 if
         not given; where the file has it already they stay memory-mapped. Other keywords change fields of the config.
-        Raises FileNotFoundError on what is missing and ValueError on weights that do not fit, in one line each.
+        Raises FileNotFoundError on what is missing, ValueError on weights that do not fit, TypeError on an unknown
+        argument, in one line each.
         """
+        fields = [f.name for f in dataclass_fields(cls.Config)] + [*cls.Config.FIXED]
+        for name in config_overrides:
+            if name not in fields:
+                known = [*inspect.signature(cls.from_pretrained).parameters, *fields]
+                raise TypeError(f"{cls.__name__}.from_pretrained() has no argument {name!r}{nearest(name, known)}")
         dtype = pick_dtype(torch_dtype, dtype)
         folder, names = find_folder(
             path_or_id,

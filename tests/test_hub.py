@@ -189,12 +189,16 @@ FULL_SIZE = [
     ("ms-1.7b", "unet", "safetensors", {}, 100),
     ("ms-1.7b", "unet", "safetensors", {"variant": "fp16", "torch_dtype": "float16"}, 100),
     ("ms-1.7b", "vae", "safetensors", {}, 100),
+    ("ms-1.7b", "vae", "safetensors", {"variant": "fp16", "dtype": "float16"}, 100),
     ("ms-1.7b", "text_encoder", "safetensors", {}, 100),
+    ("ms-1.7b", "text_encoder", "safetensors", {"variant": "fp16", "dtype": "float16"}, 100),
     ("zeroscope_v2_576w", "unet", "bin", {"dtype": "float16"}, 100),
     ("zeroscope_v2_576w", "vae", "bin", {"dtype": "float16"}, 100),
     ("zeroscope_v2_576w", "text_encoder", "bin", {"dtype": "float16"}, 100),
     ("zeroscope_v2_XL", "unet", "safetensors", {"dtype": "float16"}, 100),
-    ("rv51", "vae", "safetensors", {"dtype": "float16"}, 100),  # the new names
+    ("zeroscope_v2_XL", "vae", "safetensors", {"dtype": "float16"}, 100),  # if it has the old names
+    ("rv51", "vae", "safetensors", {"dtype": "float16"}, 100),  # and if it has the new ones
+    ("zeroscope_v2_XL", "text_encoder", "safetensors", {"dtype": "float16"}, 100),
     # 1299 MiB become 649: those, up to 256 of the file that are not let go yet, one tensor of 193 and its cast
     ("ms-1.7b", "text_encoder", "safetensors", {"dtype": "float16"}, 649 + 256 + 193 + 100),
 ]
@@ -324,8 +328,12 @@ def test_shards(tiny, names):
 def test_overrides_reach_the_config_and_unknown_ones_are_named(tiny):
     _, folder = tiny
     assert Tiny.from_pretrained(folder, scale=3.0).config.scale == 3.0
-    with pytest.raises(ValueError, match="TinyConfig has no field 'scael' .nearest: 'scale'."):
-        Tiny.from_pretrained(folder, scael=3.0)
+    for wrong, right in (("scael", "scale"), ("varient", "variant")):
+        with pytest.raises(TypeError) as error:
+            Tiny.from_pretrained(folder, **{wrong: 3.0})
+        assert line(error) == f"Tiny.from_pretrained() has no argument {wrong!r} (nearest: {right!r})"
+    with pytest.raises(ValueError, match="config.json: TinyConfig: scale must be float, not 'big'"):
+        Tiny.from_pretrained(folder, scale="big")
 
 
 def test_old_headers_leave_tensors_unaligned(tiny):
@@ -404,8 +412,10 @@ def test_two_names_for_one_parameter(tmp_path, randomize_):
 
 
 class Malicious:
+    """Pickles as a call that makes a file in the working directory."""
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/minit2v-should-not-exist",)
+        return os.system, ("touch it-ran",)
 
 
 def broken_files(whole: bytes, state: dict) -> dict[str, tuple[str, bytes | Any, str]]:
@@ -428,8 +438,9 @@ def broken_files(whole: bytes, state: dict) -> dict[str, tuple[str, bytes | Any,
 
 
 @pytest.mark.parametrize("which", broken_files(b"", {}))
-def test_files_that_are_no_weights(tiny, which):
+def test_files_that_are_no_weights(tiny, which, monkeypatch):
     _, folder = tiny
+    monkeypatch.chdir(folder)
     path = folder / "diffusion_pytorch_model.safetensors"
     whole, state = path.read_bytes(), load_file(path)
     path.unlink()
@@ -440,7 +451,7 @@ def test_files_that_are_no_weights(tiny, which):
         Tiny.from_pretrained(folder)
     says = says.replace("(", r"\(").replace(")", r"\)")
     assert re.fullmatch(f"{re.escape(str(path))} {says}", line(error)), line(error)
-    assert not Path("/tmp/minit2v-should-not-exist").exists()
+    assert not (folder / "it-ran").exists()
 
 
 def test_a_truncated_pickle(tiny):
@@ -454,8 +465,9 @@ def test_a_truncated_pickle(tiny):
     assert f"{path} is broken" in line(error)
 
 
-def test_what_torch_wrote_before_it_wrote_zip_files(tiny):
+def test_what_torch_wrote_before_it_wrote_zip_files(tiny, monkeypatch):
     net, folder = tiny
+    monkeypatch.chdir(folder)
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     path = folder / "diffusion_pytorch_model.bin"
     torch.save(net.published_state_dict(), path, _use_new_zipfile_serialization=False)
@@ -465,7 +477,7 @@ def test_what_torch_wrote_before_it_wrote_zip_files(tiny):
     with pytest.raises(ValueError) as error:
         Tiny.from_pretrained(folder)
     assert "is refused" in line(error) or "is broken" in line(error)
-    assert not Path("/tmp/minit2v-should-not-exist").exists()
+    assert not (folder / "it-ran").exists()
 
 
 @pytest.mark.parametrize(
