@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from minit2v_convert.rename import nearest
 
+ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = "shapes"  # the model that comes with the package
 # What suits a model better than the defaults of its pipeline, for those names that say which model it is.
 PRESETS: dict[str, dict[str, Any]] = {EMBEDDED: {"num_frames": 16, "steps": 25, "guidance_scale": 3.0}}
@@ -334,9 +335,7 @@ def _load(command: str, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 def _find_model(model: str) -> str:
     """A folder or a hub id."""
     if model == EMBEDDED:
-        from importlib.resources import files
-
-        folder = files("minit2v") / "assets" / EMBEDDED
+        folder = ASSETS / EMBEDDED
         if not (folder / "model_index.json").is_file():
             raise FileNotFoundError(errno.ENOENT, "the model of this package is not in this installation", str(folder))
         return str(folder)

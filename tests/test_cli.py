@@ -124,12 +124,9 @@ def test_the_seed_is_drawn_said_and_stored(run, model):
 
 
 def test_without_a_model_the_embedded_one_and_its_settings(run, model, tmp_path, monkeypatch):
-    import importlib.resources
-
-    package = tmp_path / "package"
-    monkeypatch.setattr(importlib.resources, "files", lambda name: package)
+    monkeypatch.setattr(cli, "ASSETS", tmp_path / "assets")
     fails(run("generate", "a cat"), "assets/shapes: the model of this package is not in this installation")
-    shutil.copytree(model, package / "assets" / "shapes")
+    shutil.copytree(model, tmp_path / "assets" / "shapes")
     code, out, err = run("generate", "a cat", "--steps", 1, "-o", "a.gif")
     assert code == 0 and any("16 frames" in line and "guidance 3" in line for line in err)
     assert read_metadata("a.gif")["model"] == "shapes"
