@@ -717,6 +717,28 @@ def test_of_a_repository_only_what_is_needed_is_fetched(hub, repository):
     assert hub.sent.count("unet/config.json") == 2
 
 
+def test_a_whole_pipeline_of_a_repository(hub, tmp_path, make_official_folder):
+    """The index first, then of each part what is needed: no other variant, no pickle beside safetensors."""
+    from minit2v import DiffusionPipeline
+
+    folder = make_official_folder(tmp_path / "served", "ms-1.7b", small=True)
+    wanted = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    make_official_folder(folder, "ms-1.7b", variant="fp16", small=True)
+    for name in ("unet/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin", "safety_checker/config.json",
+                 "safety_checker/model.safetensors", "README.md", "text-to-video.ckpt"):  # fmt: skip
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"not needed")
+    hub.repos["owner/video"] = folder
+    pipe = DiffusionPipeline.from_pretrained("owner/video")
+    assert hub.sent[0] == "model_index.json"
+    assert set(hub.sent) == wanted and len(hub.sent) == len(wanted)
+    local = DiffusionPipeline.from_pretrained(folder)
+    assert all(same(getattr(pipe, part), getattr(local, part)) for part in NETWORKS)
+    asked = len(hub.asked)
+    again = DiffusionPipeline.from_pretrained("owner/video", local_files_only=True)
+    assert same(again.unet, pipe.unet) and len(hub.asked) == asked
+
+
 def test_bin_only_repositories_and_revisions(hub, repository):
     for path in (repository / "unet").glob("*.safetensors"):
         path.unlink()
