@@ -59,8 +59,9 @@ def find_folder(
         raise FileNotFoundError(f"there is no folder {repo!r}, and a hub id is 'owner/name'")
 
     import huggingface_hub as hf
+    from huggingface_hub import constants  # no attribute of `hf` before somebody has imported it
 
-    offline = "local_files_only" if local_files_only else "HF_HUB_OFFLINE" if hf.constants.HF_HUB_OFFLINE else ""
+    offline = "local_files_only" if local_files_only else "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else ""
     if not offline:
         try:
             info = hf.HfApi(token=token).model_info(repo, revision=revision)
