@@ -286,10 +286,8 @@ class CLIPTokenizer:
             _check_fields("special_tokens_map.json", special, tuple(NAMED))
             named |= {name: special[name] for name in NAMED if special.get(name) is not None}
             contents = [_content(token) for token in named.values()]
-            added = {
-                t: {"content": t, "id": n, "special": t in contents, "normalized": t not in contents}
-                for t, n in read("added_tokens.json").items()
-            }
+            learned = read("added_tokens.json").items()
+            added = {t: {"content": t, "id": n, "normalized": t not in contents} for t, n in learned}
             added |= {t["content"]: t for t in whole.get("added_tokens", [])}
         length = config.get("model_max_length") or 77
         return cls(

@@ -74,6 +74,11 @@ def test_training_merges_the_most_frequent_pair_first():
     assert [tokenizer.backend.id_to_token(n) for n in tokenizer.encode("abab")[1:-1]] == ["ab", "ab</w>"]
 
 
+def test_training_counts_words_as_often_as_they_occur():
+    tokenizer = CLIPTokenizer.train(["cd cd cd", "ab xab"], 515)
+    assert json.loads(tokenizer.backend.to_str())["model"]["merges"] == [["c", "d</w>"]]
+
+
 def test_a_vocabulary_ends_where_the_texts_do():
     assert CLIPTokenizer.train(["cat"], 600).vocab_size == 514 + 2
     with raises(ValueError, match="vocab_size=513.*514"):
