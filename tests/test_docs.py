@@ -1,0 +1,77 @@
+"""The documentation says what the code does: links, examples, tables and figures."""
+
+import doctest
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")], key=lambda path: path.as_posix())
+FIGURES = ROOT / "docs" / "figures"
+
+
+@pytest.fixture(scope="module")
+def facts():
+    sys.path.insert(0, str(FIGURES))
+    try:
+        import facts
+
+        yield facts
+    finally:
+        sys.path.remove(str(FIGURES))
+
+
+@pytest.fixture(scope="module")
+def full(facts):
+    return facts.modelscope()
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page):
+    text = page.read_text()
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://|mailto:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or anchor and anchor not in anchors(target.read_text()):
+            broken.append(link)
+    assert broken == []
+
+
+def test_there_are_pages():
+    assert {"README.md", "docs/architecture.md"} <= {page.relative_to(ROOT).as_posix() for page in PAGES}
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if ">>> " in p.read_text()], ids=lambda page: page.name)
+def test_examples_run(page):
+    runner = doctest.DocTestRunner()
+    for number, code in enumerate(re.findall(r"^```python\n(>>> .*?)^```$", page.read_text(), re.M | re.S)):
+        result = runner.run(doctest.DocTestParser().get_doctest(code, {}, f"{page.name}, {number}", str(page), 0))
+        assert result.failed == 0, "see the captured output"
+    assert runner.tries > 0
+
+
+def test_tables_are_those_of_the_code(facts, full):
+    lines = set((ROOT / "docs" / "architecture.md").read_text().splitlines())
+    wrong = [row for table in facts.tables(full, facts.embedded()) for row in table if row not in lines]
+    assert wrong == [], "run docs/figures/facts.py"
+
+
+def test_figures_are_drawn(facts, full, tmp_path):
+    import draw
+
+    drawn = draw.draw_all(tmp_path, full)
+    assert {path.name for path in drawn} == {path.name for path in FIGURES.glob("*.png")}
+    for path in drawn:
+        assert path.stat().st_size > 30_000
+        assert (FIGURES / path.name).stat().st_size < 300_000
