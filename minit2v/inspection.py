@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -78,7 +79,10 @@ class Repository:
         if not name.endswith(".safetensors"):
             raise ValueError(f"{name} would have to be downloaded: a pickle has no header")
         path = f"{part}/{name}" if part else name
-        header = self.api.parse_safetensors_file_metadata(self.repo, path, revision=self.revision).tensors
+        try:
+            header = self.api.parse_safetensors_file_metadata(self.repo, path, revision=self.revision).tensors
+        except Exception as e:
+            raise OSError(f"the header of {name} cannot be read: {hub.first_line(e)}") from None
         return {n: _meta(name, n, t.dtype, t.shape) for n, t in header.items()}
 
 
@@ -115,7 +119,7 @@ def report(model: str, revision: str | None = None, variant: str | None = None) 
     path = Path(model).expanduser()
     if path.exists() and not path.is_dir():
         raise ValueError(f"{model} is a file: inspect reads a folder or a hub id")
-    source: Source = Folder(path) if path.is_dir() else Repository(model, revision)
+    source = Folder(path) if path.is_dir() else _repository(model, revision)
     there = source.sizes("")
     if pipeline_files.INDEX in there:
         title, parts, faults = _parts(source.json("", pipeline_files.INDEX))
@@ -133,6 +137,19 @@ def report(model: str, revision: str | None = None, variant: str | None = None) 
     lines = [f"{model}: {title}", "", *_table(("component", "class", "parameters", "dtype", "keys", "files"), rows)]
     lines += ["", f"{total:,} parameters", *(f"wrong: {fault}" for fault in faults)]
     return [line.rstrip() for line in lines], not faults
+
+
+def _repository(repo: str, revision: str | None) -> Source:
+    """What the hub has; where it cannot be asked, what the cache has of it."""
+    try:
+        return Repository(repo, revision)
+    except OSError as e:
+        try:
+            folder, _ = hub.find_folder(repo, None, lambda names: [], revision=revision, local_files_only=True)
+        except FileNotFoundError:
+            raise e from None
+        warnings.warn(f"{e}; this is what the cache has", stacklevel=2)
+        return Folder(folder)
 
 
 def _parts(index: dict[str, Any]) -> tuple[str, dict[str, str | None], list[str]]:

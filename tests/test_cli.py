@@ -550,8 +550,9 @@ def test_inspect_what_is_no_model(run, copy):
     assert code == 1 and "'UNet2DModel', which is not here" in out[-1]
 
 
-def test_inspect_a_hub_id_reads_headers_only(run, model, monkeypatch):
+def test_inspect_a_hub_id_reads_headers_only(run, model, tmp_path, monkeypatch):
     import huggingface_hub
+    from huggingface_hub import constants
 
     from minit2v import hub, inspection
 
@@ -582,3 +583,9 @@ def test_inspect_a_hub_id_reads_headers_only(run, model, monkeypatch):
     local = run("inspect", model)[1]
     assert out[1:] == local[1:] and len(read) == 3
     fails(run("inspect", "owner/name"), "owner/name", "404")
+
+    cache = tmp_path / "cache"
+    shutil.copytree(model, cache / "models--owner--name" / "snapshots" / "main")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    code, out, err = run("inspect", "owner/name")
+    assert code == 0 and out[1:] == local[1:] and "404" in err[0] and "cache" in err[0]
