@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -270,6 +271,8 @@ def test_roundtrip_in_every_form(tiny):
     ]  # fmt: skip
     written = load_file(folder / "diffusion_pytorch_model.safetensors")
     assert sorted(written) == ["conv_in.bias", "conv_in.weight", "conv_out.bias", "conv_out.weight"]
+    with safe_open(folder / "diffusion_pytorch_model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}, "without it transformers refuses the file"
     config = json.loads((folder / "config.json").read_text())
     assert config["_class_name"] == "Tiny" and config["dim"] == 5 and config["kernel"] == [3, 3]
 
@@ -670,15 +673,21 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A hub on the loopback that huggingface_hub believes to be the hub, with its cache in tmp_path."""
-    constants = pytest.importorskip("huggingface_hub.constants")
+    import huggingface_hub.file_download  # noqa: F401  (brings all modules that hold a copy of these constants)
+    import huggingface_hub.hf_api  # noqa: F401
+
     server = Hub()
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    constants = {
+        "ENDPOINT": server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": False,
+    }
+    for module in [m for name, m in sys.modules.items() if name.startswith("huggingface_hub.")]:
+        for name in constants.keys() & vars(module).keys():
+            monkeypatch.setattr(module, name, constants[name])
     yield server
     server.shutdown()
     server.server_close()
@@ -808,13 +817,17 @@ def test_what_the_hub_refuses(hub, repository):
     assert "hf_secret" not in line(error)
 
 
-def test_a_download_that_fails(hub, repository):
+def test_a_download_that_fails(hub, repository, tmp_path, monkeypatch):
     hub.stall.add("unet/diffusion_pytorch_model.safetensors")
     with pytest.raises(OSError) as error:
         Tiny.from_pretrained("owner/name", subfolder="unet")
     assert line(error).startswith("fetching owner/name/unet failed: ")
     hub.stall.clear()
     Tiny.from_pretrained("owner/name", subfolder="unet")
+    # huggingface_hub before 1.0 answers a line that breaks down with what it has, whole or not
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(OSError, match="fetching owner/name/unet failed: config.json, diffusion_.* did not come"):
+        Tiny.from_pretrained("owner/name", subfolder="unet")
 
 
 def test_a_local_folder_wins_over_the_hub(hub, repository, tmp_path, monkeypatch):
