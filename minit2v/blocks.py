@@ -35,7 +35,9 @@ def to_image(x: Tensor, h: int) -> Tensor:
 
 def to_clip(x: Tensor, f: int) -> Tensor:
     """((b f) c h w) -> (b c f (h w)): the image that a convolution along time or a norm over all frames sees."""
-    return x.unflatten(0, (-1, f)).transpose(1, 2).flatten(3)
+    # The batch is split off last: a view of a batch of 1 made in another order has a stride for it by which PyTorch no
+    # longer knows the layout.
+    return x.flatten(2).unflatten(0, (-1, f)).transpose(1, 2)
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:

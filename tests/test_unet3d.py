@@ -188,3 +188,11 @@ def test_onednn_linear_is_linear():
             torch.testing.assert_close(linear(x).double(), want, rtol=1e-5, atol=1e-5)
         assert linear(x).requires_grad
         torch.testing.assert_close(linear(x).double(), want, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_traces_as_one_graph(unet):
+    """torch.compile finds no graph break, and the shapes and layouts it expects are those that come."""
+    x, t, context = inputs(b=1)
+    compiled = torch.compile(unet, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, t, context), unet(x, t, context), rtol=1e-12, atol=1e-12)

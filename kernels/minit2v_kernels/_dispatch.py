@@ -45,7 +45,7 @@ def pick(op: str, impl: str | None, x: Tensor) -> str:
     if impl not in IMPLS:
         raise ValueError(f"{source} must be one of {', '.join(map(repr, IMPLS))}, not {impl!r}")
     if impl == "auto":
-        return "triton" if has_triton() and x.is_cuda and family(x.device) in PROVEN[op] else "torch"
+        return "triton" if x.is_cuda and family(x.device) in PROVEN[op] and has_triton() else "torch"
     if impl == "triton" and not has_triton():
         raise RuntimeError(f"{op}: {source}='triton', but Triton is not installed (pip install 'minit2v[triton]')")
     if impl == "triton" and not (x.is_cuda or interpreting()):
