@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from minit2v import DiffusionPipeline, __version__
+from minit2v.cli import PRESETS
 from minit2v.training import world
 
 NAMES = ("colour", "shape", "motion")
@@ -42,8 +43,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=Path(sys.modules["minit2v"].__file__).parent / "assets" / "shapes")
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance-scale", type=float, default=None, help="default: the model's own")
+    parser.add_argument("--steps", type=int, default=PRESETS["shapes"]["steps"])
+    parser.add_argument("--guidance-scale", type=float, default=PRESETS["shapes"]["guidance_scale"])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "shapes_accuracy.json")
     args = parser.parse_args()
 
@@ -54,7 +55,6 @@ def main() -> None:
 
     pipe = DiffusionPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
-    guidance = {} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}
     began, misses = time.monotonic(), []
     right = {"trained": dict.fromkeys((*NAMES, "all"), 0), "unseen": dict.fromkeys((*NAMES, "all"), 0)}
     counts = dict.fromkeys(right, 0)
@@ -66,8 +66,8 @@ def main() -> None:
             num_frames=world.FRAMES,
             num_inference_steps=args.steps,
             generator=[torch.Generator().manual_seed(seed) for seed in range(args.seeds)],
+            guidance_scale=args.guidance_scale,
             output_type="pt",
-            **guidance,
         ).frames  # (b f c h w)
         for seed, video in enumerate(videos):
             seen = world.analyse(video.transpose(0, 1))
@@ -86,6 +86,7 @@ def main() -> None:
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {"minit2v": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "steps": args.steps,
+        "guidance_scale": args.guidance_scale,
         "minutes": round((time.monotonic() - began) / 60, 1),
         "analyser_on_drawn_clips": drawn,
         "videos": counts,

@@ -403,6 +403,25 @@ def test_all_that_does_not_fit_in_one_error(tiny):
     )
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"conv_in.bias": None}, "1 missing ('conv_in.bias')"),
+        ({"conv_in.bias_ema": (4,)}, "1 unknown ('conv_in.bias_ema')"),
+        ({"conv_in.bias": (1,)}, "1 of another shape ('conv_in.bias' is (1,), not (4,))"),
+        ({f"{n}": (1,) for n in range(5)}, "5 unknown ('0', '1', '2', ...)"),
+    ],
+)
+def test_one_thing_that_does_not_fit(tiny, change, says):
+    _, folder = tiny
+    path = folder / "diffusion_pytorch_model.safetensors"
+    state = load_file(path) | {name: None if shape is None else torch.zeros(shape) for name, shape in change.items()}
+    save_file({name: x for name, x in state.items() if x is not None}, path)
+    with pytest.raises(ValueError) as error:
+        Tiny.from_pretrained(folder)
+    assert line(error) == f"{path} does not fit Tiny: {says}"
+
+
 def test_two_names_for_one_parameter(tmp_path, randomize_):
     net = randomize_(AutoencoderKL(block_out_channels=(4, 4), down_block_types=("DownEncoderBlock2D",) * 2,
                                    up_block_types=("UpDecoderBlock2D",) * 2, layers_per_block=1, norm_num_groups=2))
