@@ -212,7 +212,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the umask's; safetensors writes files that nobody else can read
         yield temporary
+        temporary.chmod(mode)
         os.replace(temporary, path)
     except BaseException as error:
         if path.parent.is_dir():

@@ -146,7 +146,7 @@ class UNet3DConditionModel(Network):
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor, t: int | float | Tensor, context: Tensor) -> Tensor:
-        """x (b c f h w), t a number or (b,), context (b l d) -> predicted noise (b c f h w)."""
+        """x (b c f h w), t a number or (b,), context (b l d) -> the prediction, noise or v (b c f h w)."""
         t = self.check(x, t, context)
         b, _, f, _, _ = x.shape
         emb = timestep_embedding(t, self.config.block_out_channels[0]).to(self.dtype)

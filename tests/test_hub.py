@@ -375,6 +375,13 @@ def test_a_network_that_is_saved_over_its_own_mapped_file(tiny):
     assert same(again, net) and same(Tiny.from_pretrained(folder), net)
 
 
+def test_saved_files_are_as_readable_as_any_other(tiny, tmp_path):
+    net, _ = tiny
+    net.save_pretrained(tmp_path / "saved")
+    (tmp_path / "other").touch()
+    assert {p.stat().st_mode for p in (tmp_path / "saved").iterdir()} == {(tmp_path / "other").stat().st_mode}
+
+
 def test_training_a_mapped_network_leaves_the_file_alone(tiny):
     net, folder = tiny
     again = Tiny.from_pretrained(folder)

@@ -151,26 +151,26 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
         places = self.sigmas[[i + 1, i, max(i - 1, 0), max(i - 2, 0)]]
         alphas, sigmas = self._scales(places)
         lambdas = -places.log()  # +inf where sigma is 0
-        (alpha_t, alpha_s), (sigma_t, sigma_s) = alphas[:2], sigmas[:2]
+        (alpha_s, alpha_t), (sigma_s, sigma_t) = alphas[:2], sigmas[:2]  # s: where the step ends
         h = lambdas[0] - lambdas[1]
         data, sde = c.algorithm_type.endswith("++"), c.algorithm_type.startswith("sde-")
 
-        x0, eps = self._x0_and_eps(out, x, alpha_s, sigma_s)
+        x0, eps = self._x0_and_eps(out, x, alpha_t, sigma_t)
         if c.thresholding:
             x0 = self._threshold(x0)
-            eps = (x - alpha_s * x0) / sigma_s
+            eps = (x - alpha_t * x0) / sigma_t
         self.model_outputs = [*self.model_outputs, x0 if data else eps][-c.solver_order :]
         order = self._order(i) if h > 0 else 1  # a repeated sigma: nothing to do, and no h to divide by
 
         # x_s = linear * x + scale * (w0 d0 + w1 d1 + w2 d2): w0 = phi_1, w1 and w2 as the rule says.
         if data:
             k = 2 * h if sde else h
-            linear, scale, phi = sigma_t / sigma_s * (torch.exp(-h) if sde else 1), alpha_t, -torch.expm1(-k)
+            linear, scale, phi = sigma_s / sigma_t * (torch.exp(-h) if sde else 1), alpha_s, -torch.expm1(-k)
             w1, w2 = 1 - phi / k, (phi - k) / k**2 + 0.5
             if sde and c.sde_third_order == "published":
                 w2 = w2 - 1
         else:
-            linear, scale, phi = alpha_t / alpha_s, (-2 if sde else -1) * sigma_t, torch.expm1(h)
+            linear, scale, phi = alpha_s / alpha_t, (-2 if sde else -1) * sigma_s, torch.expm1(h)
             w1, w2 = phi / h - 1, (phi - h) / h**2 - 0.5
         past = self.model_outputs[::-1]
         x = linear * x + scale * phi * past[0]
@@ -186,7 +186,7 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
         if sde:
             if variance_noise is None:  # drawn in float32, as published: the dtype decides which numbers are drawn
                 variance_noise = randn(model_output.shape, generator, model_output.device, torch.float32)
-            x = x + sigma_t * (-torch.expm1(-2 * h) if data else torch.expm1(2 * h)).sqrt() * variance_noise
+            x = x + sigma_s * (-torch.expm1(-2 * h) if data else torch.expm1(2 * h)).sqrt() * variance_noise
         self.step_index = i + 1
         x = x.to(sample.dtype)
         return SchedulerOutput(x) if return_dict else (x,)
