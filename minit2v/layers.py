@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MAX_HEADS = 65535  # what one axis of a CUDA grid may count; a video of 1024x576 has 9,216 x 8 in its first layer
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -38,6 +39,14 @@ class Linear(nn.Linear):
         return super().forward(x)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q (n h l d), k and v (n h m d) -> (n h l d), in as few calls as the GPU kernels can take."""
+    if q.shape[1] <= MAX_HEADS:
+        return F.scaled_dot_product_attention(q, k, v)
+    pieces = zip(*(y.split(MAX_HEADS, dim=1) for y in (q, k, v)), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*piece) for piece in pieces], dim=1)
+
+
 class Attention(nn.Module):
     """Multi-head scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762, section 3.2)."""
 
@@ -61,8 +70,7 @@ class Attention(nn.Module):
             y.reshape(*y.shape[:2], -1, self.head_dim).transpose(1, 2)
             for y in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        return self.to_out(y.reshape(*x.shape[:-1], -1))
+        return self.to_out(attend(q, k, v).transpose(1, 2).reshape(*x.shape[:-1], -1))
 
 
 class FeedForward(nn.Module):

@@ -148,6 +148,21 @@ def test_forward_chunking_errors(unet):
         unet.enable_forward_chunking(-1)
 
 
+@torch.no_grad()
+def test_attention_of_more_heads_than_a_grid_has_room_for(unet, monkeypatch):
+    x, t, context = inputs()
+    want, attention, calls = unet(x, t, context), torch.nn.functional.scaled_dot_product_attention, []
+
+    def count(q, k, v):
+        calls.append(q.shape[1])
+        return attention(q, k, v)
+
+    monkeypatch.setattr("minit2v.layers.MAX_HEADS", 7)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
+    torch.testing.assert_close(unet(x, t, context), want, rtol=1e-12, atol=1e-12)
+    assert max(calls) == 7
+
+
 def test_gradient_checkpointing(unet):
     x, t, context = inputs()
     x.requires_grad_()
