@@ -340,6 +340,12 @@ def test_long_videos_are_encoded_in_chunks(v2v):
         (dict(negative_prompt_embeds=torch.zeros(1, 5, 24)), ValueError, "do not match"),
         (dict(latents=torch.zeros(1, 4, 3, 8, 8)), ValueError, r"latents must be \(1, 4, 3, 8, 12\)"),
         (dict(latents=torch.full((1, 4, 3, 8, 12), torch.inf)), ValueError, "latents"),
+        (dict(latents=[1]), ValueError, r"latents must be \(1, 4, 3, 8, 12\).* not a list"),
+        (dict(eta=-0.5), ValueError, r"eta must lie in \[0, 1\], not -0.5"),
+        (dict(eta=float("nan")), ValueError, "eta"),
+        (dict(eta="0.5"), ValueError, "eta must be a finite number, not '0.5'"),
+        (dict(callback=3), TypeError, "callback must be a function"),
+        (dict(callback_on_step_end=3), TypeError, "callback_on_step_end must be a function"),
         (dict(generator=[torch.Generator(), torch.Generator()]), ValueError, "2 generators for 1 videos"),
         (dict(generator=42), TypeError, "torch.Generator"),
         (dict(callback_steps=0), ValueError, "callback_steps"),
@@ -387,6 +393,13 @@ def test_refused_videos(v2v, video, says):
     [
         (dict(strength=1.5), ValueError, "strength"),
         (dict(strength=-0.1), ValueError, "strength"),
+        (dict(strength=float("nan")), ValueError, "strength"),
+        (dict(strength="0.5"), ValueError, "strength must be a finite number, not '0.5'"),
+        (dict(strength=None), ValueError, "strength"),
+        (dict(eta=2), ValueError, r"eta must lie in \[0, 1\]"),
+        (dict(video=None, latents=np.zeros((1, 4, 3, 8, 12))), ValueError, r"\(b, 4, f, h, w\).* not a ndarray"),
+        (dict(video=None, latents=torch.zeros(1, 4, 0, 8, 12)), ValueError, r"\(b, 4, f, h, w\)"),
+        (dict(video=torch.full((3, 4, 8, 12), torch.nan)), ValueError, "video holds NaN"),
         (dict(num_frames=8), TypeError, "the video has its number"),
         (dict(height=17), ValueError, "height must be a multiple"),
         (dict(generator=[torch.Generator()] * 2), ValueError, "2 generators for 1 videos"),
@@ -395,7 +408,29 @@ def test_refused_videos(v2v, video, says):
 )
 def test_refused_v2v_calls(v2v, clip, call, error, says):
     with pytest.raises(error, match=says):
-        v2v("a cat", clip, **call)
+        v2v("a cat", **{"video": clip, **call})
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "says"),
+    [
+        (3, TypeError, "returned a int, not a dictionary"),
+        ({"latent": torch.zeros(1)}, ValueError, r"returned \['latent'\]"),
+        ({"latents": torch.zeros(3)}, ValueError, r"latents must be \(1, 4, 3, 8, 12\).* not \(3,\)"),
+        ({"latents": torch.full((1, 4, 3, 8, 12), torch.nan)}, ValueError, "latents holds NaN"),
+    ],
+    ids=["no dictionary", "unknown", "shape", "nan"],
+)
+def test_refused_answers_of_a_callback(pipe, answer, error, says):
+    with pytest.raises(error, match=says):
+        pipe("a cat", **FAST, callback_on_step_end=lambda *_: answer)
+
+
+def test_numbers_of_numpy_are_numbers(pipe):
+    call = {name: np.int64(n) for name, n in FAST.items()}
+    want = pipe("a cat", **FAST, guidance_scale=3.0, generator=seeded(0)).frames
+    got = pipe("a cat", **call, guidance_scale=np.float32(3), generator=seeded(0)).frames
+    assert np.array_equal(got, want)
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
@@ -478,6 +513,10 @@ def test_from_pipe_shares(pipe):
     assert TextToVideoSDPipeline(**other.components).unet is pipe.unet
     with pytest.raises(TypeError, match="'schedular'.*'scheduler'"):
         VideoToVideoSDPipeline.from_pipe(pipe, schedular=scheduler)
+    back = TextToVideoSDPipeline.from_pipe(other)
+    assert type(back) is TextToVideoSDPipeline and back.components == pipe.components
+    with pytest.raises(TypeError, match="takes a pipeline of minit2v, not a dict"):
+        VideoToVideoSDPipeline.from_pipe(pipe.components)
 
 
 def test_class_and_overrides(folder):
@@ -514,7 +553,10 @@ def test_class_and_overrides(folder):
         ({"unett": ["diffusers", "UNet3DConditionModel"]}, "'unett'.*nearest: 'unet'"),
         ({"unet": ["diffusers", "UNet2DConditionModel"]}, "UNet2DConditionModel.*takes UNet3DConditionModel"),
         ({"scheduler": ["diffusers", "DDIMSchedule"]}, "'DDIMSchedule'.*nearest: 'DDIMScheduler'"),
-        ({"vae": [None, None]}, "vae"),
+        ({"vae": [None, None]}, "'vae' was None when this was saved; give it as vae=..."),
+        ({"unet": ["null", None]}, "'unet' was None"),
+        ({"unet": ["diffusers"]}, r"'unet' should be \[library, class\]"),
+        ({"_class_name": "StableDiffusionPipeline"}, "'StableDiffusionPipeline', which is not here.*call from_pre"),
         ({"vae": ...}, "no 'vae'"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",

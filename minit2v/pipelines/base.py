@@ -8,7 +8,6 @@
 
 import inspect
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from minit2v_convert.rename import nearest
 
 from ..compat import compat_fields
 from . import files, frames
-from .checks import Generators, check_count, check_result, check_text
+from .checks import Generators, check_count, check_latents, check_number, check_result, check_text
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +57,10 @@ class StepCallbacks:
     NAMES: ClassVar[tuple[str, ...]] = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
     def check(self) -> None:
-        if not isinstance(self.legacy_every, int) or self.legacy_every < 1:
-            raise ValueError(f"callback_steps must be a positive integer, not {self.legacy_every!r}")
+        check_count("callback_steps", self.legacy_every)
+        for name, function in (("callback", self.legacy), ("callback_on_step_end", self.on_end)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be a function, not {function!r}")
         if unknown := [n for n in self.names if n not in self.NAMES]:
             raise ValueError(f"callback_on_step_end_tensor_inputs: {unknown} is not among {list(self.NAMES)}")
 
@@ -70,8 +71,12 @@ class StepCallbacks:
             self.legacy(step, t, state["latents"])
         if self.on_end is not None:
             new = self.on_end(pipe, step, t, {n: state[n] for n in self.names}) or {}
+            if not isinstance(new, dict):
+                raise TypeError(f"callback_on_step_end returned a {type(new).__name__}, not a dictionary of tensors")
             if unknown := [n for n in new if n not in self.NAMES]:
                 raise ValueError(f"callback_on_step_end returned {unknown}, which is not among {list(self.NAMES)}")
+            if "latents" in new:
+                check_latents(new["latents"], tuple(state["latents"].shape))
             state |= new
         return list(state.values())
 
@@ -189,6 +194,8 @@ class DiffusionPipeline:
     def from_pipe(cls, pipe: "DiffusionPipeline", *, torch_dtype: torch.dtype | None = None,
                   dtype: torch.dtype | None = None, **overrides: Any) -> Self:
         """A pipeline of this class around the same components: no copy, and no cast where no dtype is given."""
+        if not isinstance(pipe, DiffusionPipeline):
+            raise TypeError(f"from_pipe() takes a pipeline of minit2v, not a {type(pipe).__name__}")
         known = {**pipe.components, "compat": pipe.compat, **{f: getattr(pipe, f) for f in pipe.FIELDS}}
         known = {name: value for name, value in known.items() if name in (*cls.COMPONENTS, "compat", *cls.FIELDS)}
         if "compat" in overrides:  # another mode: its fields, not those of `pipe`
@@ -419,8 +426,7 @@ class DiffusionPipeline:
         if decode_chunk_size is not None:
             check_count("decode_chunk_size", decode_chunk_size)
         callbacks.check()
-        if not isinstance(guidance_scale, int | float) or not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale must be a finite number, not {guidance_scale!r}")
+        check_number("guidance_scale", guidance_scale)
         if output_type not in frames.OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {frames.OUTPUT_TYPES}, not {output_type!r}")
         if cross_attention_kwargs:

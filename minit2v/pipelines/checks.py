@@ -1,6 +1,8 @@
 """What a call refuses before any work, each with one line, and the look at what comes out of a network."""
 
+import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -12,13 +14,32 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 def check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be a positive integer, not {value!r}")
 
 
-def check_finite(name: str, x: Tensor | None) -> None:
-    if x is not None and not torch.isfinite(x).all():
+def check_number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, not {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie in [{low}, {high}], not {value!r}")
+
+
+def check_finite(name: str, x: Tensor) -> None:
+    if not torch.isfinite(x).all():
         raise ValueError(f"{name} holds NaN or infinity")
+
+
+def check_latents(latents: Any, shape: tuple[int | str, ...]) -> None:
+    """Refuses what is no finite tensor (b c f h w) of these sizes, of which a letter stands for any but 0."""
+    sizes = tuple(latents.shape) if isinstance(latents, Tensor) else ()
+    fits = len(sizes) == len(shape) and all(
+        n > 0 if isinstance(want, str) else n == want for n, want in zip(sizes, shape, strict=True)
+    )
+    if not fits:
+        what = sizes if isinstance(latents, Tensor) else f"a {type(latents).__name__}"
+        raise ValueError(f"latents must be ({', '.join(map(str, shape))}), a tensor b c f h w, not {what}")
+    check_finite("latents", latents)
 
 
 def check_text(name: str, texts: Any, embeds: Tensor | None, unet: nn.Module, required: bool) -> int:

@@ -100,6 +100,8 @@ def load_components(
 
 def _component_class(name: str, entry: Any, fitting: tuple[str, ...], pipeline: str) -> type:
     """The class that an index entry [library, class] names."""
+    if entry in ([None, None], ["null", None]):  # as the reference writes a component that was None
+        raise ValueError(f"{INDEX}: {name!r} was None when this was saved; give it as {name}=...")
     if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
         raise ValueError(f"{INDEX}: {name!r} should be [library, class], not {entry!r}")
     published = entry[1].removeprefix("Flax")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..schedulers.base import randn
 from .base import DiffusionPipeline, PipelineOutput, StepCallbacks
-from .checks import Generators, check_count, check_finite, check_generator, check_pixels
+from .checks import Generators, check_count, check_generator, check_latents, check_number, check_pixels
 
 
 class TextToVideoSDPipelineOutput(PipelineOutput):
@@ -81,6 +81,7 @@ class TextToVideoSDPipeline(DiffusionPipeline):
         batch = self._check_call(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_inference_steps,
                                  guidance_scale, output_type, cross_attention_kwargs, decode_chunk_size, callbacks,
                                  unknown)
+        check_number("eta", eta, 0, 1)
         check_generator(generator, batch, self._execution_device)
         size = self.unet.config.sample_size
         rows, columns = (size, size) if isinstance(size, int) else size
@@ -91,9 +92,8 @@ class TextToVideoSDPipeline(DiffusionPipeline):
         check_count("num_frames", num_frames)
         shape = (batch, self.unet.config.in_channels, num_frames,
                  height // self.vae_scale_factor, width // self.vae_scale_factor)
-        if latents is not None and latents.shape != shape:
-            raise ValueError(f"latents must be {shape} (b c f h w), not {tuple(latents.shape)}")
-        check_finite("latents", latents)
+        if latents is not None:
+            check_latents(latents, shape)
 
         device = self._execution_device
         self.scheduler.set_timesteps(num_inference_steps, device=device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..schedulers.base import randn
 from .base import StepCallbacks
-from .checks import Generators, check_finite, check_generator, check_pixels, check_result
+from .checks import Generators, check_finite, check_generator, check_latents, check_number, check_pixels, check_result
 from .frames import to_tensor
 from .text_to_video import TextToVideoSDPipeline, TextToVideoSDPipelineOutput
 
@@ -68,8 +68,8 @@ class VideoToVideoSDPipeline(TextToVideoSDPipeline):
         batch = self._check_call(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_inference_steps,
                                  guidance_scale, output_type, cross_attention_kwargs, decode_chunk_size, callbacks,
                                  unknown)
-        if not 0 <= strength <= 1:
-            raise ValueError(f"strength must lie in [0, 1], not {strength!r}")
+        check_number("strength", strength, 0, 1)
+        check_number("eta", eta, 0, 1)
         if (video is None) == (latents is None):
             raise ValueError("give a video, or noisy latents in its place" + ", not both" * (video is not None))
         source = self._read(video, latents, height, width)
@@ -105,15 +105,15 @@ class VideoToVideoSDPipeline(TextToVideoSDPipeline):
         """What to begin with, checked: pixels (b 3 f h w) in [-1, 1], or latents (b c f h w)."""
         channels = self.unet.config.in_channels
         if latents is not None:
-            if latents.ndim != 5 or latents.shape[1] != channels or not latents.numel():
-                raise ValueError(f"latents must be (b {channels} f h w), not {tuple(latents.shape)}")
-            check_finite("latents", latents)
+            check_latents(latents, ("b", channels, "f", "h", "w"))
             return latents
         for name, value in (("height", height), ("width", width)):
             if value is not None:
                 check_pixels(name, value, self.vae_scale_factor)
         x = to_tensor(video, height, width, channels)
-        if x.shape[1] != channels:
+        if x.shape[1] == channels:
+            check_finite("video", x)
+        else:
             check_pixels("height", x.shape[3], self.vae_scale_factor)
             check_pixels("width", x.shape[4], self.vae_scale_factor)
         return x
