@@ -8,6 +8,7 @@ Ids are those of transformers' fast tokenizer, to the letter. That includes one 
 makes every `!` of a prompt a special token of its own, id 0, neither merged nor ended as in other models.
 """
 
+import json
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from minit2v_convert.rename import nearest
 
-from .hub import find_folder, parse_json, write_json
+from .hub import find_folder, parse_json, replacing, write_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -300,10 +301,16 @@ class CLIPTokenizer:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the files of a published tokenizer folder, which transformers and `from_pretrained` read back."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.backend.model.save(str(folder))  # vocab.json, merges.txt
-        self.backend.save(str(folder / "tokenizer.json"))
+        folder, whole = Path(folder), self.backend.to_str(pretty=True)
+        model = json.loads(whole)["model"]
+        texts = {
+            "vocab.json": json.dumps(model["vocab"], ensure_ascii=False, separators=(",", ":")),
+            "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, model["merges"]), ""]),
+            "tokenizer.json": whole,
+        }
+        for name, text in texts.items():
+            with replacing(folder / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
         described = {t.content: t for t in self.backend.get_added_tokens_decoder().values()}
         named = {}
         for name in NAMED:

@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import resource
 import subprocess
 import sys
 import warnings
@@ -170,6 +171,28 @@ def test_what_is_saved_loads_again(tmp_path, pad, left_out):
     assert again.backend.to_str() == tokenizer.backend.to_str()
     assert again.model_max_length == 24 and again.pad_token == pad
     assert torch.equal(again(CAPTIONS, max_length=40), tokenizer(CAPTIONS, max_length=40))
+
+
+def test_a_full_disk_leaves_no_half_vocabulary(small, tmp_path):
+    """The limit on a file's size stands for the disk's."""
+    small.save_pretrained(tmp_path)
+    small.backend.model.save(str(tmp_path), "theirs")  # the library's own spelling of these two files
+    for name in ("vocab.json", "merges.txt"):
+        assert (tmp_path / f"theirs-{name}").read_bytes() == (tmp_path / name).read_bytes()
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
+    try:
+        for folder in (tmp_path, tmp_path / "new"):
+            with raises(OSError, match=f"cannot write {folder / 'vocab.json'}"):
+                small.save_pretrained(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+    assert not any((tmp_path / "new").iterdir())
+    (tmp_path / "file").write_text("")
+    with raises(OSError, match="cannot write"):
+        small.save_pretrained(tmp_path / "file")
 
 
 @fixture
