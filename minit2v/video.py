@@ -103,9 +103,8 @@ def _rate(fps: Any) -> Fraction:
 
 
 def _target(path: str | os.PathLike | None, default: str, suffixes: Sequence[str], hint: str) -> Path:
-    if path is None:
-        handle, path = tempfile.mkstemp(suffix=default)  # the name is ours from here on
-        os.close(handle)
+    if path is None:  # a name alone: the file appears when it is complete
+        path = Path(tempfile.gettempdir()) / f"minit2v-{secrets.token_hex(8)}{default}"
     path = Path(path)
     if path.suffix.lower() not in suffixes:
         raise ValueError(f"{path}: the name must end in {', '.join(suffixes)}{hint}")
@@ -320,8 +319,14 @@ def _load_folder(path: Path) -> list:
     files = [f for f in path.iterdir() if f.suffix.lower() in IMAGES]
     if not files:
         raise ValueError(f"{path}: no images ({', '.join(IMAGES)}) in this folder")
-    files.sort(key=lambda f: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", f.name)])
-    return [Image.open(f).convert("RGB") for f in files]
+    files.sort(key=lambda f: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", f.name)])
+    frames = []
+    for file in files:
+        try:
+            frames.append(Image.open(file).convert("RGB"))
+        except (OSError, SyntaxError, EOFError) as e:
+            raise ValueError(f"{file}: a damaged image ({e})") from e
+    return frames
 
 
 def _load_gif(path: Path) -> tuple[list, float]:
@@ -377,7 +382,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
                              stdin=subprocess.DEVNULL, capture_output=True)
         if run.returncode:
             raise ValueError(f"{path}: not a video, or damaged")
-        found = re.search(r"(?ims)^comment=((?:\\.|[^\\\n])*)$", run.stdout.decode())
+        found = re.search(r"(?ims)^comment=((?:\\.|[^\\\n])*)$", run.stdout.decode(errors="replace"))
         text = re.sub(r"(?s)\\(.)", r"\1", found[1]) if found else ""
     try:
         stored = json.loads(text)

@@ -6,6 +6,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 import urllib.request
 import warnings
@@ -284,6 +285,10 @@ def test_encoder_failure_is_told_and_leaves_nothing(tmp_path, monkeypatch):
         with pytest.raises(RuntimeError, match=said):
             export_to_video(noise, path)
         assert path.read_text() == "old" and sorted(os.listdir(tmp_path)) == ["a.mp4", "ffmpeg"]
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        with pytest.raises(RuntimeError, match=said):
+            export_to_video(noise)
+        assert sorted(os.listdir(tmp_path)) == ["a.mp4", "ffmpeg"]
 
 
 def test_interrupt_kills_the_encoder_and_leaves_nothing(tmp_path, monkeypatch):
@@ -379,6 +384,12 @@ def test_load_video_from_a_folder_and_an_address(tmp_path):
         Image.new("L", (8, 8), n).save(folder / f"{n}.png")
     frames, fps = load_video(folder, return_fps=True)
     assert [f.getpixel((0, 0)) for f in frames] == [(n, n, n) for n in range(12)] and fps is None
+    (folder / "²1.png").write_bytes((folder / "0.png").read_bytes())  # a digit, and no number
+    assert len(load_video(folder)) == 13
+    for content in (b"hello", (folder / "0.png").read_bytes()[:41]):
+        (folder / "²1.png").write_bytes(content)
+        with pytest.raises(ValueError, match="²1.png: a damaged image"):
+            load_video(folder)
     path = export_to_video(solid(8, 8), tmp_path / "a.mp4")
     opened = []
 
@@ -402,6 +413,9 @@ def test_videos_that_others_made(tmp_path):
                     "-pix_fmt", "yuv420p10le", "-c:v", "libx264", path], check=True)
     frames, fps = load_video(path, return_fps=True)
     assert len(frames) == 3 and frames[0].size == (16, 8) and fps == 1000
+    subprocess.run([_ffmpeg(), "-y", "-v", "error", "-f", "lavfi", "-i", "color=0x0A64C8:s=16x8", "-frames:v", "3",
+                    "-metadata", b"comment=caf\xe9", str(tmp_path / "b.mp4")], check=True)
+    assert read_metadata(tmp_path / "b.mp4") == {}
     assert np.abs(pixels(frames) - [10, 100, 200]).max() <= 4
 
 
