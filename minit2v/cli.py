@@ -24,7 +24,7 @@ from minit2v_convert.rename import nearest
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED = "shapes"  # the model that comes with the package
 # What suits a model better than the defaults of its pipeline, for those names that say which model it is.
-PRESETS: dict[str, dict[str, Any]] = {EMBEDDED: {"num_frames": 16, "steps": 25, "guidance_scale": 1.5}}
+PRESETS: dict[str, dict[str, Any]] = {EMBEDDED: {"num_frames": 16, "steps": 25, "guidance_scale": 2.0}}
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "dpm++": "DPMSolverMultistepScheduler",

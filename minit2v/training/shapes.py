@@ -403,7 +403,7 @@ def report_panel(
 
 
 NAMES = ("colour", "shape", "motion")
-GUIDANCE = 1.5  # more makes squares hollow and circles edged: it exaggerates what tells one shape from another
+GUIDANCE = 2.0  # more makes squares hollow and circles edged: it exaggerates what tells one shape from another
 
 
 def draw_curves(out: Path) -> None:
