@@ -18,6 +18,7 @@ from minit2v_convert.rename import nearest
 from . import hub
 from .pipelines import files as pipeline_files
 from .pipelines.base import DiffusionPipeline
+from .weights import Weightless
 
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pth", ".pt", ".msgpack", ".onnx")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -202,7 +203,7 @@ def _inspect_network(
     if cls not in pipeline_files.CLASSES:
         raise ValueError(f"config.json is that of {cls!r}, which is not here{nearest(cls, [*pipeline_files.CLASSES])}")
     network = getattr(importlib.import_module(f"minit2v.{pipeline_files.CLASSES[cls]}"), cls)
-    with torch.device("meta"):
+    with torch.device("meta"), Weightless():
         model = network.from_config(config)
     count = sum(p.numel() for p in model.parameters())
     shown = (part, cls, f"{count:,}")

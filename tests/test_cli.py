@@ -480,6 +480,10 @@ def test_inspect_a_model_of_full_size_without_its_weights(run, make_official_fol
     rows = {line.split()[0]: line for line in out if line.strip()}
     assert code == 0, out
     assert re.search(r"1,411,\d+,\d+\s+float16\s+all \d+ match .*fp16\.safetensors 2\.8 GB", rows["unet"])
+    look = "import sys; from minit2v.cli import main; main(sys.argv[1:]); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", look, "inspect", str(tmp_path / "ms"), "--variant", "fp16"],
+                          capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False"  # random numbers on `meta` would bring the compiler: seconds
 
 
 def test_inspect_says_what_does_not_fit(run, copy):
