@@ -704,6 +704,8 @@ def hub(tmp_path, monkeypatch):
     import huggingface_hub.file_download  # noqa: F401  (brings all modules that hold a copy of these constants)
     import huggingface_hub.hf_api  # noqa: F401
 
+    for name in ("no_proxy", "NO_PROXY"):  # a proxy does not reach the loopback
+        monkeypatch.setenv(name, "127.0.0.1")
     server = Hub()
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
