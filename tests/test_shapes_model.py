@@ -44,7 +44,8 @@ def test_it_is_what_the_trainer_trains(pipe):
     for network, config in ((pipe.unet, shapes.UNET), (pipe.vae, shapes.VAE), (pipe.text_encoder, shapes.TEXT)):
         for name, value in config.items():
             assert getattr(network.config, name) == value, name
-    assert dict(pipe.scheduler.config) == dict(shapes.make_scheduler().config)
+    made = shapes.make_scheduler().config
+    assert all(pipe.scheduler.config[name] == made[name] for name in made if not name.startswith("_"))
 
 
 def test_it_shows_what_it_is_told(pipe):
