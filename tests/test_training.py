@@ -126,3 +126,22 @@ def test_a_killed_training_goes_on_exactly(tmp_path, monkeypatch):
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     other = train(tmp_path / "other", kill_at=1)
     assert other is None and not list((tmp_path / "other").glob("*.part"))
+
+
+def test_one_command_goes_from_nothing_to_a_folder_that_loads(tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes, "UNET", {**shapes.UNET, "block_out_channels": (8, 16), "attention_head_dim": 8})
+    monkeypatch.setattr(shapes, "vae_accuracy", lambda *a: {})
+    monkeypatch.setattr(shapes.train_vae, "__defaults__", (1, 2, 2e-3))
+    monkeypatch.setattr(shapes.train_text, "__defaults__", (1, 2, 2e-3))
+    torch.save(torch.randn(len(world.TRAINED), 1, 4, 16, 8, 8), tmp_path / "latents.pt")
+    monkeypatch.setattr(shapes.train_unet, "__defaults__", (((1, 1, 49), (16, 1, 1)), 1e-3, 500))
+    monkeypatch.setattr(shapes.report_panel, "__defaults__", (1,))
+    shapes.main(["--out", str(tmp_path)])
+    for name in ("curves.png", "panel-00050.png", "panel.csv", "vae.csv", "text.csv", "unet.csv"):
+        assert (tmp_path / name).stat().st_size
+    pipe = shapes.TextToVideoSDPipeline.from_pretrained(tmp_path / "shapes")
+    assert pipe.unet.config.block_out_channels == (8, 16)
+    step = torch.load(tmp_path / "unet.ckpt", weights_only=True)["step"]
+    assert step == 50
+    shapes.main(["--out", str(tmp_path)])  # everything is done: nothing is trained again
+    assert len((tmp_path / "panel.csv").read_text().split()) == 1

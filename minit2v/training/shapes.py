@@ -59,6 +59,8 @@ UNET = {
     "cross_attention_dim": 64,
     "attention_head_dim": 16,
 }
+NAMES = ("colour", "shape", "motion")
+GUIDANCE = 2.0  # more makes squares hollow and circles edged: it exaggerates what tells one shape from another
 
 
 class Run:
@@ -188,7 +190,7 @@ def vae_accuracy(vae: AutoencoderKL, seed: int, per_combination: int = 1) -> dic
         got = world.analyse((frames.transpose(0, 1) / 2 + 0.5).clamp(0, 1))
         right = [r + (g == w) for r, g, w in zip(right, got, combination, strict=True)]
         count += 1
-    return dict(zip(("colour", "shape", "motion"), (r / count for r in right), strict=True))
+    return dict(zip(NAMES, (r / count for r in right), strict=True))
 
 
 # ------------------------------------------------------------------------------------------------- the text encoder
@@ -400,10 +402,6 @@ def report_panel(
     print(f"step {step} panel:", right, flush=True)
     strip = rearrange(videos[:, ::2], "b f c h w -> (b h) (f w) c")
     Image.fromarray((strip * 255).round().byte().numpy()).save(out / f"panel-{step:05d}.png")
-
-
-NAMES = ("colour", "shape", "motion")
-GUIDANCE = 2.0  # more makes squares hollow and circles edged: it exaggerates what tells one shape from another
 
 
 def draw_curves(out: Path) -> None:
