@@ -10,7 +10,10 @@ from .schedulers import EulerAncestralDiscreteScheduler as EulerAncestralDiscret
 from .schedulers import EulerDiscreteScheduler as EulerDiscreteScheduler
 from .schedulers import PNDMScheduler as PNDMScheduler
 from .tokenizer import CLIPTokenizer as CLIPTokenizer
+from .unet2d import UNet2DConditionModel as UNet2DConditionModel
 from .unet3d import UNet3DConditionModel as UNet3DConditionModel
+from .unet_motion import MotionAdapter as MotionAdapter
+from .unet_motion import UNetMotionModel as UNetMotionModel
 from .vae import AutoencoderKL as AutoencoderKL
 
 __version__ = "0.1.0"

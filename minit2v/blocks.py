@@ -40,8 +40,11 @@ def to_clip(x: Tensor, f: int) -> Tensor:
     return x.flatten(2).unflatten(0, (-1, f)).transpose(1, 2)
 
 
-def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """SiLU(GroupNorm(x)), (n c h w) -> (n c h w)."""
+def norm_silu(norm: nn.GroupNorm, x: Tensor, f: int = 1) -> Tensor:
+    """SiLU(GroupNorm(x)), (n c h w) -> (n c h w); the statistics span `f` frames."""
+    if f > 1:
+        y = group_norm_silu(conv_layout(to_clip(x, f)), norm.weight, norm.bias, norm.num_groups, norm.eps)
+        return y.transpose(1, 2).reshape(x.shape)
     return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
 
 
@@ -57,12 +60,12 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x ((b f) c h w), emb (b d) after its SiLU -> ((b f) c h w)."""
+    def forward(self, x: Tensor, emb: Tensor, f: int = 1) -> Tensor:
+        """x ((b f) c h w), emb (b d) after its SiLU -> ((b f) c h w); statistics of the norms span `f` frames."""
         x = conv_layout(x)
-        h = self.conv1(norm_silu(self.norm1, x))
+        h = self.conv1(norm_silu(self.norm1, x, f))
         h = (h.unflatten(0, (len(emb), -1)) + self.emb(emb)[:, None, :, None, None]).flatten(0, 1)
-        return self.skip(x) + self.conv2(norm_silu(self.norm2, h))
+        return self.skip(x) + self.conv2(norm_silu(self.norm2, h, f))
 
 
 class TemporalConv(nn.Module):
@@ -121,6 +124,36 @@ class TemporalTransformer(nn.Module):
         h = self.norm(to_clip(x, f)).permute(0, 2, 3, 1)  # b f (h w) c
         h = self.proj_out(self.block(self.proj_in(h)))
         return x + to_image(h.flatten(0, 1), x.shape[2])
+
+
+class MotionModule(nn.Module):
+    """AnimateDiff's layer (Guo et al. 2023, arXiv:2307.04725): each pixel attends to itself across the frames.
+
+    Unlike in TemporalTransformer the frames are numbered, and the last projection is zero at initialisation: put into
+    an image model, it changes nothing until it is trained.
+    """
+
+    def __init__(self, c: int, heads: int, layers: int, groups: int, max_frames: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.proj_in = Linear(c, c)
+        self.blocks = nn.ModuleList(TransformerBlock(c, heads, c // heads, positions=max_frames) for _ in range(layers))
+        self.proj_out = Linear(c, c)
+        nn.init.zeros_(self.proj_out.weight)
+        nn.init.zeros_(self.proj_out.bias)
+        self.clip_norm = False  # whether statistics of the norm span all frames, as in diffusers; the authors' do not
+
+    def forward(self, x: Tensor, f: int) -> Tensor:
+        """x ((b f) c h w) -> ((b f) c h w)."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        if self.clip_norm:
+            h = self.norm(to_clip(x, f)).permute(0, 2, 3, 1)
+        else:
+            h = to_tokens(self.norm(x)).unflatten(0, (-1, f))
+        h = self.proj_in(h)  # b f (h w) c
+        for block in self.blocks:
+            h = block(h)
+        return x + to_image(self.proj_out(h).flatten(0, 1), x.shape[2])
 
 
 class Upsample(nn.Conv2d):

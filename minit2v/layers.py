@@ -25,6 +25,16 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def sinusoids(count: int, dim: int) -> Tensor:
+    """(count dim): sines at even places, cosines at odd ones, of position * 10,000^(-i / dim), i even.
+
+    Vaswani et al. 2017, section 3.5. Not `timestep_embedding`: other order, other frequencies.
+    """
+    frequencies = 10_000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angles = torch.arange(count, dtype=torch.float64)[:, None] * frequencies
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1).to(torch.get_default_dtype())
+
+
 class Linear(nn.Linear):
     """nn.Linear; on the CPU, without gradients, through oneDNN.
 
@@ -98,11 +108,15 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Attention, attention again, feed-forward: each on a LayerNorm of x, each added to x.
 
-    The second attention looks at the text where the block was made with a `context_dim`, else at x again.
+    The second attention looks at the text where the block was made with a `context_dim`, else at x again. With
+    `positions`, how many of axis 1 can be told apart, their sinusoids are added to what both attentions see.
     """
 
-    def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int | None = None):
+    def __init__(
+        self, dim: int, heads: int, head_dim: int, context_dim: int | None = None, positions: int | None = None
+    ):
         super().__init__()
+        self.register_buffer("positions", sinusoids(positions, dim)[None] if positions else None)  # (1 l d)
         self.norm1, self.attn1 = nn.LayerNorm(dim), Attention(dim, heads, head_dim)
         self.norm2, self.attn2 = nn.LayerNorm(dim), Attention(dim, heads, head_dim, context_dim)
         self.norm3, self.ff = nn.LayerNorm(dim), FeedForward(dim)
@@ -112,10 +126,16 @@ class TransformerBlock(nn.Module):
 
         A row of the context serves n / b rows of x: their queries stand in one row, so keys and values exist once.
         """
-        x = x + self.attn1(self.norm1(x))
-        y = self.norm2(x)
+        x = x + self.attn1(self.place(self.norm1(x)))
+        y = self.place(self.norm2(x))
         if context is not None:
             y = y.reshape(len(context), -1, y.shape[-1])
         x = x + self.attn2(y, context).view_as(x)
         y = self.norm3(x)
         return x + self.ff(y.reshape(-1, *y.shape[-2:])).view_as(x)
+
+    def place(self, x: Tensor) -> Tensor:
+        """x (n l ... d) plus where along axis 1 each row stands."""
+        if self.positions is None:
+            return x
+        return x + self.positions[:, : x.shape[1]].unflatten(1, (-1, *[1] * (x.ndim - 3)))

@@ -1,13 +1,33 @@
 """The published layout of `UNet3DConditionModel` (diffusers; ModelScope, Zeroscope, Potat): 1,480 names."""
 
-from .rename import Layout, under
+from .rename import Layout, Rules, under
+
+
+def res_block() -> Rules:
+    return [
+        ("resnets.{j}.norm1.{*}", "blocks.{j}.res.norm1.{*}"),
+        ("resnets.{j}.conv1.{*}", "blocks.{j}.res.conv1.{*}"),
+        ("resnets.{j}.time_emb_proj.{*}", "blocks.{j}.res.emb.{*}"),
+        ("resnets.{j}.norm2.{*}", "blocks.{j}.res.norm2.{*}"),
+        ("resnets.{j}.conv2.{*}", "blocks.{j}.res.conv2.{*}"),
+    ]
+
+
+def transformer(published: str, ours: str) -> Rules:
+    """A transformer whose blocks go by these names."""
+    return [
+        ("norm.{*}", "norm.{*}"),
+        ("proj_in.{*}", "proj_in.{*}"),
+        ("proj_out.{*}", "proj_out.{*}"),
+        (published + "{attn}.to_out.0.{*}", ours + "{attn}.to_out.{*}"),
+        (published + "ff.net.0.proj.{*}", ours + "ff.proj_in.{*}"),
+        (published + "ff.net.2.{*}", ours + "ff.proj_out.{*}"),
+        (published + "{*}", ours + "{*}"),
+    ]
+
 
 RES = [  # one ResBlock and its temporal convolution
-    ("resnets.{j}.norm1.{*}", "blocks.{j}.res.norm1.{*}"),
-    ("resnets.{j}.conv1.{*}", "blocks.{j}.res.conv1.{*}"),
-    ("resnets.{j}.time_emb_proj.{*}", "blocks.{j}.res.emb.{*}"),
-    ("resnets.{j}.norm2.{*}", "blocks.{j}.res.norm2.{*}"),
-    ("resnets.{j}.conv2.{*}", "blocks.{j}.res.conv2.{*}"),
+    *res_block(),
     # The four layers sit in an nn.Sequential each: (norm, silu, conv), from the second on (norm, silu, dropout, conv).
     ("temp_convs.{j}.conv1.0.{*}", "blocks.{j}.temporal_conv.norms.0.{*}"),
     ("temp_convs.{j}.conv1.2.{*}", "blocks.{j}.temporal_conv.convs.0.{*}"),
@@ -15,14 +35,15 @@ RES = [  # one ResBlock and its temporal convolution
     *[(f"temp_convs.{{j}}.conv{k + 1}.3.{{*}}", f"blocks.{{j}}.temporal_conv.convs.{k}.{{*}}") for k in (1, 2, 3)],
 ]
 SKIP = [("resnets.{j}.conv_shortcut.{*}", "blocks.{j}.res.skip.{*}")]  # where a block changes the number of channels
-TRANSFORMER = [
-    ("norm.{*}", "norm.{*}"),
-    ("proj_in.{*}", "proj_in.{*}"),
-    ("proj_out.{*}", "proj_out.{*}"),
-    ("transformer_blocks.0.{attn}.to_out.0.{*}", "block.{attn}.to_out.{*}"),
-    ("transformer_blocks.0.ff.net.0.proj.{*}", "block.ff.proj_in.{*}"),
-    ("transformer_blocks.0.ff.net.2.{*}", "block.ff.proj_out.{*}"),
-    ("transformer_blocks.0.{*}", "block.{*}"),
+TRANSFORMER = transformer("transformer_blocks.0.", "block.")
+WAYS = [  # in, out, and from level to level
+    ("time_embedding.linear_1.{*}", "time_mlp.0.{*}"),
+    ("time_embedding.linear_2.{*}", "time_mlp.2.{*}"),
+    ("conv_in.{*}", "conv_in.{*}"),
+    ("down_blocks.{i}.downsamplers.0.conv.{*}", "down.{i}.resample.{*}"),
+    ("up_blocks.{i}.upsamplers.0.conv.{*}", "up.{i}.resample.{*}"),
+    ("conv_norm_out.{*}", "norm_out.{*}"),
+    ("conv_out.{*}", "conv_out.{*}"),
 ]
 ATTENTION = [
     *under("attentions.{j}.", "blocks.{j}.spatial.", TRANSFORMER),
@@ -32,16 +53,10 @@ MID = [(source, target.removeprefix("blocks.")) for source, target in RES + ATTE
 
 LAYOUT = Layout(
     rules=[
-        ("time_embedding.linear_1.{*}", "time_mlp.0.{*}"),
-        ("time_embedding.linear_2.{*}", "time_mlp.2.{*}"),
-        ("conv_in.{*}", "conv_in.{*}"),
+        *WAYS,
         *under("transformer_in.", "temporal_in.", TRANSFORMER),
         *under("down_blocks.{i}.", "down.{i}.", RES + SKIP + ATTENTION),
-        ("down_blocks.{i}.downsamplers.0.conv.{*}", "down.{i}.resample.{*}"),
         *under("mid_block.", "mid.", MID),
         *under("up_blocks.{i}.", "up.{i}.", RES + SKIP + ATTENTION),
-        ("up_blocks.{i}.upsamplers.0.conv.{*}", "up.{i}.resample.{*}"),
-        ("conv_norm_out.{*}", "norm_out.{*}"),
-        ("conv_out.{*}", "conv_out.{*}"),
     ]
 )

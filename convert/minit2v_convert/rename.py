@@ -83,12 +83,14 @@ class Layout:
     aliases: other published spellings, rewritten to the spelling of `rules` before they apply.
     ignored: source names that mean nothing to us, each with its reason.
     squeezed: our names whose published tensor may carry trailing axes of size 1 (1x1 convolutions for linear layers).
+    conv1x1: such names again, whose published tensor is always written as a convolution's.
     """
 
     rules: Rules
     aliases: Rules = ()
     ignored: Mapping[str, str] = field(default_factory=dict)
     squeezed: Sequence[str] = ()
+    conv1x1: Sequence[str] = ()
 
     def match(self, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
         """({our name: published name}, published names that no rule knows); names without meaning are in neither.
@@ -119,11 +121,17 @@ class Layout:
 
     def to_published(self, state: Mapping[str, V]) -> dict[str, V]:
         """Our names -> published names."""
-        return rename(state, inverse(self.rules))
+        convs = [_compile(c) for c in self.conv1x1]
+        shaped = {
+            name: value[:, :, None, None] if getattr(value, "ndim", 0) == 2 and any(c.fullmatch(name) for c in convs)
+            else value
+            for name, value in state.items()
+        }
+        return rename(shaped, inverse(self.rules))
 
     def squeeze(self, name: str, value: Any) -> Any:
         """`value` without the trailing axes of size 1 that our name does not have."""
-        if any(_compile(s).fullmatch(name) for s in self.squeezed) and getattr(value, "ndim", 0) > 2:
+        if any(_compile(s).fullmatch(name) for s in (*self.squeezed, *self.conv1x1)) and getattr(value, "ndim", 0) > 2:
             while value.ndim > 2 and value.shape[-1] == 1:
                 value = value.squeeze(-1)
         return value
