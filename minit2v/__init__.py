@@ -1,6 +1,9 @@
 """Text-to-video UNets by hand: ModelScope, Zeroscope and what they need, in plain PyTorch."""
 
 from .clip import CLIPTextModel as CLIPTextModel
+from .pipelines import AnimateDiffPipeline as AnimateDiffPipeline
+from .pipelines import AnimateDiffPipelineOutput as AnimateDiffPipelineOutput
+from .pipelines import AnimateDiffVideoToVideoPipeline as AnimateDiffVideoToVideoPipeline
 from .pipelines import DiffusionPipeline as DiffusionPipeline
 from .pipelines import TextToVideoSDPipeline as TextToVideoSDPipeline
 from .pipelines import VideoToVideoSDPipeline as VideoToVideoSDPipeline

@@ -66,7 +66,24 @@ DEVIATIONS: tuple[Deviation, ...] = (
             "clip_skip picks the layer that the UNet is conditioned on, and guidance compares two such conditions",
             "huggingface/diffusers, encode_prompt: the negative prompt is read from the last layer",
         )
-        for pipeline in ("TextToVideoSDPipeline", "VideoToVideoSDPipeline")
+        for pipeline in (
+            "TextToVideoSDPipeline", "VideoToVideoSDPipeline", "AnimateDiffPipeline", "AnimateDiffVideoToVideoPipeline",
+        )
+    ),
+    Deviation(
+        "AnimateDiffVideoToVideoPipeline", "array_resize", "bicubic", "nearest",
+        "where pixels are picked and not averaged, edges flicker from frame to frame; images are resized by Lanczos",
+        "image_processor.py: VaeImageProcessor.resize of arrays and tensors",
+    ),
+    Deviation(
+        "FreeInit", "noise", "scaled", "published",
+        "the latents of Euler's method are of size sigma, and a video keeps the noise and the steps of its strength",
+        "free_init_utils.py: _apply_free_init; pipeline_animatediff_video2video.py: get_timesteps in its loop",
+    ),
+    Deviation(
+        "FreeInit", "frequencies", "centred", "published",
+        "along axes of odd length the published filter is half a frequency off its centre",
+        "free_init_utils.py: _get_free_init_freq_filter",
     ),
 )  # fmt: skip
 

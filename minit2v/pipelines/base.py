@@ -85,6 +85,7 @@ class DiffusionPipeline:
     """Components under the names of model_index.json, and what can be done with all of them together."""
 
     COMPONENTS: ClassVar[dict[str, tuple[str, ...]]] = {}  # name -> classes that fit; none given: any scheduler
+    OPTIONAL: ClassVar[tuple[str, ...]] = ()  # the components without which a pipeline is whole, too
     FIELDS: ClassVar[tuple[str, ...]] = ()  # the deviations (compat.py) that are saved with the pipeline
     STEP_AXES: ClassVar[str] = "(b f) c h w"  # how the scheduler sees the latents: it draws its noise in this shape
     HINTS: ClassVar[dict[str, str]] = {}  # arguments of other pipelines -> what to do instead
@@ -95,13 +96,13 @@ class DiffusionPipeline:
         DiffusionPipeline.CLASSES[cls.__name__] = cls
 
     def __init__(self, components: dict[str, Any], compat: str | None, fields: dict[str, Any]):
-        """Fields that are None take their value from `compat` (None, or "diffusers" for the reference's numbers)."""
+        """Fields that are None or absent take their value from `compat` (None, or "diffusers", the reference's)."""
         defaults: dict[str, Any] = {}
         for cls in reversed(type(self).__mro__):  # a class of the user's own deviates as the one it is made from
             defaults |= compat_fields(cls.__name__, compat)
         self.compat = compat
         for name in self.FIELDS:
-            setattr(self, name, defaults[name] if fields[name] is None else fields[name])
+            setattr(self, name, defaults[name] if fields.get(name) is None else fields[name])
         for name in self.COMPONENTS:
             setattr(self, name, components[name])
         self._offload_to: torch.device | None = None
@@ -178,7 +179,7 @@ class DiffusionPipeline:
         saved = index.get(files.FIELDS_KEY, {}) if compat is None else {"compat": compat}  # a mode given wins
         fields = {name: overrides.pop(name, saved.get(name)) for name in cls.FIELDS}
         dtypes = files.component_dtypes(torch_dtype, dtype, cls.COMPONENTS)
-        weights = dict(variant=variant, use_safetensors=use_safetensors)
+        weights = dict(variant=variant, use_safetensors=use_safetensors, compat=saved.get("compat"))
         components = files.load_components(path_or_id, subfolder, index, cls, overrides, dtypes, where, weights)
         return cls(**components, compat=saved.get("compat"), **fields)
 
@@ -187,7 +188,7 @@ class DiffusionPipeline:
     ) -> None:
         """Write the published layout, which the reference loads, too. Every file appears complete or not at all."""
         fields = {name: getattr(self, name) for name in self.FIELDS}
-        files.save_components(Path(folder), type(self).__name__, self.components,
+        files.save_components(Path(folder), type(self), self.components,
                               {"compat": self.compat, **fields}, safe_serialization, variant)
 
     @classmethod

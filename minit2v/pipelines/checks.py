@@ -72,6 +72,19 @@ def check_pixels(name: str, value: Any, factor: int) -> None:
         raise ValueError(f"{name} must be a multiple of {factor}, not {value} (nearest: {near})")
 
 
+def check_size(height: Any, width: Any, unet: nn.Module, factor: int) -> tuple[int, int]:
+    """Height and width in pixels: those given, else the UNet's own."""
+    own = unet.config.sample_size
+    if own is None and None in (height, width):
+        raise ValueError("give height and width: the UNet's config has no sample_size")
+    rows, columns = (own, own) if isinstance(own, int | None) else own
+    height = rows * factor if height is None else height
+    width = columns * factor if width is None else width
+    check_pixels("height", height, factor)
+    check_pixels("width", width, factor)
+    return height, width
+
+
 def check_generator(generator: Generators, batch: int, device: torch.device) -> None:
     several = isinstance(generator, list | tuple)
     if several and len(generator) != batch:

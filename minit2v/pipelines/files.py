@@ -1,6 +1,7 @@
 """A pipeline's folder: model_index.json names the class of each component, which lies in the folder of its name."""
 
 import importlib
+import inspect
 import logging
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,13 @@ CLASSES = {
     "CLIPTextModel": "clip",
     "CLIPTokenizer": "tokenizer",
     "CLIPTokenizerFast": "tokenizer",
+    "MotionAdapter": "unet_motion",
+    "UNet2DConditionModel": "unet2d",
     "UNet3DConditionModel": "unet3d",
+    "UNetMotionModel": "unet_motion",
 }
+
+NOTHING = ([None, None], ["null", None])  # how indexes say that a component was None
 
 # What indexes name and no pipeline here uses, and why that is all right.
 UNUSED = {
@@ -70,7 +76,7 @@ def load_components(
     where: dict[str, Any],
     weights: dict[str, Any],
 ) -> dict[str, Any]:
-    """name -> component, each from its folder or from `overrides`."""
+    """name -> component, each from its folder or from `overrides`; None where it is optional and not there."""
     for name in overrides:
         if name not in pipeline.COMPONENTS and name not in UNUSED:
             known = [*pipeline.COMPONENTS, *pipeline.FIELDS, "variant", "revision", "subfolder", "torch_dtype", "dtype",
@@ -85,22 +91,38 @@ def load_components(
                              f"{nearest(name, list(pipeline.COMPONENTS))}")
     classes = {}
     for name, fitting in pipeline.COMPONENTS.items():  # all checks before the first gigabyte
-        if name in overrides:
+        if name in overrides or name in UNUSED:
+            continue
+        if name in pipeline.OPTIONAL and entries.get(name) in (None, *NOTHING):
             continue
         if name not in entries:
             raise ValueError(f"{INDEX} has no {name!r}, which {pipeline.__name__} needs; give it as {name}=...")
         classes[name] = _component_class(name, entries[name], fitting, pipeline.__name__)
+    _check_motion(classes, overrides, pipeline)
     loaded = {}
     for name, cls in classes.items():
         part = f"{subfolder}/{name}" if subfolder else name
         extra = dict(weights, dtype=dtypes[name]) if issubclass(cls, torch.nn.Module) else {}
+        if "compat" not in inspect.signature(cls.from_pretrained).parameters:  # it deviates nowhere
+            extra.pop("compat", None)
         loaded[name] = cls.from_pretrained(path_or_id, subfolder=part, **where, **extra)
     return {name: overrides.get(name, loaded.get(name)) for name in pipeline.COMPONENTS}
 
 
+def _check_motion(classes: dict[str, type], overrides: dict[str, Any], pipeline: type) -> None:
+    """An image model needs a motion adapter; a UNet that has motion modules does not take others in passing."""
+    kind = classes["unet"].__name__ if "unet" in classes else ""
+    if kind == "UNet2DConditionModel" and "motion_adapter" not in classes and not overrides.get("motion_adapter"):
+        raise ValueError(f"{INDEX}: the unet is an image model, to which {pipeline.__name__} adds motion; "
+                         "give motion_adapter=MotionAdapter.from_pretrained(...)")
+    if kind == "UNetMotionModel" and overrides.get("motion_adapter") is not None:
+        logger.warning("The folder's unet has motion modules, and keeps them: the motion_adapter given is not used. "
+                       "unet.load_motion_modules(motion_adapter) puts it in their place.")
+
+
 def _component_class(name: str, entry: Any, fitting: tuple[str, ...], pipeline: str) -> type:
     """The class that an index entry [library, class] names."""
-    if entry in ([None, None], ["null", None]):  # as the reference writes a component that was None
+    if entry in NOTHING:
         raise ValueError(f"{INDEX}: {name!r} was None when this was saved; give it as {name}=...")
     if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
         raise ValueError(f"{INDEX}: {name!r} should be [library, class], not {entry!r}")
@@ -118,15 +140,20 @@ def _component_class(name: str, entry: Any, fitting: tuple[str, ...], pipeline: 
 
 
 def save_components(
-    folder: Path, pipeline: str, components: dict[str, Any], fields: dict[str, Any], safe_serialization: bool,
+    folder: Path, pipeline: type, components: dict[str, Any], fields: dict[str, Any], safe_serialization: bool,
     variant: str | None,
 ) -> None:
     """Every component into its folder, then the index, last: where it lies, all lies."""
-    missing = [name for name, component in components.items() if component is None]
+    missing = [name for name, component in components.items() if component is None and name not in pipeline.OPTIONAL]
     if missing:
         raise ValueError(f"a pipeline without {' and '.join(missing)} cannot be saved")
-    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": hub.DIFFUSERS_VERSION, FIELDS_KEY: fields}
+    index: dict[str, Any] = {
+        "_class_name": pipeline.__name__, "_diffusers_version": hub.DIFFUSERS_VERSION, FIELDS_KEY: fields,
+    }  # fmt: skip
     for name, component in sorted(components.items()):
+        if component is None:
+            index[name] = NOTHING[0]
+            continue
         weights = dict(safe_serialization=safe_serialization, variant=variant)
         component.save_pretrained(folder / name, **weights if isinstance(component, torch.nn.Module) else {})
         library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"

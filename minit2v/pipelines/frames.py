@@ -17,16 +17,20 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
+RESIZES = ("bicubic", "nearest")
 FORMS = "a list of PIL images, NumPy (f h w 3) or (b f h w 3), torch (f c h w) or (b f c h w), or a list of those"
 
 
-def to_tensor(video: Any, height: int | None = None, width: int | None = None, latent_channels: int = 4) -> Tensor:
+def to_tensor(
+    video: Any, height: int | None = None, width: int | None = None, latent_channels: int = 4, resize: str = "bicubic"
+) -> Tensor:
     """One video or several, in any of `FORMS` -> (b 3 f h w) in [-1, 1], resized to height and width where given.
 
     Floats are in [0, 1] (in [-1, 1] where one is negative), integers are bytes. A float tensor with `latent_channels`
-    channels holds latents, which come back as they are, (b c f h w). Raises ValueError on anything else.
+    channels holds latents, which come back as they are, (b c f h w). resize: "bicubic" or "nearest", for arrays and
+    tensors; images are resized by PIL's Lanczos. Raises ValueError on anything else.
     """
-    videos = [_frames(v, height, width, latent_channels) for v in _videos(video)]
+    videos = [_frames(v, height, width, latent_channels, resize) for v in _videos(video)]
     if len({v.shape for v in videos}) > 1:
         raise ValueError(f"the videos of a batch must be of one shape, not {[tuple(v.shape) for v in videos]}")
     return rearrange(torch.stack(videos), "b f c h w -> b c f h w")
@@ -55,7 +59,7 @@ def _videos(video: Any) -> list[Any]:
     return list(video) if several else [video]
 
 
-def _frames(video: Any, height: int | None, width: int | None, latent_channels: int) -> Tensor:
+def _frames(video: Any, height: int | None, width: int | None, latent_channels: int, resize: str) -> Tensor:
     """One video -> (f c h w): pixels in [-1, 1], or latents."""
     if isinstance(video, list | tuple):
         video = _stack(video, height, width)
@@ -73,7 +77,7 @@ def _frames(video: Any, height: int | None, width: int | None, latent_channels: 
     x = _to_range(video)
     size = (height or x.shape[2], width or x.shape[3])
     if size != x.shape[2:]:
-        x = F.interpolate(x, size=size, mode="bicubic", antialias=True).clamp(-1, 1)
+        x = F.interpolate(x, size=size, mode=resize, antialias=resize == "bicubic").clamp(-1, 1)
     return x
 
 

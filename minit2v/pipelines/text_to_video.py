@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..schedulers.base import randn
 from .base import DiffusionPipeline, PipelineOutput, StepCallbacks
-from .checks import Generators, check_count, check_generator, check_latents, check_number, check_pixels
+from .checks import Generators, check_count, check_generator, check_latents, check_number, check_size
 
 
 class TextToVideoSDPipelineOutput(PipelineOutput):
@@ -83,12 +83,7 @@ class TextToVideoSDPipeline(DiffusionPipeline):
                                  unknown)
         check_number("eta", eta, 0, 1)
         check_generator(generator, batch, self._execution_device)
-        size = self.unet.config.sample_size
-        rows, columns = (size, size) if isinstance(size, int) else size
-        height = rows * self.vae_scale_factor if height is None else height
-        width = columns * self.vae_scale_factor if width is None else width
-        check_pixels("height", height, self.vae_scale_factor)
-        check_pixels("width", width, self.vae_scale_factor)
+        height, width = check_size(height, width, self.unet, self.vae_scale_factor)
         check_count("num_frames", num_frames)
         shape = (batch, self.unet.config.in_channels, num_frames,
                  height // self.vae_scale_factor, width // self.vae_scale_factor)

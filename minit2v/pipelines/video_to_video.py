@@ -1,23 +1,15 @@
-"""Video to video: a video is encoded, gets the noise of a step on the way, and is denoised from there.
-
-Meng et al., SDEdit: Guided Image Synthesis and Editing with Stochastic Differential Equations, arXiv:2108.01073, frame
-by frame; what ties the frames together is the UNet.
-"""
+"""Video to video with ModelScope's and Zeroscope's UNet."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from ..schedulers.base import randn
+from . import source
 from .base import StepCallbacks
-from .checks import Generators, check_finite, check_generator, check_latents, check_number, check_pixels, check_result
-from .frames import to_tensor
+from .checks import Generators, check_generator, check_number
 from .text_to_video import TextToVideoSDPipeline, TextToVideoSDPipelineOutput
-
-ENCODED_AT_ONCE = 8  # frames: what the VAE's first layers need would otherwise grow with the video
 
 
 class VideoToVideoSDPipeline(TextToVideoSDPipeline):
@@ -70,67 +62,23 @@ class VideoToVideoSDPipeline(TextToVideoSDPipeline):
                                  unknown)
         check_number("strength", strength, 0, 1)
         check_number("eta", eta, 0, 1)
-        if (video is None) == (latents is None):
-            raise ValueError("give a video, or noisy latents in its place" + ", not both" * (video is not None))
-        source = self._read(video, latents, height, width)
-        if len(source) not in (1, batch) and batch != 1:
-            raise ValueError(f"{len(source)} videos for {batch} prompts: give one, or one for each")
-        batch = max(batch, len(source))
+        x = source.read(self, video, latents, height, width)
+        batch = source.count_results(batch, x, 1, noisy=latents is not None)
         check_generator(generator, batch, self._execution_device)
 
         device = self._execution_device
-        steps = min(int(num_inference_steps * strength), num_inference_steps)
-        begin = (num_inference_steps - steps) * self.scheduler.order
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        if hasattr(self.scheduler, "set_begin_index"):  # of the solvers that count their steps
-            self.scheduler.set_begin_index(begin)
-        timesteps = self.scheduler.timesteps[begin:]
+        timesteps, steps = source.lay_grid(self.scheduler, num_inference_steps, strength, device)
         text, negative = self.encode_prompt(prompt, device, 1, guidance_scale > 1, negative_prompt, prompt_embeds,
                                             negative_prompt_embeds, clip_skip=clip_skip)
-        if len(text) < batch:
-            text, negative = (v if v is None else v.expand(batch, -1, -1) for v in (text, negative))
+        text, negative = (v if v is None else source.spread(v, batch) for v in (text, negative))
 
-        x = source.to(device)
+        x = x.to(device)
         if latents is None:
-            x = self._encode_video(x, batch, generator, text.dtype)
+            x = source.encode_video(self, x, batch, generator, text.dtype)
             if steps:
-                x = self._add_noise(x, timesteps[:1], generator)
-        x = x.expand(batch, -1, -1, -1, -1)
+                x = source.add_noise(self.scheduler, x, timesteps[:1], generator)
+        x = source.spread(x, batch)
         if steps:
             x = self.denoise(x, timesteps, steps, text, negative, guidance_scale, eta, generator, callbacks)
         video = self._output(x, output_type, decode_chunk_size)
         return TextToVideoSDPipelineOutput(video) if return_dict else (video,)
-
-    def _read(self, video: Any, latents: Tensor | None, height: int | None, width: int | None) -> Tensor:
-        """What to begin with, checked: pixels (b 3 f h w) in [-1, 1], or latents (b c f h w)."""
-        channels = self.unet.config.in_channels
-        if latents is not None:
-            check_latents(latents, ("b", channels, "f", "h", "w"))
-            return latents
-        for name, value in (("height", height), ("width", width)):
-            if value is not None:
-                check_pixels(name, value, self.vae_scale_factor)
-        x = to_tensor(video, height, width, channels)
-        if x.shape[1] == channels:
-            check_finite("video", x)
-        else:
-            check_pixels("height", x.shape[3], self.vae_scale_factor)
-            check_pixels("width", x.shape[4], self.vae_scale_factor)
-        return x
-
-    def _encode_video(self, x: Tensor, batch: int, generator: Generators, dtype: torch.dtype) -> Tensor:
-        """x (b 3 f h w), or latents (b c f h w), which pass -> latents (batch c f h w), as the VAE draws them."""
-        if x.shape[1] == self.unet.config.in_channels:
-            return x.to(dtype).expand(batch, -1, -1, -1, -1)
-        with self._placed("vae") as vae:
-            gaussian = vae.encode(rearrange(x.to(vae.dtype), "b c f h w -> (b f) c h w"), ENCODED_AT_ONCE)
-            check_result(gaussian.mean, vae, "the VAE")
-        mean, std = (v.repeat(batch // len(x), 1, 1, 1) for v in (gaussian.mean, gaussian.std))
-        z = mean + std * randn(mean.shape, generator, mean.device, mean.dtype)
-        return rearrange(z.to(dtype) * self.vae.config.scaling_factor, "(b f) c h w -> b c f h w", b=batch)
-
-    def _add_noise(self, x: Tensor, t: Tensor, generator: Generators) -> Tensor:
-        """x (b c f h w) clean -> noisy as at t (1,); the noise is drawn in the order of the videos, frame by frame."""
-        frames = rearrange(x, "b c f h w -> (b f) c h w")
-        noise = randn(frames.shape, generator, x.device, x.dtype)
-        return rearrange(self.scheduler.add_noise(frames, noise, t), "(b f) c h w -> b c f h w", b=len(x))

@@ -1,0 +1,142 @@
+"""What video to video begins with: a video read, encoded, and given the noise of a step on the way.
+
+Meng et al., SDEdit: Guided Image Synthesis and Editing with Stochastic Differential Equations, arXiv:2108.01073, frame
+by frame; what ties the frames together is the UNet.
+"""
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from ..schedulers.base import randn
+from .checks import Generators, check_finite, check_latents, check_pixels, check_result
+from .frames import to_tensor
+
+if TYPE_CHECKING:
+    from .base import DiffusionPipeline
+
+ENCODED_AT_ONCE = 8  # frames: what the VAE's first layers need would otherwise grow with the video
+
+
+def read(
+    pipe: "DiffusionPipeline", video: Any, latents: Tensor | None, height: int | None, width: int | None,
+    resize: str = "bicubic",
+) -> Tensor:
+    """What to begin with, checked: pixels (b 3 f h w) in [-1, 1], or latents (b c f h w)."""
+    if (video is None) == (latents is None):
+        raise ValueError("give a video, or noisy latents in its place" + ", not both" * (video is not None))
+    channels, factor = pipe.unet.config.in_channels, pipe.vae_scale_factor
+    for name, value in (("height", height), ("width", width)):
+        if value is not None:
+            check_pixels(name, value, factor)
+    if latents is not None:
+        size = (v // factor if v is not None else letter for v, letter in ((height, "h"), (width, "w")))
+        check_latents(latents, ("b", channels, "f", *size))
+        return latents
+    x = to_tensor(video, height, width, channels, resize)
+    if x.shape[1] == channels:
+        check_finite("video", x)
+    else:
+        check_pixels("height", x.shape[3], factor)
+        check_pixels("width", x.shape[4], factor)
+    return x
+
+
+def count_results(prompts: int, source: Tensor, each: int, noisy: bool) -> int:
+    """How many videos are made of these prompts and of this source (b ...), `each` of every pair.
+
+    One prompt or one video serves a batch of the other. Noisy latents may also be given for each result.
+    """
+    videos = len(source)
+    if noisy and videos == prompts * each:
+        return videos
+    if prompts != 1 and videos not in (1, prompts):
+        raise ValueError(f"{videos} videos for {prompts} prompts: give one, or one for each")
+    return max(prompts, videos) * each
+
+
+def spread(x: Tensor, batch: int) -> Tensor:
+    """x (b ...) -> (batch ...): every row for as many results, one after the other."""
+    return x if len(x) == batch else x.repeat_interleave(batch // len(x), dim=0)
+
+
+def lay_grid(
+    scheduler: Any,
+    num_inference_steps: int,
+    strength: float,
+    device: torch.device,
+    enforce: bool = False,
+    timesteps: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+) -> tuple[Tensor, int]:
+    """The timesteps of the steps that are made, and their number; the scheduler stands where they begin.
+
+    They are the share `strength` of all steps, the last ones. enforce: the grid has so many steps that
+    `num_inference_steps` are that share. timesteps, sigmas: the grid itself.
+    """
+    custom = {name: v for name, v in (("timesteps", timesteps), ("sigmas", sigmas)) if v is not None}
+    if len(custom) == 2:
+        raise ValueError("timesteps and sigmas are two ways to lay one grid: give one")
+    total = num_inference_steps
+    if custom:
+        (name,) = custom
+        if name not in inspect.signature(scheduler.set_timesteps).parameters:
+            raise ValueError(f"{type(scheduler).__name__} lays its own grid: it takes no {name}")
+        scheduler.set_timesteps(**custom, device=device)
+        total = scheduler.num_inference_steps
+    else:
+        if enforce and strength:
+            if num_inference_steps / strength >= len(scheduler) + 1:
+                raise ValueError(f"{num_inference_steps} steps cannot be the last {strength:g} of a grid of at most "
+                                 f"{len(scheduler)}: raise strength or lower num_inference_steps")
+            total = int(num_inference_steps / strength)
+        scheduler.set_timesteps(total, device=device)
+    steps = min(num_inference_steps if enforce and strength else int(total * strength), total)
+
+    begin = (total - steps) * scheduler.order
+    if enforce and begin:
+        # Solver calls that make no step of their own (at PNDM's start) are left out with the start; without `enforce`
+        # published pipelines count them as steps, and make that many more.
+        begin += max(0, len(scheduler.timesteps) - total * scheduler.order)
+    if hasattr(scheduler, "set_begin_index"):  # of the solvers that count their steps
+        scheduler.set_begin_index(begin)
+    return scheduler.timesteps[begin:], steps
+
+
+def encode_video(
+    pipe: "DiffusionPipeline", x: Tensor, batch: int, generator: Generators, dtype: torch.dtype,
+    chunk: int = ENCODED_AT_ONCE, upcast: bool = False,
+) -> Tensor:
+    """x (b 3 f h w), or latents (b c f h w), which pass -> latents (batch c f h w), as the VAE draws them.
+
+    upcast: a VAE that is known to overflow in half precision (its config says so) encodes in float32.
+    """
+    if x.shape[1] == pipe.unet.config.in_channels:
+        return spread(x.to(dtype), batch)
+    with pipe._placed("vae") as vae:
+        usual = vae.dtype
+        try:
+            if upcast and vae.config.force_upcast:
+                vae.float()
+            gaussian = vae.encode(rearrange(x.to(vae.dtype), "b c f h w -> (b f) c h w"), chunk)
+            check_result(gaussian.mean, vae, "the VAE")
+        finally:
+            vae.to(usual)
+        scale = vae.config.scaling_factor
+    mean, std = (spread(rearrange(v, "(b f) c h w -> b f c h w", b=len(x)), batch) for v in
+                 (gaussian.mean, gaussian.std))
+    z = mean + std * randn(mean.shape, generator, mean.device, mean.dtype)
+    return rearrange(z.to(dtype) * scale, "b f c h w -> b c f h w")
+
+
+def add_noise(
+    scheduler: Any, x: Tensor, t: Tensor, generator: Generators, axes: str = "(b f) c h w"
+) -> Tensor:
+    """x (b c f h w) clean -> noisy as at t (1,). axes: the order in which the noise is drawn."""
+    flat = rearrange(x, f"b c f h w -> {axes}")
+    noise = randn(flat.shape, generator, x.device, x.dtype)
+    return rearrange(scheduler.add_noise(flat, noise, t), f"{axes} -> b c f h w", b=len(x))
