@@ -15,7 +15,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..clip import CLIPTextModel
+from ..pipelines.base import DiffusionPipeline
 from ..pipelines.text_to_video import TextToVideoSDPipeline
 from ..schedulers.dpm_multistep import DPMSolverMultistepScheduler
 from ..tokenizer import CLIPTokenizer
@@ -303,20 +304,47 @@ def train_unet(
     tokenizer = make_tokenizer()
     latents = latents_of_world(vae, out, seed)
     painter = Painter(UNet3DConditionModel(**UNET), text_encoder.train())
+    total = sum(steps for *_, steps in course)
+
+    def draw(step: int, rng: random.Random) -> tuple[Tensor, list[str]]:
+        return draw_batch(rng, latents, *stage_at(course, step))
+
+    def report(run: Run, average: Painter, done: int) -> None:
+        if done % panel == 0 and stage_at(course, done - 1)[0] == world.FRAMES or done == total:
+            report_panel(out, run, make_pipeline(vae, average, tokenizer), done)
+
+    return train_diffusion(out, "unet", seed, painter, tokenizer, total, rate, draw, report)
+
+
+def train_diffusion(
+    out: Path,
+    stage: str,
+    seed: int,
+    painter: Painter,
+    tokenizer: CLIPTokenizer,
+    total: int,
+    rate: float,
+    draw: Callable[[int, random.Random], tuple[Tensor, list[str]]],
+    report: Callable[[Run, Painter, int], None],
+) -> Painter:
+    """Trains what of `painter` wants gradients on `draw(step, rng)`: clips (b c f h w) and their captions.
+
+    `report(run, average, steps done)` is called after every step. Returns the moving average of the weights.
+    """
     average = copy.deepcopy(painter).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(painter.parameters(), rate, betas=(0.9, 0.99), weight_decay=1e-2)
-    run = Run(out, "unet", {"painter": painter, "average": average}, optimizer)
+    trained = [p for p in painter.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, rate, betas=(0.9, 0.99), weight_decay=1e-2)
+    run = Run(out, stage, {"painter": painter, "average": average}, optimizer)
     alpha_bar = make_scheduler().alphas_cumprod.float()
-    total, losses = sum(steps for *_, steps in course), []
+    losses = []
     for step in run.steps(total):
         for group in optimizer.param_groups:
             group["lr"] = rate * trapezoid(step, total)
-        rng, noise = generators(seed, "unet", step)
-        frames, b = stage_at(course, step)
-        x, texts = draw_batch(rng, latents, frames, b)
+        rng, noise = generators(seed, stage, step)
+        x, texts = draw(step, rng)
         # What is where is decided at the highest noise, so half of the steps are trained there.
-        high = torch.rand(b, generator=noise) < 0.5
-        t = 1 - torch.rand(b, generator=noise) * torch.where(high, 0.3, 1.0)
+        high = torch.rand(len(x), generator=noise) < 0.5
+        t = 1 - torch.rand(len(x), generator=noise) * torch.where(high, 0.3, 1.0)
         t = (t * 1000).long().clamp(0, 999)
         eps = torch.randn(x.shape, generator=noise)
         alpha, sigma = (a.sqrt()[:, None, None, None, None] for a in (alpha_bar[t], 1 - alpha_bar[t]))
@@ -324,7 +352,7 @@ def train_unet(
         loss = F.mse_loss(v, alpha * eps - sigma * x)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(painter.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         decay = min(0.998, (step + 1) / (step + 10))
         with torch.no_grad():
@@ -333,8 +361,7 @@ def train_unet(
         if step % 50 == 49:
             run.write(loss=sum(losses) / len(losses))
             losses.clear()
-        if step % panel == panel - 1 and frames == world.FRAMES or step == total - 1:
-            report_panel(out, run, average, vae, tokenizer, step + 1)
+        report(run, average, step + 1)
     return average
 
 
@@ -376,13 +403,10 @@ def make_pipeline(vae: AutoencoderKL, painter: Painter, tokenizer: CLIPTokenizer
     return TextToVideoSDPipeline(vae, painter.text_encoder, tokenizer, painter.unet, make_scheduler())
 
 
-def report_panel(
-    out: Path, run: Run, painter: Painter, vae: AutoencoderKL, tokenizer: CLIPTokenizer, step: int, count: int = 18
-) -> None:
+def report_panel(out: Path, run: Run, pipe: DiffusionPipeline, step: int, count: int = 18) -> None:
     """Generates a fixed panel of combinations, has it read back, and keeps it as a picture: a row for each video."""
     from PIL import Image
 
-    pipe = make_pipeline(vae, painter, tokenizer)
     pipe.set_progress_bar_config(disable=True)
     chosen = [world.TRAINED[17 * n % len(world.TRAINED)] for n in range(count)]  # evenly through all three
     prompts = [world.captions(*c)[0] for c in chosen]
