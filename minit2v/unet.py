@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .blocks import Upsample, conv_layout, norm_silu
 from .hub import Network
 from .layers import FeedForward, Linear, timestep_embedding
+from .techniques.free_u import FreeU
 
 
 def per_level(value: int | tuple[int, ...], levels: int) -> tuple[int, ...]:
@@ -93,7 +94,9 @@ class UNet(Network):
         self.norm_out = nn.GroupNorm(groups, base)
         self.conv_out = nn.Conv2d(base, config.out_channels, 3, padding=1)
         self.clip_norms = False  # whether statistics of `norm_out` span all frames of a video
+        self.chunking: tuple[int, int] | None = None  # of the feed-forwards
         self.gradient_checkpointing = False
+        self.free_u: FreeU | None = None
 
     def make_block(self, c_in: int, c_out: int, attention: bool) -> nn.Module:
         raise NotImplementedError
@@ -126,13 +129,17 @@ class UNet(Network):
                 skips.append(x)
         for block in self.mid:
             x = self.run(block, x, emb, context, f)
-        for level in self.up:
+        for i, level in enumerate(self.up):
             for block in level.blocks:
-                x = self.run(block, torch.cat([x, skips.pop()], dim=1), emb, context, f)
+                x = self.run(block, self.join(x, skips.pop(), i), emb, context, f)
             if level.resample is not None:
                 x = level.resample(x, skips[-1].shape[-2:])
         x = self.conv_out(norm_silu(self.norm_out, conv_layout(x), f if self.clip_norms else 1))
         return rearrange(x, "(b f) c h w -> b c f h w", f=f).contiguous()
+
+    def join(self, x: Tensor, skip: Tensor, level: int) -> Tensor:
+        """What a block of the `level`-th on the way up is given: x and skip (n c h w), one behind the other."""
+        return torch.cat((x, skip) if self.free_u is None else self.free_u(x, skip, level), dim=1)
 
     def run(self, block: nn.Module, x: Tensor, emb: Tensor, context: Tensor, f: int) -> Tensor:
         """The block; under gradient checkpointing only its input is kept, and backward runs it again."""
@@ -169,6 +176,7 @@ class UNet(Network):
         self.set_chunking(None)
 
     def set_chunking(self, chunking: tuple[int, int] | None) -> None:
+        self.chunking = chunking
         for module in self.modules():
             if isinstance(module, FeedForward):
                 module.chunking = chunking
@@ -179,3 +187,10 @@ class UNet(Network):
 
     def disable_gradient_checkpointing(self) -> None:
         self.gradient_checkpointing = False
+
+    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
+        """Multiply the backbone by b and the low frequencies of the skips by s in the two coarsest levels (FreeU)."""
+        self.free_u = FreeU(s1, s2, b1, b2)
+
+    def disable_freeu(self) -> None:
+        self.free_u = None

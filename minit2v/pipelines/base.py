@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from minit2v_convert.rename import nearest
 
 from ..compat import compat_fields
+from ..techniques.free_init import FREQUENCIES, METHODS, NOISES, FreeInit, NoisedVideo, Rounds
 from . import files, frames
-from .checks import Generators, check_count, check_latents, check_number, check_result, check_text
+from .checks import Generators, check_count, check_generator, check_latents, check_number, check_result, check_text
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,7 @@ class DiffusionPipeline:
         for name in self.COMPONENTS:
             setattr(self, name, components[name])
         self._offload_to: torch.device | None = None
+        self._free_init: FreeInit | None = None
         self._progress: dict[str, Any] = {}
 
     # Components ------------------------------------------------------------------------------------------------------
@@ -280,6 +282,71 @@ class DiffusionPipeline:
 
         return tqdm(iterable, total=total, **self._progress)
 
+    # Techniques ------------------------------------------------------------------------------------------------------
+
+    def enable_free_init(
+        self,
+        num_iters: int = 3,
+        use_fast_sampling: bool = False,
+        method: str = "butterworth",
+        order: float = 4,
+        spatial_stop_frequency: float = 0.25,
+        temporal_stop_frequency: float = 0.25,
+        *,
+        generator: Generators = None,
+        noise: str | None = None,
+        frequencies: str | None = None,
+    ) -> None:
+        """Make every video `num_iters` times, each time from noise with the low frequencies of the last (FreeInit).
+
+        use_fast_sampling: the rounds before the last make fewer steps. method: the filter, one of "butterworth" (the
+        higher its `order`, the steeper), "gaussian", "ideal", "box"; the stop frequencies are shares of the highest,
+        0 to 1. generator: for the new noise, otherwise that of the call. noise, frequencies: see `FreeInit`, `compat`.
+        """
+        check_count("num_iters", num_iters)
+        if not isinstance(use_fast_sampling, bool):
+            raise TypeError(f"use_fast_sampling must be True or False, not {use_fast_sampling!r}")
+        check_number("order", order)
+        if order <= 0:
+            raise ValueError(f"order must be above 0, not {order!r}")
+        for name, value in (("spatial_stop_frequency", spatial_stop_frequency),
+                            ("temporal_stop_frequency", temporal_stop_frequency)):
+            check_number(name, value, 0, 1)
+        given = {name: value for name, value in (("noise", noise), ("frequencies", frequencies)) if value is not None}
+        fields = compat_fields("FreeInit", self.compat) | given
+        for name, value, known in (("method", method, METHODS), ("noise", fields["noise"], NOISES),
+                                   ("frequencies", fields["frequencies"], FREQUENCIES)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}{nearest(str(value), known)}")
+        for g in generator if isinstance(generator, list | tuple) else [generator]:
+            if not isinstance(g, torch.Generator | None):
+                raise TypeError(f"generator must be a torch.Generator or a list of them, not {g!r}")
+        self._free_init = FreeInit(num_iters, use_fast_sampling, method, order, spatial_stop_frequency,
+                                   temporal_stop_frequency, generator, **fields)
+
+    def disable_free_init(self) -> None:
+        """Make every video once."""
+        self._free_init = None
+
+    @property
+    def free_init_enabled(self) -> bool:
+        return self._free_init is not None
+
+    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
+        """Turn the UNet's backbone up by b and the low frequencies of its skip connections down to s (FreeU).
+
+        1 and 2: the coarsest level and the next. For Stable Diffusion 1.5 its authors advise s1=0.9, s2=0.2, b1=1.2,
+        b2=1.4. It holds for every pipeline that shares the UNet.
+        """
+        if self.unet is None:
+            raise ValueError("FreeU needs the pipeline's unet, which is None")
+        self.unet.enable_freeu(s1, s2, b1, b2)
+
+    def disable_freeu(self) -> None:
+        if self.unet is None:
+            raise ValueError("FreeU needs the pipeline's unet, which is None")
+        self.unet.disable_freeu()
+
     # Text ------------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -346,34 +413,62 @@ class DiffusionPipeline:
         eta: float,
         generator: Generators,
         callbacks: StepCallbacks,
+        video: NoisedVideo | None = None,
     ) -> Tensor:
-        """x (b c f h w) at the noise of timesteps[0] -> clean latents (b c f h w).
+        """x (b c f h w) at the noise of timesteps[0] -> clean latents (b c f h w); with FreeInit, several times over.
+
+        video: what x was made of, where it is not noise alone. Every round of FreeInit begins with the texts of the
+        call, and the callbacks count its steps from 0.
+        """
+        if self._free_init is not None:
+            check_generator(self._free_init.generator, len(x), x.device)
+        rounds = Rounds(self._free_init, self.scheduler, x, timesteps, steps, video, generator)
+        step_arguments = self._step_arguments(eta, generator)
+        with self._placed("unet") as unet, self.progress_bar(total=sum(r.steps for r in rounds.plan)) as bar:
+            for i, r in enumerate(rounds.plan):
+                x, timesteps = rounds.begin(i, x)
+                x = self._denoise(unet, x, timesteps, r.steps, text, negative, guidance_scale, step_arguments,
+                                  callbacks, bar)
+        return x
+
+    def _denoise(
+        self,
+        unet: nn.Module,
+        x: Tensor,
+        timesteps: Tensor,
+        steps: int,
+        text: Tensor,
+        negative: Tensor | None,
+        guidance_scale: float,
+        step_arguments: dict[str, Any],
+        callbacks: StepCallbacks,
+        bar: Any,
+    ) -> Tensor:
+        """One way down: x (b c f h w) at the noise of timesteps[0] -> clean latents (b c f h w).
 
         Guidance (Ho and Salimans, arXiv:2207.12598): the UNet sees every video twice, with the negative and with the
         positive text, and the prediction goes `guidance_scale` times the way from the one to the other.
         """
-        step_arguments = self._step_arguments(eta, generator)
         spare = len(timesteps) - steps * self.scheduler.order  # solver calls that make no step of their own (PNDM)
         done = 0
-        with self._placed("unet") as unet, self.progress_bar(total=steps) as bar:
-            for i, t in enumerate(timesteps):
-                context = text if negative is None else torch.cat([negative, text])
-                batch = self.scheduler.scale_model_input(x if negative is None else torch.cat([x, x]), t)
-                eps = unet(batch.to(unet.dtype), t, context.to(unet.dtype))
-                if negative is not None:
-                    eps_negative, eps_text = eps.chunk(2)
-                    eps = eps_negative + guidance_scale * (eps_text - eps_negative)
+        for i, t in enumerate(timesteps):
+            context = text if negative is None else torch.cat([negative, text])
+            batch = self.scheduler.scale_model_input(x if negative is None else torch.cat([x, x]), t)
+            eps = unet(batch.to(unet.dtype), t, context.to(unet.dtype))
+            if negative is not None:
+                eps_negative, eps_text = eps.chunk(2)
+                eps = eps_negative + guidance_scale * (eps_text - eps_negative)
 
-                flat_eps, flat_x = (rearrange(v, f"b c f h w -> {self.STEP_AXES}") for v in (eps, x))
-                flat_x = self.scheduler.step(flat_eps, t, flat_x, **step_arguments).prev_sample
-                x = rearrange(flat_x, f"{self.STEP_AXES} -> b c f h w", b=len(x))
+            flat_eps, flat_x = (rearrange(v, f"b c f h w -> {self.STEP_AXES}") for v in (eps, x))
+            flat_x = self.scheduler.step(flat_eps, t, flat_x, **step_arguments).prev_sample
+            x = rearrange(flat_x, f"{self.STEP_AXES} -> b c f h w", b=len(x))
 
-                if i in (0, len(timesteps) - 1):  # bad weights show at once, overflow at the end
-                    check_result(x, unet, "the UNet")
-                if i + 1 == len(timesteps) or (i + 1 > spare and (i + 1) % self.scheduler.order == 0):
-                    x, text, negative = callbacks(self, done, t, x, text, negative)
-                    done += 1
-                    bar.update()
+            if i in (0, len(timesteps) - 1):  # bad weights show at once, overflow at the end
+                check_result(x, unet, "the UNet")
+            if i + 1 == len(timesteps) or (i + 1 > spare and (i + 1) % self.scheduler.order == 0):
+                x, text, negative = callbacks(self, done, t, x, text, negative)
+                done += 1
+                bar.update()
         return x
 
     def _step_arguments(self, eta: float, generator: Generators) -> dict[str, Any]:
