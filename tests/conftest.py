@@ -17,9 +17,9 @@ from minit2v_convert.sparse import Manifest, write_sparse_safetensors
 
 DATA = Path(__file__).parent / "data"
 
-# The published architecture, small: every kind of block is there, and no two widths are equal by chance.
+# The published architectures, small: every kind of block is there, and no two widths are equal by chance.
 SMALL = {
-    "unet": {
+    "UNet3DConditionModel": {
         "block_out_channels": [32, 64],
         "layers_per_block": 1,
         "down_block_types": ["CrossAttnDownBlock3D", "DownBlock3D"],
@@ -29,7 +29,23 @@ SMALL = {
         "norm_num_groups": 8,
         "sample_size": 8,
     },
-    "vae": {
+    "UNet2DConditionModel": {
+        "block_out_channels": [32, 64],
+        "layers_per_block": 1,
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "attention_head_dim": 4,
+        "cross_attention_dim": 24,
+        "norm_num_groups": 8,
+        "sample_size": 8,
+    },
+    "MotionAdapter": {
+        "block_out_channels": [32, 64],
+        "motion_layers_per_block": 1,
+        "motion_num_attention_heads": 2,
+        "motion_norm_num_groups": 8,
+    },
+    "AutoencoderKL": {
         "block_out_channels": [8, 16],
         "down_block_types": ["DownEncoderBlock2D"] * 2,
         "up_block_types": ["UpDecoderBlock2D"] * 2,
@@ -37,7 +53,7 @@ SMALL = {
         "norm_num_groups": 4,
         "sample_size": 16,
     },
-    "text_encoder": {
+    "CLIPTextModel": {
         "hidden_size": 24,
         "intermediate_size": 40,
         "num_hidden_layers": 3,
@@ -69,6 +85,22 @@ def _randomize(module: nn.Module, seed: int = 0) -> nn.Module:
             if "Norm" in type(m).__name__ and getattr(m, "weight", None) is not None:
                 m.weight += 1
     return module
+
+
+def _class_of(config: dict) -> str:
+    return config.get("_class_name") or config["architectures"][0]
+
+
+def _write_small(folder: Path, variant: str | None, seed: int) -> None:
+    """Random weights beside a config.json, which keeps its published wording."""
+    import minit2v
+
+    config = (folder / "config.json").read_text()
+    cls = getattr(minit2v, _class_of(json.loads(config)))
+    model = _randomize(cls.from_config(json.loads(config)), seed)
+    model.to(torch.float16 if variant == "fp16" else torch.float32)
+    model.save_pretrained(folder, variant=variant)
+    (folder / "config.json").write_text(config)
 
 
 def _bytes_to_unicode() -> list[str]:
@@ -131,39 +163,62 @@ def write_tiny_vocabulary() -> Callable[[Path], None]:
 
 @pytest.fixture(scope="session")
 def make_official_folder() -> Callable[..., Path]:
-    """make_official_folder(folder, repo="ms-1.7b", variant=None, small=False) -> folder, laid out as on the hub.
+    """make_official_folder(folder, repo="ms-1.7b", variant=None, small=False, **parts) -> folder, as on the hub.
 
     Full size: sparse files, zero weights, no disk used; parts of which there is no manifest are left out.
-    small=True: the same configs with small widths, and random weights written by our own networks.
+    small=True: the same configs with small widths, and random weights written by our own networks; unet=dict(...)
+    changes fields of that part's config.
     """
 
-    def make(folder: Path, repo: str = "ms-1.7b", variant: str | None = None, small: bool = False) -> Path:
+    def make(
+        folder: Path, repo: str = "ms-1.7b", variant: str | None = None, small: bool = False, **parts: dict
+    ) -> Path:
         for path, content in _configs()[repo].items():
             part = path.split("/")[0]
             if small and path == f"{part}/config.json":
-                content = {**content, **SMALL[part]}
+                content = {**content, **SMALL[_class_of(content)], **parts.get(part, {})}
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_text(json.dumps(content, indent=2))
         _write_tiny_vocabulary(folder / "tokenizer")
         infix = f".{variant}" if variant else ""
         if small:
-            from minit2v.clip import CLIPTextModel
-            from minit2v.unet3d import UNet3DConditionModel
-            from minit2v.vae import AutoencoderKL
-
-            parts = {"unet": UNet3DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-            for seed, (part, cls) in enumerate(parts.items()):
-                config = (folder / part / "config.json").read_text()
-                model = _randomize(cls.from_config(json.loads(config)), seed)
-                model.to(torch.float16 if variant == "fp16" else torch.float32)
-                model.save_pretrained(folder / part, variant=variant)
-                (folder / part / "config.json").write_text(config)  # the published wording, not ours
+            for seed, part in enumerate(("unet", "vae", "text_encoder")):
+                _write_small(folder / part, variant, seed)
             return folder
         for part, stem in (("unet", None), ("vae", None), ("text_encoder", "model")):
             name = f"{repo}/{part}{infix}"
             if name in _manifests():
                 file = f"{stem or 'diffusion_pytorch_model'}{infix}.safetensors"
                 write_sparse_safetensors(folder / part / file, _manifests()[name])
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_adapter_folder() -> Callable[..., Path]:
+    """make_adapter_folder(folder, version, **fields) -> folder / the published name, with a small motion adapter.
+
+    version: "v1-5" (24 positions), "v1-5-2" (32 and a mid block) or "v1-5-3" (32).
+    """
+
+    def make(folder: Path, version: str, **fields: object) -> Path:
+        folder = folder / f"animatediff-motion-adapter-{version}"
+        folder.mkdir(parents=True)
+        config = {
+            "_class_name": "MotionAdapter",
+            "_diffusers_version": "0.22.0.dev0",
+            "motion_activation_fn": "geglu",
+            "motion_attention_bias": False,
+            "motion_cross_attention_dim": None,
+            "motion_max_seq_length": 24 if version == "v1-5" else 32,
+            "motion_mid_block_layers_per_block": 1,
+            "use_motion_mid_block": version == "v1-5-2",
+            **SMALL["MotionAdapter"],
+            **fields,
+        }
+        (folder / "config.json").write_text(json.dumps(config))
+        _write_small(folder, None, seed=3)
         return folder
 
     return make

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..schedulers.base import randn
+from ..techniques.free_init import NoisedVideo
 from ..unet2d import UNet2DConditionModel
 from ..unet_motion import MotionAdapter, UNetMotionModel
 from . import source
@@ -273,12 +274,13 @@ class AnimateDiffVideoToVideoPipeline(AnimateDiffPipeline):
         if latents is None:
             x = source.encode_video(self, x, batch, generator, text.dtype, decode_chunk_size, upcast=True)
         x = source.spread(x, batch)
-        if steps and latents is None:
-            x = source.add_noise(self.scheduler, x, grid[:1], generator)
-        elif steps and enforce_inference_steps:
-            x = source.add_noise(self.scheduler, x, grid[:1], generator, axes="b c f h w")
+        start = NoisedVideo(strength)
+        if steps and (latents is None or enforce_inference_steps):
+            noise = source.draw_noise(x, generator, "b f c h w" if latents is None else "b c f h w")
+            start = NoisedVideo(strength, x, noise)
+            x = self.scheduler.add_noise(x, noise, grid[:1])
         if steps:
-            x = self.denoise(x, grid, steps, text, negative, guidance_scale, eta, generator, callbacks)
+            x = self.denoise(x, grid, steps, text, negative, guidance_scale, eta, generator, callbacks, start)
         video = self._output(x, output_type, decode_chunk_size)
         return AnimateDiffPipelineOutput(video) if return_dict else (video,)
 

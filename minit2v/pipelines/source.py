@@ -133,10 +133,7 @@ def encode_video(
     return rearrange(z.to(dtype) * scale, "b f c h w -> b c f h w")
 
 
-def add_noise(
-    scheduler: Any, x: Tensor, t: Tensor, generator: Generators, axes: str = "(b f) c h w"
-) -> Tensor:
-    """x (b c f h w) clean -> noisy as at t (1,). axes: the order in which the noise is drawn."""
-    flat = rearrange(x, f"b c f h w -> {axes}")
-    noise = randn(flat.shape, generator, x.device, x.dtype)
-    return rearrange(scheduler.add_noise(flat, noise, t), f"{axes} -> b c f h w", b=len(x))
+def draw_noise(x: Tensor, generator: Generators, axes: str) -> Tensor:
+    """Noise for x (b c f h w). axes: the order in which it is drawn, as the reference does."""
+    return rearrange(randn(rearrange(x, f"b c f h w -> {axes}").shape, generator, x.device, x.dtype),
+                     f"{axes} -> b c f h w", b=len(x))

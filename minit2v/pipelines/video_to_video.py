@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..techniques.free_init import NoisedVideo
 from . import source
 from .base import StepCallbacks
 from .checks import Generators, check_generator, check_number
@@ -72,13 +73,16 @@ class VideoToVideoSDPipeline(TextToVideoSDPipeline):
                                             negative_prompt_embeds, clip_skip=clip_skip)
         text, negative = (v if v is None else source.spread(v, batch) for v in (text, negative))
 
-        x = x.to(device)
+        x, start = x.to(device), NoisedVideo(strength)
         if latents is None:
             x = source.encode_video(self, x, batch, generator, text.dtype)
             if steps:
-                x = source.add_noise(self.scheduler, x, timesteps[:1], generator)
+                noise = source.draw_noise(x, generator, "(b f) c h w")
+                start = NoisedVideo(strength, x, noise)
+                x = self.scheduler.add_noise(x, noise, timesteps[:1])
         x = source.spread(x, batch)
         if steps:
-            x = self.denoise(x, timesteps, steps, text, negative, guidance_scale, eta, generator, callbacks)
+            x = self.denoise(x, timesteps, steps, text, negative, guidance_scale, eta, generator, callbacks,
+                             start)
         video = self._output(x, output_type, decode_chunk_size)
         return TextToVideoSDPipelineOutput(video) if return_dict else (video,)
