@@ -146,7 +146,7 @@ class MotionModule(nn.Module):
     def forward(self, x: Tensor, f: int) -> Tensor:
         """x ((b f) c h w) -> ((b f) c h w)."""
         x = x.contiguous(memory_format=torch.channels_last)
-        if torch.is_grad_enabled() and not x.requires_grad:
+        if torch.is_grad_enabled() and self.norm.weight.requires_grad and not x.requires_grad:
             # Behind a frozen image model. PyTorch's GroupNorm crashes on the CPU, in channels-last memory, where only
             # its weights want a gradient.
             x = x.detach().requires_grad_()

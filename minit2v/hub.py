@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields as dataclass_fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from minit2v_convert.rename import Layout, nearest
 
+from .compat import compat_fields
 from .config import config_fields, make_config
 from .config import pick_dtype as pick_dtype
 from .weights import Weightless, fill
@@ -234,13 +236,19 @@ class Network(nn.Module):
     # What a config.json says about itself; None: diffusers' `_class_name`.
     head: ClassVar[dict[str, Any] | None] = None
 
-    def __init__(self, config: Any = None, **fields: Any):
-        """`config`, or the published config's fields as keywords. Raises ValueError on a field that does not exist."""
+    def __init__(self, config: Any = None, *, compat: str | None = None, **fields: Any):
+        """`config`, or the published config's fields as keywords. compat: as in `set_compat`.
+
+        Raises ValueError on a field that does not exist.
+        """
         super().__init__()
         if config is not None and not isinstance(config, self.Config):
             raise ValueError(f"config must be a {self.Config.__name__}; a dict goes through from_config")
         given = {f.name: getattr(config, f.name) for f in dataclass_fields(self.Config)} if config is not None else {}
         self.config = make_config(self.Config, {**given, **fields}) if fields or config is None else config
+        self.explicit = frozenset(fields)  # passed in code: `set_compat` leaves them alone
+        self.compat: str | None = None
+        self.set_compat(compat)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -250,21 +258,34 @@ class Network(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def set_compat(self, compat: str | None) -> Self:
+        """Set the fields in which we deviate as this mode has them (compat.py), except those passed in code.
+
+        None changes nothing. Raises ValueError on an unknown mode.
+        """
+        if compat is not None:
+            forced = compat_fields(type(self).__name__, compat)
+            self.config = replace(self.config, **{n: v for n, v in forced.items() if n not in self.explicit})
+            self.compat = compat
+        return self
+
     def published_state_dict(self) -> dict[str, Tensor]:
         """The parameters under the names of the published checkpoints."""
         return self.layout.to_published(self.state_dict())
 
     @classmethod
-    def from_config(cls, config: Any, **overrides: Any) -> Self:
+    def from_config(cls, config: Any, *, compat: str | None = None, **overrides: Any) -> Self:
         """A network with random weights from a config.json's content or a Config, with some fields changed."""
         if isinstance(config, cls.Config):
-            return cls(config, **overrides)
+            return cls(config, compat=compat, **overrides)
         if not isinstance(config, Mapping):
             raise ValueError(f"config must be a dict or a {cls.Config.__name__}, not a {type(config).__name__}")
         published = config.get("_class_name") or (config.get("architectures") or [cls.__name__])[0]
         if published != cls.__name__:
             raise ValueError(f"the config is that of a {published}, not of a {cls.__name__}")
-        return cls(**{**config, **overrides})
+        network = cls(**{**config, **overrides})
+        network.explicit = frozenset(overrides)
+        return network.set_compat(compat)
 
     @classmethod
     def from_pretrained(
@@ -281,12 +302,14 @@ class Network(nn.Module):
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
         force_download: bool = False,
+        compat: str | None = None,
         **config_overrides: Any,
     ) -> Self:
         """The network of a local folder or a hub id, ready to run (`eval`).
 
         variant: "fp16" reads the files with that infix. torch_dtype or dtype: what the weights are cast to, float32 if
-        not given; where the file has it already they stay memory-mapped. Other keywords change fields of the config.
+        not given; where the file has it already they stay memory-mapped. compat: as in `set_compat`. Other keywords
+        change fields of the config.
         Raises FileNotFoundError on what is missing, ValueError on weights that do not fit, TypeError on an unknown
         argument, in one line each.
         """
@@ -310,7 +333,7 @@ class Network(nn.Module):
         config = cls.config_of(parse_json(folder / "config.json"), files)
         try:
             with torch.device("meta"), Weightless():
-                model = cls.from_config(config, **config_overrides)
+                model = cls.from_config(config, compat=compat, **config_overrides)
         except ValueError as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from None
         fill(model, files, dtype)

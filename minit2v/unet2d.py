@@ -123,6 +123,7 @@ class UNet2DConditionModel(UNet):
 
     def forward(self, x: Tensor, t: int | float | Tensor, context: Tensor) -> Tensor:
         """x (b c h w), t a number or (b,), context (b l d) -> the prediction, noise or v (b c h w)."""
-        if x.ndim != 4:
-            raise ValueError(f"x must be (batch, channels, height, width), not {tuple(x.shape)}")
+        c = self.config.in_channels
+        if x.ndim != 4 or x.shape[1] != c:
+            raise ValueError(f"x must be (batch, {c} channels, height, width), not {tuple(x.shape)}")
         return super().forward(x[:, :, None], t, context)[:, :, 0]

@@ -6,19 +6,19 @@ docs/animatediff.md specifies the authors' networks.
 
 import copy
 import logging
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minit2v_convert import diffusers_motion
 
 from .blocks import MotionModule
-from .compat import compat_fields
 from .hub import Network
 from .unet import UNet, check_levels, per_level
 from .unet2d import Block, UNet2DConditionModel, check_heads
@@ -26,8 +26,7 @@ from .weights import Weightless, open_weights
 
 logger = logging.getLogger(__name__)
 
-Span = Literal["frame", "clip"]  # what the statistics of a norm are taken over
-NORMS = ("motion_norms", "resnet_norms")  # the fields of both configs in which we deviate from diffusers (compat.py)
+Span = Literal["frame", "clip"]  # what the statistics of a norm are taken over; diffusers' choice is in compat.py
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class MotionAdapterConfig:
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     motion_layers_per_block: int | tuple[int, ...] = 2  # modules per level on the way down; one more on the way up
     motion_transformer_layers_per_block: int | tuple[int, ...] = 1  # blocks in a motion module, per level
-    motion_transformer_layers_per_mid_block: int = 1
+    motion_transformer_layers_per_mid_block: int | tuple[int] = 1
     motion_num_attention_heads: int | tuple[int, ...] = 8
     motion_norm_num_groups: int = 32
     motion_max_seq_length: int = 32  # frames; v1 was trained with 24
@@ -45,24 +44,29 @@ class MotionAdapterConfig:
     motion_norms: Span = "frame"  # of the motion modules
     resnet_norms: Span | None = None  # of the image model's ResBlocks and last norm; "clip" for v1; None: not known
 
-    FIXED: ClassVar[dict[str, Any]] = {"conv_in_channels": None, "motion_mid_block_layers_per_block": 1}
-    IGNORED: ClassVar[dict[str, str]] = {
-        "motion_activation_fn": "GEGLU in every adapter",
-        "motion_attention_bias": "no adapter has one",
-        "motion_cross_attention_dim": "no adapter looks at the text",
+    FIXED: ClassVar[dict[str, Any]] = {
+        "conv_in_channels": None,
+        "motion_mid_block_layers_per_block": 1,
+        # Fields of the first files.
+        "motion_activation_fn": "geglu",
+        "motion_attention_bias": False,
+        "motion_cross_attention_dim": None,
     }
+    IGNORED: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self):
-        channels = self.block_out_channels
+        channels, groups = self.block_out_channels, self.motion_norm_num_groups
+        levels = len(channels)
         for name in ("motion_layers_per_block", "motion_transformer_layers_per_block", "motion_num_attention_heads"):
-            if len(values := per_level(getattr(self, name), len(channels))) != len(channels) or min(values) < 1:
-                raise ValueError(f"{name} must be at least 1 for each of the {len(channels)} levels, not {values}")
-        for c, heads in zip(channels, per_level(self.motion_num_attention_heads, len(channels)), strict=True):
+            if len(values := per_level(getattr(self, name), levels)) != levels or min(values) < 1:
+                raise ValueError(f"{name} must be at least 1 for each of the {levels} levels, not {values}")
+        for c, heads in zip(channels, per_level(self.motion_num_attention_heads, levels), strict=True):
             check_heads("motion_num_attention_heads", heads, (c,))
-        if any(c % self.motion_norm_num_groups for c in channels):
-            raise ValueError(f"motion_norm_num_groups {self.motion_norm_num_groups} must divide {channels}")
-        if self.motion_max_seq_length < 1:
-            raise ValueError(f"motion_max_seq_length must be at least 1, not {self.motion_max_seq_length}")
+        if groups < 1 or any(c % groups for c in channels):
+            raise ValueError(f"motion_norm_num_groups {groups} must divide block_out_channels {channels}")
+        for name in ("motion_transformer_layers_per_mid_block", "motion_max_seq_length"):
+            if min(per_level(getattr(self, name), 1)) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
 class MotionAdapter(Network):
@@ -73,41 +77,31 @@ class MotionAdapter(Network):
 
     def __init__(self, config: MotionAdapterConfig | None = None, **fields: Any):
         super().__init__(config, **fields)
-        config = self.config
-        levels = len(config.block_out_channels)
-        per = [
-            per_level(value, levels)
-            for value in (
-                config.block_out_channels,
-                config.motion_num_attention_heads,
-                config.motion_transformer_layers_per_block,
-                config.motion_layers_per_block,
-            )
-        ]
-        rows = list(zip(*per, strict=True))
-        make = self.make_modules
-        self.down = nn.ModuleList(make(c, heads, layers, count) for c, heads, layers, count in rows)
+        c = self.config
+        fields = (c.motion_num_attention_heads, c.motion_transformer_layers_per_block, c.motion_layers_per_block)
+        levels = [per_level(field, len(c.block_out_channels)) for field in (c.block_out_channels, *fields)]
+        levels = list(zip(*levels, strict=True))  # (channels, heads, blocks in a module, modules), finest first
+        self.down = nn.ModuleList(self.make_modules(*level) for level in levels)
         self.mid = None
-        if config.use_motion_mid_block:
-            c, heads, *_ = rows[-1]
-            self.mid = make(c, heads, config.motion_transformer_layers_per_mid_block, 1)
-        self.up = nn.ModuleList(make(c, heads, layers, count + 1) for c, heads, layers, count in reversed(rows))
+        if c.use_motion_mid_block:
+            (layers,) = per_level(c.motion_transformer_layers_per_mid_block, 1)
+            self.mid = self.make_modules(*levels[-1][:2], layers, 1)
+        self.up = nn.ModuleList(self.make_modules(*level, count + 1) for *level, count in reversed(levels))
 
     def make_modules(self, c: int, heads: int, layers: int, count: int) -> nn.ModuleList:
         groups, frames = self.config.motion_norm_num_groups, self.config.motion_max_seq_length
         return nn.ModuleList(MotionModule(c, heads, layers, groups, frames) for _ in range(count))
 
     @classmethod
-    def from_pretrained(cls, path_or_id: str | Path, *, compat: str | None = None, **arguments: Any) -> Self:
-        """As every network's; `compat="diffusers"` sets `motion_norms` and `resnet_norms` as diffusers computes.
+    def from_pretrained(cls, path_or_id: str | Path, *, subfolder: str | None = None, **arguments: Any) -> Self:
+        """As every network's.
 
         v1 is known by its 24 positions or by a name that ends in -v1-5 or -v1-4. A file with 32 positions and no mid
         block under another name may be v1 or v3: then a warning names the field that says so.
         """
-        forced = compat_fields(cls.__name__, compat) if compat else {}
-        adapter = super().from_pretrained(path_or_id, **forced | arguments)
-        if adapter.config.resnet_norms is None:
-            adapter.config = replace(adapter.config, resnet_norms=resnet_norms_of(adapter.config, str(path_or_id)))
+        adapter = super().from_pretrained(path_or_id, subfolder=subfolder, **arguments)
+        name = os.path.basename(os.path.abspath(subfolder or path_or_id))
+        adapter.config = settle_resnet_norms(adapter.config, name)
         return adapter
 
     @classmethod
@@ -120,16 +114,26 @@ class MotionAdapter(Network):
         return config
 
 
-def resnet_norms_of(config: Any, name: str) -> Span:
-    """What the norms of the image model span, from the version of an adapter: the positions and the name tell it."""
-    if config.motion_max_seq_length == 24 or re.search(r"-v1-[45]/?$", name):
+def known_resnet_norms(config: Any, name: str = "") -> Span | None:
+    """What the norms of the image model span, from what tells an adapter's version; None: version 1 or 3."""
+    if config.use_motion_mid_block:  # version 2
+        return "frame"
+    if config.motion_max_seq_length == 24 or re.search("-v1-[45]$", name):  # version 1
         return "clip"
-    if not config.use_motion_mid_block and not re.search(r"-v1-5-\d/?$", name):
+    return "frame" if name.endswith("-v1-5-3") else None
+
+
+def settle_resnet_norms(config: Any, name: str = "") -> Any:
+    """The config of loaded motion modules with its `resnet_norms` filled in."""
+    if config.resnet_norms is not None:
+        return config
+    span = known_resnet_norms(config, name)
+    if span is None:
         logger.warning(
-            "%s may be an adapter of version 1 or 3, which normalise differently: it is run as version 3. "
-            'resnet_norms="clip" says that it is version 1, resnet_norms="frame" that it is not.', name
+            "These motion modules may be AnimateDiff's version 1 or 3, which normalise differently: they are run as "
+            'version 3. resnet_norms="clip" says that they are version 1, resnet_norms="frame" that they are not.'
         )
-    return "frame"
+    return replace(config, resnet_norms=span or "frame")
 
 
 @dataclass(frozen=True)
@@ -145,9 +149,10 @@ class UNetMotionConfig:
     layers_per_block: int | tuple[int, ...] = 2
     norm_num_groups: int = 32  # of the motion modules, too
     cross_attention_dim: int = 1280
+    transformer_layers_per_mid_block: Literal[1] | None = None  # None: as elsewhere, one
     num_attention_heads: int = 8  # of the image model
     temporal_transformer_layers_per_block: int | tuple[int, ...] = 1
-    temporal_transformer_layers_per_mid_block: int = 1
+    temporal_transformer_layers_per_mid_block: int | tuple[int] = 1
     motion_num_attention_heads: int | tuple[int, ...] = 8
     motion_max_seq_length: int = 32
     use_motion_mid_block: bool = True
@@ -172,9 +177,7 @@ class UNetMotionConfig:
         "transformer_layers_per_block": 1,
         "use_linear_projection": False,
     }
-    IGNORED: ClassVar[dict[str, str]] = {
-        "transformer_layers_per_mid_block": "one, as everywhere: diffusers writes null or 1",
-    }
+    IGNORED: ClassVar[dict[str, str]] = {}
 
     def __post_init__(self):
         check_levels(self, {"DownBlockMotion": "UpBlockMotion", "CrossAttnDownBlockMotion": "CrossAttnUpBlockMotion"})
@@ -191,11 +194,11 @@ class UNetMotionConfig:
         return self.num_attention_heads
 
     def adapter(self) -> MotionAdapterConfig:
-        """The fields of the motion modules."""
-        return MotionAdapterConfig(**{ours: getattr(self, here) for ours, here in SHARED.items()})
+        """The fields of the motion modules, under the names that an adapter has for them."""
+        return MotionAdapterConfig(**{name: getattr(self, here) for name, here in SHARED.items()})
 
 
-SHARED = {  # the adapter's fields -> the same ones of the whole UNet
+SHARED = {  # the adapter's fields -> the names that the whole UNet has for them
     "block_out_channels": "block_out_channels",
     "motion_layers_per_block": "layers_per_block",
     "motion_transformer_layers_per_block": "temporal_transformer_layers_per_block",
@@ -215,34 +218,25 @@ class UNetMotionModel(UNet):
     Config = UNetMotionConfig
     layout = diffusers_motion.UNET
 
-    def __init__(self, config: UNetMotionConfig | None = None, *, compat: str | None = None, **fields: Any):
-        """compat: None, or "diffusers" for the reference's norms, except those that are given."""
-        self.explicit = frozenset(name for name in NORMS if fields.get(name) is not None)
+    def __init__(self, config: UNetMotionConfig | None = None, **fields: Any):
         super().__init__(config, **fields)
         self.install(MotionAdapter(self.config.adapter()))
-        self.set_compat(compat)
 
     def make_block(self, c_in: int, c_out: int, attention: bool) -> Block:
         return Block(self.config, c_in, c_out, attention)
 
-    def motion_modules(self) -> Iterator[MotionModule]:
-        return (block.motion for block in self.blocks() if block.motion is not None)
+    def check(self, x: Tensor, t: int | float | Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        t, context = super().check(x, t, context)
+        if x.shape[2] > (most := self.config.motion_max_seq_length):
+            raise ValueError(f"x has {x.shape[2]} frames, and the motion modules know {most} positions")
+        return t, context
 
     @classmethod
-    def from_config(cls, config: Any, *, compat: str | None = None, **overrides: Any) -> Self:
-        unet = super().from_config(config, **overrides)
-        unet.explicit = frozenset(name for name in NORMS if overrides.get(name) is not None)
-        return unet.set_compat(compat)
-
-    @classmethod
-    def from_pretrained(cls, path_or_id: str | Path, *, compat: str | None = None, **arguments: Any) -> Self:
-        """As every network's, with `compat` as in the constructor."""
+    def from_pretrained(cls, path_or_id: str | Path, **arguments: Any) -> Self:
+        """As every network's. Motion modules that may be of version 1 or 3 are met by a warning."""
         unet = super().from_pretrained(path_or_id, **arguments)
-        unet.explicit = frozenset(name for name in NORMS if arguments.get(name) is not None)
-        unet.set_compat(compat)
-        if unet.config.resnet_norms is None:
-            unet.set_norms(resnet_norms=resnet_norms_of(unet.config, str(path_or_id)))
-        return unet
+        unet.config = settle_resnet_norms(unet.config)
+        return unet.apply_norms()
 
     @classmethod
     def from_unet2d(
@@ -255,40 +249,35 @@ class UNetMotionModel(UNet):
     ) -> Self:
         """`unet` with the modules of `motion_adapter` (None: fresh ones, that change nothing yet) in it.
 
-        Both are copied, and stay as they were. Raises ValueError where they do not fit each other.
+        Both are copied, and stay as they were. load_weights: False takes the shapes alone, with random weights.
+        compat: as in `set_compat`. Raises ValueError where the two do not fit each other.
         """
-        old = asdict(unet.config)
-        old["num_attention_heads"] = old.pop("attention_head_dim")
+        image = asdict(unet.config)
+        image["num_attention_heads"] = image.pop("attention_head_dim")
         for name in ("down_block_types", "up_block_types"):
-            old[name] = tuple(kind.replace("2D", "Motion") for kind in old[name])
+            image[name] = tuple(kind.replace("2D", "Motion") for kind in image[name])
         if motion_adapter is None:
-            motion_adapter = MotionAdapter(
-                block_out_channels=unet.config.block_out_channels,
-                motion_layers_per_block=unet.config.layers_per_block,
-                motion_norm_num_groups=unet.config.norm_num_groups,
-            )
-        check_fit(motion_adapter.config, unet.config)
-        theirs = {SHARED[name]: value for name, value in asdict(motion_adapter.config).items()}
+            motion_adapter = MotionAdapter(UNetMotionConfig(**image).adapter())
+        config = UNetMotionConfig(**image | shared_fields(motion_adapter.config, unet.config))
         if not load_weights:
-            return cls(**old | theirs, compat=compat)
+            return cls(config, compat=compat)
         with torch.device("meta"), Weightless():
-            new = cls(**old | theirs)
-        new.explicit = frozenset()
+            new = cls(config, compat=compat)
         for block in new.blocks():
             block.motion = None
         new.load_state_dict({name: value.detach().clone() for name, value in unet.state_dict().items()}, assign=True)
         new.load_motion_modules(motion_adapter)
-        return new.set_compat(compat).train(unet.training)
+        return new.train(unet.training)
 
     def load_motion_modules(self, motion_adapter: MotionAdapter) -> None:
-        """Copies of the adapter's modules take the place of those that are here: where it has none, none are left."""
-        check_fit(motion_adapter.config, self.config)
-        theirs = {SHARED[name]: value for name, value in asdict(motion_adapter.config).items()}
-        for name in self.explicit:
-            theirs[name] = getattr(self.config, name)
-        self.config = replace(self.config, **theirs)
-        adapter = copy.deepcopy(motion_adapter).to(device=self.device, dtype=self.dtype)
-        self.install(adapter.requires_grad_(True).train(self.training))
+        """Copies of the adapter's modules take the place of those that are here: where it has none, none are left.
+
+        The fields about motion modules become the adapter's, except as `set_compat` has set them.
+        """
+        self.config = replace(self.config, **shared_fields(motion_adapter.config, self.config))
+        self.explicit = motion_adapter.explicit
+        self.install(copy.deepcopy(motion_adapter).to(device=self.device, dtype=self.dtype).requires_grad_(True))
+        self.set_compat(self.compat).train(self.training)
 
     def install(self, adapter: MotionAdapter) -> None:
         """Put the modules of an adapter into the blocks: no copy."""
@@ -297,7 +286,8 @@ class UNetMotionModel(UNet):
                 for block, module in zip(level.blocks, modules, strict=True):
                     block.motion = module
         self.mid[0].motion = adapter.mid[0] if adapter.mid is not None else None
-        self.set_norms()
+        self.set_chunking(self.chunking)
+        self.apply_norms()
 
     def motion_adapter(self) -> MotionAdapter:
         """The motion modules by themselves: no copy."""
@@ -313,44 +303,37 @@ class UNetMotionModel(UNet):
     def save_motion_modules(
         self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None
     ) -> None:
-        """Write the motion modules as a MotionAdapter."""
+        """Write the motion modules as a MotionAdapter; arguments as of `save_pretrained`."""
         self.motion_adapter().save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
 
     def freeze_unet2d_params(self) -> None:
         """Only the motion modules remain trainable."""
-        self.requires_grad_(False)
-        for module in self.motion_modules():
-            module.requires_grad_(True)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad = ".motion." in name
 
     def set_compat(self, compat: str | None) -> Self:
-        """Take the norms of a compatibility mode, except those passed in code. None changes nothing."""
-        if compat is not None:
-            forced = compat_fields(type(self).__name__, compat)
-            self.set_norms(**{name: value for name, value in forced.items() if name not in self.explicit})
+        super().set_compat(compat)
+        return self.apply_norms()
+
+    def apply_norms(self) -> Self:
+        """Have the norms span what the config says."""
+        self.clip_norms = (self.config.resnet_norms or known_resnet_norms(self.config)) == "clip"
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.clip_norms = self.clip_norms
+            elif isinstance(module, MotionModule):
+                module.clip_norm = self.config.motion_norms == "clip"
         return self
 
-    def set_norms(self, **spans: Span | None) -> None:
-        """motion_norms, resnet_norms: "frame" or "clip"; what is not given stays."""
-        self.config = replace(self.config, **spans)
-        resnet_norms = self.config.resnet_norms
-        self.clip_norms = resnet_norms == "clip" or (resnet_norms is None and self.config.motion_max_seq_length == 24)
-        for block in self.blocks():
-            block.clip_norms = self.clip_norms
-        for module in self.motion_modules():
-            module.clip_norm = self.config.motion_norms == "clip"
 
-
-def check_fit(adapter: MotionAdapterConfig, unet: Any) -> None:
-    """Raises ValueError where an adapter does not fit an image model."""
+def shared_fields(adapter: MotionAdapterConfig, unet: Any) -> dict[str, Any]:
+    """An adapter's fields under the names that a UNet has for them. Raises ValueError where it does not fit `unet`."""
     levels = len(unet.block_out_channels)
-    pairs = {
-        "block_out_channels": (adapter.block_out_channels, unet.block_out_channels),
-        "layers per block": (
-            per_level(adapter.motion_layers_per_block, len(adapter.block_out_channels)),
-            per_level(unet.layers_per_block, levels),
-        ),
-        "norm_num_groups": (adapter.motion_norm_num_groups, unet.norm_num_groups),
-    }
-    for name, (theirs, ours) in pairs.items():
+    for name, theirs, ours in (
+        ("block_out_channels", adapter.block_out_channels, unet.block_out_channels),
+        ("layers_per_block", *(per_level(n, levels) for n in (adapter.motion_layers_per_block, unet.layers_per_block))),
+        ("norm_num_groups", adapter.motion_norm_num_groups, unet.norm_num_groups),
+    ):
         if theirs != ours:
             raise ValueError(f"the motion adapter does not fit the UNet: {name} {theirs}, not {ours}")
+    return {here: getattr(adapter, name) for name, here in SHARED.items()}
