@@ -6,27 +6,52 @@ import pytest
 
 import minit2v.schedulers as schedulers
 from minit2v.compat import DEVIATIONS, compat_fields
+from minit2v.pipelines.animatediff import AnimateDiffPipeline, AnimateDiffVideoToVideoPipeline
 from minit2v.pipelines.text_to_video import TextToVideoSDPipeline
 from minit2v.pipelines.video_to_video import VideoToVideoSDPipeline
+from minit2v.unet_motion import MotionAdapter, UNetMotionModel
 
-PIPELINES = {cls.__name__: cls for cls in (TextToVideoSDPipeline, VideoToVideoSDPipeline)}
+PIPELINES = {
+    cls.__name__: cls
+    for cls in (
+        TextToVideoSDPipeline, VideoToVideoSDPipeline, AnimateDiffPipeline, AnimateDiffVideoToVideoPipeline,
+    )
+}  # fmt: skip
+NETWORKS = {  # with what makes them small
+    "MotionAdapter": (MotionAdapter, {"block_out_channels": (32,)}),
+    "UNetMotionModel": (UNetMotionModel, {
+        "block_out_channels": (32,), "down_block_types": ("DownBlockMotion",), "up_block_types": ("UpBlockMotion",),
+    }),
+}  # fmt: skip
 
 
-def owner_of(name):
-    return PIPELINES[name] if name in PIPELINES else getattr(schedulers, name)
+def free_init(compat, **fields):
+    pipe = TextToVideoSDPipeline(**dict.fromkeys(TextToVideoSDPipeline.COMPONENTS), compat=compat)
+    pipe.enable_free_init(**fields)
+    return pipe._free_init
 
 
 @pytest.mark.parametrize("deviation", DEVIATIONS, ids=lambda d: f"{d.owner}.{d.field}")
 def test_each_deviation_is_a_field_of_its_owner(deviation):
-    cls = owner_of(deviation.owner)
     assert deviation.default != deviation.diffusers
     assert deviation.why and deviation.see and "\n" not in deviation.why + deviation.see
     if deviation.owner in PIPELINES:
+        cls = PIPELINES[deviation.owner]
         assert deviation.field in cls.FIELDS
         parts = dict.fromkeys(cls.COMPONENTS)
         value = {mode: getattr(cls(**parts, compat=mode), deviation.field) for mode in (None, "diffusers")}
         given = getattr(cls(**parts, compat="diffusers", **{deviation.field: deviation.default}), deviation.field)
+    elif deviation.owner in NETWORKS:
+        cls, small = NETWORKS[deviation.owner]
+        assert {f.name: f.default for f in fields(cls.Config)}[deviation.field] == deviation.default
+        value = {mode: getattr(cls(**small, compat=mode).config, deviation.field) for mode in (None, "diffusers")}
+        given = cls(**small, compat="diffusers", **{deviation.field: deviation.default}).config
+        given = getattr(given, deviation.field)
+    elif deviation.owner == "FreeInit":  # belongs to no file: the pipeline's mode sets it when it is enabled
+        value = {mode: getattr(free_init(mode), deviation.field) for mode in (None, "diffusers")}
+        given = getattr(free_init("diffusers", **{deviation.field: deviation.default}), deviation.field)
     else:
+        cls = getattr(schedulers, deviation.owner)
         assert {f.name: f.default for f in fields(cls.Fields)}[deviation.field] == deviation.default
         value = {mode: cls(compat=mode).config[deviation.field] for mode in (None, "diffusers")}
         given = cls(compat="diffusers", **{deviation.field: deviation.default}).config[deviation.field]
@@ -40,7 +65,9 @@ def test_every_field_of_a_pipeline_is_in_the_table():
 
 
 def test_every_field_that_schedulers_add_is_in_the_table():
-    assert schedulers.base._EXTRA_FIELDS == {d.field for d in DEVIATIONS if d.owner not in PIPELINES}
+    assert schedulers.base._EXTRA_FIELDS == {
+        d.field for d in DEVIATIONS if d.owner not in (*PIPELINES, *NETWORKS, "FreeInit")
+    }
 
 
 def test_an_unknown_mode_is_named():
