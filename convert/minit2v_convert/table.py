@@ -1,0 +1,190 @@
+"""Tables between an original format and the names that diffusers and transformers publish.
+
+A row is (original, published): templates as in `rename`, and three signs more.
+
+    {n*i+j+1}  {last-i}  {up[i]}   in an original name: arithmetic with the placeholders of the published name and
+                                   with numbers of the network (here `n`, `last`, `up`, which its `Format` defines)
+    {q,k,v}                        in a published name: the original tensor holds these, one below the other
+    {0,1}                          in an original name: the same tensor stands under each of the names
+
+A third element says that the original writes a linear layer as a convolution, with that many axes of size 1 behind.
+The first row whose published side matches wins.
+
+All names that a network has are known from its config (`shapes`), so a table is written out once, from the published
+names to the original ones. The way back is looked up in what was written: nothing has to be solved for i and j.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
+from typing import Any
+
+from .shapes import Config, Get, Shape, Shapes
+
+Row = tuple[str, str] | tuple[str, str, int]
+Rows = Sequence[Row]
+Numbers = Mapping[str, Any]  # int, or a tuple of them
+
+CONV1D, CONV2D = 1, 2  # third elements
+SAME: Rows = [("{*}", "{*}")]
+SIGN = re.compile(r"\{([^{}]*)\}")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the original, or several names of one; one published tensor, or several that are its rows."""
+
+    original: tuple[str, ...]
+    published: tuple[str, ...]
+    ones: int  # trailing axes of size 1 that only the original has
+    row: int  # of the table
+
+    def original_shape(self, shapes: Shapes) -> Shape:
+        first, *rest = shapes[self.published[0]]
+        return (first * len(self.published), *rest, *[1] * self.ones)
+
+
+def below(original: str, published: str, rows: Rows) -> list[Row]:
+    """The same rows, deeper on both sides."""
+    return [(original + o, published + p, *ones) for o, p, *ones in rows]
+
+
+@cache
+def pattern(template: str) -> re.Pattern[str]:
+    def part(sign: str) -> str:
+        if sign == "*":
+            return "(?P<rest>.+)"
+        return f"(?P<choice>{sign.replace(',', '|')})" if "," in sign else f"(?P<{sign}>[^.]+)"
+
+    pieces = SIGN.split(template)
+    return re.compile("".join(part(p) if n % 2 else re.escape(p) for n, p in enumerate(pieces)))
+
+
+def evaluate(sign: str, values: Numbers) -> Any:
+    """What stands for `{sign}`: a placeholder's text, or arithmetic as above."""
+    if sign in values:
+        return values[sign]
+    if at := re.fullmatch(r"(\w+)\[(\w+)\]", sign):
+        return values[at[1]][int(values[at[2]])]
+    total = 0
+    for minus, factor, name in re.findall(r"([+-]?)(?:(\w+)\*)?(\w+)", sign):
+        term = int(values.get(name, name)) * int(values.get(factor, factor or 1))
+        total += -term if minus == "-" else term
+    return total
+
+
+def fill_in(template: str, values: Numbers) -> tuple[str, ...]:
+    names = [""]
+    for n, piece in enumerate(SIGN.split(template)):
+        if not n % 2:
+            choices = [piece]
+        elif "," in piece:
+            choices = piece.split(",")
+        else:
+            choices = [str(evaluate("rest" if piece == "*" else piece, values))]
+        names = [name + choice for name in names for choice in choices]
+    return tuple(names)
+
+
+def original_of(rows: Rows, name: str, numbers: Numbers) -> tuple[tuple[str, ...], int, str | None] | None:
+    """(original names, the row's index, which of {q,k,v}) of one published name."""
+    for n, row in enumerate(rows):
+        if m := pattern(row[1]).fullmatch(name):
+            found = m.groupdict()
+            return fill_in(row[0], {**numbers, "rest": found.get("rest"), **found}), n, found.get("choice")
+    return None
+
+
+def write_out(rows: Rows, published: Iterable[str], numbers: Numbers) -> list[Entry]:
+    """The whole table. Raises ValueError where the rows are not one to one over these names."""
+    found: dict[tuple[str, ...], tuple[int, dict[str | None, str]]] = {}
+    for name in published:
+        hit = original_of(rows, name, numbers)
+        if hit is None:
+            raise ValueError(f"no row knows {name!r}")
+        original, n, choice = hit
+        parts = found.setdefault(original, (n, {}))[1]
+        if choice in parts:
+            raise ValueError(f"{parts[choice]!r} and {name!r} are both {original[0]!r}")
+        parts[choice] = name
+    out = []
+    for original, (n, parts) in found.items():
+        signs = [s for s in SIGN.findall(rows[n][1]) if "," in s]
+        order: Sequence[str | None] = signs[0].split(",") if signs else [None]
+        if missing := [c for c in order if c not in parts]:
+            raise ValueError(f"{original[0]!r}: nothing for {missing}")
+        out.append(Entry(original, tuple(parts[c] for c in order), rows[n][2] if len(rows[n]) > 2 else 0, n))
+    return out
+
+
+def _no_numbers(_: Any) -> Numbers:
+    return {}
+
+
+@dataclass(frozen=True, eq=False)
+class Format:
+    """One network in one layout.
+
+    component: the folder it has in a pipeline.
+    shapes, infer: of the network (`shapes`); known: its published configs, the usual one first.
+    rows: the table. numbers: those it needs, from a config. glance: those that `infer` needs, from a file's names.
+    ignored: original names that are not converted, each with the reason.
+    optional: published tensors that may be absent on either side, with the one dtype in which they are taken over.
+    computed: published tensors that some originals lack, and what makes them.
+    spell: what is done to the original names after the table.
+    """
+
+    component: str
+    shapes: Callable[[Config], Shapes]
+    infer: Callable[[Config, Get], Config]
+    known: Mapping[str, Config]
+    rows: Rows = field(default_factory=lambda: SAME)
+    numbers: Callable[[Config], Numbers] = _no_numbers
+    glance: Callable[[Iterable[str]], Numbers] = _no_numbers
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    optional: Mapping[str, str] = field(default_factory=dict)
+    computed: Mapping[str, str] = field(default_factory=dict)
+    spell: Callable[[str], str] = str
+
+    def table(self, config: Config) -> tuple[list[Entry], Shapes]:
+        """The table written out for one network, and its published shapes."""
+        return _table(self, json.dumps(config, sort_keys=True))
+
+    def reader(self, get: Get, names: Iterable[str]) -> Get:
+        """`get` of original names -> `get` of published names, without the axes that only the original has."""
+        numbers = self.glance(names)
+
+        def published(name: str) -> Shape | None:
+            hit = original_of(self.rows, name, numbers)
+            shape = get(self.spell(hit[0][0])) if hit else None
+            if shape is None or hit is None:
+                return None
+            _, row, choice = hit
+            ones = self.rows[row][2] if len(self.rows[row]) > 2 else 0
+            parts = 3 if choice else 1
+            return (shape[0] // parts, *shape[1 : len(shape) - ones]) if shape else shape
+
+        return published
+
+    def why_ignored(self, name: str, config: Config) -> str | None:
+        return reason(self.ignored, name, self.numbers(config))
+
+
+@lru_cache(maxsize=64)
+def _table(fmt: Format, config: str) -> tuple[list[Entry], Shapes]:
+    c = json.loads(config)
+    shapes = fmt.shapes(c)
+    table = write_out(fmt.rows, shapes, fmt.numbers(c))
+    spelled = [Entry(tuple(map(fmt.spell, e.original)), e.published, e.ones, e.row) for e in table]
+    return spelled, shapes
+
+
+def reason(ignored: Mapping[str, str], name: str, numbers: Numbers) -> str | None:
+    """Why `name` is not converted; None where it is not on the list."""
+    for template, why in ignored.items():
+        literal = SIGN.sub(lambda m: str(numbers[m[1]]) if m[1] in numbers else m[0], template)
+        if pattern(literal).fullmatch(name):
+            return why
+    return None
