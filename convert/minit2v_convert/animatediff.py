@@ -35,7 +35,9 @@ PUBLISHED_MOTION = {
 }
 MODULES = Format("motion_adapter", shapes.motion_adapter, shapes.infer_motion, PUBLISHED_MOTION, MOTION_ROWS,
                  computed={"{*}.pos_embed.pe": "sinusoids"})  # fmt: skip
-ADAPTER = replace(MODULES, rows=SAME, computed={})
+# Diffusers gives v1 the 32 positions of v3.
+ADAPTER = replace(MODULES, rows=SAME, computed={},
+                  known={v.replace("v3", "v1 or v3"): c for v, c in PUBLISHED_MOTION.items()})  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------------------- LoRAs
 
@@ -56,11 +58,11 @@ LORA_ROWS: Rows = below("{*}.", "{*}.", LORA_LAYERS)  # the names on the hub, an
 
 MOTION_LORA = Format("lora", shapes.motion_lora, shapes.infer_motion_lora,
                      {"v2": {**MOTION, "rank": 64}, "v1 or v3": {**PUBLISHED_MOTION["v3"], "rank": 64}},
-                     MOTION_LORA_ROWS)  # fmt: skip
+                     MOTION_LORA_ROWS, written="unet.")  # fmt: skip
 HUB_MOTION_LORA = replace(MOTION_LORA, rows=LORA_ROWS)
 PEFT_MOTION_LORA = replace(MOTION_LORA, rows=SAME)
 DOMAIN_ADAPTER = Format("lora", shapes.spatial_lora, shapes.infer_spatial_lora, {"v3": {**UNET2D, "rank": 128}},
-                        LORA_ROWS)  # fmt: skip
+                        LORA_ROWS, written="unet.")  # fmt: skip
 PEFT_DOMAIN_ADAPTER = replace(DOMAIN_ADAPTER, rows=SAME)
 
 # ---------------------------------------------------------------------------------------------------------- SparseCtrl
@@ -75,3 +77,4 @@ SPARSE_KNOWN = {
     "rgb": {**SPARSE, "conditioning_channels": 4, "use_simplified_condition_embedding": True},
 }
 SPARSE_CONTROL = Format("controlnet", shapes.sparse_control, shapes.infer_sparse, SPARSE_KNOWN, SPARSE_ROWS)
+HUB_SPARSE_CONTROL = replace(SPARSE_CONTROL, rows=SAME)

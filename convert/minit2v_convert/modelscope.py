@@ -1,4 +1,4 @@
-"""ModelScope's text-to-video: `text2video_pytorch_model.pth` (UNetSD, also Zeroscope's) and `open_clip_pytorch_model.bin`.
+"""ModelScope's text-to-video: `text2video_pytorch_model.pth` (UNetSD; Zeroscope's too), `open_clip_pytorch_model.bin`.
 
 Its third file, `VQGAN_autoencoder.pth`, is a checkpoint of latent diffusion (`ldm`).
 """

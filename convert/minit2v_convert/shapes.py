@@ -289,6 +289,15 @@ def attention_weights(shapes: Shapes) -> Shapes:
     return {n: s for n, s in shapes.items() if ".to_" in n and n.endswith(".weight")}
 
 
+def any_lora(c: Config) -> Shapes:
+    """An adapter of some layers of a network: {layer: rank}. The scale is alpha / rank, 1 where there is no alpha."""
+    layers = LORA_TARGETS[c["named"]]()
+    out: Shapes = {}
+    for module, rank in c["ranks"].items():
+        out |= lora({f"{module}.weight": layers[module]}, rank) | {f"{module}.alpha": ()}
+    return out
+
+
 def motion_lora(c: Config) -> Shapes:
     return lora(attention_weights(motion_adapter({**c, "motion_max_seq_length": 1})), c["rank"])
 
@@ -377,10 +386,11 @@ IP_ADAPTER: Config = {**UNET2D, "image_dim": 1024, "tokens": 4, "resampler": 0}
 
 def _numbered(get: Get, template: str, leaves: tuple[str, ...]) -> Iterator[Shape]:
     """The shapes at `template` with {} = 0, 1, ... while there are any: of the first of the leaves that is there."""
-    n = 0
-    while shape := next((s for leaf in leaves if (s := get(template.format(n) + leaf))), None):
+    for n in range(64):  # no published network has more of anything; what a broken file says has an end
+        shape = _first(get, *(template.format(n) + leaf for leaf in leaves))
+        if not shape:
+            return
         yield shape
-        n += 1
 
 
 RES_BLOCK = ("conv1.bias", "conv2.bias", "norm2.weight", "norm2.bias", "conv2.weight")
@@ -489,3 +499,23 @@ def infer_spatial_lora(base: Config, get: Get) -> Config:
     """The widths are Stable Diffusion's: an adapter does not say how many levels without attention there are."""
     rank = next(_numbered(get, "down_blocks.0.attentions.{}.", LORA), None)
     return {**base, "rank": rank[1]} if rank else base
+
+
+def infer_any_lora(base: Config, get: Get) -> Config:
+    ranks = {}
+    for module in LORA_TARGETS[base["named"]]():
+        down, up = get(f"{module}.lora_A.weight"), get(f"{module}.lora_B.weight")
+        if down or up or get(f"{module}.alpha") is not None:
+            ranks[module] = down[0] if down else up[1] if up else 1
+    return {**base, "ranks": ranks}
+
+
+def _unet_layers() -> Shapes:
+    return {n.removesuffix(".weight"): s for n, s in unet2d(UNET2D).items() if len(s) > 1}
+
+
+def _text_layers() -> Shapes:
+    return {n.removesuffix(".weight"): s for n, s in clip_text(CLIP_L).items() if len(s) > 1 and ".layers." in n}
+
+
+LORA_TARGETS: dict[str, Callable[[], Shapes]] = {"unet": _unet_layers, "text_encoder": _text_layers}

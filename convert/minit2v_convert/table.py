@@ -42,8 +42,8 @@ class Entry:
     row: int  # of the table
 
     def original_shape(self, shapes: Shapes) -> Shape:
-        first, *rest = shapes[self.published[0]]
-        return (first * len(self.published), *rest, *[1] * self.ones)
+        shape = shapes[self.published[0]]
+        return (*(n * len(self.published) for n in shape[:1]), *shape[1:], *[1] * self.ones)
 
 
 def below(original: str, published: str, rows: Rows) -> list[Row]:
@@ -62,14 +62,25 @@ def pattern(template: str) -> re.Pattern[str]:
     return re.compile("".join(part(p) if n % 2 else re.escape(p) for n, p in enumerate(pieces)))
 
 
+@cache
+def _pieces(template: str) -> list[str]:
+    return SIGN.split(template)
+
+
+@cache
+def _terms(sign: str) -> list[tuple[str, str, str]]:
+    return re.findall(r"([+-]?)(?:(\w+)\*)?(\w+)", sign)
+
+
 def evaluate(sign: str, values: Numbers) -> Any:
     """What stands for `{sign}`: a placeholder's text, or arithmetic as above."""
     if sign in values:
         return values[sign]
-    if at := re.fullmatch(r"(\w+)\[(\w+)\]", sign):
-        return values[at[1]][int(values[at[2]])]
+    if sign.endswith("]"):
+        name, index = sign[:-1].split("[")
+        return values[name][int(values[index])]
     total = 0
-    for minus, factor, name in re.findall(r"([+-]?)(?:(\w+)\*)?(\w+)", sign):
+    for minus, factor, name in _terms(sign):
         term = int(values.get(name, name)) * int(values.get(factor, factor or 1))
         total += -term if minus == "-" else term
     return total
@@ -77,7 +88,7 @@ def evaluate(sign: str, values: Numbers) -> Any:
 
 def fill_in(template: str, values: Numbers) -> tuple[str, ...]:
     names = [""]
-    for n, piece in enumerate(SIGN.split(template)):
+    for n, piece in enumerate(_pieces(template)):
         if not n % 2:
             choices = [piece]
         elif "," in piece:
@@ -131,9 +142,11 @@ class Format:
     shapes, infer: of the network (`shapes`); known: its published configs, the usual one first.
     rows: the table. numbers: those it needs, from a config. glance: those that `infer` needs, from a file's names.
     ignored: original names that are not converted, each with the reason.
-    optional: published tensors that may be absent on either side, with the one dtype in which they are taken over.
+    optional: published tensors that may be absent on either side, with the one dtype in which they are taken over
+        ("" for any).
     computed: published tensors that some originals lack, and what makes them.
     spell: what is done to the original names after the table.
+    written: what stands before the published names in a file.
     """
 
     component: str
@@ -147,9 +160,10 @@ class Format:
     optional: Mapping[str, str] = field(default_factory=dict)
     computed: Mapping[str, str] = field(default_factory=dict)
     spell: Callable[[str], str] = str
+    written: str = ""
 
-    def table(self, config: Config) -> tuple[list[Entry], Shapes]:
-        """The table written out for one network, and its published shapes."""
+    def table(self, config: Config) -> "Table":
+        """The table written out for one network."""
         return _table(self, json.dumps(config, sort_keys=True))
 
     def reader(self, get: Get, names: Iterable[str]) -> Get:
@@ -172,13 +186,28 @@ class Format:
         return reason(self.ignored, name, self.numbers(config))
 
 
+@dataclass(frozen=True)
+class Table:
+    """shapes: of the published names. optional, computed: published names, with what the format says of them."""
+
+    entries: Sequence[Entry]
+    shapes: Shapes
+    optional: Mapping[str, str]
+    computed: Mapping[str, str]
+
+
 @lru_cache(maxsize=64)
-def _table(fmt: Format, config: str) -> tuple[list[Entry], Shapes]:
+def _table(fmt: Format, config: str) -> Table:
     c = json.loads(config)
     shapes = fmt.shapes(c)
-    table = write_out(fmt.rows, shapes, fmt.numbers(c))
-    spelled = [Entry(tuple(map(fmt.spell, e.original)), e.published, e.ones, e.row) for e in table]
-    return spelled, shapes
+    entries = write_out(fmt.rows, shapes, fmt.numbers(c))
+    if fmt.spell is not str:
+        entries = [Entry(tuple(map(fmt.spell, e.original)), e.published, e.ones, e.row) for e in entries]
+
+    def those(templates: Mapping[str, str]) -> dict[str, str]:
+        return {n: s for t, s in templates.items() for n in shapes if pattern(t).fullmatch(n)}
+
+    return Table(entries, shapes, those(fmt.optional), those(fmt.computed))
 
 
 def reason(ignored: Mapping[str, str], name: str, numbers: Numbers) -> str | None:

@@ -1,0 +1,275 @@
+"""From one published layout to another, as plans: what to write, in which order, out of which tensors.
+
+    kind = detect(header)                                  # header: {name: (shape, dtype)}, no data
+    for component, plan in to_diffusers(kind, header).items():
+        for step in plan.steps:                            # one tensor of the output after the other
+            tensor = make(step, [read(name) for name in step.sources])
+
+    files, omitted = from_diffusers({"unet": header, "vae": header, ...}, "original")   # {file name: plan} back again
+
+A plan is made from headers alone: names, shapes and dtypes are all checked when it exists, nothing has been read, and
+the output's header can be written before its first tensor. `make` is the only place where data is touched; no step
+needs more than its own sources. What a plan does not take stands in `ignored` with the reason.
+
+What does not come back from a folder, and is on those lists: the noise schedules and moving averages of single files,
+trainers' counters, the image tower and the last block of OpenCLIP (whose file is therefore refused, `omitted`).
+Motion modules get the copies of their position embedding back.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from . import animatediff, ldm, modelscope
+from .detect import FLOATS, Header, Kind, Part, detect, fit_config
+from .rename import nearest
+from .shapes import Config, Shape
+from .sparse import DTYPES
+from .table import Format
+
+INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One tensor of the output.
+
+    sources: the names to read, from the file of `component` ("" where there is one file).
+    op: copy; reshape (axes of size 1); rows (part `part` of `parts`); join (the sources, one below the other); same
+        (the sources are one tensor under several names); sinusoids (computed, no source).
+    """
+
+    name: str
+    shape: Shape
+    dtype: str  # as safetensors names it
+    sources: tuple[str, ...]
+    op: str = "copy"
+    part: int = 0
+    parts: int = 1
+    component: str = ""
+
+    def __str__(self) -> str:
+        """The line that a dry run prints."""
+        op = {"copy": "", "rows": f" (rows, part {self.part + 1} of {self.parts})"}.get(self.op, f" ({self.op})")
+        return f"{' + '.join(self.sources) or 'nothing'} -> {self.name} {list(self.shape)}{op}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One file of the output.
+
+    config: what its config.json says, None where there is none. nest: dictionaries around the tensors in a pickle.
+    ignored: source names that are not taken, each with the reason; after `from_diffusers` as "component/name".
+    """
+
+    steps: tuple[Step, ...]
+    config: Config | None = None
+    nest: tuple[str, ...] = ()
+    ignored: Mapping[str, str] = field(default_factory=dict)
+
+
+def make(step: Step, tensors: Sequence[Tensor]) -> Tensor:
+    """The tensor of a step, from the sources in its order; a view of them where it can be one."""
+    if step.op == "sinusoids":
+        return sinusoids(*step.shape[1:]).to(DTYPES[step.dtype])[None]
+    if step.op == "join":
+        return torch.cat(list(tensors)).reshape(step.shape)
+    x = tensors[0]
+    if step.op == "same":
+        for name, other in zip(step.sources[1:], tensors[1:], strict=True):
+            if x.dtype != other.dtype or not torch.equal(_bits(x), _bits(other)):
+                raise ValueError(f"{step.sources[0]!r} and {name!r} should be one tensor and differ: only one is kept")
+    if step.op == "rows":
+        n = x.shape[0] // step.parts
+        x = x[n * step.part : n * (step.part + 1)]
+    return x.reshape(step.shape)
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.view(INTS[x.element_size()])
+
+
+def sinusoids(rows: int, dim: int) -> Tensor:
+    """(rows dim): sine and cosine in turns, of wavelengths 2 pi to 20000 pi, as AnimateDiff computes them."""
+    position = torch.arange(rows).unsqueeze(1)
+    rate = torch.exp(torch.arange(0, dim, 2) * (-math.log(10000.0) / dim))
+    table = torch.zeros(rows, dim)
+    table[:, 0::2] = torch.sin(position * rate)
+    table[:, 1::2] = torch.cos(position * rate)
+    return table
+
+
+# ------------------------------------------------------------------------------------------------------------------ in
+
+
+def to_diffusers(kind: Kind, header: Header, *, ema: bool = False) -> dict[str, Plan]:
+    """{component: the plan of its file in a folder}. `ema` takes a single file's moving average for the UNet.
+
+    Raises ValueError in one line where a tensor is missing, unknown, or of another shape or dtype. Components that a
+    single file lacks (`kind.absent`) are no error here: what is there is converted.
+    """
+    title = kind.layout.title
+    if kind.layout.refused:
+        raise ValueError(f"{title}: {kind.layout.refused}")
+    if kind.missing or kind.unknown or kind.misshapen:
+        raise ValueError(f"{title}: {'; '.join(kind.faults())}")
+    parts, ignored = list(kind.parts), dict(kind.ignored)
+    if ema:
+        parts, ignored = _averaged(kind, header)
+    steps: dict[str, list[Step]] = {}
+    for part in parts:
+        steps.setdefault(part.format.component, []).extend(_read(part, header))
+    configs = {part.format.component: _config(part) for part in parts}
+    return {component: Plan(tuple(s), configs[component], ignored=ignored) for component, s in steps.items()}
+
+
+def _averaged(kind: Kind, header: Header) -> tuple[list[Part], dict[str, str]]:
+    """The parts and the list of what is ignored, with the moving average for the UNet."""
+    unet = next((p for p in kind.parts if p.format is ldm.UNET), None)
+    plain = {name[len(kind.prefix) :]: x for name, x in header.items()}
+    average = unet and fit_config(ldm.EMA, kind.prefix, plain, unet.config)
+    if unet is None or average is None or average.missing or average.misshapen:
+        there = len(average.mapped) if average else 0
+        raise ValueError(f"{kind.layout.title}: no moving average to take, {there} tensors of one are in it")
+    ignored = {name: why for name, why in kind.ignored.items() if name not in average.mapped}
+    ignored |= dict.fromkeys(sorted(unet.mapped), "the moving average is taken for it")
+    return [average if p is unet else p for p in kind.parts], ignored
+
+
+def _config(part: Part) -> Config | None:
+    return part.config if "_class_name" in part.config or "architectures" in part.config else None
+
+
+def _read(part: Part, header: Header) -> list[Step]:
+    """A step for each published tensor of a part, in the order of the network."""
+    table = part.format.table(part.config)
+    by_name = {}
+    some = next((header[name][1] for name in part.mapped), "F32")
+    for entry in table.entries:
+        sources = tuple(part.prefix + name for name in entry.original)
+        there = all(name in part.mapped for name in sources)
+        for n, name in enumerate(entry.published):
+            shape, written = table.shapes[name], part.format.written + name
+            if not there:  # optional, or computed
+                if name in table.computed:
+                    by_name[name] = Step(written, shape, some, (), table.computed[name])
+                continue
+            dtype = _float(sources[0], header, name in table.optional)
+            op = "copy"
+            if len(entry.published) > 1:
+                op = "rows"
+            elif len(sources) > 1:
+                op = "same"
+            elif tuple(header[sources[0]][0]) != shape:
+                op = "reshape"
+            by_name[name] = Step(written, shape, dtype, sources, op, n, len(entry.published))
+    return [by_name[name] for name in table.shapes if name in by_name]
+
+
+def _float(name: str, header: Header, optional: bool) -> str:
+    dtype = header[name][1]
+    if dtype not in FLOATS and not optional:
+        raise ValueError(f"{name!r} is {dtype}: weights in {', '.join(FLOATS)} are converted, no other")
+    return dtype
+
+
+# ----------------------------------------------------------------------------------------------------------------- out
+
+ORIGINALS: dict[str, tuple[Format, str, str, tuple[str, ...]]] = {
+    # the layout's title: format, prefix, file name, dictionaries around it
+    "UNet3DConditionModel": (modelscope.UNETSD, "", "text2video_pytorch_model.pth", ()),
+    "AutoencoderKL": (ldm.AUTOENCODER, "", "vae.ckpt", ("state_dict",)),
+    "MotionAdapter": (animatediff.MODULES, "", "motion_module.ckpt", ()),
+    "AnimateDiff motion LoRA": (animatediff.MOTION_LORA, "", "motion_lora.ckpt", ()),
+    "motion LoRA": (animatediff.MOTION_LORA, "", "motion_lora.ckpt", ()),
+    "AnimateDiff domain adapter": (animatediff.DOMAIN_ADAPTER, "", "domain_adapter.ckpt", ()),
+}
+MODELSCOPE_VAE = (ldm.AUTOENCODER, "first_stage_model.", "VQGAN_autoencoder.pth", ("state_dict",))
+SINGLE_FILE = {  # component: format, prefix, the class in diffusers or transformers
+    "unet": (ldm.UNET, "model.diffusion_model.", "UNet2DConditionModel"),
+    "vae": (ldm.AUTOENCODER, "first_stage_model.", "AutoencoderKL"),
+    "text_encoder": (ldm.TEXT, "cond_stage_model.transformer.", "CLIPTextModel"),
+}
+
+
+def from_diffusers(
+    headers: Mapping[str, Header], layout: str, *, positions: bool = True
+) -> tuple[dict[str, Plan], dict[str, str]]:
+    """({file name: plan}, {component: why it is not written}) from the headers of a folder's weights.
+
+    headers: by component; a lone file's component may be "". layout: "original" or "single-file"; the original of
+    Stable Diffusion is a single file.
+    positions: whether motion modules get their position embeddings (AnimateLCM's have none).
+    Raises ValueError where a header is not a complete network in the layout of diffusers, or nothing can be written.
+    """
+    if layout not in ("original", "single-file"):
+        raise ValueError(f"no layout {layout!r}{nearest(layout, ['original', 'single-file'])}")
+    kinds = {component: detect(header) for component, header in headers.items()}
+    for component, kind in kinds.items():
+        if kind.layout.layout not in ("diffusers", "peft"):
+            raise ValueError(f"{component or 'it'} is {kind.layout.title} ({kind.layout.layout}), not of diffusers")
+    plans = {c: to_diffusers(kind, headers[c]) for c, kind in kinds.items()}
+    titles = {kind.layout.title for kind in kinds.values()}
+    if layout == "single-file" or "UNet2DConditionModel" in titles:
+        return {"model.safetensors": _single_file(kinds, plans)}, {}
+    files, omitted = {}, {}
+    for component, kind in kinds.items():
+        (name, plan), *_ = plans[component].items()
+        modelscope_s = "UNet3DConditionModel" in titles
+        target = ORIGINALS.get(kind.layout.title)
+        if name == "lora":  # in peft's names; there the layout does not say of what it is an adapter
+            target = next((t for t in ORIGINALS.values() if t[0].shapes is kind.parts[0].format.shapes), None)
+        if name == "vae" and modelscope_s:
+            target = MODELSCOPE_VAE
+        if name == "text_encoder" and (modelscope_s or _is_open_clip(kind)):
+            omitted[component] = modelscope.OPEN_CLIP_LOST
+        elif target is None:
+            omitted[component] = f"{kind.layout.title} has no original file of its own"
+        else:
+            fmt, prefix, file, nest = target
+            steps = _write(fmt, prefix, kind.parts[0], plan, component, positions)
+            files[file] = Plan(tuple(steps), None, nest, _ignored(component, plan))
+    if not files:
+        raise ValueError("; ".join(f"{c or 'it'}: {why}" for c, why in omitted.items()))
+    return files, omitted
+
+
+def _is_open_clip(kind: Kind) -> bool:
+    return kind.parts[0].config.get("hidden_act") == "gelu"
+
+
+def _ignored(component: str, plan: Plan) -> dict[str, str]:
+    return {f"{component}/{name}": why for name, why in plan.ignored.items()}
+
+
+def _single_file(kinds: Mapping[str, Kind], plans: Mapping[str, dict[str, Plan]]) -> Plan:
+    steps: list[Step] = []
+    ignored: dict[str, str] = {}
+    for component, kind in kinds.items():
+        (name, plan), *_ = plans[component].items()
+        if name not in SINGLE_FILE or kind.layout.title != SINGLE_FILE[name][2] or _is_open_clip(kind):
+            raise ValueError(f"{component or 'it'}: {kind.layout.title} ({kind.version}) is no part of a single file "
+                             "of Stable Diffusion 1.x")  # fmt: skip
+        fmt, prefix, _ = SINGLE_FILE[name]
+        steps += _write(fmt, prefix, kind.parts[0], plan, component, True)
+        ignored |= _ignored(component, plan)
+    return Plan(tuple(steps), None, ("state_dict",), ignored)
+
+
+def _write(fmt: Format, prefix: str, part: Part, plan: Plan, component: str, positions: bool) -> list[Step]:
+    """A step for each original tensor, from the published ones that `plan` finds in the file."""
+    table = fmt.table(part.config)
+    found = {step.name.removeprefix(part.format.written): step for step in plan.steps}
+    out = []
+    for entry in table.entries:
+        have = [found[name] for name in entry.published if name in found]
+        if len(have) < len(entry.published) or not positions and entry.published[0] in table.computed:
+            continue  # optional tensors, or those that are not wanted: `to_diffusers` has seen to the others
+        shape = entry.original_shape(table.shapes)
+        op = "join" if len(have) > 1 else "reshape" if entry.ones else "copy"
+        sources = tuple(source for step in have for source in step.sources)
+        out += [Step(prefix + name, shape, have[0].dtype, sources, op, component=component) for name in entry.original]
+    return out
