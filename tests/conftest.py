@@ -124,8 +124,9 @@ def _write_tiny_vocabulary(folder: Path) -> None:
 def manifest() -> Callable[[str], Manifest]:
     """manifest("ms-1.7b/unet") -> {published name: (shape, dtype)}: what is inside the published files.
 
-    Repositories ms-1.7b, zeroscope_v2_576w, zeroscope_v2_XL, sd15, rv51; parts unet, vae, text_encoder; `.fp16` behind
-    the part for the variant of ms-1.7b and sd15.
+    Repositories ms-1.7b, zeroscope_v2_576w, zeroscope_v2_XL, sd15, rv51 with parts unet, vae, text_encoder, and
+    adapter-v1-5, adapter-v1-5-2, adapter-v1-5-3, adapter-sdxl-beta, animatelcm with part motion_adapter; `.fp16` behind
+    the part for the variant, where there is one.
     """
     return lambda name: {key: (tuple(shape), dtype) for key, (shape, dtype) in _manifests()[name].items()}
 
@@ -147,6 +148,17 @@ def published_config() -> Callable[[str, str], dict]:
         raise KeyError(f"{repo} has {sorted(files)}, not {part!r}")
 
     return config
+
+
+@pytest.fixture(scope="session")
+def published_class() -> Callable[[str], str]:
+    """published_class("sd15/unet.fp16") -> "UNet2DConditionModel": of what network a manifest is."""
+
+    def name_of(name: str) -> str:
+        repo, part = name.removesuffix(".fp16").split("/")
+        return _class_of(_configs()[repo][f"{part}/config.json"])
+
+    return name_of
 
 
 @pytest.fixture(scope="session")

@@ -5,14 +5,17 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from minit2v_convert import diffusers_unet3d, diffusers_vae, transformers_clip
+from minit2v_convert import diffusers_motion, diffusers_unet2d, diffusers_unet3d, diffusers_vae, transformers_clip
 from minit2v_convert.rename import Layout, inverse, nearest, rename, rename_one, under
 from minit2v_convert.sparse import DTYPES, write_sparse_bin, write_sparse_safetensors
 
 LAYOUTS = {
-    "unet": diffusers_unet3d.LAYOUT,
-    "vae": diffusers_vae.LAYOUT,
-    "text_encoder": transformers_clip.LAYOUT,
+    "UNet3DConditionModel": diffusers_unet3d.LAYOUT,
+    "UNet2DConditionModel": diffusers_unet2d.LAYOUT,
+    "MotionAdapter": diffusers_motion.ADAPTER,
+    "UNetMotionModel": diffusers_motion.UNET,
+    "AutoencoderKL": diffusers_vae.LAYOUT,
+    "CLIPTextModel": transformers_clip.LAYOUT,
 }
 RULES = [("a.{i}.resnets.{j}.{*}", "down.{i}.blocks.{j}.res.{*}"), ("a.{i}.out.{p}", "down.{i}.out.{p}")]
 
@@ -101,46 +104,60 @@ def test_squeezing_keeps_sizes_that_are_not_one():
 # ----------------------------------------------------------------------------------- the tables and the published files
 
 
-@pytest.mark.parametrize("part", LAYOUTS)
-def test_every_rule_applies_to_an_official_file(part, manifest, manifest_names):
-    layout = LAYOUTS[part]
+@pytest.fixture(scope="module")
+def official(manifest, manifest_names, published_class):
+    """official(class) -> {file: names in it}. Of UNets with motion modules there is none: an adapter's and SD 1.5's."""
+    files = {name: list(manifest(name)) for name in manifest_names}
+
+    def of(cls):
+        if cls == "UNetMotionModel":
+            adapters = [name for name in files if "adapter-v" in name]
+            return {name: files["sd15/unet"] + files[name] for name in adapters}
+        return {name: keys for name, keys in files.items() if published_class(name) == cls}
+
+    return of
+
+
+@pytest.mark.parametrize("cls", LAYOUTS)
+def test_every_rule_applies_to_an_official_file(cls, official):
+    layout = LAYOUTS[cls]
     used, spelled = set(), set()
-    for name in manifest_names:
-        if name.split("/")[1].removesuffix(".fp16") == part:
-            for key in manifest(name):
-                if hit := rename_one(key, layout.aliases):
-                    spelled.add(hit[1])
-                    key = hit[0]
-                if hit := rename_one(key, layout.rules):
-                    used.add(hit[1])
+    for keys in official(cls).values():
+        for key in keys:
+            if hit := rename_one(key, layout.aliases):
+                spelled.add(hit[1])
+                key = hit[0]
+            if hit := rename_one(key, layout.rules):
+                used.add(hit[1])
     assert used == set(range(len(layout.rules))), [r for n, r in enumerate(layout.rules) if n not in used]
-    if part != "text_encoder":  # no official file has its aliases: they are merges' and transformers' own state dict's
+    if cls != "CLIPTextModel":  # no official file has its aliases: they are merges' and transformers' own state dict's
         assert spelled == set(range(len(layout.aliases)))
 
 
-@pytest.mark.parametrize("part", LAYOUTS)
-def test_official_names_come_back_exactly(part, manifest, manifest_names):
-    layout = LAYOUTS[part]
+@pytest.mark.parametrize("cls", LAYOUTS)
+def test_official_names_come_back_exactly(cls, official):
+    layout = LAYOUTS[cls]
     targets = set()
-    for name in manifest_names:
-        if name.split("/")[1].removesuffix(".fp16") == part:
-            keys = list(manifest(name))
-            found, unknown = layout.match(keys)
-            assert not unknown
-            ignored = set(keys) - set(found.values())
-            assert ignored <= {"text_model.embeddings.position_ids"}
-            back = layout.to_published(dict.fromkeys(found))
-            assert len(back) == len(found)
-            if not any(rename_one(key, layout.aliases) for key in keys):
-                assert set(back) == set(keys) - ignored
-            targets.add(frozenset(back))
-    assert len(targets) == {"unet": 1, "vae": 1, "text_encoder": 2}[part], "old and new names mean the same network"
+    for keys in official(cls).values():
+        found, unknown = layout.match(keys)
+        assert not unknown
+        ignored = set(keys) - set(found.values())
+        assert ignored <= {"text_model.embeddings.position_ids"}
+        back = layout.to_published(dict.fromkeys(found))
+        assert len(back) == len(found)
+        if not any(rename_one(key, layout.aliases) for key in keys):
+            assert set(back) == set(keys) - ignored
+        targets.add(frozenset(back))
+    # Two sizes of text encoders; adapters with a mid block, without, and with three levels. Else old and new names mean
+    # the same network.
+    sizes = {"CLIPTextModel": 2, "MotionAdapter": 3, "UNetMotionModel": 2}
+    assert len(targets) == sizes.get(cls, 1)
 
 
 def test_the_text_encoder_without_its_first_level(manifest):
     keys = list(manifest("ms-1.7b/text_encoder"))
-    with_level, _ = LAYOUTS["text_encoder"].match(keys)
-    without, unknown = LAYOUTS["text_encoder"].match([k.removeprefix("text_model.") for k in keys])
+    with_level, _ = LAYOUTS["CLIPTextModel"].match(keys)
+    without, unknown = LAYOUTS["CLIPTextModel"].match([k.removeprefix("text_model.") for k in keys])
     assert with_level.keys() == without.keys() and not unknown
 
 
