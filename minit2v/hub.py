@@ -330,7 +330,7 @@ class Network(nn.Module):
             force_download=force_download,
         )
         files = [folder / name for name in names if name != "config.json"]
-        config = cls.config_of(parse_json(folder / "config.json"), files)
+        config = cls.config_of(parse_json(folder / "config.json"), (open_weights(path) for path in files))
         try:
             with torch.device("meta"), Weightless():
                 model = cls.from_config(config, compat=compat, **config_overrides)
@@ -340,8 +340,8 @@ class Network(nn.Module):
         return model.eval()
 
     @classmethod
-    def config_of(cls, config: dict[str, Any], files: Sequence[Path]) -> dict[str, Any]:
-        """The content of config.json, put right where the files of weights are known to say otherwise."""
+    def config_of(cls, config: dict[str, Any], states: Iterable[Mapping[str, Tensor]]) -> dict[str, Any]:
+        """The content of config.json, put right where the weights, of one file after the other, say otherwise."""
         return config
 
     def save_pretrained(

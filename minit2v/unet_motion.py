@@ -8,7 +8,7 @@ import copy
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -22,7 +22,7 @@ from .blocks import MotionModule
 from .hub import Network
 from .unet import UNet, check_levels, per_level
 from .unet2d import Block, UNet2DConditionModel, check_heads
-from .weights import Weightless, open_weights
+from .weights import Weightless
 
 logger = logging.getLogger(__name__)
 
@@ -105,10 +105,10 @@ class MotionAdapter(Network):
         return adapter
 
     @classmethod
-    def config_of(cls, config: dict[str, Any], files: Sequence[Path]) -> dict[str, Any]:
+    def config_of(cls, config: dict[str, Any], states: Iterable[Mapping[str, Tensor]]) -> dict[str, Any]:
         """The config with the number of positions that the file has: published ones are known to say 32 for 24."""
-        for path in files:
-            for name, value in open_weights(path).items():
+        for state in states:
+            for name, value in state.items():
                 if name.endswith("pos_embed.pe"):
                     return config | {"motion_max_seq_length": value.shape[1]}
         return config
@@ -295,7 +295,8 @@ class UNetMotionModel(UNet):
             adapter = MotionAdapter(self.config.adapter())
         for levels, lists in ((self.down, adapter.down), (self.up, adapter.up)):
             for level, modules in zip(levels, lists, strict=True):
-                modules[:] = [block.motion for block in level.blocks]
+                for j, block in enumerate(level.blocks):
+                    modules[j] = block.motion
         if adapter.mid is not None:
             adapter.mid[0] = self.mid[0].motion
         return adapter
