@@ -250,8 +250,10 @@ class UNetMotionModel(UNet):
         """`unet` with the modules of `motion_adapter` (None: fresh ones, that change nothing yet) in it.
 
         Both are copied, and stay as they were. load_weights: False takes the shapes alone, with random weights.
-        compat: as in `set_compat`. Raises ValueError where the two do not fit each other.
+        compat: as in `set_compat`. Raises ValueError where the two do not fit each other, TypeError on another network.
         """
+        if not isinstance(unet, UNet2DConditionModel):
+            raise TypeError(f"unet must be a UNet2DConditionModel, not a {type(unet).__name__}")
         image = asdict(unet.config)
         image["num_attention_heads"] = image.pop("attention_head_dim")
         for name in ("down_block_types", "up_block_types"):
