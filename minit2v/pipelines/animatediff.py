@@ -46,6 +46,7 @@ class AnimateDiffPipeline(DiffusionPipeline):
         "image_encoder": ("CLIPVisionModelWithProjection",),
     }
     OPTIONAL = ("motion_adapter", "feature_extractor", "image_encoder")
+    IDLE = ("motion_adapter",)  # the UNet has a copy
     FIELDS = ("clip_skip_negative",)
     STEP_AXES = "b c f h w"
     HINTS = {

@@ -87,6 +87,7 @@ class DiffusionPipeline:
 
     COMPONENTS: ClassVar[dict[str, tuple[str, ...]]] = {}  # name -> classes that fit; none given: any scheduler
     OPTIONAL: ClassVar[tuple[str, ...]] = ()  # the components without which a pipeline is whole, too
+    IDLE: ClassVar[tuple[str, ...]] = ()  # those that compute nothing, and need no room on an accelerator
     FIELDS: ClassVar[tuple[str, ...]] = ()  # the deviations (compat.py) that are saved with the pipeline
     STEP_AXES: ClassVar[str] = "(b f) c h w"  # how the scheduler sees the latents: it draws its noise in this shape
     HINTS: ClassVar[dict[str, str]] = {}  # arguments of other pipelines -> what to do instead
@@ -225,8 +226,8 @@ class DiffusionPipeline:
         if device is not None and self._offload_to is not None and torch.device(device).type != "cpu":
             logger.warning("The pipeline moves to %s as a whole: model offloading is off from here.", device)
             self._offload_to = None
-        for network in self._networks.values():
-            network.to(device=device, dtype=dtype)
+        for name, network in self._networks.items():
+            network.to(device=None if name in self.IDLE else device, dtype=dtype)
         return self
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
@@ -335,8 +336,8 @@ class DiffusionPipeline:
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
         """Turn the UNet's backbone up by b and the low frequencies of its skip connections down to s (FreeU).
 
-        1 and 2: the coarsest level and the next. For Stable Diffusion 1.5 its authors advise s1=0.9, s2=0.2, b1=1.2,
-        b2=1.4. It holds for every pipeline that shares the UNet.
+        1 and 2: the coarsest level and the next. diffusers' pages use s1=0.9, s2=0.2, b1=1.5, b2=1.6 with Stable
+        Diffusion 1.5. It holds for every pipeline that shares the UNet.
         """
         if self.unet is None:
             raise ValueError("FreeU needs the pipeline's unet, which is None")

@@ -1,7 +1,6 @@
 """A pipeline's folder: model_index.json names the class of each component, which lies in the folder of its name."""
 
 import importlib
-import inspect
 import logging
 from pathlib import Path
 from typing import Any
@@ -103,8 +102,6 @@ def load_components(
     for name, cls in classes.items():
         part = f"{subfolder}/{name}" if subfolder else name
         extra = dict(weights, dtype=dtypes[name]) if issubclass(cls, torch.nn.Module) else {}
-        if "compat" not in inspect.signature(cls.from_pretrained).parameters:  # it deviates nowhere
-            extra.pop("compat", None)
         loaded[name] = cls.from_pretrained(path_or_id, subfolder=part, **where, **extra)
     return {name: overrides.get(name, loaded.get(name)) for name in pipeline.COMPONENTS}
 
