@@ -22,9 +22,29 @@ from typing import Any, NoReturn
 from minit2v_convert.rename import nearest
 
 ASSETS = Path(__file__).parent / "assets"
-EMBEDDED = "shapes"  # the model that comes with the package
+# The models that come with the package: what each command takes where no other is given.
+EMBEDDED = {
+    "generate": {"model": "shapes"},
+    "restyle": {"model": "shapes"},
+    "animate": {"base": "shapes-image", "adapter": "shapes-motion"},
+}
+EMBEDDED_NAMES = ("shapes", "shapes-image", "shapes-motion")
 # What suits a model better than the defaults of its pipeline, for those names that say which model it is.
-PRESETS: dict[str, dict[str, Any]] = {EMBEDDED: {"num_frames": 16, "steps": 25, "guidance_scale": 2.0}}
+PRESETS: dict[str, dict[str, Any]] = {
+    "shapes": {"num_frames": 16, "steps": 25, "guidance_scale": 2.0},
+    "shapes-image": {"num_frames": 16, "steps": 25, "guidance_scale": 2.0},
+}
+PIPELINES = {  # (command, whether there is a video to begin with)
+    ("generate", False): "TextToVideoSDPipeline",
+    ("restyle", True): "VideoToVideoSDPipeline",
+    ("animate", False): "AnimateDiffPipeline",
+    ("animate", True): "AnimateDiffVideoToVideoPipeline",
+}
+ADAPTER = "guoyww/animatediff-motion-adapter-v1-5-2"  # for every other image model
+# The published adapters were trained with linear betas (docs/animatediff.md, section 12). In Stable Diffusion's own
+# schedule, `scaled_linear`, every timestep has less noise than the motion modules learned to find there, and videos
+# wash out. The other fields are those that diffusers' documentation runs AnimateDiff with.
+MOTION_SCHEDULE = {"beta_schedule": "linear", "timestep_spacing": "linspace", "steps_offset": 1, "clip_sample": False}
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
@@ -36,8 +56,9 @@ SCHEDULERS = {
 SUFFIXES = (".mp4", ".gif", ".mkv", ".mov", ".m4v")
 # The settings that make a video, under the names of their options. They are stored in the file, and `--replay` reads
 # them back through the parser, so that a file says nothing that the command line could not.
-SETTINGS = ("model", "revision", "variant", "negative_prompt", "num_frames", "steps", "guidance_scale", "strength",
-            "scheduler", "seed", "height", "width", "fps", "dtype", "device", "compat", "kernels")
+SETTINGS = ("model", "base", "adapter", "revision", "variant", "negative_prompt", "num_frames", "steps",
+            "guidance_scale", "strength", "free_init", "scheduler", "seed", "height", "width", "fps", "dtype", "device",
+            "compat", "kernels")
 DECODED_AT_ONCE = 8  # frames: what the VAE's last layers need would otherwise grow with the video
 
 
@@ -102,32 +123,43 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     generate = commands.add_parser("generate", help="make videos of texts")
-    generate.add_argument("prompt", nargs="*", default=[], help="what to show; each prompt makes a file")
-    generate.add_argument("--prompts", metavar="FILE", help="a file with one prompt per line, - for standard input")
-    generate.add_argument("--replay", metavar="VIDEO", help="make this video again; options given here win")
-    generate.add_argument("--num-frames", type=_whole, metavar="N", help="length of the video")
-
     restyle = commands.add_parser("restyle", help="make a video of a video and a text")
+    animate = commands.add_parser("animate", help="make videos with an image model and a motion adapter (AnimateDiff)")
     restyle.add_argument("video", help="a video, a GIF, or a folder of images")
-    restyle.add_argument("prompt", nargs="*", default=[], help="what to show; each prompt makes a file")
-    restyle.add_argument("--prompts", metavar="FILE", help="a file with one prompt per line, - for standard input")
-    restyle.add_argument("--strength", type=_number(0, 1), metavar="S",
-                         help="how far to go from the video: 0 not at all, 1 all the way")
-
-    for sub in (generate, restyle):
-        size = "the model's" if sub is generate else "the video's"
-        sub.add_argument("--model", help=f"a folder or a hub id; {EMBEDDED} is the one in this package")
-        sub.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub")
-        sub.add_argument("--variant", metavar="NAME", help="variant of the weights' files: fp16")
+    for sub in (generate, restyle, animate):
+        sub.add_argument("prompt", nargs="*", default=[], help="what to show; each prompt makes a file")
+        sub.add_argument("--prompts", metavar="FILE", help="a file with one prompt per line, - for standard input")
+        if sub is not restyle:
+            sub.add_argument("--replay", metavar="VIDEO", help="make this video again; options given here win")
+            sub.add_argument("--num-frames", type=_whole, metavar="N", help="length of the video")
+        if sub is animate:
+            sub.add_argument("--base", metavar="MODEL", help="an image model of Stable Diffusion 1.5, or a whole "
+                             "AnimateDiff model: a folder or a hub id; shapes-image is the one in this package")
+            sub.add_argument("--adapter", metavar="MODEL", help="the motion adapter: a folder or a hub id; "
+                             f"shapes-motion for shapes-image, else {ADAPTER}")
+            sub.add_argument("--video", metavar="VIDEO", help="begin with a video, a GIF, or a folder of images")
+        else:
+            sub.add_argument("--model", help="a folder or a hub id; shapes is the one in this package")
+        if sub is not generate:
+            sub.add_argument("--strength", type=_number(0, 1), metavar="S",
+                             help="how far to go from the video: 0 not at all, 1 all the way; 0.6")
+        sub.add_argument("--free-init", action=argparse.BooleanOptionalAction,
+                         help="steadier videos in three times the time (FreeInit)")
+        whose = " (the base's)" if sub is animate else ""
+        sub.add_argument("--revision", metavar="NAME", help=f"branch, tag or commit on the hub{whose}")
+        sub.add_argument("--variant", metavar="NAME", help="variant of the weights' files: fp16"
+                         + " (of the adapter's where there is one)" * (sub is animate))
         sub.add_argument("--negative-prompt", metavar="TEXT", help="what not to show")
         sub.add_argument("--steps", type=_whole, metavar="N", help="denoising steps")
         sub.add_argument("--guidance-scale", type=_number(0, 1000), metavar="G", help="how close to the prompt")
-        sub.add_argument("--scheduler", metavar="NAME", help=f"solver: {', '.join(SCHEDULERS)}, or a class name")
+        sub.add_argument("--scheduler", metavar="NAME", help=f"solver: {', '.join(SCHEDULERS)}, or a class name"
+                         + "; on Stable Diffusion ddim, and all with linear betas" * (sub is animate))
         sub.add_argument("--seed", type=_seed, metavar="N", help="of the noise, the same for each prompt; else drawn")
+        size = {generate: "the model's", restyle: "the video's"}.get(sub, "the video's or the model's")
         sub.add_argument("--height", type=_whole, metavar="PIXELS", help=f"if not {size}")
         sub.add_argument("--width", type=_whole, metavar="PIXELS", help=f"if not {size}")
         sub.add_argument("--fps", type=_number(0, 1000, True), metavar="RATE",
-                         help="frames per second: 8" if sub is generate else "frames per second, if not the video's")
+                         help="frames per second: 8" + ", if not the video's" * (sub is not generate))
         sub.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
                          help="of the weights: float16 on cuda, else float32")
         sub.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, ...")
@@ -137,11 +169,11 @@ def _parser() -> Parser:
                          help=f"a file ({', '.join(SUFFIXES)}; replaced), or a folder (names are made, none replaced)")
 
     inspect = commands.add_parser("inspect", help="say what is in a model, without loading its weights")
-    inspect.add_argument("model", help=f"a folder, a hub id, or {EMBEDDED}")
+    inspect.add_argument("model", help=f"a folder, a hub id, {' or '.join(EMBEDDED_NAMES)}")
     inspect.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub")
     inspect.add_argument("--variant", metavar="NAME", help="variant of the weights' files: fp16")
 
-    for sub in (generate, restyle, inspect):
+    for sub in (generate, restyle, animate, inspect):
         sub.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
     return parser
 
@@ -223,25 +255,36 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _make(args: argparse.Namespace, parser: Parser) -> int:
-    """`generate` and `restyle`: one model, a file for each prompt."""
-    stored: dict[str, Any] = {}
+    """`generate`, `restyle` and `animate`: one model, a file for each prompt."""
+    digest = None
     if "replay" in args:
-        args, stored = _replay(args, parser)
+        args, digest = _replay(args, parser)
+    given = {k: v for k, v in vars(args).items() if k in SETTINGS}
+    video, source = getattr(args, "video", None), {}
     prompts = list(args.prompt) + (_read_prompts(args.prompts) if "prompts" in args else [])
     if not prompts:
-        parser.error("give a prompt" + (", --prompts FILE or --replay VIDEO" if args.command == "generate"
-                                        else " or --prompts FILE"))
+        parser.error("give a prompt or --prompts FILE" + " or --replay VIDEO" * (args.command != "restyle"))
+    if video is not None and "num_frames" in given:
+        parser.error("--num-frames: a video has its own number of frames")
+    if video is None and "strength" in given:
+        parser.error("--strength: how far to go from which video? Give --video VIDEO")
+    models = dict(EMBEDDED[args.command])
+    if "adapter" in given and "base" not in given:
+        parser.error("--adapter: to which image model? Give --base MODEL")
+    if given.get("base", models.get("base")) != models.get("base"):
+        del models["adapter"]
     if "kernels" in args:
         os.environ["MINIT2V_KERNELS"] = args.kernels
-    given = {"model": EMBEDDED, **{k: v for k, v in vars(args).items() if k in SETTINGS}}
-    settings = {"seed": secrets.randbelow(2**32), "fps": 8.0, **PRESETS.get(given["model"], {})}
+    given = models | given
+    preset = PRESETS.get(given.get("model") or given["base"], {})
+    settings = {"seed": secrets.randbelow(2**32), "fps": 8.0, **preset}
     paths = _output_paths(getattr(args, "output", None), prompts, given.get("seed", settings["seed"]))
-    video, source = None, {}
-    if args.command == "restyle":
-        video, measured, source = _read_source(args.video, stored)
+    if video is not None:
+        settings.pop("num_frames", None)
+        video, measured, source = _read_source(video, digest)
         settings |= measured
     settings |= given
-    pipe, call = _load(args.command, settings)
+    pipe, call = _load(args.command, settings, video is not None)
 
     _say(_summary(settings, len(video) if video else settings["num_frames"]))
     failures = []
@@ -273,6 +316,8 @@ def _summary(s: dict[str, Any], frames: int) -> str:
              f"{s['dtype']} on {s['device']}", f"kernels {s['kernels']}"]
     if "strength" in s:
         parts.insert(2, f"strength {s['strength']:g}")
+    if s.get("free_init"):
+        parts.insert(2, "FreeInit")
     if s.get("negative_prompt"):
         parts.append(f"not {_quote(s['negative_prompt'])}")
     return ", ".join(parts + [f"{k} {s[k]}" for k in ("revision", "variant", "compat") if s.get(k)])
@@ -283,7 +328,7 @@ def _run(pipe: Any, call: dict[str, Any], prompt: str, seed: int, video: Any) ->
     import torch
 
     extra = {} if video is None else {"video": video}
-    return pipe(prompt, generator=torch.Generator("cpu").manual_seed(seed), output_type="np",
+    return pipe(prompt=prompt, generator=torch.Generator("cpu").manual_seed(seed), output_type="np",
                 decode_chunk_size=DECODED_AT_ONCE, **call, **extra).frames[0]
 
 
@@ -294,54 +339,91 @@ def _write(frames: Any, path: Path, fps: float, about: dict[str, Any]) -> None:
     export(frames, path, fps=fps, metadata=about)
 
 
-def _load(command: str, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _load(command: str, settings: dict[str, Any], from_video: bool) -> tuple[Any, dict[str, Any]]:
     """The pipeline, and the arguments of its call; `settings` gets what was chosen for options that were not given."""
     import inspect
 
     import torch
 
-    from . import schedulers
-    from .pipelines import TextToVideoSDPipeline, VideoToVideoSDPipeline
+    from . import pipelines, schedulers
+    from .pipelines.checks import check_size
 
     solver = _scheduler_class(settings["scheduler"], schedulers) if settings.get("scheduler") else None
     device = _device(settings.get("device", "auto"))
     dtype = settings.setdefault("dtype", "float16" if device.type == "cuda" else "float32")
-    cls = TextToVideoSDPipeline if command == "generate" else VideoToVideoSDPipeline
-    path = _find_model(settings["model"])
-    if settings["model"] != EMBEDDED and Path(settings["model"]).is_dir():
-        settings["model"] = str(Path(settings["model"]).absolute())  # to be found from other folders, too
-    _say(f"loading {settings['model']}")
-    pipe = cls.from_pretrained(path, dtype=getattr(torch, dtype), compat=settings.get("compat"),
-                               **{k: settings[k] for k in ("revision", "variant") if settings.get(k)}).to(device)
+    where = {"revision": settings.get("revision")}
+    weights = {"variant": settings.get("variant"), "dtype": getattr(torch, dtype), "compat": settings.get("compat")}
+    main = settings.get("model") or settings["base"]
+    path = _find_model(main)
+    schedule = _schedule_of_motion(path, settings, where) if command == "animate" else {}
+    if schedule and solver is None:
+        solver = schedulers.DDIMScheduler
+    _say(f"loading {main}" + (f" with {settings['adapter']}" if "adapter" in settings else ""))
+    parts: dict[str, Any] = {}
     if solver is not None:
-        pipe.scheduler = solver.from_config(pipe.scheduler.config)
+        known = {k: v for k, v in schedule.items() if k in solver.field_defaults()}
+        parts["scheduler"] = solver.from_pretrained(path, subfolder="scheduler", **where, **known)
+    if "adapter" in settings:
+        parts["motion_adapter"] = _load_adapter(settings["adapter"], weights)
+    cls = getattr(pipelines, PIPELINES[command, from_video])
+    pipe = cls.from_pretrained(path, **where, **weights, **parts).to(device)
+    if settings.get("free_init"):
+        pipe.enable_free_init()
 
-    names = {"steps": "num_inference_steps", **{n: n for n in ("guidance_scale", "negative_prompt", "height", "width")}}
-    if command == "generate":
-        names["num_frames"] = "num_frames"
-        size = pipe.unet.config.sample_size
-        for name, latents in zip(("height", "width"), (size, size) if isinstance(size, int) else size, strict=True):
-            settings.setdefault(name, latents * pipe.vae_scale_factor)
-    else:
-        names["strength"] = "strength"
-        settings.pop("num_frames", None)
+    same = ("guidance_scale", "negative_prompt", "height", "width", "strength" if from_video else "num_frames")
+    names = {"steps": "num_inference_steps", **{name: name for name in same}}
+    if not from_video:
+        height, width = settings.get("height"), settings.get("width")
+        settings["height"], settings["width"] = check_size(height, width, pipe.unet, pipe.vae_scale_factor)
     defaults = inspect.signature(cls.__call__).parameters
     call = {argument: settings.setdefault(name, defaults[argument].default) for name, argument in names.items()}
+    for name in settings.keys() & {"model", "base", "adapter"}:
+        if settings[name] not in EMBEDDED_NAMES and Path(settings[name]).is_dir():
+            settings[name] = os.path.abspath(settings[name])  # to be found from other folders, too
     settings |= {"scheduler": type(pipe.scheduler).__name__, "device": str(device),
                  "kernels": os.environ.get("MINIT2V_KERNELS") or "auto"}
     return pipe, call
 
 
+def _schedule_of_motion(path: str, settings: dict[str, Any], where: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the noise schedule in which motion modules differ from the image model, which gets an adapter."""
+    from .hub import read_json
+    from .pipelines.files import read_index
+
+    unet = (read_index(path, None, where).get("unet") or [None])[-1]
+    if unet != "UNet2DConditionModel":  # a whole AnimateDiff model, or what the pipeline will refuse
+        if "adapter" in settings:
+            raise ValueError(f"--adapter: it goes into a UNet2DConditionModel, and {settings['base']} has a {unet}")
+        return {}
+    settings.setdefault("adapter", ADAPTER)
+    own = read_json(path, "scheduler_config.json", subfolder="scheduler", **where)
+    is_stable = own.get("beta_schedule") == "scaled_linear" and own.get("prediction_type", "epsilon") == "epsilon"
+    return MOTION_SCHEDULE if is_stable else {}
+
+
+def _load_adapter(name: str, weights: dict[str, Any]) -> Any:
+    from .unet_motion import MotionAdapter
+
+    path = _find_model(name)
+    try:
+        return MotionAdapter.from_pretrained(path, **weights)
+    except FileNotFoundError:
+        if weights["variant"] is None:
+            raise
+        _say(f"{name} has no variant {weights['variant']}: its other weights are read")
+        return MotionAdapter.from_pretrained(path, **{**weights, "variant": None})
+
+
 def _find_model(model: str) -> str:
     """A folder or a hub id."""
-    if model == EMBEDDED:
-        folder = ASSETS / EMBEDDED
-        if not (folder / "model_index.json").is_file():
+    if model in EMBEDDED_NAMES:
+        folder = ASSETS / model
+        if not folder.is_dir():
             raise FileNotFoundError(errno.ENOENT, "the model of this package is not in this installation", str(folder))
         return str(folder)
     if not Path(model).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        raise FileNotFoundError(errno.ENOENT, f"no such folder, and no hub id (owner/name){nearest(model, [EMBEDDED])}",
-                                model)
+        near = nearest(model, EMBEDDED_NAMES)
+        raise FileNotFoundError(errno.ENOENT, f"no such folder, and no hub id (owner/name){near}", model)
     return model
 
 
@@ -420,36 +502,49 @@ def _output_paths(output: Path | None, prompts: list[str], seed: int) -> list[Pa
     return paths
 
 
-def _read_source(path: str, stored: dict[str, Any]) -> tuple[list, dict[str, Any], dict[str, str]]:
-    """The frames to restyle, the settings that they suggest, and what says which video it was."""
+def _read_source(path: str, wanted: str | None) -> tuple[list, dict[str, Any], dict[str, str]]:
+    """The frames to begin with, the settings that they suggest, and what says which video it was.
+
+    wanted: the digest that the frames should have.
+    """
     import hashlib
 
     from .video import load_video
 
     frames, fps = load_video(path, return_fps=True)
     digest = hashlib.sha256(b"".join(f.tobytes() for f in frames)).hexdigest()
-    if stored.get("video_sha256", digest) != digest:
-        raise ValueError(f"{path}: not the video that was restyled, its frames have changed")
-    measured = {"height": frames[0].height, "width": frames[0].width, **({"fps": fps} if fps else {})}
+    if wanted not in (None, digest):
+        raise ValueError(f"{path}: not the video that was begun with, its frames have changed")
+    measured = {"strength": 0.6, "height": frames[0].height, "width": frames[0].width, **({"fps": fps} if fps else {})}
     where = path if path.startswith(("http://", "https://")) else str(Path(path).absolute())
     return frames, measured, {"video": where, "video_sha256": digest}
 
 
-def _replay(args: argparse.Namespace, parser: Parser) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """The arguments that made a video, under those given now; and what the video has stored."""
+def _option(name: str, value: Any) -> str:
+    option = name.replace("_", "-")
+    return f"--{'' if value else 'no-'}{option}" if isinstance(value, bool) else f"--{option}={value}"
+
+
+def _replay(args: argparse.Namespace, parser: Parser) -> tuple[argparse.Namespace, str | None]:
+    """The arguments that made a video, under those given now; and the digest of the video that it began with."""
     from .video import read_metadata
 
     stored = read_metadata(args.replay)
-    command = stored.get("minit2v")
-    if command not in ("generate", "restyle") or not isinstance(stored.get("prompt"), str):
+    command, source = stored.get("minit2v"), stored.get("video")
+    if command not in EMBEDDED or not isinstance(stored.get("prompt"), str):
         raise ValueError(f"{args.replay}: no settings of minit2v are stored in this file")
+    if (command == "animate") != (args.command == "animate"):
+        again = "animate" if command == "animate" else "generate"
+        raise ValueError(f"{args.replay} was made by {command}: minit2v {again} --replay makes it again")
     given = {k: v for k, v in vars(args).items() if k not in ("command", "replay", "prompt", "prompts")}
-    if command == "restyle" and "num_frames" in given:
-        raise ValueError(f"--num-frames: {args.replay} was made by restyle, whose source has its number of frames")
-    words = [f"--{k.replace('_', '-')}={stored[k]}" for k in SETTINGS if stored.get(k) is not None]
+    words = [_option(k, stored[k]) for k in SETTINGS if stored.get(k) is not None]
     prompts = args.prompt or ([] if "prompts" in args else [stored["prompt"]])
-    again = parser.parse_args([command, *words, "--", *([str(stored.get("video"))] if command == "restyle" else []),
-                               *prompts])
+    if source is not None and command == "animate":
+        words.append(f"--video={source}")
+    first = [str(source)] if command == "restyle" else []
+    again = parser.parse_args([command, *words, "--", *first, *prompts])
+    if "video" in given and "num_frames" in again:  # that of the video made of a text alone
+        del again.num_frames
     for name, value in [*given.items(), *([("prompts", args.prompts)] if "prompts" in args else [])]:
         setattr(again, name, value)
 
@@ -462,4 +557,4 @@ def _replay(args: argparse.Namespace, parser: Parser) -> tuple[argparse.Namespac
         except ValueError:
             _say(f"warning: made on {again.device}, which is not here: the numbers may differ a little")
             again.device = "auto"
-    return again, stored
+    return again, None if "video" in given else stored.get("video_sha256")

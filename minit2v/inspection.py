@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import re
 import warnings
 from collections import Counter
@@ -18,9 +19,11 @@ from minit2v_convert.rename import nearest
 from . import hub
 from .pipelines import files as pipeline_files
 from .pipelines.base import DiffusionPipeline
+from .unet_motion import known_resnet_norms
 from .weights import Weightless
 
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pth", ".pt", ".msgpack", ".onnx")
+IMAGES = "StableDiffusionPipeline"  # no pipeline of this package, but one half of AnimateDiff's
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
@@ -131,7 +134,7 @@ def report(model: str, revision: str | None = None, variant: str | None = None) 
                                 f"the files there: {', '.join(there) or 'none'}")
     rows, total = [], 0
     for part, cls in parts.items():
-        row, count, wrong = _inspect(source, part, cls, variant)
+        row, count, wrong = _inspect(source, part, cls, variant, os.path.basename(os.path.abspath(part or model)))
         rows.append(row)
         total += count
         faults += [f"{part + ': ' if part else ''}{w}" for w in wrong]
@@ -159,28 +162,31 @@ def _parts(index: dict[str, Any]) -> tuple[str, dict[str, str | None], list[str]
     parts: dict[str, str | None] = {}
     faults = []
     for part, entry in index.items():
-        if part.startswith("_") or part in pipeline_files.UNUSED:
+        if part.startswith("_") or part in pipeline_files.UNUSED or entry in pipeline_files.NOTHING:
             continue
         if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
             faults.append(f"{part}: the index should have [library, class], not {entry!r}")
             continue
         parts[part] = entry[1]
-    if name not in DiffusionPipeline.CLASSES:
-        faults.append(f"the pipeline {name!r} is not here{nearest(name, list(DiffusionPipeline.CLASSES))}")
+    pipeline = DiffusionPipeline.CLASSES.get("AnimateDiffPipeline" if name == IMAGES else name)
+    if pipeline is None:
+        faults.append(f"the pipeline {name!r} is not here{nearest(name, [*DiffusionPipeline.CLASSES, IMAGES])}")
     else:
-        needed = DiffusionPipeline.CLASSES[name].COMPONENTS
+        needed = [part for part in pipeline.COMPONENTS if part not in pipeline.OPTIONAL]
         faults += [f"{part}: missing in the index, {name} needs it" for part in needed if part not in parts]
-    return name, parts, faults
+    return name + ", an image model that animate takes as --base" * (name == IMAGES), parts, faults
 
 
-def _inspect(source: Source, part: str, cls: str | None, variant: str | None) -> tuple[tuple[str, ...], int, list[str]]:
-    """The row of one component, its number of parameters, and what is wrong with it."""
+def _inspect(
+    source: Source, part: str, cls: str | None, variant: str | None, name: str
+) -> tuple[tuple[str, ...], int, list[str]]:
+    """The row of one component, its number of parameters, and what is wrong with it. name: its folder's or model's."""
     sizes = source.sizes(part)
     if not sizes:
         return (part, cls or "", "", "", "", "no files"), 0, ["there are no files in its folder"]
     try:
         if cls is None or cls in pipeline_files.CLASSES and not cls.startswith("CLIPTokenizer"):
-            return _inspect_network(source, part, cls, variant, sizes)
+            return _inspect_network(source, part, cls, variant, name, sizes)
         shown = (part, cls, "", "", "", _files(sizes))
         if cls.startswith("CLIPTokenizer"):
             whole = "tokenizer.json" in sizes or {"vocab.json", "merges.txt"} <= set(sizes)
@@ -196,31 +202,33 @@ def _inspect(source: Source, part: str, cls: str | None, variant: str | None) ->
 
 
 def _inspect_network(
-    source: Source, part: str, cls: str | None, variant: str | None, sizes: dict[str, int]
+    source: Source, part: str, cls: str | None, variant: str | None, name: str, sizes: dict[str, int]
 ) -> tuple[tuple[str, ...], int, list[str]]:
     config = source.json(part, "config.json")
     cls = cls or str(config.get("_class_name") or (config.get("architectures") or [None])[0])
     if cls not in pipeline_files.CLASSES:
         raise ValueError(f"config.json is that of {cls!r}, which is not here{nearest(cls, [*pipeline_files.CLASSES])}")
     network = getattr(importlib.import_module(f"minit2v.{pipeline_files.CLASSES[cls]}"), cls)
-    with torch.device("meta"), Weightless():
-        model = network.from_config(config)
-    count = sum(p.numel() for p in model.parameters())
-    shown = (part, cls, f"{count:,}")
+    tensors: dict[str, Tensor] = {}
+    files, unreadable = _files(sizes), ""
     try:
         chosen = [n for n in hub.choose_weights(network.weights_name, variant, None)(list(sizes)) if n != "config.json"]
-    except FileNotFoundError as e:
-        return (*shown, "", "", _files(sizes)), count, [f"no {e}"]
-    files = _files({n: sizes[n] for n in chosen})
-    if unread := [n for n in sizes if n.endswith(WEIGHTS) and n not in chosen]:
-        files += f" (not read: {_files({n: sizes[n] for n in unread})})"
-    try:
-        tensors: dict[str, Tensor] = {}
-        for name in chosen:
-            tensors |= source.tensors(part, name)
+        files = _files({n: sizes[n] for n in chosen})
+        if unread := [n for n in sizes if n.endswith(WEIGHTS) and n not in chosen]:
+            files += f" (not read: {_files({n: sizes[n] for n in unread})})"
+        for file in chosen:
+            tensors |= source.tensors(part, file)
         found, unknown = network.layout.match(tensors)
+    except FileNotFoundError as e:
+        unreadable = f"no {e}"
     except (ValueError, OSError) as e:
-        return (*shown, "", "", files), count, [hub.first_line(e)]
+        unreadable = hub.first_line(e)
+    with torch.device("meta"), Weightless():
+        model = network.from_config(network.config_of(config, [tensors]))
+    count = sum(p.numel() for p in model.parameters())
+    shown = (part, cls + _version(model.config, name), f"{count:,}")
+    if unreadable:
+        return (*shown, "", "", files), count, [unreadable]
     expected = model.state_dict()
     unknown += [published for ours, published in found.items() if ours not in expected]
     missing = list(network.layout.to_published({n: None for n in expected if n not in found}))
@@ -234,6 +242,17 @@ def _inspect_network(
     faults = {"missing": [*map(repr, missing)], "unknown": [*map(repr, unknown)], "of another shape": shapes}
     wrong = [f"{len(items)} keys {what}: {_some(items)}" for what, items in faults.items() if items]
     return (*shown, dtype, keys, files), count, wrong
+
+
+def _version(config: Any, name: str) -> str:
+    """Of networks with motion modules: which of AnimateDiff's they are like, and the most frames that they make."""
+    if not hasattr(config, "motion_max_seq_length"):
+        return ""
+    frames = config.motion_max_seq_length
+    if config.use_motion_mid_block:
+        return f" (v2: {frames} positions, a mid block)"
+    version = {"clip": "1", "frame": "3", None: "1 or 3"}[config.resnet_norms or known_resnet_norms(config, name)]
+    return f" (v{version}: {frames} positions, no mid block)"
 
 
 def _some(items: list[str]) -> str:

@@ -293,6 +293,11 @@ USAGE = [
     (["restyle", "x.mp4", "y", "--num-frames", "4"], "--num-frames"),
     (["restyle"], "video"),
     (["restyle", "x.mp4"], "give a prompt"),
+    (["animate"], "give a prompt"),
+    (["animate", "x", "--adapter", "y"], "--adapter: to which image model\\? Give --base MODEL"),
+    (["animate", "x", "--strength", "0.5"], "--strength: .* Give --video"),
+    (["animate", "x", "--video", "y.mp4", "--num-frames", "4"], "--num-frames: a video has its own"),
+    (["animate", "x", "--model", "y"], "unknown argument '--model'"),
     (["inspect"], "model"),
     (["generat"], "generat"),
     ([], "command"),
@@ -309,10 +314,10 @@ def test_wrong_usage_is_one_line_and_code_2(args, said, capsys):
 def test_version_and_help(capsys):
     assert cli.main(["--version"]) == 0
     assert re.fullmatch(r"minit2v \d+\.\d+\S*\n", capsys.readouterr().out)
-    assert cli.main(["generate", "--help"]) == 0
+    assert cli.main(["generate", "--help"]) == cli.main(["animate", "--help"]) == 0
     said = capsys.readouterr().out
     for name in (*cli.SETTINGS, "replay", "prompts", "output", "debug"):
-        assert f"--{name.replace('_', '-')}" in said or name == "strength"
+        assert f"--{name.replace('_', '-')}" in said
 
 
 def test_bad_settings_are_one_line(run, model):
@@ -422,7 +427,7 @@ def test_restyle_is_replayed_from_the_same_source_only(run, model, source):
     assert run("generate", "--replay", "../a.mp4", "-o", "b.mp4")[0] == 0
     os.chdir("..")
     assert Path("a.mp4").read_bytes() == Path("else/b.mp4").read_bytes()
-    fails(run("generate", "--replay", "a.mp4", "--num-frames", 3), "--num-frames")
+    fails(run("generate", "--replay", "a.mp4", "--num-frames", 3), "--num-frames", code=2)
     export_to_video(np.zeros((4, 24, 24, 3), np.uint8), source)
     fails(run("generate", "--replay", "a.mp4"), "source.mp4", "changed")
     os.unlink(source)
@@ -436,6 +441,154 @@ def test_restyle_of_what_is_no_video(run, model):
     export_to_video(np.zeros((2, 24, 18, 3), np.uint8), "a.mp4")
     code = run("restyle", "a.mp4", "a cat", "--model", model, *RESTYLED, "-o", "b.gif")[0]
     assert code == 0 and pixels("b.gif").shape == (2, 24, 18, 3)
+
+
+# -------------------------------------------------------------------------------------------------------------- animate
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory, make_official_folder):
+    """Stable Diffusion 1.5's folder, small."""
+    return make_official_folder(tmp_path_factory.mktemp("images"), "sd15", small=True)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, make_adapter_folder):
+    return make_adapter_folder(tmp_path_factory.mktemp("adapter"), "v1-5-2")
+
+
+def test_animate_and_again(run, images, adapter, monkeypatch):
+    base, motion = os.path.relpath(images), os.path.relpath(adapter)
+    code, out, err = run("animate", "a cat", "--base", base, "--adapter", motion, *FAST, "--seed", 7)
+    assert code == 0 and out == ["a-cat-7.mp4"] and pixels(out[0]).shape == (3, 16, 16, 3)
+    assert err[0] == f"minit2v: loading {base} with {motion}"
+    assert "3 frames of 16x16 at 8 fps, 2 steps of DDIMScheduler, guidance 7.5, seed 7" in err[1]
+    stored = read_metadata(out[0])
+    assert stored["base"] == str(images) and stored["adapter"] == str(adapter) and "model" not in stored
+    Path("else").mkdir()
+    monkeypatch.chdir("else")
+    code, out, err = run("animate", "--replay", "../a-cat-7.mp4", "-o", "b.mp4")
+    assert code == 0 and not any("warning" in line for line in err), err
+    assert Path("../a-cat-7.mp4").read_bytes() == Path("b.mp4").read_bytes()
+    fails(run("generate", "--replay", "b.mp4"), "b.mp4 was made by animate: minit2v animate --replay")
+
+
+def test_animate_on_the_schedule_of_the_adapters(images, adapter, tmp_path):
+    copy = shutil.copytree(images, tmp_path / "copy")
+
+    def scheduler(**settings):
+        settings = {"base": str(copy), "adapter": str(adapter), "device": "cpu", **settings}
+        return cli._load("animate", settings, False)[0].scheduler
+
+    for name, cls in (({}, "DDIMScheduler"), ({"scheduler": "euler"}, "EulerDiscreteScheduler")):
+        made = scheduler(**name)
+        assert type(made).__name__ == cls
+        assert made.config.beta_schedule == "linear" and made.config.timestep_spacing == "linspace"
+        assert made.config.beta_start == 0.00085 and not made.config.get("clip_sample")
+
+    file = copy / "scheduler/scheduler_config.json"
+    published = json.loads(file.read_text())
+    file.write_text(json.dumps({**published, "_class_name": "DEISMultistepScheduler"}))  # not here, and not needed
+    assert scheduler().config.beta_schedule == "linear"
+    file.write_text(json.dumps({**published, "prediction_type": "v_prediction"}))  # another schedule than SD 1.5's
+    made = scheduler()
+    assert type(made).__name__ == "PNDMScheduler" and made.config.beta_schedule == "scaled_linear"
+
+
+def test_animate_without_an_adapter_takes_the_published_one(run, images, adapter, monkeypatch):
+    assert cli.ADAPTER == "guoyww/animatediff-motion-adapter-v1-5-2"
+    monkeypatch.setattr(cli, "ADAPTER", str(adapter))
+    code, out, err = run("animate", "a cat", "--base", images, *FAST, "-o", "a.gif")
+    assert code == 0 and err[0].endswith(f"with {adapter}") and read_metadata("a.gif")["adapter"] == str(adapter)
+
+
+def test_animate_without_a_base_takes_the_embedded_models(run, images, adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "ASSETS", tmp_path / "assets")
+    fails(run("animate", "a cat"), "assets/shapes-image: the model of this package is not in this installation")
+    shutil.copytree(images, tmp_path / "assets/shapes-image")
+    fails(run("animate", "a cat"), "assets/shapes-motion: the model of this package is not in this installation")
+    shutil.copytree(adapter, tmp_path / "assets/shapes-motion")
+    code, out, err = run("animate", "a cat", "--steps", 1, "-o", "a.gif")
+    guidance = f"guidance {cli.PRESETS['shapes-image']['guidance_scale']:g}"
+    assert code == 0 and any("16 frames" in line and guidance in line for line in err)
+    stored = read_metadata("a.gif")
+    assert (stored["base"], stored["adapter"]) == ("shapes-image", "shapes-motion")
+    assert run("inspect", "shapes-image")[0] == run("inspect", "shapes-motion")[0] == 0
+
+
+def test_animate_a_whole_model(run, images, adapter, tmp_path):
+    from minit2v import AnimateDiffPipeline, DDIMScheduler, MotionAdapter
+
+    pipe = AnimateDiffPipeline.from_pretrained(images, motion_adapter=MotionAdapter.from_pretrained(adapter))
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **cli.MOTION_SCHEDULE)
+    pipe.save_pretrained(tmp_path / "whole")
+    code, out, err = run("animate", "a cat", "--base", tmp_path / "whole", *FAST, "--seed", 7, "-o", "whole.gif")
+    assert code == 0 and "adapter" not in read_metadata("whole.gif")
+    assert run("animate", "a cat", "--base", images, "--adapter", adapter, *FAST, "--seed", 7, "-o", "two.gif")[0] == 0
+    assert np.array_equal(pixels("whole.gif"), pixels("two.gif"))
+    fails(run("animate", "a cat", "--base", tmp_path / "whole", "--adapter", adapter), "--adapter: .* UNetMotionModel")
+
+    code, out, _ = run("inspect", tmp_path / "whole")
+    rows = {line.split()[0]: line for line in out if line.strip()}
+    assert code == 0 and out[0].endswith("whole: AnimateDiffPipeline"), out
+    for part, cls in (("unet", "UNetMotionModel"), ("motion_adapter", "MotionAdapter")):
+        assert re.search(rf"{cls} \(v2: 32 positions, a mid block\) .* all \d+ match", rows[part])
+
+
+def test_animate_what_does_not_fit(run, model, images, adapter, make_adapter_folder, tmp_path):
+    base = ["animate", "a cat", "--steps", 1, "--base"]
+    fails(run(*base, model), "UNet3DConditionModel")
+    fails(run(*base, images, "--adapter", "gone"), "gone: no such folder")
+    fails(run(*base, images, "--adapter", adapter, "--num-frames", 33), "33 frames are too many.* 32")
+    wide = make_adapter_folder(tmp_path, "v1-5-3", block_out_channels=[32, 96])
+    fails(run(*base, images, "--adapter", wide), "does not fit the UNet")
+    fails(run("generate", "a cat", "--model", images), "UNet2DConditionModel")
+    assert os.listdir() == []
+
+
+def test_animate_a_video(run, images, adapter, source):
+    base = ["animate", "a cat", "--base", images, "--adapter", adapter]
+    code, out, err = run(*base, "--steps", 4, "--video", source, "--seed", 1)
+    assert code == 0 and any("strength 0.6" in line for line in err), err
+    frames, fps = load_video(out[0], return_fps=True)
+    assert len(frames) == 4 and frames[0].size == (24, 24) and fps == 6
+    stored = read_metadata(out[0])
+    assert stored["strength"] == 0.6 and stored["video"] == os.path.abspath(source) and "num_frames" not in stored
+    assert run("animate", "--replay", out[0], "-o", "b.mp4")[0] == 0
+    assert Path(out[0]).read_bytes() == Path("b.mp4").read_bytes()
+
+    export_to_video(np.zeros((3, 24, 24, 3), np.uint8), "black.mp4")
+    assert run("animate", "--replay", out[0], "--video", "black.mp4", "-o", "c.mp4")[0] == 0
+    assert len(pixels("c.mp4")) == 3 and read_metadata("c.mp4")["video"].endswith("black.mp4")
+    shutil.copy("black.mp4", source)
+    fails(run("animate", "--replay", out[0]), "source.mp4", "changed")
+    assert run(*base, *FAST, "--seed", 1, "-o", "text.mp4")[0] == 0
+    assert run("animate", "--replay", "text.mp4", "--video", "black.mp4", "-o", "d.mp4")[0] == 0
+
+
+def test_a_variant_is_that_of_the_base_and_of_the_adapter_where_it_has_it(run, adapter, tmp_path, make_official_folder):
+    images = make_official_folder(tmp_path / "half", "sd15", "fp16", small=True)
+    base = ["animate", "a cat", "--base", images, "--adapter", adapter, *FAST]
+    code, out, err = run(*base, "--variant", "fp16")
+    assert code == 0 and any("has no variant fp16: its other weights are read" in line for line in err), err
+    assert read_metadata(out[0])["variant"] == "fp16"
+    fails(run(*base), "no diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize("command", ["generate", "restyle", "animate"])
+def test_free_init(run, model, images, adapter, source, command):
+    base = {"generate": ["generate", "a cat", "--model", model, *FAST],
+            "restyle": ["restyle", source, "a cat", "--model", model, *RESTYLED],
+            "animate": ["animate", "a cat", "--base", images, "--adapter", adapter, *FAST]}[command]
+    assert run(*base, "--seed", 1, "-o", "plain.gif")[0] == 0
+    code, out, err = run(*base, "--seed", 1, "--free-init", "-o", "free.gif")
+    assert code == 0 and any("FreeInit" in line for line in err) and read_metadata("free.gif")["free_init"] is True
+    assert not np.array_equal(pixels("plain.gif"), pixels("free.gif"))
+    replay = "animate" if command == "animate" else "generate"
+    assert run(replay, "--replay", "free.gif", "-o", "again.gif")[0] == 0
+    assert Path("free.gif").read_bytes() == Path("again.gif").read_bytes()
+    assert run(replay, "--replay", "free.gif", "--no-free-init", "-o", "back.gif")[0] == 0
+    assert np.array_equal(pixels("plain.gif"), pixels("back.gif"))
 
 
 # -------------------------------------------------------------------------------------------------------------- Ctrl-C
@@ -473,6 +626,32 @@ def test_inspect_a_folder_that_fits(run, model):
         assert re.search(r"float32\s+all \d+ match\s+\S+\.safetensors \d", rows[part])
     assert "DDIMScheduler" in rows["scheduler"] and "CLIPTokenizer" in rows["tokenizer"]
     assert run("inspect", model / "vae")[0] == 0
+
+
+def test_inspect_an_image_model(run, images, tmp_path):
+    code, out, _ = run("inspect", images)
+    assert code == 0 and out[0].endswith("StableDiffusionPipeline, an image model that animate takes as --base"), out
+    assert any(re.search(r"^unet +UNet2DConditionModel .* all \d+ match", line) for line in out)
+    assert not any("safety_checker" in line for line in out)
+    copy = shutil.copytree(images, tmp_path / "copy")
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "unet"}))
+    code, out, _ = run("inspect", copy)
+    assert code == 1 and out[-1] == "wrong: unet: missing in the index, StableDiffusionPipeline needs it"
+
+
+@pytest.mark.parametrize("version,said", [("v1-5", "v1: 24 positions, no mid block"),
+                                          ("v1-5-2", "v2: 32 positions, a mid block"),
+                                          ("v1-5-3", "v3: 32 positions, no mid block")])
+def test_inspect_a_motion_adapter(run, make_adapter_folder, tmp_path, version, said):
+    folder = make_adapter_folder(tmp_path, version)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "motion_max_seq_length": 32}))  # the weights know better
+    code, out, _ = run("inspect", folder)
+    assert code == 0 and any(f"MotionAdapter ({said})" in line for line in out), out
+    folder = folder.rename(tmp_path / "mine")
+    said = said.replace("v3", "v1 or 3")
+    assert any(f"MotionAdapter ({said})" in line for line in run("inspect", folder)[1])
 
 
 def test_inspect_a_model_of_full_size_without_its_weights(run, make_official_folder, tmp_path):
