@@ -167,7 +167,7 @@ LAYOUTS = (
            ignored={**ldm.BUFFERS, **ldm.COUNTERS, **ldm.AVERAGE}),
     Layout("VAE in a checkpoint (ModelScope's VQGAN_autoencoder.pth)", "original",
            (("first_stage_model.", (ldm.AUTOENCODER,)),), ("first_stage_model.",), ignored=ldm.UNUSED),
-    Layout("VAE of latent diffusion", "original", (("", (ldm.AUTOENCODER,)),), ("encoder.down.",),
+    Layout("VAE of latent diffusion", "original", (("", (ldm.AUTOENCODER,)),), ("decoder.",),
            without=("first_stage_model.",), ignored={**ldm.LOSS, "model_ema.{*}": "a moving average of the VAE"}),
     Layout("UNet of latent diffusion", "original", (("", (ldm.UNET,)),), ("input_blocks.",),
            without=("model.", "temopral_conv")),
@@ -191,9 +191,9 @@ LAYOUTS = (
     Layout("LoRA of Stable Diffusion 1.5", "kohya",
            (("lora_unet_", (adapters.KOHYA_UNET,)), ("lora_te_", (adapters.KOHYA_TEXT,))), ("lora_down.",)),
     Layout("SparseCtrl", "original", (("", (animatediff.SPARSE_CONTROL,)),),
-           ("controlnet_down_blocks.", "temporal_transformer."), refused=LATER),
+           ("controlnet_",), refused=LATER),
     Layout("SparseCtrl", "diffusers", (("", (animatediff.HUB_SPARSE_CONTROL,)),),
-           ("controlnet_down_blocks.", "motion_modules."), without=("temporal_transformer.",), refused=LATER),
+           ("controlnet_", "motion_modules."), without=("temporal_transformer.",), refused=LATER),
     Layout("IP-Adapter", "original", (("", (adapters.IP,)),), ("ip_adapter.",), refused=LATER),
     Layout("CLIP image encoder", "diffusers", (("", (adapters.IMAGE_ENCODER,)),), ("vision_model.",), refused=LATER),
     Layout("UNet3DConditionModel", "diffusers", (("", (PLAIN_UNET3D,)),), ("temp_convs.",)),
@@ -203,7 +203,7 @@ LAYOUTS = (
            without=("temporal_transformer.", "controlnet_")),
     Layout("MotionAdapter", "diffusers", (("", (animatediff.ADAPTER,)),), ("motion_modules.",),
            without=("temporal_transformer.", "controlnet_", "lora")),
-    Layout("AutoencoderKL", "diffusers", (("", (PLAIN_VAE, ldm.OLD_AUTOENCODER)),), ("encoder.down_blocks.",)),
+    Layout("AutoencoderKL", "diffusers", (("", (PLAIN_VAE, ldm.OLD_AUTOENCODER)),), ("decoder.",)),
     Layout("CLIPTextModel", "diffusers", (("", (PLAIN_TEXT, BARE_TEXT)),), ("encoder.layers.", "self_attn."),
            without=("vision_model.",)),
 )  # fmt: skip
@@ -270,7 +270,10 @@ def _misfit(part: Part) -> tuple[int, ...]:
 
 
 def fit(fmt: Format, prefix: str, names: Header) -> Part:
-    """The format with the config that explains most of these names."""
+    """The format with the config that explains most of these names.
+
+    Where no config explains them all and a published network as many, it is the published one, with tensors missing.
+    """
     get = fmt.reader(lambda name: tuple(names[name][0]) if name in names else None, names)
     base = next(iter(fmt.known.values()))
     try:
@@ -279,7 +282,8 @@ def fit(fmt: Format, prefix: str, names: Header) -> Part:
         best = None
     if best is None or best.missing or best.misshapen or len(best.mapped) < len(names):
         known = [fit_config(fmt, prefix, names, config) for config in fmt.known.values()]
-        best = min([*([best] if best else []), *known], key=_misfit)
+        best = min([*known, *([best] if best else [])],
+                   key=lambda part: (-len(part.mapped), len(part.misshapen), part is best, len(part.missing)))
     return best
 
 
