@@ -1,8 +1,9 @@
 """Where our numbers differ from those of diffusers, in one table: every deviation is a field of what it belongs to.
 
 The default is what the authors of the weights ran, or what the mathematics says. `compat="diffusers"`, an argument of
-pipelines and schedulers, sets all fields to what diffusers computes; each can also be passed by itself. Fields are
-saved: a scheduler's in its scheduler_config.json, a pipeline's in model_index.json.
+pipelines, schedulers and networks, sets all fields to what diffusers computes; each can also be passed by itself.
+Fields are saved: a scheduler's in its scheduler_config.json, a network's in its config.json, a pipeline's in
+model_index.json.
 """
 
 from dataclasses import dataclass

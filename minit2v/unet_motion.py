@@ -262,7 +262,9 @@ class UNetMotionModel(UNet):
             motion_adapter = MotionAdapter(UNetMotionConfig(**image).adapter())
         config = UNetMotionConfig(**image | shared_fields(motion_adapter.config, unet.config))
         if not load_weights:
-            return cls(config, compat=compat)
+            new = cls(config)
+            new.explicit = motion_adapter.explicit
+            return new.set_compat(compat)
         with torch.device("meta"), Weightless():
             new = cls(config, compat=compat)
         for block in new.blocks():

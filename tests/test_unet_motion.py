@@ -104,6 +104,9 @@ def test_shapes_alone(image, make_adapter):
     full = UNetMotionModel.from_unet2d(image, make_adapter("v3"), compat="diffusers")
     assert unet.config == full.config and unet.config.motion_norms == "clip"
     assert unet.state_dict().keys() == full.state_dict().keys() and not same(unet, full)
+    explicit = make_adapter("v3", motion_norms="frame")
+    unet = UNetMotionModel.from_unet2d(image, explicit, load_weights=False, compat="diffusers")
+    assert (unet.config.motion_norms, unet.config.resnet_norms) == ("frame", "frame")
 
 
 @pytest.mark.parametrize("first, then", [("v2", "v3"), ("v3", "v2"), ("v1", "v2"), ("v2", "v1")])
