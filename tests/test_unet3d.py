@@ -189,6 +189,22 @@ def test_gradient_checkpointing(unet):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("size, channels_last", [((2, 64, 5, 11), False), ((2, 64, 8, 9), True)])
+def test_convolutions_compute_the_same_in_either_layout(size, channels_last):
+    """The CPU's choice, made without gradients, against the layout that it keeps to with them."""
+    from minit2v.blocks import ResBlock, conv_layout
+
+    torch.manual_seed(0)
+    block, x, emb = ResBlock(64, 32, 16, 8).double(), torch.randn(size).double(), torch.randn(1, 16).double()
+    with torch.no_grad():
+        assert conv_layout(x).is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert conv_layout(x).is_contiguous()
+    for f in (1, 2):
+        with torch.no_grad():
+            y = block(x, emb, f)
+        torch.testing.assert_close(y, block(x, emb, f), rtol=1e-12, atol=1e-12)
+
+
 def test_onednn_linear_is_linear():
     """The CPU's fast path of layers.Linear, with and without a bias, against nn.Linear; and the path with gradients."""
     from minit2v.layers import ONEDNN, Linear
