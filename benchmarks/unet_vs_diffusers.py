@@ -1,6 +1,7 @@
-"""minit2v beside diffusers on this machine's CPU: a UNet step, a VAE decode, loading, importing.
+"""minit2v beside diffusers on this machine's CPU: a step of each video UNet, a VAE decode, loading, importing.
 
-    python benchmarks/unet_vs_diffusers.py [--rounds 15] [--only unet vae import load memory] [--out FILE]
+    python benchmarks/unet_vs_diffusers.py [--rounds 15] [--only unet motion vae import load memory] [--threads 2]
+                                           [--out FILE]
 
 Both libraries run in one process on the same weights, in turns, and the ratio is the median over the rounds of
 reference / ours, so that a noisy machine disturbs both alike. Loading, importing and memory need fresh processes: one
@@ -20,10 +21,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-THREADS = 2
 # Threads that wait sleep. The default is to spin, and on a machine that others use too, spinning is what one measures.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Half of the published widths: 361 M parameters, so that both networks fit into a small machine.
@@ -86,6 +87,38 @@ def unet(rounds: int) -> dict:
     return {"what": what, "parameters": parameters, "error": error, **times}
 
 
+def motion(rounds: int) -> dict:
+    """AnimateDiff's 16 frames, on which the motion modules' cost depends, at latents small enough for seconds.
+
+    The reference is given the text once per frame, as its pipeline does; ours once per video, as our pipeline does.
+    """
+    import torch
+    from diffusers import UNetMotionModel as Peer
+
+    from minit2v.unet_motion import UNetMotionModel
+
+    torch.manual_seed(0)
+    config = {**HALF, "cross_attention_dim": 768}
+    peer = Peer(**config).eval()
+    for p in peer.parameters():
+        torch.nn.init.normal_(p, std=0.02 if p.ndim > 1 else 0.1)
+    out = {"what": "UNetMotion forward, half width, float32, 16 frames, 16x16 latents"}
+    x, context = torch.randn(1, 4, 16, 16, 16), torch.randn(1, 77, 768)
+    repeated = context.repeat_interleave(16, dim=0)
+    modes = {'compat="diffusers"': {"compat": "diffusers"}, "default": {}, "version 1": {"resnet_norms": "clip"}}
+    for name, options in modes.items():
+        with torch.device("meta"):
+            ours = UNetMotionModel(**config, **options).eval()
+        ours.load_state_dict(ours.layout.to_ours(peer.state_dict()), assign=True)
+        out["parameters"] = sum(p.numel() for p in ours.parameters())
+        with torch.no_grad():
+            run, run_peer = partial(ours, x, 500, context), partial(peer, x, 500, repeated)
+            # Outside of compat the two differ on purpose: the norms span other frames.
+            error = difference(run(), run_peer().sample)
+            out[name] = {"difference": error, **in_turns(run, run_peer, rounds)}
+    return out
+
+
 def vae(rounds: int) -> dict:
     import torch
     from diffusers import AutoencoderKL as Peer
@@ -142,11 +175,13 @@ torch.set_grad_enabled(False)
 
 def fresh(before: dict[str, str], timed: dict[str, str], rounds: int) -> dict:
     """The probe in processes of their own, in turns; the file cache is warm from round -1."""
+    import torch
+
     values = {key: {"minit2v": [], "diffusers": []} for key in ("wall_s", "cpu_s", "memory_mib")}
     path = os.pathsep.join([str(REPO), str(REPO / "kernels"), str(REPO / "convert")])
     for n in range(-1, rounds):
         for name in values["wall_s"]:
-            code = PROBE.format(threads=THREADS, before=before[name], timed=timed[name])
+            code = PROBE.format(threads=torch.get_num_threads(), before=before[name], timed=timed[name])
             env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
             done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
             if done.returncode:
@@ -196,7 +231,8 @@ def machine() -> dict:
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
-        "threads": THREADS,
+        "threads": torch.get_num_threads(),
+        "threads_may_use_cores": sorted(os.sched_getaffinity(0)),
         "OMP_WAIT_POLICY": os.environ["OMP_WAIT_POLICY"],
         "capability": torch.backends.cpu.get_cpu_capability(),
         "load_at_start": round(os.getloadavg()[0], 2),
@@ -208,19 +244,27 @@ def machine() -> dict:
     }
 
 
-PARTS = {"unet": (unet, 1), "vae": (vae, 1), "import": (imports, 2), "load": (load, 4), "memory": (memory, 10)}
+PARTS = {  # what it is, and for how many rounds of the others one of it stands
+    "unet": (unet, 1),
+    "motion": (motion, 2),
+    "vae": (vae, 1),
+    "import": (imports, 2),
+    "load": (load, 4),
+    "memory": (memory, 10),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=Path, default=REPO / "benchmarks/results/cpu_vs_diffusers.json")
     args = parser.parse_args()
     sys.path[:0] = [str(REPO), str(REPO / "kernels"), str(REPO / "convert")]
     import torch
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(args.threads)
     results = {"machine": machine()}
     for name in args.only:
         run, cost = PARTS[name]
