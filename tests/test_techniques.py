@@ -292,6 +292,24 @@ def test_fast_sampling_of_a_video_keeps_the_level():
             assert abs(x.std().item() - 1) < 0.02
 
 
+def test_calls_that_are_left_out_at_the_start_stay_out():
+    """PNDM's repeated timestep, where the number of steps is enforced."""
+    pipe = make_pipe("PNDMScheduler")
+    video, noise = randn(2, 1, 4, 4, 8, 8)
+    for fast, counts in ((False, (8, 8)), (True, (4, 8))):
+        pipe.unet.seen.clear()
+        pipe.scheduler.set_timesteps(10)
+        pipe.scheduler.set_begin_index(3)
+        timesteps = pipe.scheduler.timesteps[3:]
+        pipe.enable_free_init(num_iters=2, use_fast_sampling=fast)
+        x = pipe.scheduler.add_noise(video, noise, timesteps[:1])
+        pipe.denoise(x, timesteps, 8, torch.zeros(1, 1, 1), None, 1.0, 0.0, None, StepCallbacks(),
+                     NoisedVideo(0.8, video, noise))
+        seen = [t for t, _, _ in pipe.unet.seen]
+        assert len(seen) == sum(counts) and seen[counts[0] :] == timesteps.tolist()
+        assert seen[0] <= seen[counts[0]] and seen[: counts[0]] == sorted(set(seen[: counts[0]]), reverse=True)
+
+
 def test_the_published_rounds_take_a_share_of_a_share():
     pipe = make_pipe("DDIMScheduler", compat="diffusers")
     pipe.enable_free_init(num_iters=3)
