@@ -1,6 +1,7 @@
-"""Does the embedded model show what it is told? Generates every combination and reads the pixels back.
+"""Do the embedded models show what they are told? Generates every combination and reads the pixels back.
 
     python benchmarks/shapes_accuracy.py            # 108 combinations x 4 seeds, 25 DPM-Solver steps
+    python benchmarks/shapes_accuracy.py --animate  # the same of the image model with its motion adapter
 
 First the analyser is held against drawn clips, where it must score 100 %. Then, for each combination of colour, shape
 and motion, four videos are generated from the plain caption and analysed; the shares that are right are printed and
@@ -19,11 +20,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from minit2v import DiffusionPipeline, __version__
+from minit2v import AnimateDiffPipeline, DiffusionPipeline, MotionAdapter, __version__
 from minit2v.cli import PRESETS
 from minit2v.training import world
 
 NAMES = ("colour", "shape", "motion")
+ASSETS = Path(sys.modules["minit2v"].__file__).parent / "assets"
 
 
 def validate(per_combination: int = 4) -> float:
@@ -41,19 +43,31 @@ def validate(per_combination: int = 4) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=Path(sys.modules["minit2v"].__file__).parent / "assets" / "shapes")
+    parser.add_argument("--animate", action="store_true", help="an image model with a motion adapter")
+    parser.add_argument("--model", type=Path, help="folder, with --animate of the image model")
+    parser.add_argument("--adapter", type=Path, default=ASSETS / "shapes-motion", help="with --animate")
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=PRESETS["shapes"]["steps"])
-    parser.add_argument("--guidance-scale", type=float, default=PRESETS["shapes"]["guidance_scale"])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "shapes_accuracy.json")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--guidance-scale", type=float)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    embedded = "shapes-image" if args.animate else "shapes"
+    args.model = args.model or ASSETS / embedded
+    args.steps = args.steps or PRESETS[embedded]["steps"]
+    args.guidance_scale = args.guidance_scale or PRESETS[embedded]["guidance_scale"]
+    name = "animate_accuracy.json" if args.animate else "shapes_accuracy.json"
+    args.out = args.out or Path(__file__).parent / "results" / name
 
     drawn = validate()
     print(f"analyser on drawn clips: {drawn:.1%}")
     if drawn < 1:
         raise SystemExit("the analyser misreads drawn clips: nothing that it says of generated ones counts")
 
-    pipe = DiffusionPipeline.from_pretrained(args.model)
+    if args.animate:
+        adapter = MotionAdapter.from_pretrained(args.adapter)
+        pipe = AnimateDiffPipeline.from_pretrained(args.model, motion_adapter=adapter)
+    else:
+        pipe = DiffusionPipeline.from_pretrained(args.model)
     pipe.set_progress_bar_config(disable=True)
     began, misses = time.monotonic(), []
     right = {"trained": dict.fromkeys((*NAMES, "all"), 0), "unseen": dict.fromkeys((*NAMES, "all"), 0)}

@@ -15,7 +15,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -326,9 +326,11 @@ def train_diffusion(
     rate: float,
     draw: Callable[[int, random.Random], tuple[Tensor, list[str]]],
     report: Callable[[Run, Painter, int], None],
+    noisy: float = 0.5,
 ) -> Painter:
     """Trains what of `painter` wants gradients on `draw(step, rng)`: clips (b c f h w) and their captions.
 
+    What is where is decided at the highest noise: the share `noisy` of the clips gets a t from the last 30 % alone.
     `report(run, average, steps done)` is called after every step. Returns the moving average of the weights.
     """
     average = copy.deepcopy(painter).eval().requires_grad_(False)
@@ -342,8 +344,7 @@ def train_diffusion(
             group["lr"] = rate * trapezoid(step, total)
         rng, noise = generators(seed, stage, step)
         x, texts = draw(step, rng)
-        # What is where is decided at the highest noise, so half of the steps are trained there.
-        high = torch.rand(len(x), generator=noise) < 0.5
+        high = torch.rand(len(x), generator=noise) < noisy
         t = 1 - torch.rand(len(x), generator=noise) * torch.where(high, 0.3, 1.0)
         t = (t * 1000).long().clamp(0, 999)
         eps = torch.randn(x.shape, generator=noise)
@@ -428,15 +429,17 @@ def report_panel(out: Path, run: Run, pipe: DiffusionPipeline, step: int, count:
     Image.fromarray((strip * 255).round().byte().numpy()).save(out / f"panel-{step:05d}.png")
 
 
-def draw_curves(out: Path) -> None:
-    """Losses of the three stages and the panel's accuracy against minutes, as one picture."""
+def draw_curves(
+    out: Path, stages: Sequence[tuple[str, str]] = (("vae", "psnr"), ("text", "loss"), ("unet", "loss"))
+) -> None:
+    """What the stages logged and the panel's accuracy against minutes, as one picture."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.6))
-    for axis, (stage, column) in zip(axes, (("vae", "psnr"), ("text", "loss"), ("unet", "loss")), strict=False):
+    for axis, (stage, column) in zip(axes, stages, strict=False):
         with (out / f"{stage}.csv").open() as file:
             rows = list(csv.DictReader(file))
         axis.plot([float(r["minutes"]) for r in rows], [float(r[column]) for r in rows], lw=1)

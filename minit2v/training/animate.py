@@ -1,0 +1,186 @@
+"""Trains the embedded AnimateDiff: `python -m minit2v.training.animate --out runs/animate`.
+
+Three stages, checkpointed and resumed as those of `shapes.py`, of which they share the world, autoencoder and loss:
+1. `text`: the text encoder learns to tell captions apart.
+2. `image`: a text-to-image UNet, and the text encoder with it, on single frames of the clips.
+3. `motion`: all that is frozen, and motion modules are trained on the clips: first on four frames, then on sixteen.
+"""
+
+import argparse
+import copy
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..clip import CLIPTextModel
+from ..hub import DIFFUSERS_VERSION, write_json
+from ..pipelines.animatediff import AnimateDiffPipeline
+from ..tokenizer import CLIPTokenizer
+from ..unet2d import UNet2DConditionModel
+from ..unet_motion import MotionAdapter, UNetMotionModel
+from ..vae import AutoencoderKL
+from . import world
+from .shapes import (
+    Painter,
+    Run,
+    draw_batch,
+    draw_curves,
+    latents_of_world,
+    make_scheduler,
+    make_tokenizer,
+    report_panel,
+    stage_at,
+    still_captions,
+    train_diffusion,
+    train_text,
+)
+
+VAE = str(Path(__file__).parent.parent / "assets" / "shapes" / "vae")
+
+IMAGE = {
+    "sample_size": 8,
+    "block_out_channels": (64, 96),
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 64,
+    "attention_head_dim": 4,
+}
+MOTION = {
+    "block_out_channels": (64, 96),
+    "motion_layers_per_block": 1,
+    "motion_norm_num_groups": 8,
+    "motion_num_attention_heads": 4,
+    "motion_max_seq_length": world.FRAMES,
+    "resnet_norms": "frame",
+}
+
+
+class ImagePainter(Painter):
+    """The image model on clips of one frame."""
+
+    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        """x (b c 1 h w), t (b,), ids (b l) -> predicted v (b c 1 h w)."""
+        return self.unet(x[:, :, 0], t, self.text_encoder(ids))[:, :, None]
+
+
+class MotionPainter(Painter):
+    """The motion UNet on clips of fewer frames than it numbers, spread over the whole clip: each keeps its number."""
+
+    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        """x (b c f h w), t (b,), ids (b l) -> predicted v (b c f h w)."""
+        chosen = torch.linspace(0, world.FRAMES - 1, x.shape[2]).round().long()
+        blocks = [m for m in self.unet.modules() if getattr(m, "positions", None) is not None]
+        whole = [block.positions for block in blocks]
+        try:
+            for block in blocks:
+                block.positions = block.positions[:, chosen]
+            return super().forward(x, t, ids)
+        finally:
+            for block, positions in zip(blocks, whole, strict=True):
+                block.positions = positions
+
+
+def draw_images(rng: random.Random, latents: Tensor, batch: int) -> tuple[Tensor, list[str]]:
+    """Single frames x (b c 1 h w) and their captions; one in ten is empty, for guidance.
+
+    Two thirds of the captions speak of the motion. Their frames come from the second half of the clip three times as
+    often as from the first: as on photographs, where it has gone is what a still shows of a motion. So the words for
+    motions mean something to the image model, and a motion module finds in its features what they ask for.
+    """
+    rows, texts = [], []
+    for _ in range(batch):
+        i, j, k = rng.randrange(len(world.TRAINED)), rng.randrange(latents.shape[1]), rng.randrange(world.FRAMES)
+        colour, shape, motion = world.TRAINED[i]
+        pool = still_captions(colour, shape)
+        if rng.random() < 2 / 3:
+            pool = world.captions(colour, shape, motion)
+            if rng.random() < 0.5:
+                k = rng.randrange(world.FRAMES // 2, world.FRAMES)
+        rows.append(latents[i, j][:, [k]])
+        texts.append("" if rng.random() < 0.1 else rng.choice(pool))
+    return torch.stack(rows).float(), texts
+
+
+def train_image(
+    out: Path, seed: int, vae: AutoencoderKL, text_encoder: CLIPTextModel, steps: int = 4000, batch: int = 64
+) -> Painter:
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    latents = latents_of_world(vae, out, seed)
+    painter = ImagePainter(UNet2DConditionModel(**IMAGE), text_encoder.train())
+    return train_diffusion(out, "image", seed, painter, tokenizer, steps, 1.5e-3,
+                           lambda step, rng: draw_images(rng, latents, batch), lambda *_: None)  # fmt: skip
+
+
+def train_motion(
+    out: Path,
+    seed: int,
+    vae: AutoencoderKL,
+    image: Painter,
+    course: tuple[tuple[int, int, int], ...] = ((4, 24, 7000), (16, 8, 3000)),
+    panel: int = 500,
+) -> Painter:
+    """course: (frames, clips a batch, steps)."""
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    latents = latents_of_world(vae, out, seed)
+    unet = UNetMotionModel.from_unet2d(image.unet, MotionAdapter(**MOTION)).train()
+    unet.freeze_unet2d_params()
+    painter = MotionPainter(unet, image.text_encoder.requires_grad_(False))
+    total = sum(steps for *_, steps in course)
+
+    def draw(step: int, rng: random.Random) -> tuple[Tensor, list[str]]:
+        return draw_batch(rng, latents, *stage_at(course, step))
+
+    def report(run: Run, average: Painter, done: int) -> None:
+        if done % panel == 0 and stage_at(course, done - 1)[0] == world.FRAMES or done == total:
+            report_panel(out, run, make_pipeline(vae, average, tokenizer), done)
+
+    # The frozen image model knows what to do at low noise; what the frames agree on is decided at high noise.
+    return train_diffusion(out, "motion", seed, painter, tokenizer, total, 1.5e-3, draw, report, noisy=0.8)
+
+
+def make_pipeline(vae: AutoencoderKL, painter: Painter, tokenizer: CLIPTokenizer) -> AnimateDiffPipeline:
+    return AnimateDiffPipeline(vae, painter.text_encoder, tokenizer, painter.unet, None, make_scheduler())
+
+
+def save_models(out: Path, vae: AutoencoderKL, painter: Painter) -> None:
+    """`shapes-image`, a folder as Stable Diffusion's, and `shapes-motion`, a motion adapter; both in float16."""
+    image = UNet2DConditionModel(**IMAGE)
+    image.load_state_dict({name: v for name, v in painter.unet.state_dict().items() if ".motion." not in name})
+    networks = {"unet": image, "vae": vae, "text_encoder": painter.text_encoder}
+    others = {"tokenizer": make_tokenizer(), "scheduler": make_scheduler()}
+    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": DIFFUSERS_VERSION}
+    index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    for name, component in (networks | others).items():
+        if name in networks:
+            component = copy.deepcopy(component).half()
+        component.save_pretrained(out / "shapes-image" / name)
+        library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"
+        index[name] = [library, type(component).__name__]
+    write_json(out / "shapes-image" / "model_index.json", index)
+    copy.deepcopy(painter.unet).half().save_motion_modules(out / "shapes-motion")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints, curves and the finished models")
+    parser.add_argument("--vae", default=VAE, help="folder of the autoencoder")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    vae = AutoencoderKL.from_pretrained(args.vae)
+    image = train_image(args.out, args.seed, vae, train_text(args.out, args.seed))
+    save_models(args.out, vae, train_motion(args.out, args.seed, vae, image))
+    draw_curves(args.out, (("text", "loss"), ("image", "loss"), ("motion", "loss")))
+    print(f"the models are in {args.out / 'shapes-image'} and {args.out / 'shapes-motion'}")
+
+
+if __name__ == "__main__":
+    main()
