@@ -1,5 +1,6 @@
 """The documentation says what the code does: links, examples, tables and figures."""
 
+import ast
 import doctest
 import re
 import sys
@@ -28,6 +29,11 @@ def full(facts):
     return facts.modelscope()
 
 
+@pytest.fixture(scope="module")
+def motion(facts):
+    return facts.animatediff()
+
+
 def anchors(text: str) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", text, re.M)
@@ -48,6 +54,39 @@ def test_links_lead_somewhere(page):
     assert broken == []
 
 
+def names_in(path: Path) -> set[str]:
+    """The functions, classes and constants of a file, with `Class.method` and `Class.attribute`."""
+    names: set[str] = set()
+
+    def visit(body: list[ast.stmt], prefix: str) -> None:
+        for node in body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                names.add(prefix + node.name)
+            if isinstance(node, ast.ClassDef):
+                visit(node.body, f"{node.name}.")
+            elif isinstance(node, ast.FunctionDef) and prefix:  # what a method sets on self
+                for part in ast.walk(node):
+                    if isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store):
+                        if isinstance(part.value, ast.Name) and part.value.id == "self":
+                            names.add(prefix + part.attr)
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                    names.update(prefix + n.id for n in ast.walk(target) if isinstance(n, ast.Name))
+
+    visit(ast.parse(path.read_text()).body, "")
+    return names
+
+
+def test_places_in_files_are_there():
+    """A link to a file and, behind a comma, names in it."""
+    page = ROOT / "docs" / "architecture.md"
+    places = re.findall(r"\]\((\.\./[\w/]+\.py)\),\s(?:class )?((?:`[\w.]+`(?:,\s|\sand\s)?)+)", page.read_text())
+    assert len(places) > 15
+    missing = [(path, name) for path, found in places for name in re.findall(r"`([\w.]+)`", found)
+               if name not in names_in(page.parent / path)]  # fmt: skip
+    assert missing == []
+
+
 def test_there_are_pages():
     assert {"README.md", "docs/architecture.md"} <= {page.relative_to(ROOT).as_posix() for page in PAGES}
 
@@ -61,16 +100,16 @@ def test_examples_run(page):
     assert runner.tries > 0
 
 
-def test_tables_are_those_of_the_code(facts, full):
+def test_tables_are_those_of_the_code(facts, full, motion):
     lines = set((ROOT / "docs" / "architecture.md").read_text().splitlines())
-    wrong = [row for table in facts.tables(full, facts.embedded()) for row in table if row not in lines]
+    wrong = [row for table in facts.tables(full, facts.embedded(), motion) for row in table if row not in lines]
     assert wrong == [], "run docs/figures/facts.py"
 
 
-def test_figures_are_drawn(facts, full, tmp_path):
+def test_figures_are_drawn(facts, full, motion, tmp_path):
     import draw
 
-    drawn = draw.draw_all(tmp_path, full)
+    drawn = draw.draw_all(tmp_path, full, motion)
     assert {path.name for path in drawn} == {path.name for path in FIGURES.glob("*.png")}
     for path in drawn:
         assert path.stat().st_size > 30_000

@@ -17,14 +17,14 @@ import facts
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from minit2v.blocks import ResBlock, SpatialTransformer, TemporalConv, TemporalTransformer
+from minit2v.blocks import MotionModule, ResBlock, SpatialTransformer, TemporalConv, TemporalTransformer
 from minit2v.clip import CLIPTextModel
 from minit2v.pipelines import DiffusionPipeline, TextToVideoSDPipeline
 from minit2v.schedulers.base import randn
 from minit2v.schedulers.ddim import DDIMScheduler
 from minit2v.tokenizer import CLIPTokenizer
 from minit2v.training import world
-from minit2v.unet3d import UNet3DConditionModel
+from minit2v.unet import UNet
 from minit2v.vae import AutoencoderKL
 from minit2v.video import export_to_video
 
@@ -37,6 +37,7 @@ KIND_STYLE = {  # letter, colour, colour of the letter
     TemporalConv: ("C", TIME, PAPER),
     SpatialTransformer: ("S", SPACE2, INK),
     TemporalTransformer: ("T", TIME2, INK),
+    MotionModule: ("M", TIME, PAPER),
 }
 
 
@@ -393,7 +394,7 @@ def draw_step(path: Path, model: facts.Model) -> Path:
     # The loop.
     page.box(262, 316, 1308, 330, MIST, round_=14, z=0)
     page.text(286, 342, "every step", 13, weight="bold", color=SPACE)
-    file, name = place(DiffusionPipeline.denoise)
+    file, name = place(DiffusionPipeline._denoise)
     page.text(1546, 342, f"{file.removeprefix('minit2v/')}  {name}", 10.8, ha="right", family="monospace", color=SOFT)
     box(40, 412, 190, "noise", randn, "a seed's numbers", LINE)
     page.line((230, 473), (292, 473))
@@ -403,7 +404,7 @@ def draw_step(path: Path, model: facts.Model) -> Path:
     page.line((442, 473), (620, 473))
     on(529, 456, "twice: [x, x]")
     on(529, 493, shape(two), color=SOFT)
-    box(620, 412, 270, "UNet", UNet3DConditionModel.forward, "what is noise in x?", SPACE)
+    box(620, 412, 270, "UNet", UNet.forward, "what is noise in x?", SPACE)
     on(700, 372, "t", ha="center")
     page.line((700, 384), (700, 412))
     page.line((890, 473), (1050, 473))
@@ -412,7 +413,7 @@ def draw_step(path: Path, model: facts.Model) -> Path:
     page.box(1050, 412, 216, 122, PAPER, TIME, round_=9, width=2.4)
     page.text(1158, 436, "guidance", 14.5, ha="center", weight="bold", zorder=4)
     page.text(1158, 479, "eps = eps$_{neg}$\n  + g (eps$_{text}$ − eps$_{neg}$)", 12.2, ha="center", zorder=4)
-    page.text(1158, 518, "(in denoise itself)", 10.8, ha="center", color=SOFT, zorder=4)
+    page.text(1158, 518, "(in _denoise itself)", 10.8, ha="center", color=SOFT, zorder=4)
     page.line((1266, 473), (1334, 473))
     on(1297, 456, "eps")
     box(1334, 412, 216, "scheduler", DDIMScheduler.step, "x at t → x at s < t", TIME)
@@ -437,13 +438,185 @@ def draw_step(path: Path, model: facts.Model) -> Path:
     return page.save(path)
 
 
+# ------------------------------------------------------------------------------- AnimateDiff: what is frozen, what not
+
+
+def millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M"
+
+
+def draw_motion(path: Path, model: facts.Model) -> Path:
+    """The image model with a motion module in every block: frozen parts blue, trained ones orange."""
+    unet, calls = model.unet, facts.trace_unet(model)
+    last, tall, stripe, gap, narrow, out = len(unet.down) - 1, 54, 30, 30, 38, 9
+    page = Page(1600, 1160)
+    page.text(40, 40, "AnimateDiff: what is frozen and what is trained", 19, weight="bold")
+    page.text(40, 72, "Stable Diffusion 1.5's UNet, and the motion adapter whose modules are put into its blocks. "
+              "Numbers in M are millions of parameters.", 13, color=SOFT)
+
+    # The two parts.
+    count, moving = facts.parameters(unet), facts.trained(unet)
+    names = {name.split(".motion.")[0] for name, p in unet.named_parameters() if p.requires_grad}
+    assert names == {f"{n}" for n, m in unet.named_modules() if getattr(m, "motion", None) is not None}
+    for x, width, colour, title, words in (
+        (40, 890, SPACE, f"frozen: {millions(count - moving)}", "the image model; any fine-tune of it fits here"),
+        (950, 610, TIME, f"trained: {millions(moving)}", f"the adapter: {len(names)} motion modules"),
+    ):
+        page.box(x, 100, width, 58, colour, round_=9)
+        page.text(x + 24, 129, title, 18, weight="bold", color=PAPER, zorder=4)
+        page.text(x + width - 24, 129, words, 13.5, ha="right", color=PAPER, zorder=4)
+
+    def draw_block(x: float, y: float, name: str) -> float:
+        """Its parts as stripes, the trained one reaching out, and its channels below. Returns its right edge."""
+        right = x
+        for part in ("res", "spatial", "motion"):
+            if (call := calls.get(f"{name}.{part}")) is None:
+                continue
+            letter, colour, ink = KIND_STYLE[type(call.module)]
+            free = facts.trained(call.module) > 0
+            assert free == (part == "motion")
+            page.box(right, y - out * free, stripe, tall + 2 * out * free, colour, INK, width=1.1, z=3 if free else 2)
+            page.text(right + stripe / 2, y + tall / 2, letter, 13, ha="center", color=ink, weight="bold", zorder=4)
+            right += stripe
+        channels = calls[name].x[1], calls[name].y[1]
+        label = str(channels[1]) if channels[0] == channels[1] else f"{channels[0]} → {channels[1]}"
+        page.text((x + right) / 2, y + tall + out + 13, label, 11.5, ha="center", color=SOFT)
+        return right
+
+    def draw_conv(x: float, y: float, words: str) -> float:
+        page.box(x, y, narrow, tall, SPACE2, INK, width=1.1)
+        page.text(x + narrow / 2, y + tall / 2, words, 13.5, ha="center", zorder=4)
+        return x + narrow
+
+    def counts(x: float, y: float, *parts: Any) -> None:
+        size, free = sum(map(facts.parameters, parts)), sum(map(facts.trained, parts))
+        page.text(x - 12, y, f"frozen {millions(size - free)}", 12.5, ha="right", color=SPACE, weight="bold")
+        page.text(x + 12, y, f"trained {millions(free)}", 12.5, color=TIME, weight="bold")
+
+    pitch, step, top, first, centre = 128, 70, 236, 40 + narrow + 2 * gap, 776
+    rows = [top + pitch * i for i in range(last + 1)]
+    mids = [y + tall / 2 for y in rows]
+    b, f = 2, model.frames
+    page.text(40, 198, f"x {shape((b, *model.latents))}", 12.5)
+    page.line((40 + narrow / 2, 210), (40 + narrow / 2, rows[0]))
+
+    # The way down.
+    x = draw_conv(40, rows[0], "in")
+    page.line((x, mids[0]), (first, mids[0]))
+    ends = []
+    for i, level in enumerate(unet.down):
+        x = first + step * i
+        for j in range(len(level.blocks)):
+            right = draw_block(x, rows[i], f"down.{i}.blocks.{j}")
+            x = right + gap
+            if j + 1 < len(level.blocks) or level.resample is not None:
+                page.line((right, mids[i]), (x, mids[i]))
+        ends.append(right + gap / 2)
+        if level.resample is not None:
+            draw_conv(x, rows[i], "½")
+            bend, entry, after = rows[i] + tall + 40, first + step * (i + 1) - gap, first + step * (i + 1)
+            page.line((x + narrow / 2, rows[i] + tall), (x + narrow / 2, bend), (entry, bend), (entry, mids[i + 1]),
+                      (after, mids[i + 1]))
+
+    # The middle.
+    middle = rows[last] + pitch
+    x = centre - (4 * stripe + gap) / 2
+    page.line((right, mids[last]), (ends[last], mids[last]), (ends[last], middle + tall / 2), (x, middle + tall / 2))
+    for j in range(len(unet.mid)):
+        right = draw_block(x, middle, f"mid.{j}")
+        if j + 1 < len(unet.mid):
+            page.line((right, middle + tall / 2), (right + gap, middle + tall / 2))
+        x = right + gap
+    counts(centre, middle + tall + 48, unet.mid)
+    page.text(centre, middle - 28, "the middle", 13.5, ha="center", weight="bold")
+    source = (right, middle + tall / 2)
+
+    # The way up.
+    for i in range(last, -1, -1):
+        k = last - i
+        level = unet.up[k]
+        wide = [stripe * sum(f"up.{k}.blocks.{j}.{p}" in calls for p in ("res", "spatial", "motion"))
+                for j in range(len(level.blocks))]
+        apart = gap if i < last else 52  # of narrow blocks, for what stands below them
+        x = 1560 - step * i - sum(wide) - apart * len(wide) - narrow
+        enter = x - gap
+        if i == last:
+            page.line(source, (enter, source[1]), (enter, mids[i]), (x, mids[i]))
+        else:
+            bend = rows[i] + tall + 40
+            page.line(source, (source[0], bend), (enter, bend), (enter, mids[i]), (x, mids[i]))
+        page.line((ends[i], mids[i]), (enter, mids[i]), colour=PLAIN, width=5, arrow=False, z=0)
+        page.text((ends[i] + enter) / 2, mids[i], "skips", 11, ha="center", color=SOFT,
+                  bbox=dict(facecolor=PAPER, edgecolor="none", pad=2))
+        for j in range(len(level.blocks)):
+            right = draw_block(x, rows[i], f"up.{k}.blocks.{j}")
+            page.line((right, mids[i]), (right + apart, mids[i]))
+            x = right + apart
+        draw_conv(x, rows[i], "×2" if level.resample is not None else "out")
+        source = (x + narrow / 2, rows[i])
+        _, c, h, w = calls[f"down.{i}.blocks.0"].y
+        page.text((ends[i] + enter) / 2, mids[i] - 32, f"level {i}:  {h} x {w}, {c} channels", 13.5, ha="center",
+                  weight="bold")
+        counts((ends[i] + enter) / 2, mids[i] + 30, unet.down[i], level)
+    prediction = calls["conv_out"].y
+    page.text(1560, 198, f"prediction {shape((b, prediction[1], f, *prediction[2:]))}", 12.5, ha="right")
+    page.line((1560 - narrow / 2, rows[0]), (1560 - narrow / 2, 210))
+    levels = sum(facts.parameters(part) - facts.trained(part) for part in (unet.down, unet.mid, unet.up))
+    notes = [("R  ResBlock, gets the timestep", SPACE), ("S  SpatialTransformer, gets the text", SPACE),
+             ("M  MotionModule, sees all frames", TIME),
+             (f"in, out, time_mlp: frozen {millions(count - moving - levels)}", SPACE)]
+    for n, (words, colour) in enumerate(notes):
+        page.text(1216, middle - 6 + 27 * n, words, 12.5, color=colour, weight="bold")
+
+    # One block.
+    name, y = "down.0.blocks.0", middle + 170
+    motion, module = calls[f"{name}.motion"], calls[f"{name}.motion"].module
+    page.line((40, y - 34), (1560, y - 34), colour=PLAIN, width=1.2, arrow=False)
+    page.text(40, y, "The first block", 15, weight="bold")
+    page.text(226, y, f"x and y {shape(motion.x)}, (b f) c h w: {b} videos of {f} frames. Inside M: z "
+              f"{shape(calls[f'{name}.motion.proj_in'].y)}, b f (h w) c;  q, k, v {shape(motion.queries[0])}, "
+              "b (h w heads) f head_dim", 12.5, color=SOFT)
+    y += 112
+    page.box(432, y - 76, 1058, 152, "#fbe9d9", round_=12, z=0)
+    page.text(450, y - 56, "MotionModule", 12.5, weight="bold", color=TIME)
+    page.text(1472, y + 60, f"{millions(facts.parameters(module))}, the adapter's", 12, ha="right", color=TIME)
+    parts = [
+        (40, 40, None, "x", ""),
+        (92, 100, SPACE, "ResBlock", millions(facts.parameters(calls[f"{name}.res"].module))),
+        (210, 188, SPACE, "SpatialTransformer", millions(facts.parameters(calls[f"{name}.spatial"].module))),
+        (448, 128, TIME, "GroupNorm", "per frame"),
+        (592, 84, TIME, "proj_in", millions(facts.parameters(module.proj_in))),
+        (692, 204, TIME, "z + attn1(LN(z) + P)", "P: where in the clip"),
+        (920, 204, TIME, "z + attn2(LN(z) + P)", "over the frames again"),
+        (1148, 148, TIME, "z + ff(LN(z))", "each by itself"),
+        (1320, 150, TIME, "proj_out", "0 before training"),
+    ]
+    for (x, width, colour, title, words), following in zip(parts, parts[1:] + [(1510, 0, None, "", "")], strict=True):
+        if colour is None:
+            page.text(x, y, title, 15, weight="bold")
+            page.line((x + 20, y), (following[0], y))
+            continue
+        page.box(x, y - 34, width, 68, PAPER, colour, round_=8, width=2.2)
+        page.text(x + width / 2, y - 10, title, 11.8, ha="center", weight="bold", zorder=4)
+        page.text(x + width / 2, y + 20, words, 11, ha="center", color=SOFT, zorder=4)
+        page.line((x + width, y), (following[0], y))
+    page.dot(413, y)
+    page.line((413, y), (413, y + 96), (1524, y + 96), (1524, y + 14))
+    page.axes.plot([1524], [y], "o", mfc=PAPER, mec=INK, ms=18, mew=1.6, zorder=4)
+    page.text(1524, y, "+", 15, ha="center", weight="bold", zorder=5)
+    page.line((1538, y), (1566, y))
+    page.text(1582, y, "y", 15, ha="center", weight="bold")
+    return page.save(path)
+
+
 FIGURES = {"unet.png": draw_unet, "batch.png": draw_batch, "step.png": draw_step}
 
 
-def draw_all(folder: Path, model: facts.Model) -> list[Path]:
-    return [draw(folder / name, model) for name, draw in FIGURES.items()]
+def draw_all(folder: Path, model: facts.Model, motion: facts.Model) -> list[Path]:
+    return [*(draw(folder / name, model) for name, draw in FIGURES.items()), draw_motion(folder / "motion.png", motion)]
 
 
 if __name__ == "__main__":
-    for drawn in draw_all(Path(sys.argv[1]) if len(sys.argv) > 1 else HERE, facts.modelscope()):
+    here = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
+    for drawn in draw_all(here, facts.modelscope(), facts.animatediff()):
         print(drawn)

@@ -16,15 +16,30 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from minit2v.blocks import ResBlock, SpatialTransformer, TemporalConv, TemporalTransformer
+from minit2v.blocks import MotionModule, ResBlock, SpatialTransformer, TemporalConv, TemporalTransformer
 from minit2v.clip import CLIPTextModel
 from minit2v.hub import Network
 from minit2v.training import shapes
-from minit2v.unet3d import Block, UNet3DConditionModel
+from minit2v.unet import UNet
+from minit2v.unet2d import UNet2DConditionModel
+from minit2v.unet3d import UNet3DConditionModel
+from minit2v.unet_motion import MotionAdapter, UNetMotionModel, known_resnet_norms
 from minit2v.vae import AutoencoderKL
 
-KINDS = (ResBlock, TemporalConv, SpatialTransformer, TemporalTransformer)
+KINDS = (ResBlock, TemporalConv, SpatialTransformer, TemporalTransformer, MotionModule)
 TIME = (TemporalConv, TemporalTransformer)
+STABLE_DIFFUSION_TEXT = {  # CLIP ViT-L/14's text encoder
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "hidden_act": "quick_gelu",
+}
+VERSIONS = {  # what the published motion adapters' files say: name -> fields
+    "v1-5": {"motion_max_seq_length": 24, "use_motion_mid_block": False},
+    "v1-5-2": {},
+    "v1-5-3": {"use_motion_mid_block": False},
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +47,7 @@ class Model:
     """A published stack on the meta device, and the size of one video for it."""
 
     name: str
-    unet: UNet3DConditionModel
+    unet: UNet
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
     frames: int
@@ -65,6 +80,14 @@ def embedded() -> Model:
         text_encoder = CLIPTextModel(vocab_size=vocabulary, **shapes.TEXT)
         unet, vae = UNet3DConditionModel(**shapes.UNET), AutoencoderKL(**shapes.VAE)
     return Model("shapes", unet, vae, text_encoder, shapes.world.FRAMES)
+
+
+def animatediff() -> Model:
+    """Stable Diffusion 1.5 with the motion adapter v1-5-2, as they are trained: the image model frozen."""
+    with torch.device("meta"):
+        unet = UNetMotionModel.from_unet2d(UNet2DConditionModel(), MotionAdapter(**VERSIONS["v1-5-2"]))
+        unet.freeze_unet2d_params()
+        return Model("AnimateDiff", unet, AutoencoderKL(), CLIPTextModel(**STABLE_DIFFUSION_TEXT), 16)
 
 
 # ----------------------------------------------------------------------------------------------------- one step, traced
@@ -126,10 +149,11 @@ def watching(network: nn.Module) -> Iterator[list[Call]]:
 
 @cache
 @torch.no_grad()
-def trace_unet(model: Model, videos: int = 2) -> dict[str, Call]:
+def trace_unet(model: Model, videos: int = 2, text_per_frame: bool = False) -> dict[str, Call]:
     """Name of a module -> its call, over one prediction for so many videos; 2, as under guidance."""
     x = torch.empty(videos, *model.latents, device="meta")
-    context = torch.empty(videos, model.tokens, model.unet.config.cross_attention_dim, device="meta")
+    texts = (videos, model.frames) if text_per_frame else (videos,)
+    context = torch.empty(*texts, model.tokens, model.unet.config.cross_attention_dim, device="meta")
     with watching(model.unet) as calls:
         model.unet(x, 500, context)
     return {call.name: call for call in calls}
@@ -154,10 +178,15 @@ def parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+def trained(module: nn.Module) -> int:
+    """Parameters that are not frozen."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
 # ----------------------------------------------------------------------------------------------------------- the tables
 
 
-def heads(block: Block) -> int:
+def heads(block: nn.Module) -> int:
     """The number of its attention heads, 0 where it has none."""
     if not block.attention:
         return 0
@@ -182,8 +211,12 @@ def component_rows(models: list[Model]) -> list[str]:
 
 
 def kind_rows(model: Model) -> list[str]:
-    """Modules, parameters and operations of each kind of block in one UNet; two videos, as under guidance."""
+    """Modules, parameters and operations of each kind of block in one UNet; two videos, as under guidance.
+
+    The second column says space or time, or of AnimateDiff what is frozen and what is trained.
+    """
     total, (flops, by_kind) = parameters(model.unet), flops_of_unet(model)
+    motion = isinstance(model.unet, UNetMotionModel)
 
     def line(name: str, where: str, number: object, size: int, work: int) -> str:
         return row(name, where, number, size, f"{size / total:.1%}", f"{work / flops:.1%}")
@@ -191,14 +224,70 @@ def kind_rows(model: Model) -> list[str]:
     rows, sizes = [], {}
     for kind in KINDS:
         modules = [m for m in model.unet.modules() if isinstance(m, kind)]
+        if not modules:
+            continue
         sizes[kind] = sum(map(parameters, modules))
         where = "time" if kind in TIME else "space"
+        if motion:
+            where = {0: "frozen", sizes[kind]: "trained"}[sum(map(trained, modules))]
         rows.append(line(f"`{kind.__name__}`", where, len(modules), sizes[kind], by_kind[kind]))
     rest = total - sum(sizes.values()), flops - sum(by_kind.values())
-    rows.append(line("the rest", "", "", *rest))
-    rows.append(line("both of time", "", "", sum(sizes[k] for k in TIME), sum(by_kind[k] for k in TIME)))
+    rows.append(line("the rest", "frozen" if motion else "", "", *rest))
+    if motion:
+        image = total - trained(model.unet), flops - by_kind[MotionModule]
+        rows.append(line("the image model", "frozen", "", *image))
+    else:
+        rows.append(line("both of time", "", "", sum(sizes[k] for k in TIME), sum(by_kind[k] for k in TIME)))
     rows.append(line("all", "", "", total, flops))
     return rows
+
+
+def motion_rows(model: Model) -> list[str]:
+    """What goes through the first block of AnimateDiff's UNet; under guidance."""
+    once, per_frame = (trace_unet(model, text_per_frame=each) for each in (False, True))
+    block = "down.0.blocks.0"
+    spatial, motion, apart = once[f"{block}.spatial"], once[f"{block}.motion"], per_frame[f"{block}.spatial"]
+    assert motion.queries[0] == motion.queries[1] == motion.keys[0] == motion.keys[1] and motion.x == motion.y
+    rows = {
+        "x and y of every part, `(b f) c h w`": motion.x,
+        "`spatial`, `attn2`, a text per video: q, `b heads (f h w) head_dim`": spatial.queries[1],
+        "the same: k, v, `b heads l head_dim`": spatial.keys[1],
+        "a text per frame: q, `(b f) heads (h w) head_dim`": apart.queries[1],
+        "the same: k, v, `(b f) heads l head_dim`": apart.keys[1],
+        "`motion`, after `proj_in`: z, `b f (h w) c`": once[f"{block}.motion.proj_in"].y,
+        "`motion`, `attn1` and `attn2`: q, k, v, `b (h w heads) f head_dim`": motion.queries[0],
+    }
+    return [row(name, size) for name, size in rows.items()]
+
+
+def unet_rows(unets: list[UNet]) -> list[str]:
+    """What a block of each UNet is, where that is said, and how large the whole is."""
+    rows = []
+    for unet in unets:
+        block = next(b for b in unet.blocks() if b.attention)
+        parts = ", ".join(f"`{type(part).__name__}`" for part in block.children())
+        file = type(unet).__module__.removeprefix("minit2v.") + ".py"
+        rows.append(row(f"`{type(unet).__name__}`", f"[{file}](../minit2v/{file})", parts, parameters(unet)))
+    return rows
+
+
+def version_rows() -> list[str]:
+    """The published motion adapters, side by side."""
+    with torch.device("meta"):
+        adapters = {f"animatediff-motion-adapter-{name}": MotionAdapter(**v) for name, v in VERSIONS.items()}
+    rows: dict[str, list[object]] = {}
+    for name, adapter in adapters.items():
+        config = adapter.config
+        for what, value in {
+            "most frames, `motion_max_seq_length`": config.motion_max_seq_length,
+            "motion modules": sum(isinstance(m, MotionModule) for m in adapter.modules()),
+            "of them in the middle, `use_motion_mid_block`": int(config.use_motion_mid_block),
+            "parameters": parameters(adapter),
+            "norms of the motion modules, `motion_norms`": f"per {config.motion_norms}",
+            "norms of `ResBlock` and `norm_out`, `resnet_norms`": f"per {known_resnet_norms(config, name)}",
+        }.items():
+            rows.setdefault(what, []).append(value)
+    return [row(what, *values) for what, values in rows.items()]
 
 
 def level_rows(model: Model) -> list[str]:
@@ -268,9 +357,12 @@ def block_rows(names: dict[str, Model]) -> list[str]:
     return [row(name, *map(str, sizes)) for name, sizes in rows.items()]
 
 
-def tables(full: Model, small: Model) -> list[list[str]]:
+def tables(full: Model, small: Model, motion: Model) -> list[list[str]]:
     """The rows of every table of architecture.md that holds numbers, but for the worked step."""
+    with torch.device("meta"):
+        image = UNet2DConditionModel()
     return [
+        unet_rows([full.unet, image, motion.unet]),
         path_rows([full, small]),
         block_rows({"down.0.blocks.0": full, "down.1.blocks.0": small}),
         level_rows(full),
@@ -278,9 +370,12 @@ def tables(full: Model, small: Model) -> list[list[str]]:
         component_rows([full, small]),
         kind_rows(full),
         kind_rows(small),
+        version_rows(),
+        motion_rows(motion),
+        kind_rows(motion),
     ]
 
 
 if __name__ == "__main__":
-    for table in tables(modelscope(), embedded()):
+    for table in tables(modelscope(), embedded(), animatediff()):
         print("\n".join(table), end="\n\n")
