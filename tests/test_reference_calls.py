@@ -1,4 +1,4 @@
-"""The calls of the reference's text-to-video pages, on small folders of the same layout."""
+"""The calls of the reference's text-to-video and AnimateDiff pages, on small folders of the same layout."""
 
 import pytest
 import torch
@@ -6,12 +6,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from minit2v import (
+    AnimateDiffPipeline,
+    AnimateDiffVideoToVideoPipeline,
+    DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    MotionAdapter,
     TextToVideoSDPipeline,
     VideoToVideoSDPipeline,
 )
-from minit2v.utils import export_to_video
+from minit2v.utils import export_to_gif, export_to_video, load_video
 
 PROMPT = "Spiderman is surfing"
 STEPS = dict(num_inference_steps=2)  # in place of 25 and 40
@@ -123,3 +127,117 @@ def test_encode_prompt_and_tiling(modelscope):
     pipe.enable_vae_tiling()
     pipe.disable_vae_tiling()
     pipe.disable_vae_slicing()
+
+
+# AnimateDiff -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_id(tmp_path_factory, make_official_folder):
+    """An image model of Stable Diffusion 1.5: a folder of another pipeline, with the scheduler file of PNDM."""
+    return make_official_folder(tmp_path_factory.mktemp("sd15"), repo="sd15", small=True)
+
+
+@pytest.fixture(scope="module", params=["v1-5", "v1-5-2", "v1-5-3"])
+def adapter_id(request, tmp_path_factory, make_adapter_folder):
+    """guoyww/animatediff-motion-adapter-...: version 1, 2 and 3."""
+    return make_adapter_folder(tmp_path_factory.mktemp("adapters"), request.param)
+
+
+@pytest.fixture(scope="module")
+def adapter_v2(tmp_path_factory, make_adapter_folder):
+    return make_adapter_folder(tmp_path_factory.mktemp("adapters"), "v1-5-2")
+
+
+ASKED = dict(prompt="masterpiece, bestquality, sunset, orange sky", negative_prompt="bad quality, worse quality",
+             guidance_scale=7.5)
+
+
+def test_animatediff_page(model_id, adapter_id, tmp_path):
+    adapter = MotionAdapter.from_pretrained(adapter_id, torch_dtype=torch.float16)
+    assert adapter.dtype == torch.float16
+    pipe = half(model_id, AnimateDiffPipeline, motion_adapter=adapter)
+    scheduler = DDIMScheduler.from_pretrained(
+        model_id, subfolder="scheduler", clip_sample=False, timestep_spacing="linspace", beta_schedule="linear",
+        steps_offset=1,
+    )  # fmt: skip
+    assert scheduler.config.beta_start == 0.00085 and scheduler.config.beta_schedule == "linear"
+    pipe.scheduler = scheduler
+    pipe.enable_vae_slicing()
+    pipe.enable_model_cpu_offload()
+    output = pipe(**ASKED, num_frames=16, **STEPS, generator=torch.Generator("cpu").manual_seed(42))
+    frames = output.frames[0]
+    assert len(frames) == 16 and all(isinstance(f, Image.Image) for f in frames)
+    path = export_to_gif(frames, "animation.gif")
+    assert len(load_video(str(tmp_path / path))) > 1
+
+
+def test_animatediff_with_25_steps(model_id, adapter_v2):
+    """The adapter without a dtype, the scheduler made by hand, the pipeline moved."""
+    adapter = MotionAdapter.from_pretrained(adapter_v2)
+    pipe = half(model_id, AnimateDiffPipeline, motion_adapter=adapter).to(DEVICE)
+    pipe.scheduler = DDIMScheduler(beta_schedule="linear", steps_offset=1, clip_sample=False)
+    pipe.enable_vae_slicing()
+    pipe.enable_vae_tiling()
+    output = pipe(**ASKED, num_frames=16, num_inference_steps=25, generator=torch.Generator("cpu").manual_seed(42))
+    assert len(output.frames[0]) == 16
+
+
+def test_animatediff_video_to_video_page(model_id, adapter_v2):
+    made = [Image.new("RGB", (48, 32), (40 * n, 90, 200 - 30 * n)) for n in range(4)]
+    video = load_video(export_to_gif(made, "input.gif"))
+    assert len(video) == 4 and isinstance(video[0], Image.Image)
+    adapter = MotionAdapter.from_pretrained(adapter_v2, torch_dtype=torch.float16)
+    pipe = half(model_id, AnimateDiffVideoToVideoPipeline, motion_adapter=adapter).to(DEVICE)
+    pipe.scheduler = DDIMScheduler.from_pretrained(
+        model_id, subfolder="scheduler", clip_sample=False, timestep_spacing="linspace", beta_schedule="linear",
+        steps_offset=1,
+    )  # fmt: skip
+    pipe.enable_vae_slicing()
+    pipe.enable_model_cpu_offload()
+    output = pipe(video=video, **ASKED, num_inference_steps=25, strength=0.5,
+                  generator=torch.Generator("cpu").manual_seed(42))
+    frames = output.frames[0]
+    assert len(frames) == 4 and frames[0].size == (16, 16)
+    export_to_gif(frames, "animation.gif")
+
+
+def test_animatediff_with_free_init_and_free_u(model_id, adapter_v2):
+    adapter = MotionAdapter.from_pretrained(adapter_v2)
+    pipe = AnimateDiffPipeline.from_pretrained(model_id, motion_adapter=adapter, torch_dtype=torch.float16)
+    pipe.set_progress_bar_config(disable=True)
+    pipe = pipe.to(torch.float32) if DEVICE == "cpu" else pipe.to(DEVICE)
+    pipe.scheduler = DDIMScheduler.from_pretrained(
+        model_id, subfolder="scheduler", beta_schedule="linear", clip_sample=False, timestep_spacing="linspace",
+        steps_offset=1,
+    )  # fmt: skip
+    pipe.enable_vae_slicing()
+    pipe.enable_vae_tiling()
+    calls = []
+    pipe.unet.register_forward_hook(lambda m, args, out: calls.append(1))
+
+    def frames():
+        calls.clear()
+        output = pipe(**ASKED, num_frames=4, num_inference_steps=6, generator=torch.Generator("cpu").manual_seed(666))
+        return [f.tobytes() for f in output.frames[0]]
+
+    plain = frames()
+    pipe.enable_free_init(method="butterworth", use_fast_sampling=True)
+    assert frames() != plain and len(calls) == 2 + 4 + 6
+    pipe.disable_free_init()
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    assert frames() != plain and len(calls) == 6
+    pipe.disable_freeu()
+    assert frames() == plain
+    text, negative = pipe.encode_prompt(ASKED["prompt"], DEVICE, 1, True, ASKED["negative_prompt"])
+    assert text.shape == negative.shape == (1, 77, 24)
+
+
+def test_free_u_of_the_text_to_video_page(modelscope):
+    pipe = half(modelscope, variant="fp16").to(DEVICE)
+    generator = torch.Generator("cpu")
+    plain, turned, again = (
+        switch() or pipe(PROMPT, **STEPS, num_frames=2, generator=generator.manual_seed(0)).frames
+        for switch in (lambda: None, lambda: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4), pipe.disable_freeu)
+    )
+    assert (plain != turned).any() and (plain == again).all()
