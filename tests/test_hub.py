@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import math
 import os
 import pickle
 import re
@@ -24,13 +25,17 @@ from torch import nn
 from minit2v.clip import CLIPTextModel
 from minit2v.config import config_fields, make_config, pick_dtype
 from minit2v.hub import Network, find_folder, first_nonfinite, read_json
+from minit2v.unet2d import UNet2DConditionModel
 from minit2v.unet3d import UNet3DConditionModel
+from minit2v.unet_motion import MotionAdapter
 from minit2v.vae import AutoencoderKL
 from minit2v_convert.rename import Layout
 from minit2v_convert.sparse import write_sparse_bin, write_sparse_safetensors
 
 NETWORKS = {"unet": UNet3DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-VIDEO_REPOS = ("ms-1.7b", "zeroscope_v2_576w", "zeroscope_v2_XL")
+CLASSES = {cls.__name__: cls for cls in (*NETWORKS.values(), UNet2DConditionModel, MotionAdapter)}
+PIPELINES = ("ms-1.7b", "zeroscope_v2_576w", "zeroscope_v2_XL", "sd15", "rv51")
+ADAPTERS = ("adapter-v1-5", "adapter-v1-5-2", "adapter-v1-5-3", "adapter-sdxl-beta", "animatelcm")
 
 
 @dataclass(frozen=True)
@@ -80,13 +85,13 @@ def line(error) -> str:
 
 @pytest.mark.parametrize(
     ("repo", "part"),
-    [(r, p) for r in (*VIDEO_REPOS, "sd15", "rv51") for p in NETWORKS if p != "unet" or r in VIDEO_REPOS],
+    [*((r, p) for r in PIPELINES for p in NETWORKS), *((r, "motion_adapter") for r in ADAPTERS)],
 )
-def test_published_configs_are_understood(published_config, repo, part):
+def test_published_configs_are_understood(published_config, published_class, repo, part):
     published = published_config(repo, part)
-    cls = NETWORKS[part]
+    cls = CLASSES[published_class(f"{repo}/{part}")]
     config = make_config(cls.Config, published)
-    if repo == "ms-1.7b":
+    if repo in ("ms-1.7b", "adapter-v1-5-2") or (repo, part) == ("sd15", "unet"):
         assert config == cls.Config(), "the defaults are the published model's"
     for name, value in json.loads(json.dumps(config_fields(config))).items():
         assert published.get(name, value) == value, name
@@ -170,12 +175,12 @@ def test_dtypes_that_are_none():
 # --------------------------------------------------------------------------------------------------- published weights
 
 
-def test_every_published_name_finds_its_place(manifest, manifest_names, published_config):
+def test_every_published_name_finds_its_place(manifest, manifest_names, published_config, published_class):
     """All files, full size: our parameters, no more and no fewer, in the published shapes."""
     expected = {}
     for name in manifest_names:
         repo, part = name.removesuffix(".fp16").split("/")
-        cls = NETWORKS[part]
+        cls = CLASSES[published_class(name)]
         config = make_config(cls.Config, published_config(repo, part))
         if (part, config) not in expected:
             with torch.device("meta"):
@@ -200,6 +205,20 @@ FULL_SIZE = [
     ("zeroscope_v2_XL", "vae", "safetensors", {"dtype": "float16"}, 100),  # if it has the old names
     ("rv51", "vae", "safetensors", {"dtype": "float16"}, 100),  # and if it has the new ones
     ("zeroscope_v2_XL", "text_encoder", "safetensors", {"dtype": "float16"}, 100),
+    ("sd15", "unet", "safetensors", {}, 100),
+    ("sd15", "unet", "safetensors", {"variant": "fp16", "dtype": "float16"}, 100),
+    ("sd15", "vae", "safetensors", {}, 100),  # old names in one file
+    ("sd15", "vae", "safetensors", {"variant": "fp16", "dtype": "float16"}, 100),  # and new ones in the other
+    ("sd15", "text_encoder", "safetensors", {}, 100),
+    ("sd15", "text_encoder", "safetensors", {"variant": "fp16", "dtype": "float16"}, 100),
+    ("rv51", "unet", "safetensors", {"dtype": "float16"}, 100),
+    ("rv51", "text_encoder", "safetensors", {"dtype": "float16"}, 100),
+    ("adapter-v1-5", "motion_adapter", "safetensors", {}, 100),
+    ("adapter-v1-5-2", "motion_adapter", "bin", {}, 100),
+    ("adapter-v1-5-2", "motion_adapter", "safetensors", {"variant": "fp16", "dtype": "float16"}, 100),
+    ("adapter-v1-5-3", "motion_adapter", "safetensors", {}, 100),
+    ("adapter-sdxl-beta", "motion_adapter", "safetensors", {"variant": "fp16", "dtype": "float16"}, 100),
+    ("animatelcm", "motion_adapter", "safetensors", {}, 100),
     # 1299 MiB become 649: those, up to 256 of the file that are not let go yet, one tensor of 193 and its cast of 97
     ("ms-1.7b", "text_encoder", "safetensors", {"dtype": "float16"}, 649 + 256 + 193 + 97 + 100),
 ]
@@ -207,7 +226,9 @@ FULL_SIZE = [
 LOADER = """
 import json, sys, time, torch
 from minit2v.clip import CLIPTextModel
+from minit2v.unet2d import UNet2DConditionModel
 from minit2v.unet3d import UNet3DConditionModel
+from minit2v.unet_motion import MotionAdapter
 from minit2v.vae import AutoencoderKL
 
 def peak():  # in MiB; getrusage would count what the parent had when it forked
@@ -229,12 +250,12 @@ for cls, folder, options in json.loads(sys.argv[1]):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_full_size(tmp_path, manifest, published_config):
+def test_full_size(tmp_path, manifest, published_config, published_class):
     """The published shapes around zeros: strict, in seconds, and mapped where no cast is asked for.
 
     One process loads all, the one that needs memory last: its peak is the peak of all before.
     """
-    jobs = []
+    jobs, sizes = [], []
     for n, (repo, part, kind, options, _) in enumerate(FULL_SIZE):
         variant = f".{options['variant']}" if "variant" in options else ""
         clip = "model" if kind == "safetensors" else "pytorch_model"
@@ -243,15 +264,17 @@ def test_full_size(tmp_path, manifest, published_config):
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(published_config(repo, part)))
         write = write_sparse_bin if kind == "bin" else write_sparse_safetensors
-        write(folder / f"{stem}{variant}.{kind}", manifest(f"{repo}/{part}{variant}"))
-        jobs.append((NETWORKS[part].__name__, str(folder.parent), {"subfolder": part, **options}))
+        tensors = manifest(f"{repo}/{part}{variant}")
+        write(folder / f"{stem}{variant}.{kind}", tensors)
+        jobs.append((published_class(f"{repo}/{part}"), str(folder.parent), {"subfolder": part, **options}))
+        buffers = ("position_ids", "pos_embed.pe")
+        sizes.append(sum(math.prod(shape) for name, (shape, _) in tensors.items() if not name.endswith(buffers)))
     done = subprocess.run([sys.executable, "-c", LOADER, json.dumps(jobs)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    sizes = {"unet": 1_411_233_860, "text_encoder": 340_387_840, "vae": 83_653_863}
     seen = [json.loads(row) for row in done.stdout.splitlines()]
     print(*zip(seen, FULL_SIZE, strict=True), sep="\n")
-    for (mib, seconds, parameters, heavy), (_, part, *_, limit) in zip(seen, FULL_SIZE, strict=True):
-        assert parameters == sizes[part] and not heavy
+    for (mib, seconds, parameters, heavy), size, (*_, limit) in zip(seen, sizes, FULL_SIZE, strict=True):
+        assert parameters == size and not heavy
         assert mib < limit and seconds < 20
 
 
