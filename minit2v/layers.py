@@ -30,9 +30,11 @@ def sinusoids(count: int, dim: int) -> Tensor:
 
     Vaswani et al. 2017, section 3.5. Not `timestep_embedding`: other order, other frequencies.
     """
-    frequencies = 10_000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    angles = torch.arange(count, dtype=torch.float64)[:, None] * frequencies
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1).to(torch.get_default_dtype())
+    # On the CPU also where a network is built on `meta`: sines of no numbers would make PyTorch import its compiler.
+    steps = torch.arange(0, dim, 2, dtype=torch.float64, device="cpu")
+    angles = torch.arange(count, dtype=torch.float64, device="cpu")[:, None] * 10_000.0 ** (-steps / dim)
+    table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+    return table.to(device=torch.get_default_device(), dtype=torch.get_default_dtype())
 
 
 class Linear(nn.Linear):
