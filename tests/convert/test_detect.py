@@ -177,6 +177,14 @@ def test_published_files_with_pieces_missing(manifest, manifest_names):
         assert set(kind.missing) == lost and said(kind)[:2] == said(detect(header))[:2], name
 
 
+def test_a_file_that_ends_early_is_not_a_smaller_network(manifest):
+    header = dict(list(manifest("sd15/text_encoder").items())[:-66])  # eight layers of twelve, all that is left whole
+    kind = detect(header)
+    assert kind.version == "CLIP ViT-L/14" and len(kind.missing) == 66
+    assert detect({n: x for n, x in manifest("sd15/text_encoder").items() if ".layers.11." not in n}).version != (
+        "CLIP ViT-L/14"), "but a smaller one that is whole is one"  # fmt: skip
+
+
 def test_a_motion_module_without_its_middle_is_another_version():
     header = {n: x for n, x in FILES["mm_sd_v15_v2"].items() if not n.startswith("mid_block")}
     assert detect(header).version == "v3" and detect(header).complete
