@@ -31,8 +31,8 @@ EMBEDDED = {
 EMBEDDED_NAMES = ("shapes", "shapes-image", "shapes-motion")
 # What suits a model better than the defaults of its pipeline, for those names that say which model it is.
 PRESETS: dict[str, dict[str, Any]] = {
-    "shapes": {"num_frames": 16, "steps": 25, "guidance_scale": 2.0},
-    "shapes-image": {"num_frames": 16, "steps": 25, "guidance_scale": 2.0},
+    "shapes": {"num_frames": 16, "steps": 25, "guidance_scale": 1.5},
+    "shapes-image": {"num_frames": 16, "steps": 25, "guidance_scale": 1.5},
 }
 PIPELINES = {  # (command, whether there is a video to begin with)
     ("generate", False): "TextToVideoSDPipeline",

@@ -49,10 +49,7 @@ def test_it_is_what_the_trainer_trains(pipe):
 
 
 def test_it_shows_what_it_is_told(pipe):
-    """benchmarks/shapes_accuracy.py measures all 108; here are six, that change every colour, shape and motion.
-
-    Motion is what this training learned last and least: half is three times chance.
-    """
+    """benchmarks/shapes_accuracy.py measures all 108; here are six, that change every colour, shape and motion."""
     combinations = [
         ("red", "circle", "right"),
         ("blue", "square", "growing"),
@@ -62,9 +59,9 @@ def test_it_shows_what_it_is_told(pipe):
         ("magenta", "triangle", "down"),
     ]
     seen = [world.analyse(v) for v in generate(pipe, combinations)]
-    for axis, least in enumerate((6, 5, 3)):
+    for axis in range(3):
         right = sum(s[axis] == c[axis] for s, c in zip(seen, combinations, strict=True))
-        assert right >= least, (seen, combinations)
+        assert right >= 5, (seen, combinations)  # all six, where this was written
 
 
 def test_its_videos_follow_the_seed_and_the_words(pipe):

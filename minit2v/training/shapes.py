@@ -61,7 +61,7 @@ UNET = {
     "attention_head_dim": 16,
 }
 NAMES = ("colour", "shape", "motion")
-GUIDANCE = 2.0  # more makes squares hollow and circles edged: it exaggerates what tells one shape from another
+GUIDANCE = 1.5  # more makes squares round and circles edged: it exaggerates what tells one shape from another
 
 
 class Run:
@@ -291,7 +291,7 @@ def train_unet(
     seed: int,
     vae: AutoencoderKL,
     text_encoder: CLIPTextModel,
-    course: tuple[tuple[int, int, int], ...] = ((1, 64, 2500), (4, 24, 7000), (16, 8, 2700)),
+    course: tuple[tuple[int, int, int], ...] = ((1, 64, 2500), (4, 24, 9300), (16, 8, 4200)),
     rate: float = 1.5e-3,
     panel: int = 500,
 ) -> Painter:

@@ -22,7 +22,7 @@ def test_the_embedded_model_gives_the_same_video_in_diffusers():
                 "a blue square growing",
                 num_frames=16,
                 num_inference_steps=5,
-                guidance_scale=2.0,
+                guidance_scale=1.5,
                 generator=generator,
                 output_type="np",
             ).frames
