@@ -211,14 +211,12 @@ FULL_SIZE = [
     ("sd15", "vae", "safetensors", {"variant": "fp16", "dtype": "float16"}, 100),  # and new ones in the other
     ("sd15", "text_encoder", "safetensors", {}, 100),
     ("sd15", "text_encoder", "safetensors", {"variant": "fp16", "dtype": "float16"}, 100),
-    ("rv51", "unet", "safetensors", {"dtype": "float16"}, 100),
     ("rv51", "text_encoder", "safetensors", {"dtype": "float16"}, 100),
     ("adapter-v1-5", "motion_adapter", "safetensors", {}, 100),
     ("adapter-v1-5-2", "motion_adapter", "bin", {}, 100),
     ("adapter-v1-5-2", "motion_adapter", "safetensors", {"variant": "fp16", "dtype": "float16"}, 100),
-    ("adapter-v1-5-3", "motion_adapter", "safetensors", {}, 100),
+    ("adapter-v1-5-3", "motion_adapter", "safetensors", {"variant": "fp16", "dtype": "float16"}, 100),
     ("adapter-sdxl-beta", "motion_adapter", "safetensors", {"variant": "fp16", "dtype": "float16"}, 100),
-    ("animatelcm", "motion_adapter", "safetensors", {}, 100),
     # 1299 MiB become 649: those, up to 256 of the file that are not let go yet, one tensor of 193 and its cast of 97
     ("ms-1.7b", "text_encoder", "safetensors", {"dtype": "float16"}, 649 + 256 + 193 + 97 + 100),
 ]
