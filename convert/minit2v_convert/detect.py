@@ -112,7 +112,7 @@ class Kind:
         """What is wrong with what is there: the first three names of each kind, unknown ones with the nearest one."""
         lines = []
         expected = list(self.missing) or [name for part in self.parts for name in part.mapped]
-        unknown = [repr(name) + nearest(name, expected) for name in self.unknown[:3]]
+        unknown = [repr(n) + nearest(n, expected) if len(n) < 200 else f"{n[:100]!r}..." for n in self.unknown[:3]]
         shaped = [f"{name!r} is {why}" for name, why in list(self.misshapen.items())[:3]]
         for count, what, items in (
             (len(self.missing), "missing", [repr(n) for n in self.missing[:3]]),
@@ -217,9 +217,9 @@ def detect(header: Header) -> Kind:
         raise ValueError("there are no tensors in it")
     for name, (shape, dtype) in header.items():
         if dtype not in SIZES:
-            raise ValueError(f"{name!r} is of the unknown type {dtype!r}{nearest(str(dtype), list(SIZES))}")
+            raise ValueError(f"{name[:200]!r} is of the unknown type {dtype!r}{nearest(str(dtype), list(SIZES))}")
         if any(not isinstance(n, int) or n < 0 for n in shape):
-            raise ValueError(f"{name!r} has the impossible shape {list(shape)}")
+            raise ValueError(f"{name[:200]!r} has the impossible shape {list(shape)}")
     prefix = "module." if all(name.startswith("module.") for name in header) else ""
     plain = {name[len(prefix):]: (tuple(shape), dtype) for name, (shape, dtype) in header.items()}
     text = "\n".join(plain)
@@ -227,7 +227,7 @@ def detect(header: Header) -> Kind:
              if not any(sign in text for sign in layout.without) and all(sign in text for sign in layout.signs)]
     found = [kind for kind in found if any(part.mapped for part in kind.parts)]
     if not found:
-        first = next(iter(header))
+        first = next(iter(header))[:200]
         raise ValueError(f"no known layout has names like {first!r}; there are {len(header)} tensors")
     return min(found, key=_rank)
 

@@ -219,6 +219,11 @@ def test_unknown_names_and_wrong_shapes():
     ]
 
 
+def test_a_name_without_end_is_cut():
+    kind = detect({**FILES["v2_lora"], "down_blocks." * 50_000: ([1], "F32")})
+    assert len(kind.unknown) == 1 and len(kind.faults()[0]) < 200
+
+
 @pytest.mark.parametrize("header, message", [
     ({}, "there are no tensors in it"),
     ({"a": ([1], "F33")}, r"'a' is of the unknown type 'F33' \(nearest: 'F32'\)"),
