@@ -105,7 +105,8 @@ def test_a_video_does_not_depend_on_its_batch(pipe, scheduler):
              for p, s in (("a cat", 7), ("a dog", 8))]
     both = pipe(["a dog", "a cat"], **FAST, **eta, negative_prompt="ugly", generator=seeded(8, 7),
                 output_type="latent").frames
-    torch.testing.assert_close(both, torch.cat(alone[::-1]), rtol=1e-4, atol=1e-4)
+    want = torch.cat(alone[::-1])  # rounded otherwise in a batch: memory layouts are chosen by size
+    torch.testing.assert_close(both, want, rtol=0, atol=2e-4 * want.abs().max().item())
     assert (both[0] - both[1]).abs().max() > 0.1
 
 
