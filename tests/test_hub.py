@@ -799,6 +799,27 @@ def test_a_whole_pipeline_of_a_repository(hub, tmp_path, make_official_folder):
     assert same(again.unet, pipe.unet) and len(hub.asked) == asked
 
 
+def test_animatediff_of_two_repositories(hub, tmp_path, make_official_folder, make_adapter_folder):
+    """An image model and a motion adapter, each by its id, which tells that an adapter of 32 positions is version 1."""
+    from minit2v import AnimateDiffPipeline, MotionAdapter
+
+    base = hub.repos["owner/image-model"] = make_official_folder(tmp_path / "base", "sd15", small=True)
+    wanted = {p.relative_to(base).as_posix() for p in base.rglob("*") if p.is_file()}
+    (base / "safety_checker").mkdir()
+    (base / "safety_checker/model.safetensors").write_bytes(b"not needed")
+    (base / "v1-5-pruned.ckpt").write_bytes(b"not needed")
+    name = "guoyww/animatediff-motion-adapter-v1-5"
+    hub.repos[name] = make_adapter_folder(tmp_path, "v1-5", motion_max_seq_length=32)
+    adapter = MotionAdapter.from_pretrained(name)
+    assert sorted(hub.sent) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    hub.sent.clear()
+    pipe = AnimateDiffPipeline.from_pretrained("owner/image-model", motion_adapter=adapter)
+    assert set(hub.sent) == wanted and len(hub.sent) == len(wanted)
+    assert adapter.config.resnet_norms == pipe.unet.config.resnet_norms == "clip"
+    local = AnimateDiffPipeline.from_pretrained(base, motion_adapter=MotionAdapter.from_pretrained(hub.repos[name]))
+    assert all(same(getattr(pipe, part), getattr(local, part)) for part in NETWORKS)
+
+
 def test_bin_only_repositories_and_revisions(hub, repository):
     for path in (repository / "unet").glob("*.safetensors"):
         path.unlink()
