@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 
-from minit2v.training import shapes, world
+from minit2v.training import animate, shapes, world
 
 
 def clips(per_combination: int, seed: int = 0) -> list[world.Clip]:
@@ -145,3 +145,63 @@ def test_one_command_goes_from_nothing_to_a_folder_that_loads(tmp_path, monkeypa
     assert step == 50
     shapes.main(["--out", str(tmp_path)])  # everything is done: nothing is trained again
     assert len((tmp_path / "panel.csv").read_text().split()) == 1
+
+
+def test_animate_trains_the_motion_modules_alone(tmp_path, monkeypatch):
+    """The image model begins as the video model's spatial half; behind it, only motion modules move; both are saved."""
+    tiny = {"block_out_channels": (8, 16), "norm_num_groups": 4}
+    unet = {**shapes.UNET, **tiny, "attention_head_dim": 8}
+    monkeypatch.setattr(animate, "IMAGE", {**animate.IMAGE, **tiny, "attention_head_dim": 2})
+    motion = {"block_out_channels": (8, 16), "motion_norm_num_groups": 4, "motion_num_attention_heads": 2}
+    monkeypatch.setattr(animate, "MOTION", {**animate.MOTION, **motion})
+    monkeypatch.setattr(animate.train_image, "__defaults__", (50, 1))
+    monkeypatch.setattr(animate.train_motion, "__defaults__", (((4, 2, 49), (16, 1, 1)), 500))
+    monkeypatch.setattr(shapes.report_panel, "__defaults__", (1,))
+    torch.save(torch.randn(len(world.TRAINED), 1, 4, 16, 8, 8), tmp_path / "latents.pt")
+    torch.manual_seed(0)
+    tokenizer = shapes.make_tokenizer()
+    text_encoder = shapes.CLIPTextModel(vocab_size=tokenizer.vocab_size, **shapes.TEXT)
+    painter = shapes.Painter(shapes.UNet3DConditionModel(**unet), text_encoder)
+    vae = shapes.AutoencoderKL(**shapes.VAE)
+    shapes.make_pipeline(vae, painter, tokenizer).save_pretrained(tmp_path / "shapes")
+
+    animate.main(["--out", str(tmp_path), "--video", str(tmp_path / "shapes")])
+    image = torch.load(tmp_path / "image.ckpt", weights_only=True)
+    motion = torch.load(tmp_path / "motion.ckpt", weights_only=True)
+    assert image["step"] == 50 and motion["step"] == 50
+    frozen = image["average"]
+    for name, value in motion["painter"].items():
+        if ".motion." not in name:
+            assert torch.equal(value, frozen[name]), name
+    moved = [name for name, value in motion["painter"].items() if name.endswith("motion.proj_out.weight")]
+    assert moved and all(motion["painter"][name].abs().max() > 0 for name in moved)
+
+    adapter = animate.MotionAdapter.from_pretrained(tmp_path / "shapes-motion")
+    pipe = animate.AnimateDiffPipeline.from_pretrained(tmp_path / "shapes-image", motion_adapter=adapter)
+    for name, value in pipe.unet.state_dict().items():
+        torch.testing.assert_close(value, motion["average"][f"unet.{name}"], rtol=1e-3, atol=1e-4, msg=name)
+    for name in ("curves.png", "panel-00050.png", "image.csv", "motion.csv"):
+        assert (tmp_path / name).stat().st_size
+
+
+def test_fewer_frames_keep_their_numbers():
+    """On 4 of 16 frames the motion modules see the positions 0, 5, 10, 15, and afterwards all of them again."""
+    unet = animate.UNetMotionModel.from_unet2d(
+        animate.UNet2DConditionModel(**animate.IMAGE), animate.MotionAdapter(**animate.MOTION)
+    )
+    torch.manual_seed(0)
+    for p in unet.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    tokenizer = shapes.make_tokenizer()
+    painter = animate.MotionPainter(unet, shapes.CLIPTextModel(vocab_size=tokenizer.vocab_size, **shapes.TEXT)).eval()
+    tables = [m for m in unet.modules() if getattr(m, "positions", None) is not None]
+    x, t, ids = torch.randn(1, 4, 4, 8, 8), torch.tensor([500]), tokenizer(["a red circle"])
+    before = [m.positions for m in tables]
+    with torch.no_grad():
+        spread = painter(x, t, ids)
+        assert tables and all(m.positions is table for m, table in zip(tables, before, strict=True))
+        first_four = unet(x, t, painter.text_encoder(ids))
+        for m in tables:
+            m.positions = m.positions[:, [0, 5, 10, 15]]
+        torch.testing.assert_close(spread, unet(x, t, painter.text_encoder(ids)), rtol=0, atol=0)
+    assert (spread - first_four).abs().max() > 1e-3
