@@ -107,7 +107,7 @@ def draw_images(rng: random.Random, latents: Tensor, batch: int) -> tuple[Tensor
 
 
 def train_image(
-    out: Path, seed: int, vae: AutoencoderKL, video: TextToVideoSDPipeline, steps: int = 2500, batch: int = 64
+    out: Path, seed: int, vae: AutoencoderKL, video: TextToVideoSDPipeline, steps: int = 6500, batch: int = 64
 ) -> Painter:
     """video: the model of which the image model gets the text encoder and the spatial half."""
     torch.manual_seed(seed)
@@ -125,7 +125,7 @@ def train_motion(
     seed: int,
     vae: AutoencoderKL,
     image: Painter,
-    course: tuple[tuple[int, int, int], ...] = ((4, 24, 7000), (16, 8, 3000)),
+    course: tuple[tuple[int, int, int], ...] = ((4, 24, 2150), (16, 8, 1850)),
     panel: int = 500,
 ) -> Painter:
     """course: (frames, clips a batch, steps)."""
