@@ -7,11 +7,9 @@ OSError: each in one line that names the file.
 import glob
 import inspect
 import json
-import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields as dataclass_fields
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from minit2v_convert.rename import Layout, nearest
+from minit2v_convert.stream import first_line as first_line
+from minit2v_convert.stream import replacing as replacing
 
 from .compat import compat_fields
 from .config import config_fields, make_config
 from .config import pick_dtype as pick_dtype
 from .weights import Weightless, fill
-from .weights import first_line as first_line
 from .weights import first_nonfinite as first_nonfinite
 from .weights import open_weights as open_weights
 
@@ -205,26 +204,6 @@ def parse_json(path: Path) -> dict[str, Any]:
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`, that takes its place if all goes well and is removed if not: OSError."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode  # the umask's; safetensors writes files that nobody else can read
-        yield temporary
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    except BaseException as error:
-        if path.parent.is_dir():
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, Exception):  # each library that writes has its own
-            raise OSError(f"cannot write {path}: {first_line(error)}") from error
-        raise
 
 
 class Network(nn.Module):

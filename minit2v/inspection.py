@@ -1,13 +1,12 @@
 """What is in a model's folder or hub repository, from its configs and the headers of its weights' files alone."""
 
 import importlib
-import json
 import math
 import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minit2v_convert.rename import nearest
+from minit2v_convert.stream import DTYPES, open_file
 
 from . import hub
 from .pipelines import files as pipeline_files
@@ -24,8 +24,6 @@ from .weights import Weightless
 
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pth", ".pt", ".msgpack", ".onnx")
 IMAGES = "StableDiffusionPipeline"  # no pipeline of this package, but one half of AnimateDiff's
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 class Source(Protocol):
@@ -54,8 +52,7 @@ class Folder:
 
     def tensors(self, part: str, name: str) -> dict[str, Tensor]:
         path = self.root / part / name
-        state = read_header(path) if path.suffix == ".safetensors" else hub.open_weights(path)  # the latter only maps
-        return {n: x.to("meta") for n, x in state.items()}
+        return {n: _meta(name, n, dtype, shape) for n, (shape, dtype) in open_file(path).header.items()}
 
 
 class Repository:
@@ -90,26 +87,7 @@ class Repository:
         return {n: _meta(name, n, t.dtype, t.shape) for n, t in header.items()}
 
 
-def read_header(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, on `meta`. Raises ValueError where the header or the length is wrong."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise ValueError(f"{path} is truncated, or no safetensors file ({size} bytes)")
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            tensors = {name: _meta(str(path), name, t["dtype"], t["shape"]) for name, t in header.items()}
-            end = max((t["data_offsets"][1] for t in header.values()), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
-            raise ValueError(f"{path}: the header is broken ({hub.first_line(e)})") from None
-    if end != size - 8 - length:
-        raise ValueError(f"{path} is truncated or broken: its tensors take {end} bytes, there are {size - 8 - length}")
-    return tensors
-
-
-def _meta(file: str, name: str, dtype: str, shape: list[int]) -> Tensor:
+def _meta(file: str, name: str, dtype: str, shape: Sequence[int]) -> Tensor:
     if dtype not in DTYPES:
         raise ValueError(f"{file}: {name!r} is of the unknown type {dtype!r}")
     return torch.empty(shape, dtype=DTYPES[dtype], device="meta")

@@ -3,7 +3,6 @@
 Bad content raises ValueError in one line that names the file.
 """
 
-import re
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minit2v_convert.rename import nearest
+from minit2v_convert.stream import cast, open_file
 
 if TYPE_CHECKING:
     from .hub import Network
@@ -22,35 +22,9 @@ if TYPE_CHECKING:
 def open_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.safetensors` or `torch.save` file under their names, memory-mapped.
 
-    A pickle may hold tensors and nothing else. Raises ValueError in one line that says what the file is instead.
+    A pickle may hold tensors and what trainers put around them. ValueError in one line that says what else it is.
     """
-    with path.open("rb") as file:
-        head = file.read(512)
-    if not head:
-        raise ValueError(f"{path} is empty")
-    if head.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` where it was cloned")
-    if head.lstrip()[:1] == b"<":
-        raise ValueError(f"{path} is a web page, not weights: download the file itself")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        zipped = head.startswith(b"PK")  # what torch < 1.6 wrote cannot be mapped
-        state = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a broken file breaks its reader anywhere
-        if refused := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ValueError(f"{path} is refused: its pickle wants {refused[1]}, which weights do not need") from None
-        raise ValueError(f"{path} is broken ({path.stat().st_size} bytes): {first_line(error)}") from None
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, not tensors by name")
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{path} holds a {type(value).__name__} under {name!r}, not a tensor")
-    return state
+    return open_file(path).tensors
 
 
 def fill(model: "Network", files: Sequence[Path], dtype: torch.dtype) -> None:
@@ -89,7 +63,7 @@ def fill(model: "Network", files: Sequence[Path], dtype: torch.dtype) -> None:
             ready[name] = x
             continue
         try:
-            ready[name] = _cast(x, dtype)
+            ready[name] = cast(x, dtype)
         except ValueError as error:
             raise ValueError(f"{label}: {published!r} {error}") from None
         unreleased += x.nbytes
@@ -127,15 +101,6 @@ def _list_some(count: int, what: str, items: Iterable[str]) -> str:
     return f"{count} {what} ({shown}{', ...' if count > 3 else ''})" if count else ""
 
 
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    y = x.to(dtype)
-    if y.numel() and not all(map(torch.isfinite, torch.aminmax(y))):
-        if not torch.isfinite(x).all():
-            raise ValueError("holds NaN or infinity")
-        raise ValueError(f"does not fit {dtype}: its largest value is {x.abs().max().item():.3g}")
-    return y
-
-
 def first_nonfinite(model: nn.Module) -> str | None:
     """The published name of the first parameter that holds NaN or infinity.
 
@@ -146,7 +111,3 @@ def first_nonfinite(model: nn.Module) -> str | None:
             layout = getattr(model, "layout", None)
             return next(iter(layout.to_published({name: None}))) if layout else name
     return None
-
-
-def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -485,7 +485,7 @@ def broken_files(whole: bytes, state: dict) -> dict[str, tuple[str, bytes | Any,
         "pointer pickle": ("bin", b"version https://git-lfs.github.com/spec/v1", "is a git-lfs pointer, .*"),
         "code": ("bin", {**state, "x": Malicious()}, "is refused: its pickle wants .*system, .*"),
         "a list": ("bin", [1], "holds a list, not tensors by name"),
-        "nested": ("bin", {"state_dict": state}, "holds a dict under 'state_dict', not a tensor"),
+        "something more": ("bin", {**state, "steps": 3}, "does not hold weights alone: 'steps' is a int: .*"),
     }
 
 

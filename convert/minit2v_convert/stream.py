@@ -1,0 +1,443 @@
+"""Files of weights of any size: opened by their headers, read tensor by tensor, written tensor by tensor.
+
+    source = open_file("model.ckpt")                       # nothing is read but names, shapes and dtypes
+    x = source.read("conv_in.weight")                      # memory-mapped
+    write_file("model.safetensors", plan, read)            # one tensor in memory, a temporary name until it is whole
+
+Headers are not believed: sizes, offsets and dtypes are checked before torch sees them. A pickle is gone through,
+operation by operation, and is opened only if it does nothing but list tensors. Bad content raises ValueError in a line.
+"""
+
+import errno
+import json
+import math
+import mmap
+import os
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from .containers import unwrap
+from .detect import SIZES
+from .formats import Plan, Step, make
+from .sparse import DTYPES as COMMON
+
+DTYPES = {
+    **COMMON, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LONGEST_HEADER = 2**25  # bytes: the largest published ones have half a million, and JSON in memory is ten times as much
+LONGEST_SIDE = 2**40
+PICKLES = (".bin", ".pth", ".pt", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """An open file. `nest` and `ignored`: what a pickle has around its tensors (`containers`)."""
+
+    path: Path
+    header: dict[str, tuple[tuple[int, ...], str]]
+    read: Callable[[str], Tensor]
+    nest: tuple[str, ...] = ()
+    ignored: Mapping[str, str] | None = None
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: self.read(name) for name in self.header}
+
+
+def open_file(path: str | Path) -> Source:
+    """A `.safetensors` or `torch.save` file, known by its content. OSError where it cannot be read at all."""
+    path = Path(path)
+    with path.open("rb") as file:
+        head = file.read(512)
+    if not head:
+        raise ValueError(f"{path} is empty")
+    if head.startswith(b"version https://git-lfs"):
+        raise ValueError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` where it was cloned")
+    if head.lstrip()[:1] == b"<":
+        raise ValueError(f"{path} is a web page, not weights: download the file itself")
+    if head[8:9] == b"{" or path.suffix == ".safetensors":
+        return _open_safetensors(path)
+    return _open_pickle(path)
+
+
+def first_line(error: BaseException) -> str:
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if len(line) <= 300 else line[:297] + "..."
+
+
+def _broken(path: Path, why: str) -> ValueError:
+    return ValueError(f"{path} is broken ({path.stat().st_size} bytes): {why}")
+
+
+def _quote(text: object) -> str:
+    quoted = repr(text)
+    return quoted if len(quoted) <= 100 else f"{quoted[:97]}..."
+
+
+# --------------------------------------------------------------------------------------------------------- safetensors
+
+
+def read_header(path: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], dict[str, int]]:
+    """{name: (shape, dtype)} and {name: where in the file it begins} of a `.safetensors` file, checked to the byte."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise _broken(path, "it is truncated, or no safetensors file")
+        if length > LONGEST_HEADER:
+            raise _broken(path, f"a header of {length} bytes is none")
+        text = file.read(length)
+    try:
+        entries = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, f"the header is broken ({first_line(error)})") from None
+    if not isinstance(entries, dict):
+        raise _broken(path, f"the header is broken (a {type(entries).__name__})")
+    header, begins, ranges = {}, {}, []
+    for name, entry in entries.items():
+        if name == "__metadata__":
+            continue
+        try:
+            shape, dtype, begin, end = _checked(entry)
+        except ValueError as error:
+            raise _broken(path, f"the header is broken: {_quote(name)} {error}") from None
+        header[name], begins[name] = (shape, dtype), 8 + length + begin
+        ranges.append((begin, end, name))
+    at = 0
+    for begin, end, name in sorted(ranges):
+        if begin != at:
+            raise _broken(path, f"the header is broken: {_quote(name)} begins at byte {begin} of the data, not at {at}")
+        at = end
+    if at != size - 8 - length:
+        raise _broken(path, f"it is truncated, or no safetensors file: its tensors take {at} bytes, there are "
+                            f"{size - 8 - length}")  # fmt: skip
+    return header, begins
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{_quote(next(n for n in names if names.count(n) > 1))} is there twice")
+    return found
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _checked(entry: Any) -> tuple[tuple[int, ...], str, int, int]:
+    """Shape, dtype, begin and end."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise ValueError("should have a dtype, a shape and data_offsets")
+    shape, dtype, offsets = entry["shape"], entry["dtype"], entry["data_offsets"]
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
+            raise ValueError(f"has {_quote(numbers)}, which are not whole numbers")
+    if not isinstance(dtype, str) or dtype not in SIZES:
+        raise ValueError(f"is of the unknown type {_quote(dtype)}")
+    if len(offsets) != 2 or len(shape) > 16 or any(n > LONGEST_SIDE for n in shape):
+        raise ValueError(f"has the impossible shape {_quote(shape)} or offsets {_quote(offsets)}")
+    begin, end = offsets
+    if math.prod(shape) * SIZES[dtype] != end - begin:
+        raise ValueError(f"takes {_quote(end - begin)} bytes, which {dtype} {_quote(shape)} does not")
+    return tuple(shape), dtype, begin, end
+
+
+def _open_safetensors(path: Path) -> Source:
+    header, begins = read_header(path)
+    with path.open("rb") as file:
+        # A private map, because torch wants to be allowed to write; it takes memory only where it is written to.
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def read(name: str) -> Tensor:
+        shape, dtype = header[name]
+        count = math.prod(shape)
+        if not count:
+            return torch.empty(shape, dtype=DTYPES[dtype])
+        return torch.frombuffer(data, dtype=DTYPES[dtype], count=count, offset=begins[name]).reshape(shape)
+
+    return Source(path, header, read)
+
+
+# ------------------------------------------------------------------------------------------------------------- pickles
+
+# What torch.save writes for tensors. torch's own list also has what takes memory without end (`bytearray`).
+STORAGES = ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool", "Untyped")
+ALLOWED = {
+    "collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
+    "torch.storage UntypedStorage", "torch Size", *(f"torch {kind}Storage" for kind in STORAGES),
+    *(str(dtype).replace(".", " ") for dtype in DTYPES.values()),
+}  # fmt: skip
+OPERATIONS = {
+    "PROTO", "STOP", "MARK", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "NONE",
+    "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "BINSTRING",
+    "SHORT_BINSTRING", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "REDUCE", "BUILD", "BINPERSID",
+    "SETITEM", "SETITEMS", "APPEND", "APPENDS",
+}  # fmt: skip
+LARGEST_TUPLE = 10**5  # with all that is in it: hashing tuples of tuples of tuples can take for ever
+MAGIC = 0x1950A86A20F9469CFC6C  # how torch before 1.6 began a file
+LONGEST_PICKLE = 2**27
+
+
+def _open_pickle(path: Path) -> Source:
+    with path.open("rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"
+    try:
+        if zipped:
+            _check_zip(path)
+        else:
+            _check_legacy(path)
+        # What torch < 1.6 wrote cannot be mapped.
+        content = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+    except _Refused as error:
+        raise ValueError(f"{path} is refused: its pickle wants {error}, which weights do not need") from None
+    except Exception as error:  # a broken file breaks its reader anywhere
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # it is: seeking to before the beginning
+            raise
+        raise _broken(path, first_line(error)) from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not tensors by name")
+    try:
+        contents = unwrap(content)
+        header = {name: _header_of(name, x) for name, x in contents.tensors.items()}
+    except ValueError as error:
+        raise ValueError(f"{path} does not hold weights alone: {first_line(error)}") from None
+    return Source(path, header, lambda name: contents.tensors[name].detach(), contents.path, contents.ignored)
+
+
+class _Refused(Exception):
+    """The pickle would import something that is not on the list."""
+
+
+def _check_zip(path: Path) -> None:
+    """That it holds what torch.save writes and no more than it has room for: no bomb unfolds."""
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if any(e.compress_type != zipfile.ZIP_STORED or e.compress_size != e.file_size for e in entries):
+            raise ValueError("it is compressed, and torch.save does not compress")
+        if any(e.header_offset + e.file_size > size for e in entries):
+            raise ValueError("it has less room than it says")
+        pickles = [e for e in entries if e.filename.endswith("/data.pkl")]
+        if len(pickles) != 1 or pickles[0].file_size > LONGEST_PICKLE:
+            raise ValueError("it is a zip archive, but not of torch.save")
+        with archive.open(pickles[0]) as file:
+            _check_operations(file)
+
+
+def _check_legacy(path: Path) -> None:
+    with path.open("rb") as file:
+        if _check_operations(file, only="PROTO LONG1 STOP") != MAGIC:
+            raise ValueError("it is neither a safetensors file nor one of torch.save")
+        for _ in range(4):  # a version, the system, the content, the storages' names
+            _check_operations(file)
+
+
+def _check_operations(file: Any, only: str = "") -> Any:
+    """Go through a pickle without doing what it says; returns its last argument. Raises _Refused or ValueError."""
+    import pickletools
+    from pickletools import markobject
+
+    stack: list[Any] = []  # of each object how much is in it, or a mark
+    memo: dict[int, Any] = {}
+    last = None
+    for operation, argument, _ in pickletools.genops(file):
+        name = operation.name
+        if name in ("INST", "STACK_GLOBAL", "GLOBAL", "EXT1", "EXT2", "EXT4", "OBJ", "NEWOBJ", "NEWOBJ_EX"):
+            wanted = argument if name in ("GLOBAL", "INST") else _quote(last if name == "STACK_GLOBAL" else name)
+            if name != "GLOBAL" or argument not in ALLOWED:
+                raise _Refused(str(wanted).replace(" ", ".") if len(str(wanted)) < 200 else _quote(wanted))
+        if name not in (only.split() or OPERATIONS):
+            raise ValueError(f"its pickle has the operation {name}, which torch.save does not write")
+        if name == "PROTO" and argument != 2:
+            raise ValueError(f"its pickle is of protocol {argument}, and torch.save writes 2")
+        if name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+            continue
+        if name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+            continue
+        before = operation.stack_before
+        taken = []
+        if markobject in before:
+            while (x := stack.pop()) is not markobject:
+                taken.append(x)
+            before = before[: before.index(markobject)]
+        taken += [stack.pop() for _ in before]
+        inside = 1 + sum(x for x in taken if x is not markobject) if name.startswith("TUPLE") else 1
+        if inside > LARGEST_TUPLE:
+            raise ValueError("its pickle has tuples within tuples without end")
+        stack += [markobject if name == "MARK" else inside] * len(operation.stack_after)
+        last = argument if argument is not None else last
+    return last
+
+
+def _header_of(name: str, x: Tensor) -> tuple[tuple[int, ...], str]:
+    if x.layout is not torch.strided or x.device.type != "cpu" or x.dtype not in NAMES:
+        raise ValueError(f"{_quote(name)} is of the type {x.dtype}, {x.layout}, on {x.device}: no weight is")
+    if x.numel() * x.element_size() > x.untyped_storage().nbytes():
+        raise ValueError(f"{_quote(name)} is {_quote(list(x.shape))}, and there are fewer numbers behind it")
+    return tuple(x.shape), NAMES[x.dtype]
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path`, that takes its place if all goes well and is removed if not: OSError."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the umask's; safetensors writes files that nobody else can read
+        yield temporary
+        temporary.chmod(mode)
+        os.replace(temporary, path)
+    except BaseException as error:
+        if path.parent.is_dir():
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, Exception):  # each library that writes has its own
+            raise OSError(f"cannot write {path}: {first_line(error)}") from error
+        raise
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """ValueError where a number does not fit the dtype, or was none before."""
+    y = x.to(dtype)
+    if y.numel() and not all(map(torch.isfinite, torch.aminmax(y))):
+        if not torch.isfinite(x).all():
+            raise ValueError("holds NaN or infinity")
+        raise ValueError(f"does not fit {dtype}: its largest value is {x.abs().max().item():.3g}")
+    return y
+
+
+def retyped(plan: Plan, dtype: torch.dtype | None) -> Plan:
+    """The plan with every weight in `dtype`; whole numbers stay as they are."""
+    if dtype is None:
+        return plan
+    steps = (replace(s, dtype=NAMES[dtype]) if DTYPES[s.dtype].is_floating_point else s for s in plan.steps)
+    return replace(plan, steps=tuple(steps))
+
+
+def size_of(plan: Plan) -> int:
+    """Bytes of the tensors."""
+    return sum(math.prod(s.shape) * SIZES[s.dtype] for s in plan.steps)
+
+
+def made(step: Step, read: Callable[[Step, str], Tensor]) -> Tensor:
+    """The tensor of a step in the step's dtype. ValueError names it where it cannot be."""
+    x = make(step, [read(step, name) for name in step.sources])
+    if x.dtype == DTYPES[step.dtype]:
+        return x
+    try:
+        return cast(x, DTYPES[step.dtype])
+    except ValueError as error:
+        raise ValueError(f"{_quote(step.sources[0])} {error}") from None
+
+
+def write_file(
+    path: Path, plan: Plan, read: Callable[[Step, str], Tensor], done: Callable[[int], Any] = lambda n: None
+) -> None:
+    """Write a plan's tensors, one in memory at a time: a pickle by the name's ending, else safetensors.
+
+    read(step, source name) -> tensor. done: told the bytes of each tensor that is written. Written to `path` itself;
+    `replacing` gives it a temporary one.
+    """
+    pickled = re.sub(r"\.\d+\.tmp$", "", path.name).endswith(PICKLES)
+    (_write_pickle if pickled else _write_safetensors)(path, plan, lambda step: made(step, read), done)
+
+
+def _bytes(x: Tensor) -> memoryview:
+    return memoryview(x.contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def _write_safetensors(
+    path: Path, plan: Plan, tensor: Callable[[Step], Tensor], done: Callable[[int], Any]
+) -> None:
+    steps = sorted(plan.steps, key=lambda s: -SIZES[s.dtype])  # so that each begins at a multiple of its size
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for s in steps:
+        begin, end = end, end + math.prod(s.shape) * SIZES[s.dtype]
+        header[s.name] = {"dtype": s.dtype, "shape": list(s.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for step in steps:
+            done(file.write(_bytes(tensor(step))))
+
+
+STORAGE_OF = {"F32": "Float", "F16": "Half", "BF16": "BFloat16", "F64": "Double", "I64": "Long", "I32": "Int"}
+ALIGNMENT = 64  # of each tensor in the archive, as torch.save has it
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Stands for a tensor's numbers while the pickle is written."""
+
+    key: str
+    step: Step
+
+
+@dataclass(frozen=True)
+class _Stub:
+    """Stands for a tensor while the pickle is written: reads as one."""
+
+    slot: _Slot
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        shape = self.slot.step.shape
+        stride = tuple(math.prod(shape[n + 1 :]) for n in range(len(shape)))
+        return torch._utils._rebuild_tensor_v2, (self.slot, 0, shape, stride, False, OrderedDict())
+
+
+def _write_pickle(path: Path, plan: Plan, tensor: Callable[[Step], Tensor], done: Callable[[int], Any]) -> None:
+    """What torch.save writes, but with the tensors coming one by one."""
+    import io
+    import pickle
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, obj: Any) -> Any:
+            if isinstance(obj, _Slot):
+                kind = getattr(torch, f"{STORAGE_OF[obj.step.dtype]}Storage")
+                return ("storage", kind, obj.key, "cpu", math.prod(obj.step.shape))
+            return None
+
+    content: Any = {s.name: _Stub(_Slot(str(n), s)) for n, s in enumerate(plan.steps)}
+    for name in reversed(plan.nest):
+        content = {name: content}
+    text = io.BytesIO()
+    Pickler(text, protocol=2).dump(content)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("archive/data.pkl", text.getvalue())
+        archive.writestr("archive/byteorder", "little")
+        for n, step in enumerate(plan.steps):
+            with _aligned(archive, f"archive/data/{n}") as file:
+                done(file.write(_bytes(tensor(step))))
+        archive.writestr("archive/version", "3\n")
+
+
+@contextmanager
+def _aligned(archive: zipfile.ZipFile, name: str) -> Iterator[BinaryIO]:
+    """An entry whose content begins at a multiple of ALIGNMENT, by a field that readers pass over."""
+    info = zipfile.ZipInfo(name)
+    begin = archive.fp.tell() + 30 + len(name) + 20 + 4  # the entry's header, its 64-bit sizes, the field's own header
+    padding = -begin % ALIGNMENT
+    info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+    with archive.open(info, "w", force_zip64=True) as file:
+        yield file
