@@ -1,4 +1,4 @@
-"""The embedded model: it is small, it is whole, and it shows what it is told."""
+"""The embedded models: they are small, they are whole, and they show what they are told."""
 
 from pathlib import Path
 
@@ -6,11 +6,20 @@ import pytest
 import torch
 
 import minit2v
-from minit2v import DiffusionPipeline
+from minit2v import AnimateDiffPipeline, DiffusionPipeline, MotionAdapter
 from minit2v.cli import PRESETS
-from minit2v.training import shapes, world
+from minit2v.training import animate, shapes, world
 
-FOLDER = Path(minit2v.__file__).parent / "assets" / "shapes"
+ASSETS = Path(minit2v.__file__).parent / "assets"
+FOLDER = ASSETS / "shapes"
+SIX = [  # they change every colour, shape and motion
+    ("red", "circle", "right"),
+    ("blue", "square", "growing"),
+    ("green", "triangle", "up"),
+    ("yellow", "circle", "shrinking"),
+    ("white", "square", "left"),
+    ("magenta", "triangle", "down"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +29,16 @@ def pipe():
     return pipe
 
 
-def generate(pipe, combinations):
-    settings = PRESETS["shapes"]
+@pytest.fixture(scope="module")
+def animated():
+    adapter = MotionAdapter.from_pretrained(ASSETS / "shapes-motion")
+    pipe = AnimateDiffPipeline.from_pretrained(ASSETS / "shapes-image", motion_adapter=adapter)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(pipe, combinations, preset="shapes"):
+    settings = PRESETS[preset]
     videos = pipe(
         [world.captions(*c)[0] for c in combinations],
         num_frames=settings["num_frames"],
@@ -50,18 +67,13 @@ def test_it_is_what_the_trainer_trains(pipe):
 
 def test_it_shows_what_it_is_told(pipe):
     """benchmarks/shapes_accuracy.py measures all 108; here are six, that change every colour, shape and motion."""
-    combinations = [
-        ("red", "circle", "right"),
-        ("blue", "square", "growing"),
-        ("green", "triangle", "up"),
-        ("yellow", "circle", "shrinking"),
-        ("white", "square", "left"),
-        ("magenta", "triangle", "down"),
-    ]
-    seen = [world.analyse(v) for v in generate(pipe, combinations)]
+    check_six([world.analyse(v) for v in generate(pipe, SIX)])
+
+
+def check_six(seen):
     for axis in range(3):
-        right = sum(s[axis] == c[axis] for s, c in zip(seen, combinations, strict=True))
-        assert right >= 5, (seen, combinations)  # all six, where this was written
+        right = sum(s[axis] == c[axis] for s, c in zip(seen, SIX, strict=True))
+        assert right >= 5, (seen, SIX)  # all six, where this was written
 
 
 def test_its_videos_follow_the_seed_and_the_words(pipe):
@@ -72,3 +84,36 @@ def test_its_videos_follow_the_seed_and_the_words(pipe):
     other = generate(pipe, [("red", "circle", "down")])[0]
     torch.testing.assert_close(a, again, rtol=0, atol=1e-4)
     assert (a - b).abs().mean() > 1e-3 and (a - other).abs().mean() > 1e-3
+
+
+def test_the_image_model_and_its_adapter_take_at_most_12_mib():
+    folders = ASSETS / "shapes-image", ASSETS / "shapes-motion"
+    assert sum(p.stat().st_size for f in folders for p in f.rglob("*") if p.is_file()) <= 12 * 2**20
+
+
+def test_they_are_what_the_trainer_trains(animated):
+    for network, config in ((animated.motion_adapter, animate.MOTION), (animated.vae, shapes.VAE)):
+        for name, value in config.items():
+            assert getattr(network.config, name) == value, name
+    image = minit2v.UNet2DConditionModel.from_pretrained(ASSETS / "shapes-image", subfolder="unet")
+    for name, value in animate.IMAGE.items():
+        assert getattr(image.config, name) == value, name
+
+
+def test_the_animated_image_model_shows_what_it_is_told(animated):
+    check_six([world.analyse(v) for v in generate(animated, SIX, "shapes-image")])
+
+
+def test_without_its_adapter_the_image_model_does_not_move_anything(animated):
+    """Frame by frame it draws the right thing, each time at another place: motion is what the adapter brings."""
+    still = minit2v.UNet2DConditionModel.from_pretrained(ASSETS / "shapes-image", subfolder="unet")
+    fresh = MotionAdapter(**animate.MOTION)
+    pipe = AnimateDiffPipeline.from_pretrained(ASSETS / "shapes-image", unet=still, motion_adapter=fresh)
+    pipe.set_progress_bar_config(disable=True)
+    videos = generate(pipe, [("red", "circle", "right"), ("white", "square", "left")], "shapes-image")
+    seen = [world.analyse(v) for v in videos]
+    assert [s[0] for s in seen] == ["red", "white"]
+    light = videos.amax(1)  # b f h w
+    jumps = (light[:, 1:] - light[:, :-1]).abs().mean((1, 2, 3))
+    moving = generate(animated, [("red", "circle", "right"), ("white", "square", "left")], "shapes-image").amax(1)
+    assert (jumps > 2 * (moving[:, 1:] - moving[:, :-1]).abs().mean((1, 2, 3))).all()

@@ -1,4 +1,4 @@
-"""The embedded model's folder loads in diffusers, which makes the same video of it."""
+"""The embedded models' folders load in diffusers, which makes the same videos of them."""
 
 from pathlib import Path
 
@@ -8,11 +8,28 @@ import torch
 
 import minit2v
 
+ASSETS = Path(minit2v.__file__).parent / "assets"
+
 
 def test_the_embedded_model_gives_the_same_video_in_diffusers():
-    folder = Path(minit2v.__file__).parent / "assets" / "shapes"
-    ours = minit2v.DiffusionPipeline.from_pretrained(folder)
-    theirs = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    folder = ASSETS / "shapes"
+    check_same(
+        minit2v.DiffusionPipeline.from_pretrained(folder),
+        diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32),
+    )
+
+
+def test_the_image_model_and_its_adapter_give_the_same_video_in_diffusers():
+    """`compat`: diffusers normalises over the clip, which is not what the adapter was trained with."""
+    pipes = []
+    for library, extra in ((minit2v, {"compat": "diffusers"}), (diffusers, {})):
+        adapter = library.MotionAdapter.from_pretrained(ASSETS / "shapes-motion", torch_dtype=torch.float32)
+        load = library.AnimateDiffPipeline.from_pretrained
+        pipes.append(load(ASSETS / "shapes-image", motion_adapter=adapter, torch_dtype=torch.float32, **extra))
+    check_same(*pipes)
+
+
+def check_same(ours, theirs):
     frames = []
     for pipe in (ours, theirs):
         pipe.set_progress_bar_config(disable=True)
