@@ -169,11 +169,21 @@ def _parser() -> Parser:
                          help=f"a file ({', '.join(SUFFIXES)}; replaced), or a folder (names are made, none replaced)")
 
     inspect = commands.add_parser("inspect", help="say what is in a model, without loading its weights")
-    inspect.add_argument("model", help=f"a folder, a hub id, {' or '.join(EMBEDDED_NAMES)}")
+    inspect.add_argument("model", help=f"a folder, a file of weights, a hub id, {' or '.join(EMBEDDED_NAMES)}")
     inspect.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub")
     inspect.add_argument("--variant", metavar="NAME", help="variant of the weights' files: fp16")
 
-    for sub in (generate, restyle, animate, inspect):
+    convert = commands.add_parser("convert", help="from one published layout to another: .ckpt, .pth, .safetensors, "
+                                  "folders")
+    convert.add_argument("src", metavar="SRC", help="a file of weights, or a folder")
+    convert.add_argument("dst", metavar="DST", help="what to write; nothing is replaced")
+    convert.add_argument("--to", choices=("diffusers", "original", "single-file"), help="the layout: diffusers")
+    convert.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="of the weights, if not as they are")
+    convert.add_argument("--tokenizer", metavar="MODEL", help="a folder or a hub id that has one; originals have none")
+    convert.add_argument("--ema", action="store_true", default=False, help="take a single file's moving average")
+    convert.add_argument("--dry-run", action="store_true", default=False, help="print the mapping and write nothing")
+
+    for sub in (generate, restyle, animate, inspect, convert):
         sub.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
     return parser
 
@@ -191,6 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             debug = args.debug
             if args.command == "inspect":
                 return _inspect(args)
+            if args.command == "convert":
+                return _convert(args)
             return _make(args, parser)
     except SystemExit as e:  # of argparse, which has said why
         return e.code if isinstance(e.code, int) else 1
@@ -249,6 +261,13 @@ def _inspect(args: argparse.Namespace) -> int:
                          variant=getattr(args, "variant", None))
     print("\n".join(lines))
     return 0 if good else 1
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from .converting import run
+
+    print("\n".join(run(args)))
+    return 0
 
 
 # ------------------------------------------------------------------------------------------------------------- videos

@@ -25,7 +25,7 @@ from minit2v_convert.stream import replacing as replacing
 from .compat import compat_fields
 from .config import config_fields, make_config
 from .config import pick_dtype as pick_dtype
-from .weights import Weightless, fill
+from .weights import Weightless, fill, fill_from
 from .weights import first_nonfinite as first_nonfinite
 from .weights import open_weights as open_weights
 
@@ -289,15 +289,16 @@ class Network(nn.Module):
         variant: "fp16" reads the files with that infix. torch_dtype or dtype: what the weights are cast to, float32 if
         not given; where the file has it already they stay memory-mapped. compat: as in `set_compat`. Other keywords
         change fields of the config.
+        A file in place of the folder is read as by `from_single_file`.
         Raises FileNotFoundError on what is missing, ValueError on weights that do not fit, TypeError on an unknown
         argument, in one line each.
         """
-        fields = [f.name for f in dataclass_fields(cls.Config)] + [*cls.Config.FIXED]
-        for name in config_overrides:
-            if name not in fields:
-                known = [*inspect.signature(cls.from_pretrained).parameters, *fields]
-                raise TypeError(f"{cls.__name__}.from_pretrained() has no argument {name!r}{nearest(name, known)}")
+        cls._check_fields("from_pretrained", config_overrides)
         dtype = pick_dtype(torch_dtype, dtype)
+        if subfolder is None and Path(path_or_id).expanduser().is_file():
+            if variant is not None:
+                raise ValueError(f"{path_or_id} is a file: it has no variant {variant!r}")
+            return cls.from_single_file(path_or_id, dtype=dtype, compat=compat, **config_overrides)
         folder, names = find_folder(
             path_or_id,
             subfolder,
@@ -317,6 +318,57 @@ class Network(nn.Module):
             raise ValueError(f"{folder / 'config.json'}: {error}") from None
         fill(model, files, dtype)
         return model.eval()
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | Path,
+        *,
+        torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        ema: bool = False,
+        compat: str | None = None,
+        **config_overrides: Any,
+    ) -> Self:
+        """The network out of a `.safetensors`, `.ckpt`, `.pth` or `.bin` file in any published layout.
+
+        What the shapes do not say (heads, groups) is as in the published model; keywords change fields of the config.
+        ema: take the moving average of the UNet, where the file has one. Nothing is written, and what has the dtype
+        already stays memory-mapped. Errors as of `from_pretrained`.
+        """
+        from minit2v_convert.convert import components
+
+        cls._check_fields("from_single_file", config_overrides)
+        dtype = pick_dtype(torch_dtype, dtype)
+        path = Path(path).expanduser()
+        found = components(path, ema)
+        part = next((part for part in found.values() if part.cls == cls.__name__), None)
+        if part is None:
+            there = ", ".join(part.cls or name for name, part in found.items())
+            raise ValueError(f"{path} is {next(iter(found.values())).title}: in it {there}, no {cls.__name__}")
+        return cls._from_component(part, str(path), dtype, compat, config_overrides)
+
+    @classmethod
+    def _from_component(
+        cls, part: Any, label: str, dtype: torch.dtype, compat: str | None, overrides: Mapping[str, Any]
+    ) -> Self:
+        """part: of `minit2v_convert.convert.components`."""
+        config = cls.config_of(dict(part.config), [part.tensors()])
+        try:
+            with torch.device("meta"), Weightless():
+                model = cls.from_config(config, compat=compat, **overrides)
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from None
+        fill_from(model, label, part.tensors, dtype)
+        return model.eval()
+
+    @classmethod
+    def _check_fields(cls, method: str, given: Iterable[str]) -> None:
+        fields = [f.name for f in dataclass_fields(cls.Config)] + [*cls.Config.FIXED]
+        for name in given:
+            if name not in fields:
+                known = [*inspect.signature(getattr(cls, method)).parameters, *fields]
+                raise TypeError(f"{cls.__name__}.{method}() has no argument {name!r}{nearest(name, known)}")
 
     @classmethod
     def config_of(cls, config: dict[str, Any], states: Iterable[Mapping[str, Tensor]]) -> dict[str, Any]:

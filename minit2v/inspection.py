@@ -97,10 +97,12 @@ def _meta(file: str, name: str, dtype: str, shape: Sequence[int]) -> Tensor:
 
 
 def report(model: str, revision: str | None = None, variant: str | None = None) -> tuple[list[str], bool]:
-    """The lines of the report on a folder or hub id, and whether everything in it fits."""
+    """The lines of the report on a folder, a file or a hub id, and whether everything in it fits."""
     path = Path(model).expanduser()
     if path.exists() and not path.is_dir():
-        raise ValueError(f"{model} is a file: inspect reads a folder or a hub id")
+        from .converting import report as report_file
+
+        return report_file(path)
     source = Folder(path) if path.is_dir() else _repository(model, revision)
     there = source.sizes("")
     if pipeline_files.INDEX in there:

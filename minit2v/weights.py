@@ -3,7 +3,7 @@
 Bad content raises ValueError in one line that names the file.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,13 +28,18 @@ def open_weights(path: Path) -> dict[str, Tensor]:
 
 
 def fill(model: "Network", files: Sequence[Path], dtype: torch.dtype) -> None:
-    """Give a model on `meta` the weights of `files`, strictly. ValueError in one line where they do not fit it.
+    """Give a model on `meta` the weights of `files`, strictly. ValueError in one line where they do not fit it."""
+    label = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+    fill_from(model, label, lambda: _open_all(files), dtype)
+
+
+def fill_from(model: "Network", label: str, open_all: Callable[[], dict[str, Tensor]], dtype: torch.dtype) -> None:
+    """`fill` with the tensors that `open_all` gives, mapped anew each time; label: where they are from.
 
     Tensors that have `dtype` stay mapped. The others are cast one by one, and what has been read for that is let go
     every 256 MiB: at no time are there two copies of more than one tensor.
     """
-    label = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-    tensors = _open_all(files)
+    tensors = open_all()
     expected = model.state_dict()
     try:
         found, unknown = model.layout.match(tensors)
@@ -69,7 +74,7 @@ def fill(model: "Network", files: Sequence[Path], dtype: torch.dtype) -> None:
         unreleased += x.nbytes
         if unreleased > 2**28:
             del x, tensors
-            tensors, unreleased = _open_all(files), 0
+            tensors, unreleased = open_all(), 0
     model.load_state_dict(ready, assign=True)
     for name, value in chain(model.named_parameters(), model.named_buffers()):
         if value.is_meta:

@@ -726,10 +726,37 @@ def test_inspect_truncated_weights(run, copy):
         assert code == 1 and "truncated" in out[-1]
 
 
+def test_convert_and_inspect_what_came(run, tmp_path):
+    shapes, out = cli.ASSETS / "shapes", tmp_path / "original"
+    assert run("convert", shapes, out, "--to", "original", "--dry-run")[0] == 0 and not out.exists()
+    code, lines, _ = run("convert", shapes, out, "--to=original")
+    assert code == 0 and "text_encoder is left out: open_clip_pytorch_model.bin cannot be made" in lines[0]
+    file = out / "text2video_pytorch_model.pth"
+    code, lines, _ = run("inspect", file)
+    assert code == 0 and lines[1] == "ModelScope's UNetSD: another size" and lines[-1] == "complete"
+    code, lines, _ = run("convert", file, tmp_path / "unet", "--dry-run", "--dtype=fp32")
+    name = "input_blocks.0.0.weight -> conv_in.weight"
+    assert code == 0 and any(name in line for line in lines) and "would be written" in lines[-1]
+    code, lines, _ = run("convert", out, tmp_path / "folder", "--dtype=fp32", "--tokenizer", shapes)
+    before = load_file(shapes / "unet/diffusion_pytorch_model.safetensors")
+    after = load_file(tmp_path / "folder/unet/diffusion_pytorch_model.safetensors")
+    assert code == 0 and all(torch.equal(after[n], x.float()) for n, x in before.items()) and len(after) == len(before)
+    assert (tmp_path / "folder/tokenizer/vocab.json").is_file()
+
+    fails(run("convert", file, out), "original is there already")
+    fails(run("convert", tmp_path / "gone", "x"), "gone: No such file")
+    fails(run("convert", file, "x", "--to=civitai"), "invalid choice", code=2)
+    save_file({**before, "spare": torch.zeros(1)}, tmp_path / "more.safetensors")
+    fails(run("convert", tmp_path / "more.safetensors", "x"), "more.safetensors: .*1 unknown: 'spare'")
+    code, lines, _ = run("inspect", tmp_path / "more.safetensors")
+    assert code == 1 and lines[-1] == "not complete" and "'spare'" in lines[-2]
+    assert not Path("x").exists()
+
+
 def test_inspect_what_is_no_model(run, copy):
     Path("empty").mkdir()
     fails(run("inspect", "empty"), "neither model_index.json nor config.json")
-    fails(run("inspect", copy / "model_index.json"), "is a file")
+    fails(run("inspect", copy / "model_index.json"), "neither a safetensors file nor one of torch.save")
     fails(run("inspect", "gone"), "no such folder")
     (copy / "unet/config.json").write_text('{"_class_name": "UNet2DModel"}')
     code, out, _ = run("inspect", copy / "unet")

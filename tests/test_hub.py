@@ -593,8 +593,10 @@ def test_paths_that_lead_nowhere(tiny):
     with pytest.raises(FileNotFoundError) as error:
         Tiny.from_pretrained(folder.parent, subfolder="unet")
     assert line(error) == f"{folder.parent}/unet does not exist; the folders there: tiny"
-    with pytest.raises(ValueError, match="is a file: from_pretrained reads a folder"):
+    with pytest.raises(ValueError, match="diffusion_pytorch_model.safetensors"):
         Tiny.from_pretrained(folder / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ValueError, match="is a file: from_pretrained reads a folder"):
+        Tiny.from_pretrained(folder / "diffusion_pytorch_model.safetensors", subfolder="unet")
     (folder.parent / "model_index.json").write_text("{}")
     with pytest.raises(FileNotFoundError) as error:
         Tiny.from_pretrained(folder.parent)

@@ -187,7 +187,7 @@ OPERATIONS = {
     "SETITEM", "SETITEMS", "APPEND", "APPENDS",
 }  # fmt: skip
 LARGEST_TUPLE = 10**5  # with all that is in it: hashing tuples of tuples of tuples can take for ever
-MAGIC = 0x1950A86A20F9469CFC6C  # how torch before 1.6 began a file
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch before 1.6 began a file
 LONGEST_PICKLE = 2**27
 
 
@@ -239,14 +239,14 @@ def _check_zip(path: Path) -> None:
 
 def _check_legacy(path: Path) -> None:
     with path.open("rb") as file:
-        if _check_operations(file, only="PROTO LONG1 STOP") != MAGIC:
+        if file.read(len(LEGACY)) != LEGACY:
             raise ValueError("it is neither a safetensors file nor one of torch.save")
         for _ in range(4):  # a version, the system, the content, the storages' names
             _check_operations(file)
 
 
-def _check_operations(file: Any, only: str = "") -> Any:
-    """Go through a pickle without doing what it says; returns its last argument. Raises _Refused or ValueError."""
+def _check_operations(file: Any) -> None:
+    """Go through a pickle without doing what it says. Raises _Refused or ValueError."""
     import pickletools
     from pickletools import markobject
 
@@ -259,7 +259,7 @@ def _check_operations(file: Any, only: str = "") -> Any:
             wanted = argument if name in ("GLOBAL", "INST") else _quote(last if name == "STACK_GLOBAL" else name)
             if name != "GLOBAL" or argument not in ALLOWED:
                 raise _Refused(str(wanted).replace(" ", ".") if len(str(wanted)) < 200 else _quote(wanted))
-        if name not in (only.split() or OPERATIONS):
+        if name not in OPERATIONS:
             raise ValueError(f"its pickle has the operation {name}, which torch.save does not write")
         if name == "PROTO" and argument != 2:
             raise ValueError(f"its pickle is of protocol {argument}, and torch.save writes 2")
@@ -281,7 +281,6 @@ def _check_operations(file: Any, only: str = "") -> Any:
             raise ValueError("its pickle has tuples within tuples without end")
         stack += [markobject if name == "MARK" else inside] * len(operation.stack_after)
         last = argument if argument is not None else last
-    return last
 
 
 def _header_of(name: str, x: Tensor) -> tuple[tuple[int, ...], str]:

@@ -1,0 +1,68 @@
+"""`minit2v convert`, and what `minit2v inspect` says of a file."""
+
+import argparse
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from minit2v_convert.convert import LAYOUTS, Conversion, convert
+from minit2v_convert.detect import detect
+from minit2v_convert.stream import open_file, size_of
+
+from . import hub
+
+TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def run(args: argparse.Namespace) -> list[str]:
+    """The lines to print."""
+    dtype = hub.pick_dtype(args.dtype) if "dtype" in args else None
+    tokenizer = _tokenizer(args.tokenizer) if "tokenizer" in args else None
+    src, dst = (Path(path).expanduser() for path in (args.src, args.dst))
+    with tqdm(unit="B", unit_scale=True, dynamic_ncols=True, disable=args.dry_run) as bar:
+
+        def show(file: str, n: int, total: int) -> None:
+            bar.total = total
+            bar.set_description(file, refresh=False)
+            bar.update(n)
+
+        work = convert(src, dst, getattr(args, "to", LAYOUTS[0]), dtype, args.dry_run, ema=args.ema,
+                       tokenizer=tokenizer, progress=show)
+    return _lines(work, args.dst, args.dry_run)
+
+
+def _lines(work: Conversion, dst: str, dry_run: bool) -> list[str]:
+    size = sum(map(size_of, work.plans.values()))
+    tensors = sum(len(plan.steps) for plan in work.plans.values())
+    done = f"{dst}: {tensors} tensors, {size:,} bytes" + " would be written" * dry_run
+    return [*(work.lines() if dry_run else []), *work.notes, done]
+
+
+def _tokenizer(path_or_id: str) -> Path:
+    """A folder that has a tokenizer's files: a folder given, or the folder `tokenizer` of a model or hub id."""
+    here = Path(path_or_id).expanduser()
+    if here.is_dir() and not (here / "model_index.json").is_file():
+        return here
+
+    def choose(names: list[str]) -> list[str]:
+        if found := [n for n in names if n in TOKENIZER]:
+            return found
+        raise FileNotFoundError("tokenizer's files")
+
+    return hub.find_folder(path_or_id, "tokenizer", choose)[0]
+
+
+def report(path: Path) -> tuple[list[str], bool]:
+    """What a file of weights is, from its header, and whether it is complete."""
+    source = open_file(path)
+    try:
+        kind = detect(source.header)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    lines = [f"{path}: {path.stat().st_size:,} bytes", *kind.describe()]
+    if source.nest:
+        lines.insert(2, f"below {'.'.join(source.nest)}")
+    lines += [f"not converted: {name}, {why}" for name, why in (source.ignored or {}).items()]
+    if kind.layout.refused:
+        lines.append(kind.layout.refused)
+    return [*lines, "complete" if kind.complete else "not complete"], kind.complete

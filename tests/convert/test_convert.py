@@ -1,0 +1,218 @@
+"""Files there and back: folders of diffusers, single files, ModelScope's files, AnimateDiff's; whole or not at all."""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from minit2v import AutoencoderKL, CLIPTextModel, MotionAdapter, UNet2DConditionModel, UNet3DConditionModel
+from minit2v_convert import animatediff, shapes
+from minit2v_convert import convert as module
+from minit2v_convert.convert import components, convert
+from minit2v_convert.sparse import write_sparse_safetensors
+from minit2v_convert.stream import open_file
+
+CLASSES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+GROUPS = {"unet": {"norm_num_groups": 8, "attention_head_dim": 4}, "vae": {"norm_num_groups": 4}, "text_encoder": {}}
+
+
+@pytest.fixture(scope="module")
+def image_model(tmp_path_factory, make_official_folder) -> Path:
+    return make_official_folder(tmp_path_factory.mktemp("image"), repo="sd15", small=True)
+
+
+@pytest.fixture(scope="module")
+def video_model(tmp_path_factory, make_official_folder) -> Path:
+    return make_official_folder(tmp_path_factory.mktemp("video"), small=True)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory, image_model) -> Path:
+    path = tmp_path_factory.mktemp("single") / "model.safetensors"
+    convert(image_model, path, to="single-file")
+    return path
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    (path,) = folder.glob("*.safetensors")
+    return load_file(path)
+
+
+def same(have: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert have.keys() == want.keys()
+    for name, x in want.items():
+        assert have[name].dtype == x.dtype and torch.equal(have[name], x), name
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
+def test_a_folder_to_a_single_file_and_back(image_model, tmp_path, name):
+    told = []
+    convert(image_model, tmp_path / name, to="single-file", progress=lambda *a: told.append(a))
+    assert {(n, total) for n, _, total in told} == {("model.safetensors", sum(m for _, m, _ in told))}
+    names = open_file(tmp_path / name).header
+    assert "model.diffusion_model.input_blocks.0.0.weight" in names and "first_stage_model.quant_conv.bias" in names
+    work = convert(tmp_path / name, out := tmp_path / "again", tokenizer=image_model / "tokenizer")
+    for part in CLASSES:
+        same(weights(out / part), weights(image_model / part))
+    index = json.loads((out / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline" and index["scheduler"] == ["diffusers", "PNDMScheduler"]
+    assert (out / "tokenizer/vocab.json").read_bytes() == (image_model / "tokenizer/vocab.json").read_bytes()
+    assert sum("is not of the published size" in note for note in work.notes) == 3
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_modelscope_s_files_and_back(video_model, tmp_path):
+    work = convert(video_model, tmp_path / "original", to="original")
+    assert sorted(p.name for p in (tmp_path / "original").iterdir()) == ["VQGAN_autoencoder.pth",
+                                                                         "text2video_pytorch_model.pth"]
+    assert any("keep the original file" in note for note in work.notes)
+    work = convert(tmp_path / "original", tmp_path / "again")
+    for part in ("unet", "vae"):
+        same(weights(tmp_path / "again" / part), weights(video_model / part))
+    assert {"text_encoder", "tokenizer"} == {note.split()[0] for note in work.notes if "is missing" in note}
+    unet = tmp_path / "original" / "text2video_pytorch_model.pth"
+    convert(unet, tmp_path / "unet", dtype=torch.float16)  # one network needs no subfolder
+    half = weights(tmp_path / "unet")
+    same(half, {name: x.half() for name, x in weights(video_model / "unet").items()})
+    config = json.loads((tmp_path / "unet/config.json").read_text())
+    assert config["_class_name"] == "UNet3DConditionModel" and config["block_out_channels"] == [32, 64]
+
+
+def test_a_pipeline_in_another_dtype(video_model, tmp_path):
+    convert(video_model, tmp_path / "half", dtype=torch.float16)
+    for part in ("unet", "vae", "text_encoder"):
+        assert {x.dtype for x in weights(tmp_path / "half" / part).values() if x.is_floating_point()} == {torch.float16}
+        here, there = ((f / part / "config.json").read_text() for f in (video_model, tmp_path / "half"))
+        assert json.loads(here) == json.loads(there)
+    from minit2v import TextToVideoSDPipeline
+
+    TextToVideoSDPipeline.from_pretrained(tmp_path / "half")
+
+
+SMALL_MOTION = {**shapes.MOTION, "block_out_channels": [32, 64], "motion_layers_per_block": 1,
+                "motion_max_seq_length": 24, "use_motion_mid_block": False}  # fmt: skip
+
+
+def test_a_motion_module_there_and_back_and_loaded(tmp_path):
+    adapter = MotionAdapter(**{k: v for k, v in SMALL_MOTION.items() if not k.startswith("_")})
+    adapter.save_pretrained(tmp_path / "adapter")
+    convert(tmp_path / "adapter", tmp_path / "mm.ckpt", to="original")
+    names = open_file(tmp_path / "mm.ckpt").header
+    assert "down_blocks.0.motion_modules.0.temporal_transformer.proj_in.weight" in names
+    convert(tmp_path / "mm.ckpt", tmp_path / "again")
+    same(weights(tmp_path / "again"), weights(tmp_path / "adapter"))
+    for path in (tmp_path / "again", tmp_path / "mm.ckpt"):
+        loaded = MotionAdapter.from_pretrained(path)
+        assert loaded.config.motion_max_seq_length == 24
+        same(loaded.state_dict(), adapter.state_dict())
+
+
+def test_a_lora_is_a_file(tmp_path):
+    config = {**SMALL_MOTION, "rank": 3}
+    generator = torch.Generator().manual_seed(0)
+    state = {f"unet.{n}": torch.randn(s, generator=generator) for n, s in shapes.motion_lora(config).items()}
+    save_file(state, tmp_path / "lora.safetensors")
+    convert(tmp_path / "lora.safetensors", tmp_path / "lora.ckpt", to="original")
+    assert any("processor.to_q_lora.down" in name for name in open_file(tmp_path / "lora.ckpt").header)
+    convert(tmp_path / "lora.ckpt", tmp_path / "again.safetensors")
+    same(load_file(tmp_path / "again.safetensors"), state)
+
+
+@pytest.mark.parametrize("part", CLASSES)
+def test_networks_out_of_a_single_file(image_model, single, part):
+    want = CLASSES[part].from_pretrained(image_model / part)
+    have = CLASSES[part].from_single_file(single, **GROUPS[part])
+    assert not have.training
+    same(have.state_dict(), want.state_dict())
+    half = CLASSES[part].from_pretrained(single, dtype="float16", **GROUPS[part])
+    assert half.dtype == torch.float16
+    same(half.state_dict(), {n: x.half() if x.is_floating_point() else x for n, x in want.state_dict().items()})
+
+
+def test_what_is_not_in_the_file_is_said(single, tmp_path):
+    with pytest.raises(ValueError, match="Stable Diffusion 1.x: in it UNet2DConditionModel.*no UNet3DConditionModel"):
+        UNet3DConditionModel.from_single_file(single)
+    with pytest.raises(TypeError, match="no argument 'norm_groups'.*norm_num_groups"):
+        UNet2DConditionModel.from_single_file(single, norm_groups=8)
+    with pytest.raises(ValueError, match="no moving average to take"):
+        UNet2DConditionModel.from_single_file(single, ema=True)
+    with pytest.raises(FileNotFoundError):
+        UNet2DConditionModel.from_single_file(tmp_path / "no.ckpt")
+    assert {name: part.cls for name, part in components(single).items()} == {
+        name: cls.__name__ for name, cls in CLASSES.items()}  # fmt: skip
+
+
+def test_a_dry_run_writes_nothing_and_prints_each_tensor(tmp_path):
+    """At full size: the header is all that there is of this file."""
+    table = animatediff.MODULES.table(animatediff.PUBLISHED_MOTION["v1"])
+    manifest = {n: (e.original_shape(table.shapes), "F16") for e in table.entries for n in e.original}
+    path = write_sparse_safetensors(tmp_path / "mm.safetensors", manifest)
+    work = convert(path, tmp_path / "out", dry_run=True)
+    assert not (tmp_path / "out").exists()
+    lines = work.lines()
+    size = 2 * sum(map(math.prod, table.shapes.values()))
+    assert lines[0] == f"diffusion_pytorch_model.safetensors: {len(table.shapes)} tensors, {size:,} bytes"
+    text = "\n".join(lines)
+    assert all(name in text for name in manifest) and all(name in text for name in table.shapes)
+
+
+def test_wrong_calls(single, image_model, tmp_path):
+    for says, args in (
+        ("no layout 'original-file'", (single, tmp_path / "x", "original-file")),
+        ("need a folder", (single, tmp_path / "x.safetensors")),
+        ("is Stable Diffusion 1.x .single-file., not of diffusers", (single, tmp_path / "x", "original")),
+        ("has no weights; the files there: merges.txt", (image_model / "tokenizer", tmp_path / "x")),
+        ("not torch.int8", (single, tmp_path / "x", "diffusers", torch.int8)),
+    ):
+        with pytest.raises(ValueError, match=says):
+            convert(*args)
+    with pytest.raises(FileExistsError, match="is there already"):
+        convert(image_model, single, "single-file")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_number_that_does_not_fit_leaves_nothing_behind(single, tmp_path):
+    state = load_file(single)
+    state["first_stage_model.quant_conv.bias"][0] = 1e9
+    save_file(state, tmp_path / "big.safetensors")
+    with pytest.raises(ValueError, match="'first_stage_model.quant_conv.bias' does not fit torch.float16"):
+        convert(tmp_path / "big.safetensors", tmp_path / "out", dtype=torch.float16)
+    assert [p.name for p in tmp_path.iterdir()] == ["big.safetensors"]
+
+
+def test_too_little_room(single, tmp_path, monkeypatch):
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(20, 10, 10))
+    with pytest.raises(OSError, match="bytes, and there are 10"):
+        convert(single, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["out", "out.safetensors"])
+def test_interrupted_means_nothing_left_behind(single, image_model, tmp_path, name):
+    """A real signal, in the middle of a file."""
+    src, to = (single, "diffusers") if name == "out" else (image_model, "single-file")
+    code = f"""
+import time
+from minit2v_convert import convert as c, stream
+made = stream.made
+def slow(*a):
+    print("writing", flush=True); time.sleep(0.2); return made(*a)
+stream.made = slow
+c.convert({str(src)!r}, {str(tmp_path / name)!r}, {to!r})
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        for _ in range(3):
+            assert process.stdout.readline() == b"writing\n"
+        assert len(list(tmp_path.glob(".out*"))) == 1
+        time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert b"KeyboardInterrupt" in process.stderr.read()
+    assert not list(tmp_path.iterdir())
