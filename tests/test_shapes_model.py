@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import minit2v
 from minit2v import AnimateDiffPipeline, DiffusionPipeline, MotionAdapter
-from minit2v.cli import PRESETS
+from minit2v.cli import PRESETS, main
 from minit2v.training import animate, shapes, world
+from minit2v.utils import load_video
 
 ASSETS = Path(minit2v.__file__).parent / "assets"
 FOLDER = ASSETS / "shapes"
@@ -117,3 +119,11 @@ def test_without_its_adapter_the_image_model_does_not_move_anything(animated):
     jumps = (light[:, 1:] - light[:, :-1]).abs().mean((1, 2, 3))
     moving = generate(animated, [("red", "circle", "right"), ("white", "square", "left")], "shapes-image").amax(1)
     assert (jumps > 2 * (moving[:, 1:] - moving[:, :-1]).abs().mean((1, 2, 3))).all()
+
+
+def test_the_command_line_animates_without_a_download(tmp_path):
+    path = tmp_path / "square.gif"
+    assert main(["animate", "a blue square growing", "--seed", "0", "-o", str(path)]) == 0
+    frames = [torch.from_numpy(np.array(image)) for image in load_video(str(path))]
+    video = torch.stack(frames).permute(3, 0, 1, 2) / 255  # c f h w
+    assert world.analyse(video) == ("blue", "square", "growing")
