@@ -30,7 +30,7 @@ from minit2v_convert.detect import detect
 from minit2v_convert.formats import to_diffusers
 from minit2v_convert.stream import open_file
 
-SECONDS = 5  # longer is a hang
+SECONDS = 20  # longer is a hang, also on a busy machine
 
 
 def bases() -> dict[str, bytes]:

@@ -346,13 +346,13 @@ class Network(nn.Module):
         if part is None:
             there = ", ".join(part.cls or name for name, part in found.items())
             raise ValueError(f"{path} is {next(iter(found.values())).title}: in it {there}, no {cls.__name__}")
-        return cls._from_component(part, str(path), dtype, compat, config_overrides)
+        return cls.from_component(part, str(path), dtype, compat, config_overrides)
 
     @classmethod
-    def _from_component(
+    def from_component(
         cls, part: Any, label: str, dtype: torch.dtype, compat: str | None, overrides: Mapping[str, Any]
     ) -> Self:
-        """part: of `minit2v_convert.convert.components`."""
+        """The network of a part of a file (`minit2v_convert.convert.components`); label: the file's name."""
         config = cls.config_of(dict(part.config), [part.tensors()])
         try:
             with torch.device("meta"), Weightless():

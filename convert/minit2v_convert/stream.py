@@ -36,7 +36,7 @@ DTYPES = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 2**25  # bytes: the largest published ones have half a million, and JSON in memory is ten times as much
-LONGEST_SIDE = 2**40
+LARGEST = 2**48  # numbers in a tensor
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 
@@ -147,7 +147,7 @@ def _checked(entry: Any) -> tuple[tuple[int, ...], str, int, int]:
             raise ValueError(f"has {_quote(numbers)}, which are not whole numbers")
     if not isinstance(dtype, str) or dtype not in SIZES:
         raise ValueError(f"is of the unknown type {_quote(dtype)}")
-    if len(offsets) != 2 or len(shape) > 16 or any(n > LONGEST_SIDE for n in shape):
+    if len(offsets) != 2 or len(shape) > 16 or math.prod(n or 1 for n in shape) > LARGEST:
         raise ValueError(f"has the impossible shape {_quote(shape)} or offsets {_quote(offsets)}")
     begin, end = offsets
     if math.prod(shape) * SIZES[dtype] != end - begin:

@@ -173,7 +173,14 @@ class DiffusionPipeline:
         Called on `DiffusionPipeline`, model_index.json names the class. `torch_dtype` and `dtype` are one argument
         under its old and new name; None is float32, and a dictionary {component: dtype, "default": dtype} gives each
         its own. Components given by name (`vae=...`, `scheduler=...`) are used in place of the folder's, also None.
+        A file in place of the folder is read as by `from_single_file`.
         """
+        if subfolder is None and Path(path_or_id).expanduser().is_file():
+            if variant is not None:
+                raise ValueError(f"{path_or_id} is a file: it has no variant {variant!r}")
+            return cls.from_single_file(path_or_id, torch_dtype=torch_dtype, dtype=dtype, compat=compat,
+                                        revision=revision, local_files_only=local_files_only, token=token,
+                                        cache_dir=cache_dir, force_download=force_download, **overrides)
         where = dict(revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir,
                      force_download=force_download)
         index = files.read_index(path_or_id, subfolder, where)
@@ -185,6 +192,38 @@ class DiffusionPipeline:
         weights = dict(variant=variant, use_safetensors=use_safetensors, compat=saved.get("compat"))
         components = files.load_components(path_or_id, subfolder, index, cls, overrides, dtypes, where, weights)
         return cls(**components, compat=saved.get("compat"), **fields)
+
+    @classmethod
+    def from_single_file(
+        cls,
+        path: str | Path,
+        *,
+        config: str | Path | None = None,
+        torch_dtype: torch.dtype | str | dict[str, torch.dtype | str] | None = None,
+        dtype: torch.dtype | str | dict[str, torch.dtype | str] | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        compat: str | None = None,
+        **overrides: Any,
+    ) -> Self:
+        """The pipeline of one file of weights, `.safetensors`, `.ckpt` or `.pth`, in any published layout.
+
+        config: a folder or a hub id for what the file lacks. Without it, scheduler and tokenizer are those of the
+        published model (the tokenizer is fetched from the hub where it is not given). `revision` and so on are of
+        `config`; the rest as for `from_pretrained`. Nothing is written.
+        """
+        where = dict(revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir,
+                     force_download=force_download)
+        path = Path(path).expanduser()
+        if cls is DiffusionPipeline:
+            cls = files.pick_class_of_file(path, DiffusionPipeline.CLASSES)
+        fields = {name: overrides.pop(name, None) for name in cls.FIELDS}
+        dtypes = files.component_dtypes(torch_dtype, dtype, cls.COMPONENTS)
+        parts = files.load_single_file(path, cls, config, overrides, dtypes, where, compat)
+        return cls(**parts, compat=compat, **fields)
 
     def save_pretrained(
         self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None

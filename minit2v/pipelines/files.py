@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from minit2v_convert.convert import FAMILIES, components
 from minit2v_convert.rename import nearest
 
 from .. import hub
@@ -104,6 +105,67 @@ def load_components(
         extra = dict(weights, dtype=dtypes[name]) if issubclass(cls, torch.nn.Module) else {}
         loaded[name] = cls.from_pretrained(path_or_id, subfolder=part, **where, **extra)
     return {name: overrides.get(name, loaded.get(name)) for name in pipeline.COMPONENTS}
+
+
+# What a file alone makes, where the class does not say it.
+OF_UNETS = {"UNet2DConditionModel": "AnimateDiffPipeline", "UNet3DConditionModel": "TextToVideoSDPipeline"}
+
+
+def pick_class_of_file(path: Path, classes: dict[str, type]) -> type:
+    """The pipeline that a file of weights is for."""
+    unet = components(path).get("unet")
+    if unet is None or unet.cls not in OF_UNETS:
+        raise ValueError(f"{path} has no UNet of {' or '.join(OF_UNETS)}: it is no pipeline")
+    return classes[OF_UNETS[unet.cls]]
+
+
+def load_single_file(
+    path: Path,
+    pipeline: type,
+    config: str | Path | None,
+    overrides: dict[str, Any],
+    dtypes: dict[str, torch.dtype],
+    where: dict[str, Any],
+    compat: str | None,
+) -> dict[str, Any]:
+    """name -> component, out of the file, from `overrides`, or from the folder or hub id `config`.
+
+    Without `config`, the scheduler is the published model's, and so is the tokenizer, which no file has.
+    """
+    for name in overrides:
+        if name not in pipeline.COMPONENTS:
+            known = [*pipeline.COMPONENTS, *pipeline.FIELDS, "config", "torch_dtype", "dtype", "compat"]
+            raise TypeError(f"{pipeline.__name__}.from_single_file() has no argument {name!r}{nearest(name, known)}")
+    found = components(path)
+    unet = found["unet"].cls if "unet" in found else ""
+    if unet not in pipeline.COMPONENTS["unet"] or unet not in FAMILIES:
+        raise ValueError(f"{path} is {next(iter(found.values())).title}, without a UNet for {pipeline.__name__}")
+    if unet == "UNet2DConditionModel" and not (overrides.get("motion_adapter") or "motion_adapter" in found):
+        raise ValueError(f"{path} is an image model, to which {pipeline.__name__} adds motion; "
+                         "give motion_adapter=MotionAdapter.from_pretrained(...)")
+    index = read_index(config, None, where) if config is not None else {}
+    wanted = [n for n in pipeline.COMPONENTS if n not in overrides and (n in found or n not in pipeline.OPTIONAL)]
+    for name in wanted:  # all checks before the first gigabyte
+        if name not in found and name not in index and (config or name not in ("scheduler", "tokenizer")):
+            raise ValueError(f"{path} has no {name}: give it as {name}=..., or a folder or hub id that has it as "
+                             "config=...")  # fmt: skip
+    made: dict[str, Any] = dict(overrides)
+    for name in wanted:
+        fitting = pipeline.COMPONENTS[name]
+        if name in found:
+            cls = _component_class(name, [None, found[name].cls], fitting, pipeline.__name__)
+            made[name] = cls.from_component(found[name], str(path), dtypes[name], compat, {})
+        elif config is not None:
+            cls = _component_class(name, index[name], fitting, pipeline.__name__)
+            extra = dict(dtype=dtypes[name], compat=compat) if issubclass(cls, torch.nn.Module) else {}
+            made[name] = cls.from_pretrained(config, subfolder=name, **where, **extra)
+        elif name == "scheduler":
+            schedule = FAMILIES[unet].scheduler
+            made[name] = _component_class(name, [None, schedule["_class_name"]], (), "").from_config(schedule)
+        else:
+            cls = _component_class(name, [None, "CLIPTokenizer"], fitting, pipeline.__name__)
+            made[name] = cls.from_pretrained(FAMILIES[unet].published, subfolder=name, **where)
+    return {name: made.get(name) for name in pipeline.COMPONENTS}
 
 
 def _check_motion(classes: dict[str, type], overrides: dict[str, Any], pipeline: type) -> None:

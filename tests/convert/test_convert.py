@@ -216,3 +216,53 @@ c.convert({str(src)!r}, {str(tmp_path / name)!r}, {to!r})
         process.send_signal(signal.SIGINT)
         assert b"KeyboardInterrupt" in process.stderr.read()
     assert not list(tmp_path.iterdir())
+
+
+# A network of the published size in its heads and groups, so that a file says all of it.
+WHOLE = {"norm_num_groups": 32, "attention_head_dim": 8}
+
+
+def test_a_pipeline_out_of_a_single_file(tmp_path, make_official_folder):
+    """The same frames as from the folder, with an adapter, and nothing written."""
+    from minit2v import AnimateDiffPipeline, DiffusionPipeline
+
+    folder = make_official_folder(tmp_path / "folder", repo="sd15", small=True, unet=WHOLE,
+                                  text_encoder={"num_attention_heads": 1},
+                                  vae={"block_out_channels": [32, 32], "norm_num_groups": 32})  # fmt: skip
+    path = tmp_path / "model.ckpt"
+    convert(folder, path, to="single-file")
+    adapter = MotionAdapter(**{k: v for k, v in SMALL_MOTION.items() if not k.startswith("_")})
+    parts = {"motion_adapter": adapter, "tokenizer": AnimateDiffPipeline.from_pretrained(
+        folder, motion_adapter=adapter).tokenizer}  # fmt: skip
+    before = sorted(tmp_path.iterdir())
+    made = []
+    for pipe in (AnimateDiffPipeline.from_pretrained(folder, **parts),
+                 AnimateDiffPipeline.from_single_file(path, **parts),
+                 DiffusionPipeline.from_pretrained(path, **parts),
+                 AnimateDiffPipeline.from_single_file(path, config=folder, motion_adapter=adapter)):
+        pipe.set_progress_bar_config(disable=True)
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        made.append(pipe("a cat", num_frames=2, height=16, width=16, num_inference_steps=2, output_type="latent",
+                         generator=torch.Generator().manual_seed(0)).frames)  # fmt: skip
+    assert sorted(tmp_path.iterdir()) == before
+    assert all(torch.equal(made[0], x) for x in made[1:]) and made[0].std() > 0
+
+    with pytest.raises(ValueError, match="is an image model, to which AnimateDiffPipeline adds motion"):
+        AnimateDiffPipeline.from_single_file(path)
+    with pytest.raises(TypeError, match="no argument 'tokeniser'.*tokenizer"):
+        AnimateDiffPipeline.from_single_file(path, tokeniser=None)
+    with pytest.raises(ValueError, match="without a UNet for TextToVideoSDPipeline"):
+        DiffusionPipeline.CLASSES["TextToVideoSDPipeline"].from_single_file(path)
+
+
+def test_a_pipeline_around_modelscope_s_unet(video_model, tmp_path):
+    """The rest comes from a folder."""
+    from minit2v import DiffusionPipeline, TextToVideoSDPipeline
+
+    convert(video_model, tmp_path / "o", to="original")
+    file = tmp_path / "o" / "text2video_pytorch_model.pth"
+    with pytest.raises(ValueError, match="has no vae: give it as vae=..., or a folder or hub id"):
+        DiffusionPipeline.from_single_file(file)
+    unet = UNet3DConditionModel.from_single_file(file, norm_num_groups=8, attention_head_dim=8)
+    same(unet.state_dict(), UNet3DConditionModel.from_pretrained(video_model / "unet").state_dict())
+    assert isinstance(DiffusionPipeline.from_single_file(file, config=video_model), TextToVideoSDPipeline)
