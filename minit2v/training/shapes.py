@@ -438,7 +438,7 @@ def draw_curves(
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.6))
+    figure, axes = plt.subplots(1, len(stages) + 1, figsize=(4 * len(stages) + 4, 3.6))
     for axis, (stage, column) in zip(axes, stages, strict=False):
         with (out / f"{stage}.csv").open() as file:
             rows = list(csv.DictReader(file))
@@ -447,9 +447,9 @@ def draw_curves(
     if (out / "panel.csv").exists():
         rows = [list(map(float, line.split(","))) for line in (out / "panel.csv").read_text().split()]
         for n, name in enumerate(NAMES):
-            axes[3].plot([r[1] for r in rows], [100 * r[2 + n] for r in rows], "o-", ms=3, label=name)
-        axes[3].legend()
-    axes[3].set(title="panel of 18 videos: % right", xlabel="minutes", ylim=(0, 103))
+            axes[-1].plot([r[1] for r in rows], [100 * r[2 + n] for r in rows], "o-", ms=3, label=name)
+        axes[-1].legend()
+    axes[-1].set(title="panel of 18 videos: % right", xlabel="minutes", ylim=(0, 103))
     figure.tight_layout()
     figure.savefig(out / "curves.png", dpi=110)
 
