@@ -381,7 +381,10 @@ def _load(command: str, settings: dict[str, Any], from_video: bool) -> tuple[Any
     parts: dict[str, Any] = {}
     if solver is not None:
         known = {k: v for k, v in schedule.items() if k in solver.field_defaults()}
-        parts["scheduler"] = solver.from_pretrained(path, subfolder="scheduler", **where, **known)
+        if Path(path).is_file():
+            parts["scheduler"] = solver.from_config(_family_of_file(path)[1], **known)
+        else:
+            parts["scheduler"] = solver.from_pretrained(path, subfolder="scheduler", **where, **known)
     if "adapter" in settings:
         parts["motion_adapter"] = _load_adapter(settings["adapter"], weights)
     cls = getattr(pipelines, PIPELINES[command, from_video])
@@ -409,15 +412,29 @@ def _schedule_of_motion(path: str, settings: dict[str, Any], where: dict[str, An
     from .hub import read_json
     from .pipelines.files import read_index
 
-    unet = (read_index(path, None, where).get("unet") or [None])[-1]
+    if is_file := Path(path).is_file():
+        unet, own = _family_of_file(path)
+    else:
+        unet = (read_index(path, None, where).get("unet") or [None])[-1]
     if unet != "UNet2DConditionModel":  # a whole AnimateDiff model, or what the pipeline will refuse
         if "adapter" in settings:
             raise ValueError(f"--adapter: it goes into a UNet2DConditionModel, and {settings['base']} has a {unet}")
         return {}
     settings.setdefault("adapter", ADAPTER)
-    own = read_json(path, "scheduler_config.json", subfolder="scheduler", **where)
+    if not is_file:
+        own = read_json(path, "scheduler_config.json", subfolder="scheduler", **where)
     is_stable = own.get("beta_schedule") == "scaled_linear" and own.get("prediction_type", "epsilon") == "epsilon"
     return MOTION_SCHEDULE if is_stable else {}
+
+
+def _family_of_file(path: str) -> tuple[str, dict[str, Any]]:
+    """The class of the UNet in a file of weights, and the published model's scheduler config."""
+    from minit2v_convert.convert import FAMILIES, components
+
+    unet = components(path).get("unet")
+    if unet is None or unet.cls not in FAMILIES:
+        raise ValueError(f"{path} has no UNet of {' or '.join(FAMILIES)}: it is no model")
+    return unet.cls, dict(FAMILIES[unet.cls].scheduler)
 
 
 def _load_adapter(name: str, weights: dict[str, Any]) -> Any:
@@ -434,7 +451,7 @@ def _load_adapter(name: str, weights: dict[str, Any]) -> Any:
 
 
 def _find_model(model: str) -> str:
-    """A folder or a hub id."""
+    """A folder, a file or a hub id."""
     if model in EMBEDDED_NAMES:
         folder = ASSETS / model
         if not folder.is_dir():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -266,3 +267,26 @@ def test_a_pipeline_around_modelscope_s_unet(video_model, tmp_path):
     unet = UNet3DConditionModel.from_single_file(file, norm_num_groups=8, attention_head_dim=8)
     same(unet.state_dict(), UNet3DConditionModel.from_pretrained(video_model / "unet").state_dict())
     assert isinstance(DiffusionPipeline.from_single_file(file, config=video_model), TextToVideoSDPipeline)
+
+
+def test_the_command_line_takes_files_too(tmp_path, make_official_folder, monkeypatch):
+    """An image model and a motion module as they are published; only the tokenizer is another's."""
+    from minit2v import cli
+    from minit2v.video import read_metadata
+
+    folder = make_official_folder(tmp_path / "folder", repo="sd15", small=True, unet=WHOLE,
+                                  vae={"block_out_channels": [32, 32], "norm_num_groups": 32})  # fmt: skip
+    adapter = MotionAdapter(**{k: v for k, v in SMALL_MOTION.items() if not k.startswith("_")})
+    adapter.save_pretrained(tmp_path / "adapter")
+    convert(folder, base := tmp_path / "model.ckpt", to="single-file")
+    convert(tmp_path / "adapter", motion := tmp_path / "mm.ckpt", to="original")
+    family = replace(module.FAMILIES["UNet2DConditionModel"], published=str(folder))
+    monkeypatch.setitem(module.FAMILIES, "UNet2DConditionModel", family)
+    made = []
+    for b, a in ((folder, tmp_path / "adapter"), (base, motion)):
+        out = tmp_path / f"{b.name}.mp4"
+        assert cli.main(["animate", "a cat", f"--base={b}", f"--adapter={a}", "--num-frames=2", "--steps=2",
+                         "--height=16", "--width=16", "--seed=0", "-o", str(out)]) == 0  # fmt: skip
+        made.append(read_metadata(out))
+    assert made[0]["scheduler"] == made[1]["scheduler"] == "DDIMScheduler"
+    assert cli.main(["animate", "a cat", f"--base={motion}", f"--adapter={motion}"]) == 1
