@@ -400,7 +400,7 @@ def _load(command: str, settings: dict[str, Any], from_video: bool) -> tuple[Any
     defaults = inspect.signature(cls.__call__).parameters
     call = {argument: settings.setdefault(name, defaults[argument].default) for name, argument in names.items()}
     for name in settings.keys() & {"model", "base", "adapter"}:
-        if settings[name] not in EMBEDDED_NAMES and Path(settings[name]).is_dir():
+        if settings[name] not in EMBEDDED_NAMES and Path(settings[name]).exists():
             settings[name] = os.path.abspath(settings[name])  # to be found from other folders, too
     settings |= {"scheduler": type(pipe.scheduler).__name__, "device": str(device),
                  "kernels": os.environ.get("MINIT2V_KERNELS") or "auto"}

@@ -320,6 +320,18 @@ class UNetMotionModel(UNet):
         super().set_compat(compat)
         return self.apply_norms()
 
+    def with_compat(self, compat: str | None) -> Self:
+        """This network in a mode, without touching it: itself if it is in that mode, else one of the same tensors."""
+        if compat is None or compat == self.compat:
+            return self
+        with torch.device("meta"), Weightless():
+            new = type(self)(self.config)
+        new.explicit = self.explicit
+        new.load_state_dict(self.state_dict(keep_vars=True), assign=True)
+        new.set_chunking(self.chunking)
+        new.free_u, new.gradient_checkpointing = self.free_u, self.gradient_checkpointing
+        return new.set_compat(compat).train(self.training)
+
     def apply_norms(self) -> Self:
         """Have the norms span what the config says."""
         self.clip_norms = (self.config.resnet_norms or known_resnet_norms(self.config)) == "clip"

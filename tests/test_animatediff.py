@@ -588,3 +588,24 @@ def test_clip_skip(pipe):
     theirs = AnimateDiffVideoToVideoPipeline(**pipe.components, clip_skip_negative=False)
     negative = theirs.encode_prompt("a cat", negative_prompt="a dog", clip_skip=1)[1]
     assert torch.equal(negative, pipe.encode_prompt("a dog")[0])
+
+
+def test_another_mode_leaves_the_pipeline_it_was_made_from_as_it_was():
+    """Two modes from one set of components: the tensors are shared, the norms are not."""
+    torch.manual_seed(0)
+    size = dict(block_out_channels=(8, 16), norm_num_groups=4)
+    kinds = dict(down_block_types=("CrossAttnDownBlockMotion", "DownBlockMotion"),
+                 up_block_types=("UpBlockMotion", "CrossAttnUpBlockMotion"))
+    unet = UNetMotionModel(**size, **kinds, cross_attention_dim=8, num_attention_heads=2, motion_num_attention_heads=2)
+    for p in unet.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    ours = AnimateDiffPipeline(None, None, None, unet, None, DDIMScheduler(**DDIM))
+    theirs = AnimateDiffPipeline.from_pipe(ours, compat="diffusers")
+    x, context = torch.randn(1, 4, 3, 8, 8), torch.randn(1, 5, 8)
+    with torch.no_grad():
+        before = unet(x, 500, context)
+        assert (theirs.unet(x, 500, context) - before).abs().max() > 1e-3
+    assert ours.unet is unet and unet.compat is None and unet.config.motion_norms == "frame"
+    assert theirs.unet.config.motion_norms == "clip"
+    shared = {p.data_ptr() for p in unet.parameters()}
+    assert all(p.data_ptr() in shared for p in theirs.unet.parameters())

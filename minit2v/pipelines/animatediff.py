@@ -31,8 +31,8 @@ class AnimateDiffPipeline(DiffusionPipeline):
     """Videos from texts, in the style of any image model of Stable Diffusion 1.5.
 
     unet: a UNet2DConditionModel, of which with `motion_adapter` a UNetMotionModel is made, and both stay as they were;
-    or a UNetMotionModel, which is used as it is. `feature_extractor` and `image_encoder` belong to image prompts, which
-    are not here yet: None.
+    or a UNetMotionModel, which is used as it is (in another `compat` mode: one that shares its tensors).
+    `feature_extractor` and `image_encoder` belong to image prompts, which are not here yet: None.
     """
 
     COMPONENTS = {
@@ -79,7 +79,7 @@ class AnimateDiffPipeline(DiffusionPipeline):
                                  "MotionAdapter.from_pretrained(...)")
             unet = UNetMotionModel.from_unet2d(unet, motion_adapter, compat=compat)
         elif isinstance(unet, UNetMotionModel):
-            unet.set_compat(compat)
+            unet = unet.with_compat(compat)  # another pipeline may share it
         elif unet is not None:
             raise TypeError(f"unet must be a UNet2DConditionModel or a UNetMotionModel, not {_kind(unet)}")
         components = dict(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
