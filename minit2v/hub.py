@@ -6,7 +6,6 @@ OSError: each in one line that names the file.
 
 import glob
 import inspect
-import json
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +19,8 @@ from torch import Tensor, nn
 
 from minit2v_convert.rename import Layout, nearest
 from minit2v_convert.stream import first_line as first_line
+from minit2v_convert.stream import json_text
+from minit2v_convert.stream import parse_json as parse_json
 from minit2v_convert.stream import replacing as replacing
 
 from .compat import compat_fields
@@ -191,19 +192,9 @@ def read_json(path_or_id: str | Path, name: str, *, subfolder: str | None = None
     return parse_json(folder / name)
 
 
-def parse_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not an object")
-    return content
-
-
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.write_text(json_text(content), encoding="utf-8")
 
 
 class Network(nn.Module):

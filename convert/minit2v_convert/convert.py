@@ -7,7 +7,6 @@ What a file is, its content says (`detect`). Everything is checked before anythi
 (`stream`), and what is written has a temporary name until it is whole.
 """
 
-import json
 import os
 import re
 import shutil
@@ -23,7 +22,18 @@ from .detect import detect
 from .formats import Plan, Step, from_diffusers, to_diffusers
 from .rename import nearest
 from .shapes import Config
-from .stream import PICKLES, Source, made, open_file, replacing, retyped, size_of, write_file
+from .stream import (
+    PICKLES,
+    Source,
+    json_text,
+    made,
+    open_file,
+    parse_json,
+    replacing,
+    retyped,
+    size_of,
+    write_file,
+)
 
 LAYOUTS = ("diffusers", "original", "single-file")
 WEIGHTS = (".safetensors", *PICKLES)
@@ -164,11 +174,11 @@ def _opened(src: Path) -> tuple[dict[str, tuple[Source, Config | None]], list[st
     if not src.is_dir():
         return {"": (open_file(src), None)}, []
     if (src / "config.json").is_file():
-        return {"": (_weights(src), _json(src / "config.json"))}, []
+        return {"": (_weights(src), parse_json(src / "config.json"))}, []
     if (src / "model_index.json").is_file():
         parts = sorted(p for p in src.iterdir() if p.is_dir() and (p / "config.json").is_file())
         notes = [f"{p.name} is left out: {NO_NETWORKS[p.name]}" for p in parts if p.name in NO_NETWORKS]
-        return {p.name: (_weights(p), _json(p / "config.json")) for p in parts if p.name not in NO_NETWORKS}, notes
+        return {p.name: (_weights(p), parse_json(p / "config.json")) for p in parts if p.name not in NO_NETWORKS}, notes
     files = sorted(p for p in src.iterdir() if p.suffix in WEIGHTS)
     if not files:
         raise ValueError(f"{src} has no weights; the files there: {', '.join(sorted(os.listdir(src))) or 'none'}")
@@ -201,20 +211,6 @@ def _joined(folder: Path, shards: list[Source]) -> Source:
     return Source(folder, header, lambda name: where[name].read(name))
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not an object")
-    return content
-
-
-def _text(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, indent=2, sort_keys=True) + "\n"
-
-
 # --------------------------------------------------------------------------------------------------------------- plans
 
 
@@ -231,11 +227,12 @@ def _to_diffusers(src: Path, ema: bool, tokenizer: str | Path | None) -> Convers
         if part.config is not None:
             own = part.config if "_diffusers_version" in part.config or "_class_name" not in part.config else {
                 **part.config, "_diffusers_version": VERSION}  # fmt: skip
-            work.texts[f"{below}config.json"] = _text(own)
+            work.texts[f"{below}config.json"] = json_text(own)
         work.notes += _left_out(part)
     if (src / "model_index.json").is_file():
-        index = _json(src / "model_index.json")
-        work.texts["model_index.json"] = _text({n: [None, None] if n in NO_NETWORKS else v for n, v in index.items()})
+        index = parse_json(src / "model_index.json")
+        index = {name: [None, None] if name in NO_NETWORKS else value for name, value in index.items()}
+        work.texts["model_index.json"] = json_text(index)
         others = [p for p in sorted(src.iterdir()) if p.is_dir() and p.name not in {*found, *NO_NETWORKS}]
         for file in (f for p in others for f in sorted(p.iterdir()) if f.is_file()):
             work.copies[f"{file.parent.name}/{file.name}"] = file
@@ -256,8 +253,8 @@ def _add_pipeline(
     index |= {"scheduler": ["diffusers", family.scheduler["_class_name"]]}
     if family.pipeline == "StableDiffusionPipeline":
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-    work.texts["model_index.json"] = _text(index)
-    work.texts["scheduler/scheduler_config.json"] = _text(family.scheduler)
+    work.texts["model_index.json"] = json_text(index)
+    work.texts["scheduler/scheduler_config.json"] = json_text(family.scheduler)
     work.notes.append("scheduler: that of the published model; weights trained for v-prediction or zero-SNR need "
                       "another")  # fmt: skip
     for component in ("vae", "text_encoder"):

@@ -294,6 +294,21 @@ def _header_of(name: str, x: Tensor) -> tuple[tuple[int, ...], str]:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
+def parse_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not an object")
+    return content
+
+
+def json_text(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path`, that takes its place if all goes well and is removed if not: OSError."""

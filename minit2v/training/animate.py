@@ -25,14 +25,11 @@ from ..vae import AutoencoderKL
 from . import world
 from .shapes import (
     Painter,
-    Run,
     draw_batch,
     draw_curves,
     latents_of_world,
     make_scheduler,
     make_tokenizer,
-    report_panel,
-    stage_at,
     still_captions,
     train_diffusion,
 )
@@ -116,8 +113,8 @@ def train_image(
     theirs = video.unet.state_dict()
     unet.load_state_dict({name: theirs[name] for name in unet.state_dict()})
     painter = ImagePainter(unet, video.text_encoder.train())
-    return train_diffusion(out, "image", seed, painter, make_tokenizer(), steps, 1e-3,
-                           lambda step, rng: draw_images(rng, latents, batch), lambda *_: None)  # fmt: skip
+    return train_diffusion(out, "image", seed, painter, make_tokenizer(), ((1, batch, steps),), 1e-3,
+                           lambda rng, _, batch: draw_images(rng, latents, batch))  # fmt: skip
 
 
 def train_motion(
@@ -135,17 +132,12 @@ def train_motion(
     unet = UNetMotionModel.from_unet2d(image.unet, MotionAdapter(**MOTION)).train()
     unet.freeze_unet2d_params()
     painter = MotionPainter(unet, image.text_encoder.requires_grad_(False))
-    total = sum(steps for *_, steps in course)
-
-    def draw(step: int, rng: random.Random) -> tuple[Tensor, list[str]]:
-        return draw_batch(rng, latents, *stage_at(course, step))
-
-    def report(run: Run, average: Painter, done: int) -> None:
-        if done % panel == 0 and stage_at(course, done - 1)[0] == world.FRAMES or done == total:
-            report_panel(out, run, make_pipeline(vae, average, tokenizer), done)
-
     # The frozen image model knows what to do at low noise; what the frames agree on is decided at high noise.
-    return train_diffusion(out, "motion", seed, painter, tokenizer, total, 1.5e-3, draw, report, noisy=0.8)
+    return train_diffusion(
+        out, "motion", seed, painter, tokenizer, course, 1.5e-3,
+        lambda rng, frames, batch: draw_batch(rng, latents, frames, batch),
+        lambda average: make_pipeline(vae, average, tokenizer), panel, noisy=0.8,
+    )  # fmt: skip
 
 
 def make_pipeline(vae: AutoencoderKL, painter: Painter, tokenizer: CLIPTokenizer) -> AnimateDiffPipeline:

@@ -304,16 +304,11 @@ def train_unet(
     tokenizer = make_tokenizer()
     latents = latents_of_world(vae, out, seed)
     painter = Painter(UNet3DConditionModel(**UNET), text_encoder.train())
-    total = sum(steps for *_, steps in course)
-
-    def draw(step: int, rng: random.Random) -> tuple[Tensor, list[str]]:
-        return draw_batch(rng, latents, *stage_at(course, step))
-
-    def report(run: Run, average: Painter, done: int) -> None:
-        if done % panel == 0 and stage_at(course, done - 1)[0] == world.FRAMES or done == total:
-            report_panel(out, run, make_pipeline(vae, average, tokenizer), done)
-
-    return train_diffusion(out, "unet", seed, painter, tokenizer, total, rate, draw, report)
+    return train_diffusion(
+        out, "unet", seed, painter, tokenizer, course, rate,
+        lambda rng, frames, batch: draw_batch(rng, latents, frames, batch),
+        lambda average: make_pipeline(vae, average, tokenizer), panel,
+    )  # fmt: skip
 
 
 def train_diffusion(
@@ -322,28 +317,31 @@ def train_diffusion(
     seed: int,
     painter: Painter,
     tokenizer: CLIPTokenizer,
-    total: int,
+    course: tuple[tuple[int, int, int], ...],
     rate: float,
-    draw: Callable[[int, random.Random], tuple[Tensor, list[str]]],
-    report: Callable[[Run, Painter, int], None],
+    draw: Callable[[random.Random, int, int], tuple[Tensor, list[str]]],
+    pipeline: Callable[[Painter], DiffusionPipeline] | None = None,
+    panel: int = 500,
     noisy: float = 0.5,
 ) -> Painter:
-    """Trains what of `painter` wants gradients on `draw(step, rng)`: clips (b c f h w) and their captions.
+    """Trains what of `painter` wants gradients on clips (b c f h w) and their captions. Returns the moving average.
 
+    course: (frames, clips a batch, steps), one after the other. draw(rng, frames, clips): a batch. pipeline: of the
+    moving average, which shows a panel every `panel` steps on whole clips, and at the end; None: no panel.
     What is where is decided at the highest noise: the share `noisy` of the clips gets a t from the last 30 % alone.
-    `report(run, average, steps done)` is called after every step. Returns the moving average of the weights.
     """
     average = copy.deepcopy(painter).eval().requires_grad_(False)
     trained = [p for p in painter.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, rate, betas=(0.9, 0.99), weight_decay=1e-2)
     run = Run(out, stage, {"painter": painter, "average": average}, optimizer)
     alpha_bar = make_scheduler().alphas_cumprod.float()
-    losses = []
+    total, losses = sum(steps for *_, steps in course), []
     for step in run.steps(total):
         for group in optimizer.param_groups:
             group["lr"] = rate * trapezoid(step, total)
         rng, noise = generators(seed, stage, step)
-        x, texts = draw(step, rng)
+        frames, batch = stage_at(course, step)
+        x, texts = draw(rng, frames, batch)
         high = torch.rand(len(x), generator=noise) < noisy
         t = 1 - torch.rand(len(x), generator=noise) * torch.where(high, 0.3, 1.0)
         t = (t * 1000).long().clamp(0, 999)
@@ -362,7 +360,8 @@ def train_diffusion(
         if step % 50 == 49:
             run.write(loss=sum(losses) / len(losses))
             losses.clear()
-        report(run, average, step + 1)
+        if pipeline and (step % panel == panel - 1 and frames == world.FRAMES or step == total - 1):
+            report_panel(out, run, pipeline(average), step + 1)
     return average
 
 
