@@ -1,8 +1,17 @@
-"""Which implementation of an op runs: `impl=` of the call, else $MINIT2V_KERNELS, else "auto"."""
+"""Which implementation of an op runs, and the one way in which kernels are launched.
+
+The choice: `impl=` of the call, else $MINIT2V_KERNELS, else "auto". The variable is "auto", "torch" or "triton" for
+all ops, and may name some with a choice of their own: "torch,geglu=triton".
+"""
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +20,13 @@ IMPLS = ("auto", "torch", "triton")
 
 # Device families on which a result committed under benchmarks/results/ shows that the op's kernel beats PyTorch,
 # e.g. {"group_norm_silu": {"sm_90"}}. Until such a result exists a family is not in here, and "auto" means PyTorch.
-PROVEN: dict[str, frozenset[str]] = {"group_norm_silu": frozenset()}
+PROVEN: dict[str, frozenset[str]] = {
+    "group_norm_silu": frozenset(),
+    "temporal_attention": frozenset(),
+    "geglu": frozenset(),
+    "add_layer_norm": frozenset(),
+    "temporal_conv": frozenset(),
+}
 
 
 @cache
@@ -35,19 +50,113 @@ def family(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
+@cache
+def choices(setting: str) -> dict[str, str]:
+    """$MINIT2V_KERNELS -> {op: impl}. Raises ValueError on an op or an implementation that nobody knows."""
+    chosen, named = dict.fromkeys(PROVEN, "auto"), {}
+    for part in filter(None, setting.replace(" ", "").split(",")):
+        op, equals, impl = part.rpartition("=")
+        if impl not in IMPLS:
+            raise ValueError(f"MINIT2V_KERNELS must be one of {', '.join(map(repr, IMPLS))}, not {impl!r}")
+        if not equals:
+            chosen = dict.fromkeys(PROVEN, impl)
+        elif op in PROVEN:
+            named[op] = impl
+        else:
+            near = get_close_matches(op, PROVEN, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f": there are {', '.join(PROVEN)}"
+            raise ValueError(f"MINIT2V_KERNELS names an unknown op {op!r}{hint}")
+    return chosen | named
+
+
 def pick(op: str, impl: str | None, x: Tensor) -> str:
     """ "torch" or "triton" for `op` on the input `x`.
 
     "triton" never falls back: RuntimeError where it cannot run. ValueError on an unknown `impl`.
     """
     source = "impl" if impl else "MINIT2V_KERNELS"
-    impl = impl or os.environ.get("MINIT2V_KERNELS") or "auto"
+    impl = impl or choices(os.environ.get("MINIT2V_KERNELS") or "auto")[op]
     if impl not in IMPLS:
-        raise ValueError(f"{source} must be one of {', '.join(map(repr, IMPLS))}, not {impl!r}")
+        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, not {impl!r}")
     if impl == "auto":
         return "triton" if x.is_cuda and family(x.device) in PROVEN[op] and has_triton() else "torch"
     if impl == "triton" and not has_triton():
         raise RuntimeError(f"{op}: {source}='triton', but Triton is not installed (pip install 'minit2v[triton]')")
-    if impl == "triton" and not (x.is_cuda or interpreting()):
+    if impl == "triton" and not (x.is_cuda or interpreting() or recorded is not None):
         raise RuntimeError(f"{op}: {source}='triton' needs a GPU tensor, not one on {x.device}")
     return impl
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: what a compiler must know to specialise it."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]  # tensors and numbers, in the kernel's order
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+recorded: list[Launch] | None = None  # while `record` is open: launches are listed, and nothing runs
+
+
+@contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Ops that are called in here with impl="triton" list their launches and run none: also on `meta` tensors.
+
+    This is how the kernels are compiled ahead of time for exactly what the models ask of them.
+    """
+    global recorded
+    before, recorded = recorded, []
+    try:
+        yield recorded
+    finally:
+        recorded = before
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 2, **constexprs: Any
+) -> None:
+    """Run kernel[grid](*args, **constexprs)."""
+    if any(size > 65535 for size in grid[1:]) or grid[0] >= 2**31:
+        raise ValueError(f"{kernel.__name__}: a grid of {grid} is larger than a GPU's")
+    if recorded is not None:
+        recorded.append(Launch(kernel, grid, args, constexprs, num_warps, num_stages))
+        return
+    torch.library.wrap_triton(kernel)[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
+
+
+def triton_op(run: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, which allocates and launches, as the torch op "minit2v::<its name, less run_>": traced, differentiated.
+
+    Its signature must be annotated with what torch.library knows; Triton is imported and the op registered here, at
+    its first use, because registering costs two seconds and 70 MiB. Backward differentiates `reference`, called with
+    the same arguments, so it cannot drift from it.
+    """
+
+    @cache
+    def registered() -> Any:
+        op = torch.library.triton_op(f"minit2v::{run.__name__.removeprefix('run_')}", run, mutates_args=())
+        op.register_autograd(backward, setup_context=setup)
+        return op
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in inputs))
+        ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inputs: list[Any] = []
+        for tensor, other, needed in zip(ctx.saved_tensors, ctx.others, ctx.needs_input_grad, strict=True):
+            inputs.append(other if tensor is None else tensor.detach().requires_grad_(needed))
+        with torch.enable_grad():
+            outputs = reference(*inputs)
+        leaves = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
+        found = iter(torch.autograd.grad(outputs, leaves, grads, allow_unused=True))
+        return tuple(next(found) if isinstance(v, Tensor) and v.requires_grad else None for v in inputs)
+
+    def call(*args: Any) -> Any:
+        return run(*args) if recorded is not None else registered()(*args)
+
+    return call

@@ -2,7 +2,7 @@
 
     y[n, c, i] = silu((x[n, c, i] - mean[n, g(c)]) * rstd[n, g(c)] * weight[c] + bias[c])
 
-`group_norm_silu_ref` is the specification; the kernel is judged against it in float64 (tests/kernels/test_norm.py).
+`group_norm_silu_ref` is the specification; the kernel is judged against it in float64 (tests/kernels/test_kernels.py).
 """
 
 from functools import cache
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import pick
+from ._dispatch import launch, pick, triton_op
 
 
 def group_norm_silu(
@@ -24,7 +24,7 @@ def group_norm_silu(
     """
     if pick("group_norm_silu", impl, x) == "torch":
         return group_norm_silu_ref(x, weight, bias, groups, eps)
-    return triton_op()(x, weight, bias, groups, eps)
+    return group_norm_silu_triton(x, weight, bias, groups, eps)
 
 
 def group_norm_silu_ref(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-5) -> Tensor:
@@ -101,35 +101,19 @@ def tile(channels_per_group: int, positions: int) -> tuple[int, int]:
     return max(1, min(block_s, 4096 // block_c)), block_c
 
 
-@cache
-def triton_op() -> Any:
-    """The kernel as a torch op. Registered at its first use, because registering costs two seconds and 70 MiB."""
-    kernel = triton_kernel()
+def run_group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous()
+    y = torch.empty_like(x)
+    (n, c), s = x.shape[:2], x[0, 0].numel()
+    # channels-last: a position's channels lie together; contiguous: a channel's positions do
+    stride_s, stride_c = (1, s) if x.is_contiguous() else (c, 1)
+    block_s, block_c = tile(c // groups, s)
+    launch(
+        triton_kernel(), (n, groups), x, weight, bias, y, c, s, groups, stride_s, stride_c, eps,
+        BLOCK_S=block_s, BLOCK_C=block_c,
+    )  # fmt: skip
+    return y
 
-    @torch.library.triton_op("minit2v::group_norm_silu", mutates_args=())
-    def op(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-        if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
-            x = x.contiguous()
-        y = torch.empty_like(x)
-        (n, c), s = x.shape[:2], x[0, 0].numel()
-        # channels-last: a position's channels lie together; contiguous: a channel's positions do
-        stride_s, stride_c = (1, s) if x.is_contiguous() else (c, 1)
-        block_s, block_c = tile(c // groups, s)
-        torch.library.wrap_triton(kernel)[(n, groups)](
-            x, weight, bias, y, c, s, groups, stride_s, stride_c, eps, BLOCK_S=block_s, BLOCK_C=block_c
-        )
-        return y
 
-    def setup(ctx, inputs, output):
-        x, weight, bias, ctx.groups, ctx.eps = inputs
-        ctx.save_for_backward(x, weight, bias)
-
-    def backward(ctx, dy):
-        """Differentiates the reference, so it cannot drift from it."""
-        leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-        with torch.enable_grad():
-            y = group_norm_silu_ref(*leaves, ctx.groups, ctx.eps)
-        return *torch.autograd.grad(y, leaves, dy), None, None
-
-    op.register_autograd(backward, setup_context=setup)
-    return op
+group_norm_silu_triton = triton_op(run_group_norm_silu, group_norm_silu_ref)

@@ -1,8 +1,4 @@
-"""group_norm_silu's kernel against its definition. Run by test_norm.py, in a process of its own: Triton decides at its
-import whether it interprets.
-
-The kernel may be at most twice as far from float64 as PyTorch is in the same dtype.
-"""
+"""group_norm_silu's kernel against its definition."""
 
 import pytest
 import torch

@@ -1,10 +1,9 @@
-"""group_norm_silu: the choice between implementations, and the kernel interpreted, compiled, and on a GPU."""
+"""The choice between implementations, and what all ops have in common."""
 
 import os
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,20 +21,6 @@ def python(*args: str, **env: str) -> str:
     done = subprocess.run([sys.executable, *args], env={**os.environ, **env}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-@needs_triton
-def test_accuracy_in_the_interpreter():
-    file = str(Path(__file__).with_name("norm_accuracy.py"))
-    assert " passed" in python("-m", "pytest", "-q", "-p", "no:cacheprovider", file, TRITON_INTERPRET="1")
-
-
-@needs_triton
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_accuracy_on_the_gpu():
-    file = str(Path(__file__).with_name("norm_accuracy.py"))
-    assert " passed" in python("-m", "pytest", "-q", "-p", "no:cacheprovider", file, TRITON_INTERPRET="0")
 
 
 COMPILE = """
@@ -79,7 +64,7 @@ def args():
 @pytest.mark.parametrize("impl", [None, "auto", "torch"])
 def test_the_cpu_runs_the_definition(args, impl, monkeypatch):
     monkeypatch.delenv("MINIT2V_KERNELS", raising=False)
-    monkeypatch.setattr(norm, "triton_op", lambda: pytest.fail("asked for Triton"))
+    monkeypatch.setattr(norm, "group_norm_silu_triton", lambda *args: pytest.fail("asked for Triton"))
     x, w, b, groups = args
     assert torch.equal(group_norm_silu(*args, eps=1e-3, impl=impl), F.silu(F.group_norm(x, groups, w, b, 1e-3)))
 
@@ -117,3 +102,35 @@ def test_auto_is_triton_only_where_it_is_proven(monkeypatch):
     for proven, impl in ((set(), "torch"), ({"sm_80"}, "torch"), ({"sm_80", "sm_90"}, "triton")):
         monkeypatch.setitem(_dispatch.PROVEN, "group_norm_silu", frozenset(proven))
         assert _dispatch.pick("group_norm_silu", None, OnGPU()) == impl
+
+
+@pytest.mark.parametrize("setting, impls", [
+    ("auto", ("auto", "auto")),
+    ("torch", ("torch", "torch")),
+    ("geglu=triton", ("auto", "triton")),
+    ("geglu=triton, torch", ("torch", "triton")),
+    ("torch,group_norm_silu=triton,geglu=auto", ("triton", "auto")),
+])  # fmt: skip
+def test_the_environment_may_choose_for_each_op(setting, impls):
+    chosen = _dispatch.choices(setting)
+    assert (chosen["group_norm_silu"], chosen["geglu"]) == impls
+    assert set(chosen) == set(_dispatch.PROVEN)
+
+
+def test_an_unknown_op_in_the_environment():
+    with pytest.raises(ValueError, match="unknown op 'geglo'; did you mean 'geglu'?"):
+        _dispatch.choices("geglo=triton")
+
+
+@needs_triton
+def test_recorded_launches_run_nothing():
+    with _dispatch.record() as launches:
+        x, w = torch.empty(2, 64, 8, 8, device="meta"), torch.empty(64, device="meta")
+        y = group_norm_silu(x, w, w, 32, impl="triton")
+    assert y.is_meta and launches and all(0 < size for launch in launches for size in launch.grid)
+    assert _dispatch.recorded is None
+
+
+def test_a_grid_that_no_gpu_takes():
+    with pytest.raises(ValueError, match=r"Kernel: a grid of \(4, 65536\) is larger"):
+        _dispatch.launch(type("Kernel", (), {"__name__": "norm"}), (4, 65536))

@@ -1,0 +1,38 @@
+"""Every kernel against its definition: interpreted on the CPU, and on a GPU where there is one."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+FILES = sorted(path.name for path in HERE.glob("accuracy_*.py"))
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None and os.environ.get("CI", "").lower() not in ("1", "true"), reason="needs triton"
+)
+
+
+def run(file: str, interpret: bool) -> None:
+    paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": str(int(interpret)), "MINIT2V_KERNELS": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
+
+
+@needs_triton
+@pytest.mark.parametrize("file", FILES)
+def test_in_the_interpreter(file):
+    run(file, interpret=True)
+
+
+@needs_triton
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("file", FILES)
+def test_on_the_gpu(file):
+    run(file, interpret=False)
