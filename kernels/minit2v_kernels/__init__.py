@@ -1,4 +1,8 @@
 """Fused operations: each one a definition in PyTorch, a Triton kernel, and a choice between them."""
 
+from .layer_norm import add_layer_norm as add_layer_norm
+from .layer_norm import add_layer_norm_ref as add_layer_norm_ref
+from .layer_norm import layer_norm as layer_norm
+from .layer_norm import layer_norm_ref as layer_norm_ref
 from .norm import group_norm_silu as group_norm_silu
 from .norm import group_norm_silu_ref as group_norm_silu_ref
