@@ -1,5 +1,7 @@
 """Fused operations: each one a definition in PyTorch, a Triton kernel, and a choice between them."""
 
+from .attention import temporal_attention as temporal_attention
+from .attention import temporal_attention_ref as temporal_attention_ref
 from .layer_norm import add_layer_norm as add_layer_norm
 from .layer_norm import add_layer_norm_ref as add_layer_norm_ref
 from .layer_norm import layer_norm as layer_norm
