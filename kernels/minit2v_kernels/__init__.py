@@ -2,6 +2,11 @@
 
 from .attention import temporal_attention as temporal_attention
 from .attention import temporal_attention_ref as temporal_attention_ref
+from .conv import temporal_conv as temporal_conv
+from .conv import temporal_conv_ref as temporal_conv_ref
+from .geglu import geglu as geglu
+from .geglu import geglu_ref as geglu_ref
+from .geglu import linear as linear
 from .layer_norm import add_layer_norm as add_layer_norm
 from .layer_norm import add_layer_norm_ref as add_layer_norm_ref
 from .layer_norm import layer_norm as layer_norm

@@ -1,0 +1,132 @@
+"""The GEGLU of a feed-forward (Shazeer 2020, arXiv:2002.05202): projection and gate in one matrix product.
+
+    y[r, j] = value * gelu(gate),  value = x[r] . weight[j] + bias[j],  gate = x[r] . weight[m + j] + bias[m + j]
+
+In PyTorch the two halves (2m wide, the widest tensors of a UNet and its peak in memory) are written, read, and gated in
+two more passes. Here a program holds the same tile of both halves and writes the product alone.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._dispatch import interpreting, launch, pick, triton_op
+
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (... d), weight (m d), bias (m) -> (... m): F.linear; on the CPU, without gradients, through oneDNN.
+
+    Its float32 kernels use AVX-512 on every x86 that has it. MKL's, which F.linear calls, do so on Intel's only: on
+    AMD's they take twice the time.
+    """
+    if x.is_cpu and x.dtype == torch.float32 and ONEDNN and not torch.is_grad_enabled():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def geglu(x: Tensor, weight: Tensor, bias: Tensor, *, impl: str | None = None) -> Tensor:
+    """x (... d), weight (2m d), bias (2m) -> (... m): the first half of a projection, times GELU of the second.
+
+    GELU is the exact one, by erf. impl: "torch", "triton" or "auto", see `_dispatch.pick`.
+    """
+    if pick("geglu", impl, x) == "torch":
+        return geglu_ref(x, weight, bias)
+    return geglu_triton(x, weight, bias)
+
+
+def geglu_ref(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The definition, in PyTorch. The product in place: these tensors are the widest of the UNet."""
+    value, gate = linear(x, weight, bias).chunk(2, dim=-1)
+    return F.gelu(gate).mul_(value)
+
+
+@cache
+def geglu_kernel() -> Any:
+    """The kernel; Triton is imported here, at the first use."""
+    global tl  # Triton 3.2 looks a kernel's names up in its module alone
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def geglu_kernel(
+        X,  # (M, K)
+        W,  # (2 N, K): the rows of the values, then those of the gates
+        B,  # (2 N,)
+        Y,  # (M, N)
+        M,
+        N,
+        K,
+        WHOLE: tl.constexpr,  # whether BLOCK_K divides K
+        BLOCK_M: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+        GROUP: tl.constexpr,  # tiles of rows that run side by side, so that one reading of W from L2 serves them all
+    ):
+        """One program per tile of Y, with an accumulator for its values and one for its gates."""
+        tiles_n = tl.cdiv(N, BLOCK_N)
+        tile = tl.program_id(0)
+        tile_m, tile_n = tl.swizzle2d(tile // tiles_n, tile % tiles_n, tl.cdiv(M, BLOCK_M), tiles_n, GROUP)
+        # int64: rows x channels of a video pass 2**31
+        row = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        col = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+        k = tl.arange(0, BLOCK_K)
+        # What lies outside is read from the last row and never stored: no masks in the loop.
+        inner = tl.minimum(col, N - 1)
+        x = X + tl.minimum(row, M - 1)[:, None] * K + k[None, :]
+        w_value = W + inner[None, :] * K + k[:, None]
+        w_gate = W + (inner + N)[None, :] * K + k[:, None]
+
+        value = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for i in range(0, K, BLOCK_K):
+            if WHOLE:
+                a = tl.load(x + i)
+                b = tl.load(w_value + i)
+                c = tl.load(w_gate + i)
+            else:
+                left = k < K - i
+                a = tl.load(x + i, mask=left[None, :], other=0.0)
+                b = tl.load(w_value + i, mask=left[:, None], other=0.0)
+                c = tl.load(w_gate + i, mask=left[:, None], other=0.0)
+            value = tl.dot(a, b, value, input_precision="ieee")
+            gate = tl.dot(a, c, gate, input_precision="ieee")
+
+        value += tl.load(B + inner).to(tl.float32)[None, :]
+        gate += tl.load(B + inner + N).to(tl.float32)[None, :]
+        y = value * (gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476)))
+        inside = (row < M)[:, None] & (col < N)[None, :]
+        tl.store(Y + row[:, None] * N + col[None, :], y.to(Y.dtype.element_ty), mask=inside)
+
+    return geglu_kernel
+
+
+def geglu_tile(m: int, n: int, k: int, itemsize: int) -> dict[str, int]:
+    """Block sizes, warps and stages for a result of (m n) out of rows of k."""
+    if itemsize == 4:
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+
+
+def run_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if len({x.dtype, weight.dtype, bias.dtype}) > 1 or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"geglu: x {x.dtype}, weight {weight.dtype}, bias {bias.dtype}: not one 16- or 32-bit dtype")
+    if x.dtype == torch.bfloat16 and interpreting():  # which multiplies the bits of bfloat16 as if they were integers
+        return run_geglu(x.float(), weight.float(), bias.float()).to(x.dtype)
+    (n, k), rows = weight.shape, x.reshape(-1, x.shape[-1]).contiguous()
+    m, n = len(rows), n // 2
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+    tile = geglu_tile(m, n, k, x.element_size())
+    launch(
+        geglu_kernel(), (-(-m // tile["BLOCK_M"]) * -(-n // tile["BLOCK_N"]),),
+        rows, weight.contiguous(), bias.contiguous(), y, m, n, k,
+        WHOLE=k % tile["BLOCK_K"] == 0, GROUP=8, **tile,
+    )  # fmt: skip
+    return y
+
+
+geglu_triton = triton_op(run_geglu, geglu_ref)
