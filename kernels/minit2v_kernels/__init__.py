@@ -11,5 +11,7 @@ from .layer_norm import add_layer_norm as add_layer_norm
 from .layer_norm import add_layer_norm_ref as add_layer_norm_ref
 from .layer_norm import layer_norm as layer_norm
 from .layer_norm import layer_norm_ref as layer_norm_ref
+from .norm import add_group_norm_silu as add_group_norm_silu
+from .norm import add_group_norm_silu_ref as add_group_norm_silu_ref
 from .norm import group_norm_silu as group_norm_silu
 from .norm import group_norm_silu_ref as group_norm_silu_ref

@@ -1,11 +1,19 @@
-"""SiLU(GroupNorm(x)), the most frequent pair of the video UNets, in one kernel.
+"""GroupNorm and SiLU, the most frequent pair of the video UNets, with what stands before it: skip, residual, timestep.
 
-    y[n, c, i] = silu((x[n, c, i] - mean[n, g(c)]) * rstd[n, g(c)] * weight[c] + bias[c])
+    y[i, c, p] = silu((x[i, c, p] - mean) * rstd * weight[c] + bias[c]),    mean and rstd of i's video and c's group
 
-`group_norm_silu_ref` is the specification; the kernel is judged against it in float64 (tests/kernels/test_kernels.py).
+`group_norm_silu_ref` and `add_group_norm_silu_ref` are the specification; the kernels are judged against them in
+float64 (tests/kernels/accuracy_norm.py).
+
+Three kernels. `moments` reduces a split of the positions to one mean and one sum of squares per channel: a clip has
+only 2 x 32 groups, too few to fill a GPU, and groups of 10 or 30 channels do not fit its 16-byte loads. `coefficients`
+merges these per group and folds everything that is constant in a channel into y = (x - shift) * scale + offset.
+`apply` does that, backwards through memory: the end of x is what the cache still holds.
 """
 
 from functools import cache
+from math import gcd
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,106 +22,459 @@ from torch import Tensor
 
 from ._dispatch import launch, pick, triton_op
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 
 def group_norm_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-5, *, impl: str | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float = 1e-5,
+    *,
+    silu: bool = True,
+    frames: int = 1,
+    skip: Tensor | None = None,
+    emb: Tensor | None = None,
+    impl: str | None = None,
 ) -> Tensor:
-    """x (n c *spatial), weight (c), bias (c) -> same shape, dtype and memory format; statistics in float32 or wider.
+    """x ((n frames) c *spatial), weight (c), bias (c) -> like x; statistics span `frames` entries, in float32 or wider.
 
-    impl: "torch", "triton" or "auto", see `_dispatch.pick`.
+    skip ((n frames) c2 *spatial): the norm is of torch.cat((x, skip), 1); weight, bias and the result have c + c2.
+    emb (m c), m dividing the entries: entry i of x gets emb[i * m // entries] added before the norm.
+    silu: False for the norm alone. impl: "torch", "triton" or "auto", see `_dispatch.pick`.
+    The result is in channels-last memory where x is, else contiguous. ValueError on shapes that do not fit.
     """
+    expect("group_norm_silu", x, weight, bias, groups, frames, skip, emb)
     if pick("group_norm_silu", impl, x) == "torch":
-        return group_norm_silu_ref(x, weight, bias, groups, eps)
-    return group_norm_silu_triton(x, weight, bias, groups, eps)
+        return group_norm_silu_ref(x, weight, bias, groups, eps, silu, frames, skip, emb)
+    expect_dtypes("group_norm_silu", x, skip, emb)
+    return group_norm_silu_triton(x, weight, bias, groups, eps, silu, frames, skip, emb)
 
 
-def group_norm_silu_ref(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float = 1e-5) -> Tensor:
+def add_group_norm_silu(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float = 1e-5,
+    *,
+    silu: bool = True,
+    frames: int = 1,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x, residual ((n frames) c *spatial) -> x + residual, and its `group_norm_silu`; both in x's memory format."""
+    expect("add_group_norm_silu", x, weight, bias, groups, frames)
+    if x.shape != residual.shape:
+        raise ValueError(f"add_group_norm_silu: residual is {tuple(residual.shape)}, and x {tuple(x.shape)}")
+    if pick("group_norm_silu", impl, x) == "torch":
+        return add_group_norm_silu_ref(x, residual, weight, bias, groups, eps, silu, frames)
+    expect_dtypes("add_group_norm_silu", x, residual)
+    return add_group_norm_silu_triton(x, residual, weight, bias, groups, eps, silu, frames)
+
+
+def group_norm_silu_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float = 1e-5,
+    silu: bool = True,
+    frames: int = 1,
+    skip: Tensor | None = None,
+    emb: Tensor | None = None,
+) -> Tensor:
     """The definition, in PyTorch. SiLU in place: fresh memory for large tensors costs as much as the arithmetic."""
-    return F.silu(F.group_norm(x, groups, weight, bias, eps), inplace=True)
+    last = channels_last(x)
+    if emb is not None:
+        x = (x.unflatten(0, (len(emb), -1)) + emb.view(len(emb), 1, -1, *[1] * (x.ndim - 2))).flatten(0, 1)
+    if skip is not None:
+        x = torch.cat((x, skip), 1)
+    if x.is_cpu and torch.is_grad_enabled() and weight.requires_grad and not x.requires_grad:
+        x = x.detach().requires_grad_()  # PyTorch's backward crashes in channels-last memory where only weights want it
+    # With more than one frame: (n c frames p). The batch is split off last: a view of a batch of 1 made in another
+    # order has a stride for it by which PyTorch no longer knows the layout.
+    h = x if frames == 1 else x.flatten(2).unflatten(0, (-1, frames)).transpose(1, 2)
+    h = F.group_norm(h, groups, weight, bias, eps)
+    if silu:
+        h = F.silu(h, inplace=True)
+    if frames > 1:
+        h = h.transpose(1, 2).reshape(x.shape)
+    if last:
+        return h if channels_last(h) else h.movedim(1, -1).contiguous().movedim(-1, 1)
+    return h.contiguous()
+
+
+def add_group_norm_silu_ref(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float = 1e-5,
+    silu: bool = True,
+    frames: int = 1,
+) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return total, group_norm_silu_ref(total, weight, bias, groups, eps, silu, frames)
+
+
+def expect(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    frames: int,
+    skip: Tensor | None = None,
+    emb: Tensor | None = None,
+) -> None:
+    """ValueError, naming both sizes, where the arguments' shapes do not fit each other."""
+    if x.ndim < 3:
+        raise ValueError(f"{op}: x must be (n c *spatial), not {tuple(x.shape)}")
+    n, c = x.shape[:2]
+    if skip is not None:
+        if skip.ndim != x.ndim or skip.shape[0] != n or skip.shape[2:] != x.shape[2:]:
+            raise ValueError(f"{op}: skip is {tuple(skip.shape)}, and x {tuple(x.shape)}")
+        c += skip.shape[1]
+    if groups < 1 or c % groups:
+        raise ValueError(f"{op}: {c} channels are no {groups} groups")
+    if weight.shape != (c,) or bias.shape != (c,):
+        raise ValueError(f"{op}: {c} channels, weight {tuple(weight.shape)} and bias {tuple(bias.shape)}")
+    if frames < 1 or n % frames:
+        raise ValueError(f"{op}: {n} entries are no videos of {frames} frames")
+    if emb is not None and (emb.ndim != 2 or emb.shape[1] != x.shape[1] or not len(emb) or n % len(emb)):
+        raise ValueError(f"{op}: emb is {tuple(emb.shape)}, which does not fit x {tuple(x.shape)}")
+
+
+def expect_dtypes(op: str, x: Tensor, *others: Tensor | None) -> None:
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{op}: the kernel takes float32, float16 and bfloat16, not {x.dtype}; impl='torch' does")
+    for other in others:
+        if other is not None and other.dtype != x.dtype:
+            raise ValueError(f"{op}: the kernel takes one dtype, not {x.dtype} and {other.dtype}")
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether a position's channels lie together, and contiguous memory is not what x also is."""
+    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
 @cache
-def triton_kernel() -> Any:
-    """The kernel; Triton is imported here, at the first use."""
+def kernels() -> SimpleNamespace:
+    """The kernels; Triton is imported here, at the first use.
+
+    To them a tensor is (n, t, c): n segments of t positions of c channels. In channels-last memory a segment is as
+    many frames as share their statistics and their timestep; else the memory is (n, c, t), and a segment one frame.
+    """
+    global tl, pointers, concatenated  # Triton 3.2 and the interpreter look a kernel's names up in its module alone
     import triton
     import triton.language as tl
 
     @triton.jit
-    def group_norm_silu_kernel(
-        X,  # (n, s, c) or (n, c, s) in memory, as stride_s and stride_c say
+    def pointers(P, segment, row, rows, c, T, C, CHANNELS_LAST: tl.constexpr):
+        """To the elements (segment, row + rows, c) of P (n, t, c)."""
+        segment = segment.to(tl.int64)  # frames x pixels x channels of a batch pass 2**31
+        if CHANNELS_LAST:
+            at = P + (segment * T + row) * C + (rows[:, None] * C + c[None, :])
+        else:
+            at = P + segment * T * C + (row + rows[:, None] + c[None, :].to(tl.int64) * T)
+        return at
+
+    @triton.jit
+    def concatenated(X, SKIP, segment, row, rows, c, T, C, C1, HAS_SKIP: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+        """`pointers` to torch.cat((x, skip), channels), which does not exist."""
+        at = pointers(X, segment, row, rows, c, T, C1, CHANNELS_LAST)
+        if HAS_SKIP:
+            there = pointers(SKIP, segment, row, rows, c - C1, T, C - C1, CHANNELS_LAST)
+            at = tl.where((c < C1)[None, :], at, there)
+        return at
+
+    @triton.jit
+    def group_norm_moments(
+        X,  # (n, t, c1)
+        SKIP,  # (n, t, c - c1)
+        RESIDUAL,  # (n, t, c)
+        SUM,  # (n, t, c): x + residual
+        MOMENTS,  # (n, splits, 3, c) float32: a shift, the mean less it, the sum of squares about the mean
+        T,
+        C,
+        C1,
+        SPLITS,
+        ROWS,  # positions of a split, a multiple of BLOCK_T
+        HAS_SKIP: tl.constexpr,
+        HAS_RESIDUAL: tl.constexpr,
+        CHANNELS_LAST: tl.constexpr,
+        BLOCK_T: tl.constexpr,
+        BLOCK_C: tl.constexpr,
+    ):
+        """One program per (segment, split, tile of channels)."""
+        tiles = tl.cdiv(C, BLOCK_C)
+        part = tl.program_id(0) // tiles
+        segment, split = part // SPLITS, part % SPLITS
+        c = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+        rows = tl.arange(0, BLOCK_T)
+        first = split * ROWS
+        last = tl.minimum(first + ROWS, T)
+
+        # Sums about a shift near the mean, here that of the first tile: sums about 0 cancel where |mean| >> std.
+        shift = tl.zeros((BLOCK_C,), tl.float32)
+        total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+        squares = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+        for row in range(first, last, BLOCK_T):
+            mask = (row + rows < last)[:, None] & (c < C)[None, :]
+            at = concatenated(X, SKIP, segment, row, rows, c, T, C, C1, HAS_SKIP, CHANNELS_LAST)
+            x = tl.load(at, mask=mask, other=0.0)
+            if HAS_RESIDUAL:
+                at = pointers(RESIDUAL, segment, row, rows, c, T, C, CHANNELS_LAST)
+                x = x.to(tl.float32) + tl.load(at, mask=mask, other=0.0).to(tl.float32)
+                x = x.to(SUM.dtype.element_ty)
+                tl.store(pointers(SUM, segment, row, rows, c, T, C, CHANNELS_LAST), x, mask=mask)
+            x = x.to(tl.float32)
+            if row == first:
+                shift = tl.sum(x, axis=0) / tl.minimum(last - first, BLOCK_T)
+            d = tl.where(mask, x - shift[None, :], 0.0)
+            total += d
+            squares += d * d
+        s = tl.sum(total, axis=0)
+        mean = s / (last - first)
+        at = MOMENTS + part.to(tl.int64) * 3 * C + c
+        tl.store(at, shift, mask=c < C)
+        tl.store(at + C, mean, mask=c < C)
+        tl.store(at + 2 * C, tl.sum(squares, axis=0) - s * mean, mask=c < C)
+
+    @triton.jit
+    def group_norm_coefficients(
+        MOMENTS,  # (videos, segments, splits, 3, c) float32
+        EMB,  # (m, c1)
         W,  # (c,)
         B,  # (c,)
-        Y,  # as X
+        TABLE,  # (videos, segments, 3, c) float32: shift, scale and offset of y = (x - shift) * scale + offset
+        T,
         C,
-        S,  # s: the number of positions
+        C1,
         G,
-        stride_s,
-        stride_c,
+        SEGMENTS,  # of a video
+        SPLITS,
+        ROWS,
+        PER_EMB,  # segments that share a row of EMB
         eps,
-        BLOCK_S: tl.constexpr,  # positions per tile
-        BLOCK_C: tl.constexpr,  # channels per tile: all of one group
+        HAS_EMB: tl.constexpr,
+        BLOCK_P: tl.constexpr,  # parts (segment, split) per tile
+        BLOCK_C: tl.constexpr,  # all channels of a group
     ):
-        """One program per (sample, group). A tile is BLOCK_S positions by one group's channels."""
-        n, g = tl.program_id(0), tl.program_id(1)
+        """One program per (video, group). Adding emb moves a part's mean, and nothing else."""
+        video, g = tl.program_id(0) // G, tl.program_id(0) % G
         CG = C // G
-        rows = tl.arange(0, BLOCK_S)
-        c = tl.arange(0, BLOCK_C)
-        channels = g * CG + c
-        in_group = c < CG
-        base = n.to(tl.int64) * C * S  # int64: frames x channels x pixels of a batch pass 2**31
-        cols = channels.to(tl.int64) * stride_c
+        j = tl.arange(0, BLOCK_C)
+        c = g * CG + j
+        parts = SEGMENTS * SPLITS
+        before = video.to(tl.int64) * parts
+        # Every mean is taken relative to one of them, so that its digits are those of the deviation.
+        origin = tl.load(MOMENTS + before * 3 * C + g * CG)
+        if HAS_EMB:
+            row = video.to(tl.int64) * SEGMENTS // PER_EMB
+            origin += tl.load(EMB + row * C1 + g * CG, mask=g * CG < C1, other=0.0).to(tl.float32)
 
-        # Mean first, then the centred variance: E[x^2] - E[x]^2 cancels where |mean| >> std.
-        acc = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
-        for i in range(0, S, BLOCK_S):
-            s = i + rows
-            mask = (s < S)[:, None] & in_group[None, :]
-            x = tl.load(X + base + s.to(tl.int64)[:, None] * stride_s + cols[None, :], mask=mask, other=0.0)
-            acc += x.to(tl.float32)
-        mean = tl.sum(tl.sum(acc, axis=1), axis=0) / (CG * S)
-        acc = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
-        for i in range(0, S, BLOCK_S):
-            s = i + rows
-            mask = (s < S)[:, None] & in_group[None, :]
-            x = tl.load(X + base + s.to(tl.int64)[:, None] * stride_s + cols[None, :], mask=mask, other=0.0)
-            d = tl.where(mask, x.to(tl.float32) - mean, 0.0)
-            acc += d * d
-        rstd = 1.0 / tl.sqrt(tl.sum(tl.sum(acc, axis=1), axis=0) / (CG * S) + eps)
+        moved = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+        for start in range(0, parts, BLOCK_P):
+            p = start + tl.arange(0, BLOCK_P)
+            mask = (p < parts)[:, None] & (j < CG)[None, :]
+            at = MOMENTS + (before + p)[:, None] * (3 * C) + c[None, :]
+            mean = tl.load(at, mask=mask, other=0.0)
+            if HAS_EMB:
+                row = (video.to(tl.int64) * SEGMENTS + p // SPLITS) // PER_EMB
+                emb = tl.load(EMB + row[:, None] * C1 + c[None, :], mask=mask & (c < C1)[None, :], other=0.0)
+                mean += emb.to(tl.float32)
+            mean = mean - origin + tl.load(at + C, mask=mask, other=0.0)
+            count = tl.minimum(ROWS, T - p % SPLITS * ROWS).to(tl.float32)
+            moved += tl.where(mask, count[:, None] * mean, 0.0)
+        size = SEGMENTS * T.to(tl.float32) * CG
+        centre = tl.sum(tl.sum(moved, axis=1), axis=0) / size
 
-        w = tl.load(W + channels, mask=in_group, other=0.0).to(tl.float32) * rstd
-        b = tl.load(B + channels, mask=in_group, other=0.0).to(tl.float32)
-        for i in range(0, S, BLOCK_S):
-            s = i + rows
-            mask = (s < S)[:, None] & in_group[None, :]
-            offset = base + s.to(tl.int64)[:, None] * stride_s + cols[None, :]
-            x = tl.load(X + offset, mask=mask, other=0.0).to(tl.float32)
-            y = (x - mean) * w[None, :] + b[None, :]
+        squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+        for start in range(0, parts, BLOCK_P):
+            p = start + tl.arange(0, BLOCK_P)
+            mask = (p < parts)[:, None] & (j < CG)[None, :]
+            at = MOMENTS + (before + p)[:, None] * (3 * C) + c[None, :]
+            mean = tl.load(at, mask=mask, other=0.0)
+            if HAS_EMB:
+                row = (video.to(tl.int64) * SEGMENTS + p // SPLITS) // PER_EMB
+                emb = tl.load(EMB + row[:, None] * C1 + c[None, :], mask=mask & (c < C1)[None, :], other=0.0)
+                mean += emb.to(tl.float32)
+            d = mean - origin + tl.load(at + C, mask=mask, other=0.0) - centre
+            count = tl.minimum(ROWS, T - p % SPLITS * ROWS).to(tl.float32)
+            within = tl.load(at + 2 * C, mask=mask, other=0.0)
+            squares += tl.where(mask, within + count[:, None] * d * d, 0.0)
+        rstd = 1.0 / tl.sqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / size + eps)
+
+        scale = tl.load(W + c, mask=j < CG, other=0.0).to(tl.float32) * rstd
+        offset = tl.load(B + c, mask=j < CG, other=0.0).to(tl.float32) - centre * scale
+        for segment in range(0, SEGMENTS):
+            here = video.to(tl.int64) * SEGMENTS + segment
+            shift = tl.zeros((BLOCK_C,), tl.float32) + origin
+            if HAS_EMB:
+                at = EMB + here // PER_EMB * C1 + c
+                shift -= tl.load(at, mask=(j < CG) & (c < C1), other=0.0).to(tl.float32)
+            at = TABLE + here * 3 * C + c
+            tl.store(at, shift, mask=j < CG)
+            tl.store(at + C, scale, mask=j < CG)
+            tl.store(at + 2 * C, offset, mask=j < CG)
+
+    @triton.jit
+    def group_norm_apply(
+        X,  # (n, t, c1)
+        SKIP,  # (n, t, c - c1)
+        TABLE,  # (n, 3, c) float32
+        Y,  # (n, t, c)
+        T,
+        C,
+        C1,
+        SILU: tl.constexpr,
+        HAS_SKIP: tl.constexpr,
+        CHANNELS_LAST: tl.constexpr,
+        BLOCK_T: tl.constexpr,
+        BLOCK_C: tl.constexpr,
+    ):
+        """One program per (segment, tile of positions, tile of channels), the last of them first."""
+        pid = tl.num_programs(0) - 1 - tl.program_id(0)
+        tiles = tl.cdiv(C, BLOCK_C)
+        c = pid % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+        segment = pid // tiles // tl.cdiv(T, BLOCK_T)
+        row = pid // tiles % tl.cdiv(T, BLOCK_T) * BLOCK_T
+        rows = tl.arange(0, BLOCK_T)
+        mask = (row + rows < T)[:, None] & (c < C)[None, :]
+        at = concatenated(X, SKIP, segment, row, rows, c, T, C, C1, HAS_SKIP, CHANNELS_LAST)
+        x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        at = TABLE + segment.to(tl.int64) * 3 * C + c
+        shift = tl.load(at, mask=c < C, other=0.0)
+        scale = tl.load(at + C, mask=c < C, other=0.0)
+        offset = tl.load(at + 2 * C, mask=c < C, other=0.0)
+        y = (x - shift[None, :]) * scale[None, :] + offset[None, :]
+        if SILU:
             y = y / (1.0 + tl.exp(-y))
-            tl.store(Y + offset, y.to(Y.dtype.element_ty), mask=mask)
+        at = pointers(Y, segment, row, rows, c, T, C, CHANNELS_LAST)
+        tl.store(at, y.to(Y.dtype.element_ty), mask=mask)
 
-    return group_norm_silu_kernel
-
-
-def tile(channels_per_group: int, positions: int) -> tuple[int, int]:
-    """(BLOCK_S, BLOCK_C): powers of two, at most 4096 elements unless one position's channels are more."""
-    block_c = 1 << (channels_per_group - 1).bit_length()
-    block_s = 1 << (positions - 1).bit_length()
-    return max(1, min(block_s, 4096 // block_c)), block_c
+    return SimpleNamespace(
+        moments=group_norm_moments, coefficients=group_norm_coefficients, apply=group_norm_apply
+    )
 
 
-def run_group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
-        x = x.contiguous()
-    y = torch.empty_like(x)
-    (n, c), s = x.shape[:2], x[0, 0].numel()
-    # channels-last: a position's channels lie together; contiguous: a channel's positions do
-    stride_s, stride_c = (1, s) if x.is_contiguous() else (c, 1)
-    block_s, block_c = tile(c // groups, s)
+BLOCK_T = 32  # positions per tile of all kernels
+PROGRAMS = 1056  # of `moments`: 8 for each of the 132 multiprocessors of the largest GPUs at hand
+
+
+def power_of_2(size: int) -> int:
+    """The smallest power of two that is not below `size`."""
+    return 1 << (size - 1).bit_length()
+
+
+def channel_tile(channels: int) -> int:
+    """64 divides the channels of every published network."""
+    return min(64, power_of_2(channels))
+
+
+def split(segments: int, positions: int, channels: int) -> tuple[int, int]:
+    """(splits, positions per split): enough programs to fill a GPU, of whole tiles."""
+    programs = segments * -(-channels // channel_tile(channels))
+    splits = min(-(-PROGRAMS // programs), -(-positions // BLOCK_T))
+    rows = -(-positions // (splits * BLOCK_T)) * BLOCK_T
+    return -(-positions // rows), rows
+
+
+def segment_frames(n: int, frames: int, rows_of_emb: int | None) -> int:
+    """How many consecutive entries of n share their video and their row of emb."""
+    return frames if rows_of_emb is None else gcd(frames, n // rows_of_emb)
+
+
+def merge_tile(channels_per_group: int, parts: int) -> tuple[int, int]:
+    """(BLOCK_P, BLOCK_C) of `coefficients`: at most 2048 elements unless one part's channels are more."""
+    block_c = power_of_2(channels_per_group)
+    return min(power_of_2(parts), max(1, 2048 // block_c)), block_c
+
+
+def run(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    frames: int,
+    skip: Tensor | None,
+    emb: Tensor | None,
+) -> tuple[Tensor | None, Tensor]:
+    """(x + residual or None, y)."""
+    last = channels_last(x)
+
+    def laid_out(tensor: Tensor) -> Tensor:
+        return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if last else tensor.contiguous()
+
+    def fresh(channels: int) -> Tensor:
+        if last:
+            made = torch.empty((n, *spatial, channels), dtype=x.dtype, device=x.device)
+            return made.movedim(-1, 1)
+        return torch.empty((n, channels, *spatial), dtype=x.dtype, device=x.device)
+
+    n, c1, *spatial = x.shape
+    c = len(weight)
+    x = laid_out(x)
+    y = fresh(c)
+    total = None if residual is None else fresh(c)
+    if not y.numel():
+        return total, y
+    span = segment_frames(n, frames, None if emb is None else len(emb)) if last else 1
+    segments, t = n // span, x[0, 0].numel() * span
+    splits, rows = split(segments, t, c)
+    moments = torch.empty((segments, splits, 3, c), dtype=torch.float32, device=x.device)
+    table = torch.empty((segments, 3, c), dtype=torch.float32, device=x.device)
+    skip = x if skip is None else laid_out(skip)  # x stands for what is absent
+    has_skip, has_residual, has_emb = c1 < c, residual is not None, emb is not None
+    block_c = channel_tile(c)
+    tiles = -(-c // block_c)
+
     launch(
-        triton_kernel(), (n, groups), x, weight, bias, y, c, s, groups, stride_s, stride_c, eps,
-        BLOCK_S=block_s, BLOCK_C=block_c,
+        kernels().moments, (segments * splits * tiles,), x, skip,
+        laid_out(residual) if has_residual else x, total if has_residual else x, moments, t, c, c1, splits, rows,
+        HAS_SKIP=has_skip, HAS_RESIDUAL=has_residual, CHANNELS_LAST=last, BLOCK_T=BLOCK_T, BLOCK_C=block_c,
     )  # fmt: skip
-    return y
+    block_p, group_c = merge_tile(c // groups, splits * frames // span)
+    launch(
+        kernels().coefficients, (n // frames * groups,), moments, emb.contiguous() if has_emb else x,
+        weight.contiguous(), bias.contiguous(), table, t, c, c1, groups, frames // span, splits, rows,
+        segments // len(emb) if has_emb else 1, eps, HAS_EMB=has_emb, BLOCK_P=block_p, BLOCK_C=group_c,
+    )  # fmt: skip
+    launch(
+        kernels().apply, (segments * -(-t // BLOCK_T) * tiles,), total if has_residual else x, skip, table, y,
+        t, c, c1, SILU=silu, HAS_SKIP=has_skip, CHANNELS_LAST=last, BLOCK_T=BLOCK_T, BLOCK_C=block_c,
+    )  # fmt: skip
+    return total, y
+
+
+def run_group_norm_silu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    frames: int,
+    skip: Tensor | None,
+    emb: Tensor | None,
+) -> Tensor:
+    return run(x, None, weight, bias, groups, eps, silu, frames, skip, emb)[1]
+
+
+def run_add_group_norm_silu(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, frames: int
+) -> tuple[Tensor, Tensor]:
+    total, y = run(x, residual, weight, bias, groups, eps, silu, frames, None, None)
+    assert total is not None
+    return total, y
 
 
 group_norm_silu_triton = triton_op(run_group_norm_silu, group_norm_silu_ref)
+add_group_norm_silu_triton = triton_op(run_add_group_norm_silu, add_group_norm_silu_ref)
