@@ -26,6 +26,16 @@ TEXT = 77
 CACHE = 40_000_000  # bytes that a second reading may find in the L2 cache: an A100's is 40 MB, an H100's 50 MB
 
 
+def vae(*channels: int, **fields: Any) -> AutoencoderKLConfig:
+    """The published one, at these widths."""
+    return AutoencoderKLConfig(
+        block_out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        **{"layers_per_block": 2, "sample_size": 512} | fields,
+    )
+
+
 @dataclass(frozen=True)
 class Workload:
     """A published model at the size of video that its authors trained it for."""
@@ -36,13 +46,7 @@ class Workload:
     height: int
     frames: int
     batch: int = 2
-    vae: AutoencoderKLConfig = AutoencoderKLConfig(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        sample_size=512,
-    )
+    vae: AutoencoderKLConfig = vae(128, 256, 512, 512)
 
     @property
     def title(self) -> str:
@@ -50,7 +54,8 @@ class Workload:
 
     @property
     def latents(self) -> tuple[int, int]:
-        return self.height // 8, self.width // 8
+        factor = self.vae.factor
+        return self.height // factor, self.width // factor
 
     def level(self, i: int) -> tuple[int, int]:
         """Height and width of the UNet's i-th level: a convolution of stride 2 rounds up."""
@@ -72,6 +77,33 @@ WORKLOADS = {
         Workload("modelscope-64", MODELSCOPE, 256, 256, 64),
     )
 }
+
+
+# The same two networks with a handful of channels: for a dry run of the benchmarks on a CPU, and for their tests.
+SMALL = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 24}
+UNET3D = {name: (f"CrossAttn{name}Block3D", f"{name}Block3D") for name in ("Down", "Up")}
+MOTION = {name: (f"CrossAttn{name}BlockMotion", f"{name}BlockMotion") for name in ("Down", "Up")}
+SMALL_VAE = vae(8, 16, layers_per_block=1, norm_num_groups=4)
+TINY = {
+    work.name: work
+    for work in (
+        Workload(
+            "tiny-unet3d",
+            UNet3DConfig(
+                down_block_types=UNET3D["Down"], up_block_types=UNET3D["Up"][::-1], attention_head_dim=8, **SMALL
+            ),
+            12, 8, 3, vae=SMALL_VAE,
+        ),
+        Workload(
+            "tiny-motion",
+            UNetMotionConfig(
+                down_block_types=MOTION["Down"], up_block_types=MOTION["Up"][::-1], num_attention_heads=2,
+                motion_num_attention_heads=2, **SMALL,
+            ),
+            8, 8, 4, vae=SMALL_VAE,
+        ),
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -96,6 +128,10 @@ class Shape:
         self, device: Any = "meta", dtype: torch.dtype = torch.float16, seed: int = 0
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The op's arguments and keywords: random numbers of a size that networks have, in the networks' layouts."""
+        raise NotImplementedError
+
+    def tail(self, args: tuple[Any, ...], kw: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments for the end of the first axis alone: few enough numbers to be judged in float64."""
         raise NotImplementedError
 
     def bytes(self, size: int = 2) -> int:
@@ -154,6 +190,12 @@ class GroupNorm(Shape):
             kw["emb"] = new(self.emb, self.c)
         return (x, new(c, mean=1.0, std=0.1), new(c, std=0.1), self.groups, self.eps), kw
 
+    def tail(self, args: Any, kw: Any) -> Any:
+        """The last frames that share statistics."""
+        cut = {"skip": -self.frames, "emb": -1}
+        args = tuple(x[-self.frames :] if isinstance(x, Tensor) and x.ndim == 4 else x for x in args)
+        return args, {name: value[cut[name] :] if name in cut else value for name, value in kw.items()}
+
     def bytes(self, size: int = 2) -> int:
         """x is read twice, for the statistics and for the result, unless what shares statistics fits into the cache."""
         x = self.n * (self.c + self.c2) * self.h * self.w * size
@@ -196,6 +238,9 @@ class TemporalAttention(Shape):
         kw = {"causal": self.causal} if self.causal else {}
         return qkv.unbind(3), kw | ({"window": self.window} if self.window else {})
 
+    def tail(self, args: Any, kw: Any) -> Any:
+        return tuple(x[-1:] for x in args), kw
+
     def bytes(self, size: int = 2) -> int:
         return 4 * self.b * self.f * self.p * self.h * self.d * size
 
@@ -221,6 +266,9 @@ class SpatialAttention(Shape):
         new = Numbers(device, dtype, seed)
         return tuple(new(self.n, rows, self.h, self.d).transpose(1, 2) for rows in (self.l, self.m, self.m)), {}
 
+    def tail(self, args: Any, kw: Any) -> Any:
+        return tuple(x[-1:] for x in args), kw
+
     def bytes(self, size: int = 2) -> int:
         return 2 * self.n * self.h * (self.l + self.m) * self.d * size
 
@@ -243,6 +291,10 @@ class Geglu(Shape):
     def make(self, device: Any = "meta", dtype: torch.dtype = torch.float16, seed: int = 0) -> Any:
         new = Numbers(device, dtype, seed)
         return (new(self.rows, self.d), new(2 * self.m, self.d, std=self.d**-0.5), new(2 * self.m, std=0.1)), {}
+
+    def tail(self, args: Any, kw: Any) -> Any:
+        x, *others = args
+        return (x[-4096:], *others), kw
 
     def bytes(self, size: int = 2) -> int:
         return (self.rows * (self.d + self.m) + 2 * self.m * self.d) * size
@@ -269,6 +321,9 @@ class LayerNorm(Shape):
         x = new(self.b, self.f, self.p, self.d, mean=0.5)
         kw = {"positions": new(self.f, self.d)} if self.positions else {}
         return (x, new(self.d, mean=1.0, std=0.1), new(self.d, std=0.1)), kw
+
+    def tail(self, args: Any, kw: Any) -> Any:
+        return tuple(x[-1:] if x.ndim == 4 else x for x in args), kw
 
     def bytes(self, size: int = 2) -> int:
         return 2 * self.b * self.f * self.p * self.d * size
@@ -308,6 +363,10 @@ class TemporalConv(Shape):
         weight, bias = new(self.c, self.c, 3, 1, 1, std=(3 * self.c) ** -0.5), new(self.c, std=0.1)
         kw = {"residual": new(self.b, self.f, self.p, self.c).permute(0, 3, 1, 2)} if self.residual else {}
         return (x, weight, bias), kw
+
+    def tail(self, args: Any, kw: Any) -> Any:
+        x, *others = args
+        return (x[-1:], *others), {name: value[-1:] for name, value in kw.items()}
 
     def bytes(self, size: int = 2) -> int:
         return ((3 if self.residual else 2) * self.b * self.c * self.f * self.p + 3 * self.c**2) * size
@@ -354,29 +413,29 @@ def transformer(work: Workload, part: str, level: int, heads: int, d: int, kind:
 def unet_calls(work: Workload) -> Iterator[Shape]:
     """What one step calls, call by call."""
     b, f, name, config = work.batch, work.frames, work.name, work.config
-    n, base = b * f, config.block_out_channels[0]
+    n, base, groups = b * f, config.block_out_channels[0], config.norm_num_groups
     motion = isinstance(config, UNetMotionConfig)
     if not motion:
-        yield GroupNorm(name, "stem", 1, n, base, *work.level(0), frames=f, silu=False, eps=1e-6)
+        yield GroupNorm(name, "stem", 1, n, base, *work.level(0), frames=f, silu=False, groups=groups, eps=1e-6)
         yield from transformer(work, "stem", 0, 8, config.attention_head_dim, "time")
     for level, c_in, c_skip, c, attention, part in walk(config):
         size = work.level(level)
-        yield GroupNorm(name, f"{part} res", 1, n, c_in, *size, c2=c_skip)
-        yield GroupNorm(name, f"{part} res", 1, n, c, *size, emb=b)
+        yield GroupNorm(name, f"{part} res", 1, n, c_in, *size, c2=c_skip, groups=groups)
+        yield GroupNorm(name, f"{part} res", 1, n, c, *size, emb=b, groups=groups)
         if not motion:
-            yield GroupNorm(name, f"{part} conv", 4, n, c, *size, frames=f)
+            yield GroupNorm(name, f"{part} conv", 4, n, c, *size, frames=f, groups=groups)
             yield TemporalConv(name, f"{part} conv", 3, b, c, f, size[0] * size[1])
             yield TemporalConv(name, f"{part} conv", 1, b, c, f, size[0] * size[1], residual=True)
         heads = config.heads if motion else c // config.attention_head_dim
         if attention:
-            yield GroupNorm(name, f"{part} space", 1, n, c, *size, silu=False, eps=1e-6)
+            yield GroupNorm(name, f"{part} space", 1, n, c, *size, silu=False, groups=groups, eps=1e-6)
             yield from transformer(work, f"{part} space", level, heads, c // heads, "space")
         if attention or motion and part != "mid":  # motion modules follow every block but the middle's second
             span = 1 if motion and config.motion_norms == "frame" else f
-            yield GroupNorm(name, f"{part} time", 1, n, c, *size, frames=span, silu=False, eps=1e-6)
+            yield GroupNorm(name, f"{part} time", 1, n, c, *size, frames=span, silu=False, groups=groups, eps=1e-6)
             heads = config.motion_num_attention_heads if motion else heads
             yield from transformer(work, f"{part} time", level, heads, c // heads, "motion" if motion else "time")
-    yield GroupNorm(name, "out", 1, n, base, *work.level(0))
+    yield GroupNorm(name, "out", 1, n, base, *work.level(0), groups=groups)
 
 
 def vae_calls(work: Workload) -> Iterator[Shape]:
@@ -394,8 +453,22 @@ def vae_calls(work: Workload) -> Iterator[Shape]:
     yield replace(norm, c=c, h=h << i, w=w << i)
 
 
+def residual_norms(work: Workload) -> Iterator[Shape]:
+    """Norms that could take a residual along; AnimateDiff's over the clip: the reference's, and those of version 1."""
+    n, f = work.batch * work.frames, work.frames
+    fields = {"groups": work.config.norm_num_groups}
+    for level, c in enumerate(work.config.block_out_channels[:3]):
+        size = work.level(level)
+        if isinstance(work.config, UNetMotionConfig):
+            yield GroupNorm(work.name, "clip", 0, n, c, *size, frames=f, silu=False, eps=1e-6, **fields)
+            yield GroupNorm(work.name, "clip", 0, n, c, *size, frames=f, **fields)
+            yield AddGroupNorm(work.name, "residual", 0, n, c, *size, silu=False, eps=1e-6, **fields)
+        else:
+            yield AddGroupNorm(work.name, "residual", 0, n, c, *size, frames=f, **fields)
+
+
 def extra_points() -> Iterator[Shape]:
-    """Beyond the workloads: other lengths, larger frames, masks; norms with the residual, over the clip."""
+    """Beyond the workloads: other lengths, larger frames, masks."""
     modelscope, animatediff = "modelscope", "animatediff"
     for f in (1, 24, 32, 64, 128):
         yield TemporalAttention(modelscope, f"frames: {f}", 0, 2, f, 1024, 5, 64)
@@ -405,15 +478,8 @@ def extra_points() -> Iterator[Shape]:
         yield TemporalAttention(animatediff, "frames: 32", 0, 2, 32, p, 8, d)
     yield TemporalAttention(animatediff, "1024x1024", 0, 2, 16, 16384, 8, 40)
     yield TemporalAttention(modelscope, "1536x1536: 73,728 sequences", 0, 2, 16, 36864, 5, 64)
-    for work in WORKLOADS.values():
-        for level, c in ((0, 320), (1, 640), (2, 1280)):
-            n, size, f = work.batch * work.frames, work.level(level), work.frames
-            if isinstance(work.config, UNetMotionConfig):  # as the reference normalises, and the resnets of version 1
-                yield GroupNorm(work.name, "clip", 0, n, c, *size, frames=f, silu=False, eps=1e-6)
-                yield GroupNorm(work.name, "clip", 0, n, c, *size, frames=f)
-                yield AddGroupNorm(work.name, "residual", 0, n, c, *size, silu=False, eps=1e-6)
-            else:
-                yield AddGroupNorm(work.name, "residual", 0, n, c, *size, frames=f)
+    yield TemporalAttention("tiny-unet3d", "causal", 0, 1, 5, 3, 2, 8, causal=True)
+    yield TemporalAttention("tiny-unet3d", "window", 0, 1, 5, 3, 2, 8, window=2)
 
 
 def unique(calls: Iterator[Shape]) -> list[Shape]:
@@ -432,13 +498,14 @@ def unique(calls: Iterator[Shape]) -> list[Shape]:
 
 
 def shapes(*names: str, vae: bool = True, extra: bool = True) -> list[Shape]:
-    """Of these workloads (default: all), each distinct call of a workload once."""
+    """Of these workloads (default: all the published ones), each distinct call of a workload once."""
     found = []
-    for work in (WORKLOADS[name] for name in names or WORKLOADS):
+    for work in ((WORKLOADS | TINY)[name] for name in names or WORKLOADS):
         found += unique(unet_calls(work))
         if vae:
             found += unique(vae_calls(work))
         if extra:
+            found += unique(residual_norms(work))
             found += unique(shape for shape in extra_points() if shape.workload == work.name)
     return found
 
