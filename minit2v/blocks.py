@@ -9,19 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minit2v_kernels import group_norm_silu
+from minit2v_kernels import linear, temporal_conv
 
-from .layers import Linear, TransformerBlock
+from .layers import Context, GroupNorm, Linear, TransformerBlock
 
 
-def conv_layout(x: Tensor) -> Tensor:
-    """(n c h w) -> the same, in the memory layout in which convolutions are fast.
+def conv_layout(x: Tensor, c: int | None = None) -> Tensor:
+    """(n c h w) -> the same, in the memory layout in which convolutions of `c` channels (None: x's) are fast.
 
     Channels-last, but on the CPU only where x is large beside the weights: those are stored with the input channels
     outside, and are rearranged at every call. At the coarse levels that takes as long as the convolution itself. Nor
     under gradients there: PyTorch's GroupNorm crashes in channels-last memory where only its weights want one.
     """
-    n, c, h, w = x.shape
+    n, c, h, w = x.shape[0], c or x.shape[1], *x.shape[2:]
     if x.is_cpu and (n * h * w < 2 * c or torch.is_grad_enabled()):  # 2: measured, on widths of 160 to 1280
         return x.contiguous()
     return x.contiguous(memory_format=torch.channels_last)
@@ -44,32 +44,43 @@ def to_clip(x: Tensor, f: int) -> Tensor:
     return x.flatten(2).unflatten(0, (-1, f)).transpose(1, 2)
 
 
-def norm_silu(norm: nn.GroupNorm, x: Tensor, f: int = 1) -> Tensor:
-    """SiLU(GroupNorm(x)), (n c h w) -> (n c h w); the statistics span `f` frames."""
-    if f > 1:
-        y = group_norm_silu(conv_layout(to_clip(x, f)), norm.weight, norm.bias, norm.num_groups, norm.eps)
-        return y.transpose(1, 2).reshape(x.shape)
-    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
-
-
 class ResBlock(nn.Module):
     """GroupNorm-SiLU-conv twice, with the timestep added in between."""
 
     def __init__(self, c_in: int, c_out: int, emb_dim: int, groups: int):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, c_in)
+        self.norm1 = GroupNorm(groups, c_in)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.emb = Linear(emb_dim, c_out)
-        self.norm2 = nn.GroupNorm(groups, c_out)
+        self.norm2 = GroupNorm(groups, c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.skip = Shortcut(c_in, c_out, 1) if c_in != c_out else None
 
-    def forward(self, x: Tensor, emb: Tensor, f: int = 1) -> Tensor:
-        """x ((b f) c h w), emb (b d) after its SiLU -> ((b f) c h w); statistics of the norms span `f` frames."""
-        x = conv_layout(x)
-        h = self.conv1(norm_silu(self.norm1, x, f))
-        h = (h.unflatten(0, (len(emb), -1)) + self.emb(emb)[:, None, :, None, None]).flatten(0, 1)
-        return self.skip(x) + self.conv2(norm_silu(self.norm2, h, f))
+    def project(self, emb: Tensor) -> Tensor:
+        """emb (m d) after its SiLU -> (m c_out), to be added after the first convolution: its bias is in it."""
+        return linear(emb, self.emb.weight, self.emb.bias + self.conv1.bias)
+
+    def forward(self, x: Tensor, emb: Tensor, f: int = 1, skip: Tensor | None = None) -> Tensor:
+        """x ((b f) c h w), emb (m c_out) of `project`, m dividing b f; skip ((b f) c2 h w), c + c2 = c_in
+        -> ((b f) c_out h w); statistics of the norms span `f` frames."""
+        if skip is not None and self.skip is None:  # as many channels as come out: what is added is x and skip
+            x, skip = torch.cat((x, skip), dim=1), None
+        x = conv_layout(x, self.conv1.in_channels)
+        skip = skip if skip is None else conv_layout(skip, self.conv1.in_channels)
+        h = F.conv2d(self.norm1(x, f, silu=True, skip=skip), self.conv1.weight, padding=1)
+        h = self.conv2(self.norm2(h, f, silu=True, emb=emb))
+        return h + (x if self.skip is None else self.skip(x, skip))
+
+
+class Shortcut(nn.Conv2d):
+    """A 1x1 convolution of x and what lies behind it in the channels, without putting the two together."""
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """x (n c h w), skip (n c2 h w) -> (n c_out h w)."""
+        if skip is None:
+            return super().forward(x)
+        of_x, of_skip = self.weight.split((x.shape[1], skip.shape[1]), dim=1)
+        return F.conv2d(x, of_x, self.bias) + F.conv2d(skip, of_skip)
 
 
 class TemporalConv(nn.Module):
@@ -80,19 +91,18 @@ class TemporalConv(nn.Module):
 
     def __init__(self, c: int, groups: int):
         super().__init__()
-        self.norms = nn.ModuleList(nn.GroupNorm(groups, c) for _ in range(4))
+        self.norms = nn.ModuleList(GroupNorm(groups, c) for _ in range(4))
         self.convs = nn.ModuleList(nn.Conv3d(c, c, (3, 1, 1), padding=(1, 0, 0)) for _ in range(4))
         nn.init.zeros_(self.convs[-1].weight)
         nn.init.zeros_(self.convs[-1].bias)
 
     def forward(self, x: Tensor, f: int) -> Tensor:
         """x ((b f) c h w) -> ((b f) c h w)."""
-        h = conv_layout(to_clip(x, f))
-        for norm, conv in zip(self.norms, self.convs, strict=True):
-            # A convolution over (f, h, w) with a kernel of (3, 1, 1) is one over an image of f rows and (h w) columns
-            # with a kernel of (3, 1). In two dimensions every backend has a fast path; in three the CPU has none.
-            h = F.conv2d(norm_silu(norm, h), conv.weight.squeeze(-1), conv.bias, padding=(1, 0))
-        return x + h.transpose(1, 2).reshape(x.shape)
+        clip = conv_layout(to_clip(x, f))
+        h, residual = clip, (None, None, None, clip)
+        for norm, conv, added in zip(self.norms, self.convs, residual, strict=True):
+            h = temporal_conv(norm(h, silu=True), conv.weight, conv.bias, residual=added)
+        return h.transpose(1, 2).reshape(x.shape)
 
 
 class SpatialTransformer(nn.Module):
@@ -100,13 +110,13 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, c: int, heads: int, head_dim: int, context_dim: int, groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.norm = GroupNorm(groups, c, eps=1e-6)
         self.proj_in = Linear(c, heads * head_dim)
         self.block = TransformerBlock(heads * head_dim, heads, head_dim, context_dim)
         self.proj_out = Linear(heads * head_dim, c)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x ((b f) c h w), context (b l d) -> ((b f) c h w)."""
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x ((b f) c h w), context (b l d) or its keys and values -> ((b f) c h w)."""
         x = x.contiguous(memory_format=torch.channels_last)
         h = self.proj_in(to_tokens(self.norm(x)))
         return x + to_image(self.proj_out(self.block(h, context)), x.shape[2])
@@ -117,7 +127,7 @@ class TemporalTransformer(nn.Module):
 
     def __init__(self, c: int, heads: int, head_dim: int, groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.norm = GroupNorm(groups, c, eps=1e-6)
         self.proj_in = Linear(c, heads * head_dim)
         self.block = TransformerBlock(heads * head_dim, heads, head_dim)
         self.proj_out = Linear(heads * head_dim, c)
@@ -125,7 +135,7 @@ class TemporalTransformer(nn.Module):
     def forward(self, x: Tensor, f: int) -> Tensor:
         """x ((b f) c h w) -> ((b f) c h w)."""
         x = x.contiguous(memory_format=torch.channels_last)
-        h = self.norm(to_clip(x, f)).permute(0, 2, 3, 1)  # b f (h w) c
+        h = to_tokens(self.norm(x, f)).unflatten(0, (-1, f))  # b f (h w) c
         h = self.proj_out(self.block(self.proj_in(h)))
         return x + to_image(h.flatten(0, 1), x.shape[2])
 
@@ -139,7 +149,7 @@ class MotionModule(nn.Module):
 
     def __init__(self, c: int, heads: int, layers: int, groups: int, max_frames: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.norm = GroupNorm(groups, c, eps=1e-6)
         self.proj_in = Linear(c, c)
         self.blocks = nn.ModuleList(TransformerBlock(c, heads, c // heads, positions=max_frames) for _ in range(layers))
         self.proj_out = Linear(c, c)
@@ -150,14 +160,7 @@ class MotionModule(nn.Module):
     def forward(self, x: Tensor, f: int) -> Tensor:
         """x ((b f) c h w) -> ((b f) c h w)."""
         x = x.contiguous(memory_format=torch.channels_last)
-        if torch.is_grad_enabled() and self.norm.weight.requires_grad and not x.requires_grad:
-            # Behind a frozen image model. PyTorch's GroupNorm crashes on the CPU, in channels-last memory, where only
-            # its weights want a gradient.
-            x = x.detach().requires_grad_()
-        if self.clip_norm:
-            h = self.norm(to_clip(x, f)).permute(0, 2, 3, 1)
-        else:
-            h = to_tokens(self.norm(x)).unflatten(0, (-1, f))
+        h = to_tokens(self.norm(x, f if self.clip_norm else 1)).unflatten(0, (-1, f))
         h = self.proj_in(h)  # b f (h w) c
         for block in self.blocks:
             h = block(h)

@@ -4,13 +4,15 @@ b batch, f frames, p pixels of a frame, l text tokens, d width of a vector; n st
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MAX_HEADS = 65535  # what one axis of a CUDA grid may count; a video of 1024x576 has 9,216 x 8 in its first layer
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+from minit2v_kernels import add_layer_norm, geglu, group_norm_silu, layer_norm, linear, temporal_attention
+
+Context = Tensor | tuple[Tensor, Tensor]  # what is attended to: vectors (n m c), or the keys and values made of them
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
@@ -38,25 +40,38 @@ def sinusoids(count: int, dim: int) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """nn.Linear; on the CPU, without gradients, through oneDNN.
-
-    Its float32 kernels use AVX-512 on every x86 that has it. MKL's, which nn.Linear calls, do so on Intel's only: on
-    AMD's they take twice the time.
-    """
+    """nn.Linear by `minit2v_kernels.linear`, which is faster on some CPUs."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (... in_features) -> (... out_features)."""
-        if x.is_cpu and x.dtype == torch.float32 and ONEDNN and not torch.is_grad_enabled():
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return super().forward(x)
+        return linear(x, self.weight, self.bias)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q (n h l d), k and v (n h m d) -> (n h l d), in as few calls as the GPU kernels can take."""
-    if q.shape[1] <= MAX_HEADS:
-        return F.scaled_dot_product_attention(q, k, v)
-    pieces = zip(*(y.split(MAX_HEADS, dim=1) for y in (q, k, v)), strict=True)
-    return torch.cat([F.scaled_dot_product_attention(*piece) for piece in pieces], dim=1)
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm by `minit2v_kernels.group_norm_silu`: with what stands before and behind it in these networks."""
+
+    def forward(
+        self, x: Tensor, frames: int = 1, *, silu: bool = False, skip: Tensor | None = None, emb: Tensor | None = None
+    ) -> Tensor:
+        """x ((n frames) c *spatial), skip ((n frames) c2 *spatial), emb (m c) -> ((n frames) c + c2 *spatial).
+
+        Of x + emb and skip, one behind the other; the statistics span `frames` frames. The layout in memory is x's.
+        """
+        return group_norm_silu(
+            x, self.weight, self.bias, self.num_groups, self.eps, silu=silu, frames=frames, skip=skip, emb=emb
+        )
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm by `minit2v_kernels.layer_norm`; `add` takes a residual into the same pass over memory."""
+
+    def forward(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """x (n l ... d), positions (l d) -> LayerNorm(x) + positions."""
+        return layer_norm(x, self.weight, self.bias, self.eps, positions=positions)
+
+    def add(self, x: Tensor, residual: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Both (n l ... d) -> (s, LayerNorm(s) + positions), s being x + residual."""
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps, positions=positions)
 
 
 class Attention(nn.Module):
@@ -70,19 +85,42 @@ class Attention(nn.Module):
         self.to_k = Linear(context_dim, inner, bias=False)
         self.to_v = Linear(context_dim, inner, bias=False)
         self.to_out = Linear(inner, dim)
+        self.qkv: Tensor | None = None  # the weights of to_q, to_k and to_v in one, where fast.py laid them together
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x (n l ... d), context (n m ... c) or None for x itself -> (n l ... d).
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """x (n l d), along axis 1; context (n m c) or its `keys_values`, None for x itself -> (n l d).
 
-        Attention runs along axis 1. Axes between it and the last are independent of each other, as heads are, so they
-        are counted as heads: (b f p d) is each pixel attending across the frames, without moving one byte.
+        x (b f p d), without a context: across the frames, each pixel by itself -> (b f p d).
         """
-        context = x if context is None else context
-        q, k, v = (
-            y.reshape(*y.shape[:2], -1, self.head_dim).transpose(1, 2)
-            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
-        return self.to_out(attend(q, k, v).transpose(1, 2).reshape(*x.shape[:-1], -1))
+        if context is None:
+            q, k, v = self.project(x)
+        else:
+            q = self.split(self.to_q(x))
+            k, v = context if isinstance(context, tuple) else self.keys_values(context)
+        return self.to_out((attend if x.ndim == 3 else temporal_attention)(q, k, v).flatten(-2))
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x (... d) -> q, k, v (... h d)."""
+        if self.qkv is None or torch.is_grad_enabled():
+            return tuple(self.split(to(x)) for to in (self.to_q, self.to_k, self.to_v))
+        return linear(x, self.qkv).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """context (n m c) -> k, v (n m h d)."""
+        return self.split(self.to_k(context)), self.split(self.to_v(context))
+
+    def split(self, x: Tensor) -> Tensor:
+        """(... (h d)) -> (... h d)."""
+        return x.unflatten(-1, (-1, self.head_dim))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "qkv": None}  # the weights of a copy lie apart
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q (n l h d), k and v (n m h d) -> (n l h d)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -97,14 +135,12 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (n l d) -> (n l d)."""
         if self.chunking is None:
-            return self.geglu(x)
+            return self.run(x)
         size, axis = self.chunking
-        return torch.cat([self.geglu(piece) for piece in x.split(size, axis)], axis)
+        return torch.cat([self.run(piece) for piece in x.split(size, axis)], axis)
 
-    def geglu(self, x: Tensor) -> Tensor:
-        x, gate = self.proj_in(x).chunk(2, dim=-1)
-        # In place: these tensors are the widest of the UNet, and its peak in memory.
-        return self.proj_out(F.gelu(gate).mul_(x))
+    def run(self, x: Tensor) -> Tensor:
+        return self.proj_out(geglu(x, self.proj_in.weight, self.proj_in.bias))
 
 
 class TransformerBlock(nn.Module):
@@ -119,25 +155,27 @@ class TransformerBlock(nn.Module):
     ):
         super().__init__()
         self.register_buffer("positions", sinusoids(positions, dim)[None] if positions else None)  # (1 l d)
-        self.norm1, self.attn1 = nn.LayerNorm(dim), Attention(dim, heads, head_dim)
-        self.norm2, self.attn2 = nn.LayerNorm(dim), Attention(dim, heads, head_dim, context_dim)
-        self.norm3, self.ff = nn.LayerNorm(dim), FeedForward(dim)
+        self.norm1, self.attn1 = LayerNorm(dim), Attention(dim, heads, head_dim)
+        self.norm2, self.attn2 = LayerNorm(dim), Attention(dim, heads, head_dim, context_dim)
+        self.norm3, self.ff = LayerNorm(dim), FeedForward(dim)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """x (n l ... d), context (b m c) with b dividing n -> (n l ... d).
+    def forward(self, x: Tensor, context: Context | None = None) -> Tensor:
+        """x (n l ... d), context (b m c) with b dividing n, or its keys and values -> (n l ... d).
 
-        A row of the context serves n / b rows of x: their queries stand in one row, so keys and values exist once.
+        A norm takes the sum before it along: x + attn1(...) is made by `norm2.add`, beside its norm y.
         """
-        x = x + self.attn1(self.place(self.norm1(x)))
-        y = self.place(self.norm2(x))
-        if context is not None:
-            y = y.reshape(len(context), -1, y.shape[-1])
-        x = x + self.attn2(y, context).view_as(x)
-        y = self.norm3(x)
+        positions = None if self.positions is None else self.positions[0, : x.shape[1]]
+        y = self.norm1(x, positions)
+        x, y = self.norm2.add(self.attn1(y), x, positions)
+        x, y = self.norm3.add(self.ask(y, context), x)
         return x + self.ff(y.reshape(-1, *y.shape[-2:])).view_as(x)
 
-    def place(self, x: Tensor) -> Tensor:
-        """x (n l ... d) plus where along axis 1 each row stands."""
-        if self.positions is None:
-            return x
-        return x + self.positions[:, : x.shape[1]].unflatten(1, (-1, *[1] * (x.ndim - 3)))
+    def ask(self, y: Tensor, context: Context | None) -> Tensor:
+        """The second attention, of y (n l ... d).
+
+        A row of the context serves n / b rows of y: their queries stand in one row, so keys and values exist once.
+        """
+        if context is None:
+            return self.attn2(y)
+        rows = len(context[0]) if isinstance(context, tuple) else len(context)
+        return self.attn2(y.reshape(rows, -1, y.shape[-1]), context).view_as(y)

@@ -4,7 +4,8 @@
                  |________________ skip connections _______________|
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +13,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .blocks import Upsample, conv_layout, norm_silu
+from .blocks import Upsample, conv_layout
 from .hub import Network
-from .layers import FeedForward, Linear, timestep_embedding
+from .layers import Context, FeedForward, GroupNorm, Linear, timestep_embedding
 from .techniques.free_u import FreeU
 
 
@@ -48,6 +49,18 @@ def check_levels(config: Any, kinds: Mapping[str, str]) -> None:
         raise ValueError(f"block_out_channels[0] must be even (sines, cosines), not {channels[0]}")
 
 
+@dataclass(frozen=True, eq=False)
+class KeysValues:
+    """The keys and values of a text in every cross-attention of one UNet: they depend on neither x nor t."""
+
+    of_blocks: Sequence[tuple[Tensor, Tensor] | None]  # k and v (n l heads head_dim); None: the block sees no text
+
+    @property
+    def rows(self) -> int:
+        """How many texts: n = b, or b f with a text for each frame."""
+        return next(len(pair[0]) for pair in self.of_blocks if pair is not None)
+
+
 class Level(nn.Module):
     """The blocks of one resolution and the convolution that leaves it (None where the way ends)."""
 
@@ -58,7 +71,7 @@ class Level(nn.Module):
 
 
 class UNet(Network):
-    """Base of the UNets. A subclass says in `make_block` what a block is: (x, emb, context, frames) -> x.
+    """Base of the UNets. A subclass says in `make_block` what a block is: (x, emb, context, frames, skip) -> x.
 
     Its config has the published fields and `attention`, per level, finest first: whether its blocks see the text.
     """
@@ -91,7 +104,7 @@ class UNet(Network):
                 c = c_out
             self.up.append(Level(blocks, Upsample(c) if i > 0 else None))
 
-        self.norm_out = nn.GroupNorm(groups, base)
+        self.norm_out = GroupNorm(groups, base)
         self.conv_out = nn.Conv2d(base, config.out_channels, 3, padding=1)
         self.clip_norms = False  # whether statistics of `norm_out` span all frames of a video
         self.chunking: tuple[int, int] | None = None  # of the feed-forwards
@@ -110,59 +123,88 @@ class UNet(Network):
         """What comes before the first block: x ((b f) c_in h w) -> ((b f) c h w)."""
         return self.conv_in(x)
 
-    def forward(self, x: Tensor, t: int | float | Tensor, context: Tensor) -> Tensor:
-        """x (b c f h w), t a number or (b,), context (b l d), or (b f l d) with a text for each frame
-        -> the prediction, noise or v (b c f h w)."""
+    def forward(self, x: Tensor, t: int | float | Tensor, context: "Tensor | KeysValues") -> Tensor:
+        """x (b c f h w), t a number or (b,), context (b l d), or (b f l d) with a text for each frame, or the
+        `keys_values` of either -> the prediction, noise or v (b c f h w)."""
         t, context = self.check(x, t, context)
-        b, _, f, _, _ = x.shape
-        emb = timestep_embedding(t, self.config.block_out_channels[0]).to(self.dtype)
-        emb = nn.functional.silu(self.time_mlp(emb)).expand(b, -1)  # every block starts from the same SiLU of it
+        return self.predict(x, t, context)
+
+    def predict(self, x: Tensor, t: Tensor, context: "Tensor | KeysValues") -> Tensor:
+        """`forward` for checked tensors: x (b c f h w), t (1,) or (b,), context (b l d) or ((b f) l d)."""
+        f = x.shape[2]
+        embs = self.project(timestep_embedding(t, self.config.block_out_channels[0]).to(self.dtype))
+        contexts = context.of_blocks if isinstance(context, KeysValues) else [context] * len(embs)
+        given = iter(list(zip(embs, contexts, strict=True)))  # what each block gets, in the order of `blocks`
 
         x = self.stem(conv_layout(rearrange(x, "b c f h w -> (b f) c h w")), f)
         skips = [x]
         for level in self.down:
             for block in level.blocks:
-                x = self.run(block, x, emb, context, f)
+                x = self.run(block, x, *next(given), f)
                 skips.append(x)
             if level.resample is not None:
                 x = level.resample(conv_layout(x))
                 skips.append(x)
         for block in self.mid:
-            x = self.run(block, x, emb, context, f)
+            x = self.run(block, x, *next(given), f)
         for i, level in enumerate(self.up):
             for block in level.blocks:
-                x = self.run(block, self.join(x, skips.pop(), i), emb, context, f)
+                x, skip = self.join(x, skips.pop(), i)
+                x = self.run(block, x, *next(given), f, skip)
             if level.resample is not None:
                 x = level.resample(x, skips[-1].shape[-2:])
-        x = self.conv_out(norm_silu(self.norm_out, conv_layout(x), f if self.clip_norms else 1))
+        x = self.conv_out(self.norm_out(conv_layout(x), f if self.clip_norms else 1, silu=True))
         return rearrange(x, "(b f) c h w -> b c f h w", f=f).contiguous()
 
-    def join(self, x: Tensor, skip: Tensor, level: int) -> Tensor:
-        """What a block of the `level`-th on the way up is given: x and skip (n c h w), one behind the other."""
-        return torch.cat((x, skip) if self.free_u is None else self.free_u(x, skip, level), dim=1)
+    def project(self, emb: Tensor) -> Sequence[Tensor]:
+        """emb (m d) of the timestep -> what each block adds for it, (m c_out), in the order of `blocks`."""
+        emb = nn.functional.silu(self.time_mlp(emb))  # every block starts from the same SiLU of it
+        return [block.res.project(emb) for block in self.blocks()]
 
-    def run(self, block: nn.Module, x: Tensor, emb: Tensor, context: Tensor, f: int) -> Tensor:
+    def keys_values(self, context: Tensor) -> "KeysValues":
+        """context (b l d) or (b f l d) -> what all blocks make of it, whatever the timestep: to be computed once."""
+        d = self.config.cross_attention_dim
+        if context.ndim not in (3, 4) or context.shape[-1] != d:
+            raise ValueError(f"context must be (batch, [frames,] tokens, width {d}), not {tuple(context.shape)}")
+        context = context.flatten(0, -3)
+        seeing = [block.spatial.block.attn2 if block.attention else None for block in self.blocks()]
+        return KeysValues([attn and attn.keys_values(context) for attn in seeing])
+
+    def join(self, x: Tensor, skip: Tensor, level: int) -> tuple[Tensor, Tensor]:
+        """What a block of the `level`-th on the way up is given: x and skip (n c h w)."""
+        return (x, skip) if self.free_u is None else self.free_u(x, skip, level)
+
+    def run(
+        self, block: nn.Module, x: Tensor, emb: Tensor, context: Context, f: int, skip: Tensor | None = None
+    ) -> Tensor:
         """The block; under gradient checkpointing only its input is kept, and backward runs it again."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, emb, context, f, use_reentrant=False)
-        return block(x, emb, context, f)
+            return checkpoint(block, x, emb, context, f, skip, use_reentrant=False)
+        return block(x, emb, context, f, skip)
 
-    def check(self, x: Tensor, t: int | float | Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    def check(
+        self, x: Tensor, t: int | float | Tensor, context: "Tensor | KeysValues"
+    ) -> "tuple[Tensor, Tensor | KeysValues]":
         """t as a tensor (1,) or (b,), context as (n l d). Raises ValueError, one line, where a shape is wrong."""
         c, d = self.config.in_channels, self.config.cross_attention_dim
         if x.ndim != 5 or x.shape[1] != c:
             raise ValueError(f"x must be (batch, {c} channels, frames, height, width), not {tuple(x.shape)}")
         b, f = x.shape[0], x.shape[2]
+        if not isinstance(t, Tensor):
+            t = torch.full((1,), t, dtype=torch.float32, device=x.device)
+        if t.ndim > 1 or t.numel() not in (1, b):
+            raise ValueError(f"t must be a number or (batch {b},), not {tuple(t.shape)}")
+        t = t.to(x.device).reshape(-1)
+        if isinstance(context, KeysValues):
+            if context.rows not in (b, b * f):
+                raise ValueError(f"the keys and values are of {context.rows} texts, not of {b} or {b} x {f} frames")
+            return t, context
         if tuple(context.shape) not in ((b, *context.shape[1:2], d), (b, f, *context.shape[2:3], d)):
             raise ValueError(
                 f"context must be (batch {b}, tokens, width {d}), per video, or (batch {b}, frames {f}, tokens, "
                 f"width {d}), not {tuple(context.shape)}"
             )
-        if not isinstance(t, Tensor):
-            t = torch.full((1,), t, dtype=torch.float32, device=x.device)
-        if t.ndim > 1 or t.numel() not in (1, b):
-            raise ValueError(f"t must be a number or (batch {b},), not {tuple(t.shape)}")
-        return t.to(x.device).reshape(-1), context.flatten(0, -3)
+        return t, context.flatten(0, -3)
 
     def enable_forward_chunking(self, chunk_size: int | None = None, dim: int = 0) -> None:
         """Run the feed-forwards on `chunk_size` (default 1) frames (dim 0) or pixels (dim 1) at a time: less memory."""

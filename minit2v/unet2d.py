@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from minit2v_convert import diffusers_unet2d
 
 from .blocks import MotionModule, ResBlock, SpatialTransformer
-from .unet import UNet, check_levels
+from .layers import Context
+from .unet import KeysValues, UNet, check_levels
 
 
 @dataclass(frozen=True)
@@ -104,9 +105,10 @@ class Block(nn.Module):
         self.register_module("motion", None)
         self.clip_norms = False  # whether the ResBlock's norms span all frames of a video, as AnimateDiff v1's do
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor, f: int) -> Tensor:
-        """x ((b f) c h w), emb (b d), context (b l d) or ((b f) l d) -> ((b f) c h w)."""
-        x = self.res(x, emb, f if self.clip_norms else 1)
+    def forward(self, x: Tensor, emb: Tensor, context: Context, f: int, skip: Tensor | None = None) -> Tensor:
+        """x ((b f) c h w), emb (m c_out), context (b l d) or ((b f) l d) or its keys and values, skip ((b f) c2 h w)
+        -> ((b f) c_out h w)."""
+        x = self.res(x, emb, f if self.clip_norms else 1, skip)
         if self.attention:
             x = self.spatial(x, context)
         return x if self.motion is None else self.motion(x, f)
@@ -121,8 +123,9 @@ class UNet2DConditionModel(UNet):
     def make_block(self, c_in: int, c_out: int, attention: bool) -> Block:
         return Block(self.config, c_in, c_out, attention)
 
-    def forward(self, x: Tensor, t: int | float | Tensor, context: Tensor) -> Tensor:
-        """x (b c h w), t a number or (b,), context (b l d) -> the prediction, noise or v (b c h w)."""
+    def forward(self, x: Tensor, t: int | float | Tensor, context: Tensor | KeysValues) -> Tensor:
+        """x (b c h w), t a number or (b,), context (b l d) or its `keys_values`
+        -> the prediction, noise or v (b c h w)."""
         c = self.config.in_channels
         if x.ndim != 4 or x.shape[1] != c:
             raise ValueError(f"x must be (batch, {c} channels, height, width), not {tuple(x.shape)}")

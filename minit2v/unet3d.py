@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from minit2v_convert import diffusers_unet3d
 
 from .blocks import ResBlock, SpatialTransformer, TemporalConv, TemporalTransformer
+from .layers import Context
 from .unet import UNet, check_levels
 
 
@@ -68,9 +69,10 @@ class Block(nn.Module):
             self.spatial = SpatialTransformer(c_out, heads, head_dim, config.cross_attention_dim, groups)
             self.temporal = TemporalTransformer(c_out, heads, head_dim, groups)
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor, f: int) -> Tensor:
-        """x ((b f) c h w), emb (b d), context (b l d) -> ((b f) c h w)."""
-        x = self.temporal_conv(self.res(x, emb), f)
+    def forward(self, x: Tensor, emb: Tensor, context: Context, f: int, skip: Tensor | None = None) -> Tensor:
+        """x ((b f) c h w), emb (m c_out), context (b l d) or its keys and values, skip ((b f) c2 h w)
+        -> ((b f) c_out h w)."""
+        x = self.temporal_conv(self.res(x, emb, skip=skip), f)
         if self.attention:
             x = self.temporal(self.spatial(x, context), f)
         return x

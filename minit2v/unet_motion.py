@@ -20,7 +20,7 @@ from minit2v_convert import diffusers_motion
 
 from .blocks import MotionModule
 from .hub import Network
-from .unet import UNet, check_levels, per_level
+from .unet import KeysValues, UNet, check_levels, per_level
 from .unet2d import Block, UNet2DConditionModel, check_heads
 from .weights import Weightless
 
@@ -225,7 +225,9 @@ class UNetMotionModel(UNet):
     def make_block(self, c_in: int, c_out: int, attention: bool) -> Block:
         return Block(self.config, c_in, c_out, attention)
 
-    def check(self, x: Tensor, t: int | float | Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    def check(
+        self, x: Tensor, t: int | float | Tensor, context: Tensor | KeysValues
+    ) -> tuple[Tensor, Tensor | KeysValues]:
         t, context = super().check(x, t, context)
         if x.shape[2] > (most := self.config.motion_max_seq_length):
             raise ValueError(f"x has {x.shape[2]} frames, and the motion modules know {most} positions")

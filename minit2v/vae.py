@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minit2v_convert.diffusers_vae import LAYOUT
+from minit2v_kernels._dispatch import pick
 
-from .blocks import norm_silu, to_image, to_tokens
+from .blocks import to_image, to_tokens
 from .hub import Network
+from .layers import GroupNorm
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,15 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, groups: int):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.norm1 = GroupNorm(groups, c_in, eps=1e-6)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.norm2 = GroupNorm(groups, c_out, eps=1e-6)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """x (n c h w) -> (n c_out h w)."""
-        h = self.conv2(norm_silu(self.norm2, self.conv1(norm_silu(self.norm1, x))))
+        h = self.conv2(self.norm2(self.conv1(self.norm1(x, silu=True)), silu=True))
         h += self.skip(x)  # in place: at full resolution every tensor counts
         return h
 
@@ -88,7 +90,7 @@ class PixelAttention(nn.Module):
 
     def __init__(self, c: int, groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.norm = GroupNorm(groups, c, eps=1e-6)
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(c, c) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -161,7 +163,7 @@ class Encoder(nn.Module):
             self.levels.append(Level(blocks, None if last else Downsample(c_out)))
             c = c_out
         self.mid = Mid(c, groups)
-        self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
+        self.norm_out = GroupNorm(groups, c, eps=1e-6)
         self.conv_out = nn.Conv2d(c, 2 * cfg.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -172,7 +174,7 @@ class Encoder(nn.Module):
                 x = block(x)
             if level.resample is not None:
                 x = level.resample(x)
-        return self.conv_out(norm_silu(self.norm_out, self.mid(x)))
+        return self.conv_out(self.norm_out(self.mid(x), silu=True))
 
 
 class Decoder(nn.Module):
@@ -186,7 +188,7 @@ class Decoder(nn.Module):
             blocks = [ResBlock(c if j == 0 else c_out, c_out, groups) for j in range(cfg.layers_per_block + 1)]
             self.levels.append(Level(blocks, None if i == 0 else Upsample(c_out)))
             c = c_out
-        self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
+        self.norm_out = GroupNorm(groups, c, eps=1e-6)
         self.conv_out = nn.Conv2d(c, cfg.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -197,7 +199,7 @@ class Decoder(nn.Module):
                 x = block(x)
             if level.resample is not None:
                 x = level.resample(x)
-        return self.conv_out(norm_silu(self.norm_out, x))
+        return self.conv_out(self.norm_out(x, silu=True))
 
 
 class DiagonalGaussian:
@@ -270,7 +272,8 @@ class AutoencoderKL(Network):
         """half(x) in chunks of frames, and in tiles where x is larger than one; units: pixels per latent in and out."""
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, not {chunk_size!r}")
-        if x.is_cpu:  # faster there; CUDA's GroupNorm would copy it back each time
+        # Faster on the CPU, and where GroupNorm is a kernel. CUDA's own would copy it back each time.
+        if x.is_cpu or pick("group_norm_silu", None, x) == "triton":
             x = x.contiguous(memory_format=torch.channels_last)
         chunks = x.split(1 if self.slicing else chunk_size or max(1, len(x)))
         tiled = self.tiling is not None and max(x.shape[2:]) > self.tiling[0] * unit
