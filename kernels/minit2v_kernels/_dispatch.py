@@ -40,9 +40,16 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@cache
 def family(device: torch.device) -> str:
-    """The name PROVEN uses for a device: "sm_90" (NVIDIA), "gfx942" (AMD), else its type."""
+    """The name PROVEN uses for a device: "sm_90" (NVIDIA), "gfx942" (AMD), else its type.
+
+    While launches are recorded for a target: the target. A kernel whose tiles differ by family asks here.
+    """
+    return recorded_for or _family(device)
+
+
+@cache
+def _family(device: torch.device) -> str:
     if device.type != "cuda":
         return device.type
     if torch.version.hip:
@@ -100,20 +107,22 @@ class Launch:
 
 
 recorded: list[Launch] | None = None  # while `record` is open: launches are listed, and nothing runs
+recorded_for: str | None = None
 
 
 @contextmanager
-def record() -> Iterator[list[Launch]]:
+def record(target: str | None = None) -> Iterator[list[Launch]]:
     """Ops that are called in here with impl="triton" list their launches and run none: also on `meta` tensors.
 
-    This is how the kernels are compiled ahead of time for exactly what the models ask of them.
+    This is how the kernels are compiled ahead of time for exactly what the models ask of them. target: the device
+    family for which they choose their tiles ("sm_90"); without one `meta` gets tiles that fit any.
     """
-    global recorded
-    before, recorded = recorded, []
+    global recorded, recorded_for
+    before, recorded, recorded_for = (recorded, recorded_for), [], target
     try:
         yield recorded
     finally:
-        recorded = before
+        recorded, recorded_for = before
 
 
 def launch(

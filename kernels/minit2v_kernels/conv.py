@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import interpreting, launch, pick, triton_op
+from ._dispatch import family, interpreting, launch, pick, triton_op
+from .geglu import ENOUGH, programs, tile
 
 
 def temporal_conv(
@@ -83,7 +84,7 @@ def temporal_conv_kernel() -> Any:
         steps = tl.cdiv(C, BLOCK_K)
         begin = tl.where(tl.max(frame, axis=0) == 0, steps, 0)
         end = tl.where(tl.min(frame, axis=0) == F - 1, 2 * steps, 3 * steps)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + tl.load(B + inner).to(tl.float32)[None, :]
         for step in range(begin, end):
             tap = step // steps
             i = (step - tap * steps) * BLOCK_K
@@ -98,7 +99,6 @@ def temporal_conv_kernel() -> Any:
                 b = tl.load(w + (tap * C + i), mask=left[:, None], other=0.0)
             acc = tl.dot(a, b, acc, input_precision="ieee")
 
-        acc += tl.load(B + inner).to(tl.float32)[None, :]
         y = row[:, None] * N + col[None, :]
         inside = (row < M)[:, None] & (col < N)[None, :]
         if RESIDUAL:
@@ -108,11 +108,18 @@ def temporal_conv_kernel() -> Any:
     return temporal_conv_kernel
 
 
-def temporal_conv_tile(m: int, n: int, c: int, itemsize: int) -> dict[str, int]:
-    """Block sizes, warps and stages for a result of (m n) out of rows of 3 c."""
-    if itemsize == 4:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+def temporal_conv_tile(m: int, n: int, c: int, itemsize: int, target: str) -> dict[str, int]:
+    """Tile, warps and stages for (m n) out of rows of c; target: see `_dispatch.family`.
+
+    The largest tile that leaves `ENOUGH` programs and spills no register.
+    """
+    if itemsize == 4 or c % 64:  # float32 without tensor cores, and what no model asks for
+        return tile(64, 64, 16, 4, 2)
+    stages = 2 if target.startswith("gfx") else 3  # 64 KiB of shared memory
+    choices = [tile(128, 128, 64, 8, stages), tile(128, 64, 64, 4, stages)]
+    if target == "sm_90":
+        choices = [tile(256, 128, 64, 8, 4), *choices]
+    return next((t for t in choices if programs(m, n, t) >= ENOUGH), tile(64, 64, 64, 4, stages))
 
 
 def run_temporal_conv(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
@@ -129,11 +136,10 @@ def run_temporal_conv(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor 
     taps = weight.flatten(2).transpose(1, 2).contiguous()  # c_out 3 c: likewise
     added = y if residual is None else residual.permute(0, 2, 3, 1).contiguous()
     m = b * f * p
-    tile = temporal_conv_tile(m, n, c, x.element_size())
+    chosen = temporal_conv_tile(m, n, c, x.element_size(), family(x.device))
     launch(
-        temporal_conv_kernel(), (-(-m // tile["BLOCK_M"]) * -(-n // tile["BLOCK_N"]),),
-        rows, taps, bias.contiguous(), added, y, m, n, c, f, p,
-        RESIDUAL=residual is not None, WHOLE=c % tile["BLOCK_K"] == 0, GROUP=8, **tile,
+        temporal_conv_kernel(), (programs(m, n, chosen),), rows, taps, bias.contiguous(), added, y, m, n, c, f, p,
+        RESIDUAL=residual is not None, WHOLE=c % chosen["BLOCK_K"] == 0, GROUP=8, **chosen,
     )  # fmt: skip
     return y
 

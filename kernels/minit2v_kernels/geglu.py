@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import interpreting, launch, pick, triton_op
+from ._dispatch import family, interpreting, launch, pick, triton_op
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -81,8 +81,10 @@ def geglu_kernel() -> Any:
         w_value = W + inner[None, :] * K + k[:, None]
         w_gate = W + (inner + N)[None, :] * K + k[:, None]
 
-        value = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        # The sums begin with the bias: added at the end, it would need registers that the sums leave no room for.
+        zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        value = zeros + tl.load(B + inner).to(tl.float32)[None, :]
+        gate = zeros + tl.load(B + inner + N).to(tl.float32)[None, :]
         for i in range(0, K, BLOCK_K):
             if WHOLE:
                 a = tl.load(x + i)
@@ -96,8 +98,6 @@ def geglu_kernel() -> Any:
             value = tl.dot(a, b, value, input_precision="ieee")
             gate = tl.dot(a, c, gate, input_precision="ieee")
 
-        value += tl.load(B + inner).to(tl.float32)[None, :]
-        gate += tl.load(B + inner + N).to(tl.float32)[None, :]
         y = value * (gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476)))
         inside = (row < M)[:, None] & (col < N)[None, :]
         tl.store(Y + row[:, None] * N + col[None, :], y.to(Y.dtype.element_ty), mask=inside)
@@ -105,11 +105,33 @@ def geglu_kernel() -> Any:
     return geglu_kernel
 
 
-def geglu_tile(m: int, n: int, k: int, itemsize: int) -> dict[str, int]:
-    """Block sizes, warps and stages for a result of (m n) out of rows of k."""
-    if itemsize == 4:
-        return {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+ENOUGH = 256  # programs: about two for each multiprocessor of an A100 (108) or H200 (132)
+
+
+def tile(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> dict[str, int]:
+    return {
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": num_warps, "num_stages": num_stages
+    }  # fmt: skip
+
+
+def programs(m: int, n: int, tile: dict[str, int]) -> int:
+    """How many tiles cover (m n)."""
+    return -(-m // tile["BLOCK_M"]) * -(-n // tile["BLOCK_N"])
+
+
+def geglu_tile(m: int, n: int, k: int, itemsize: int, target: str) -> dict[str, int]:
+    """Tile, warps and stages for (m n) out of rows of k; target: see `_dispatch.family`.
+
+    The largest tile that leaves `ENOUGH` programs and spills no register. (Two accumulators: a tile of 128 x 64 weighs
+    as much as one of 128 x 128 in a plain product.)
+    """
+    if itemsize == 4 or k % 64:  # float32 without tensor cores, and what no model asks for
+        return tile(64, 64, 16, 8, 2)
+    stages = 2 if target.startswith("gfx") else 3  # 64 KiB of shared memory
+    choices = [tile(128, 64, 64, 8, stages)]
+    if target == "sm_90" and k >= 512:  # one block per multiprocessor: nothing else covers its first and last steps
+        choices = [tile(128, 128, 64, 8, 4), *choices]
+    return next((t for t in choices if programs(m, n, t) >= ENOUGH), tile(64, 64, 64, 4, stages))
 
 
 def run_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -120,11 +142,10 @@ def run_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     (n, k), rows = weight.shape, x.reshape(-1, x.shape[-1]).contiguous()
     m, n = len(rows), n // 2
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
-    tile = geglu_tile(m, n, k, x.element_size())
+    chosen = geglu_tile(m, n, k, x.element_size(), family(x.device))
     launch(
-        geglu_kernel(), (-(-m // tile["BLOCK_M"]) * -(-n // tile["BLOCK_N"]),),
-        rows, weight.contiguous(), bias.contiguous(), y, m, n, k,
-        WHOLE=k % tile["BLOCK_K"] == 0, GROUP=8, **tile,
+        geglu_kernel(), (programs(m, n, chosen),), rows, weight.contiguous(), bias.contiguous(), y, m, n, k,
+        WHOLE=k % chosen["BLOCK_K"] == 0, GROUP=8, **chosen,
     )  # fmt: skip
     return y
 
