@@ -14,7 +14,6 @@ merges these per group and folds everything that is constant in a channel into y
 from functools import cache
 from math import gcd
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -168,18 +167,18 @@ def kernels() -> SimpleNamespace:
     To them a tensor is (n, t, c): n segments of t positions of c channels. In channels-last memory a segment is as
     many frames as share their statistics and their timestep; else the memory is (n, c, t), and a segment one frame.
     """
-    global tl, pointers, concatenated  # Triton 3.2 and the interpreter look a kernel's names up in its module alone
+    global tl, pointers, concatenated, means  # Triton 3.2 and the interpreter look names up in the module alone
     import triton
     import triton.language as tl
 
     @triton.jit
     def pointers(P, segment, row, rows, c, T, C, CHANNELS_LAST: tl.constexpr):
-        """To the elements (segment, row + rows, c) of P (n, t, c)."""
+        """To the elements (segment, row + rows, c) of P (n, t, c); rows and c broadcast, c along the last axis."""
         segment = segment.to(tl.int64)  # frames x pixels x channels of a batch pass 2**31
         if CHANNELS_LAST:
-            at = P + (segment * T + row) * C + (rows[:, None] * C + c[None, :])
+            at = P + (segment * T + row) * C + (rows * C + c)
         else:
-            at = P + segment * T * C + (row + rows[:, None] + c[None, :].to(tl.int64) * T)
+            at = P + segment * T * C + (row + rows + c.to(tl.int64) * T)
         return at
 
     @triton.jit
@@ -187,8 +186,7 @@ def kernels() -> SimpleNamespace:
         """`pointers` to torch.cat((x, skip), channels), which does not exist."""
         at = pointers(X, segment, row, rows, c, T, C1, CHANNELS_LAST)
         if HAS_SKIP:
-            there = pointers(SKIP, segment, row, rows, c - C1, T, C - C1, CHANNELS_LAST)
-            at = tl.where((c < C1)[None, :], at, there)
+            at = tl.where(c < C1, at, pointers(SKIP, segment, row, rows, c - C1, T, C - C1, CHANNELS_LAST))
         return at
 
     @triton.jit
@@ -202,10 +200,11 @@ def kernels() -> SimpleNamespace:
         C,
         C1,
         SPLITS,
-        ROWS,  # positions of a split, a multiple of BLOCK_T
+        ROWS,  # positions of a split
         HAS_SKIP: tl.constexpr,
         HAS_RESIDUAL: tl.constexpr,
         CHANNELS_LAST: tl.constexpr,
+        UNROLL: tl.constexpr,  # tiles that are loaded at once
         BLOCK_T: tl.constexpr,
         BLOCK_C: tl.constexpr,
     ):
@@ -214,35 +213,49 @@ def kernels() -> SimpleNamespace:
         part = tl.program_id(0) // tiles
         segment, split = part // SPLITS, part % SPLITS
         c = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-        rows = tl.arange(0, BLOCK_T)
         first = split * ROWS
         last = tl.minimum(first + ROWS, T)
 
-        # Sums about a shift near the mean, here that of the first tile: sums about 0 cancel where |mean| >> std.
-        shift = tl.zeros((BLOCK_C,), tl.float32)
+        # Sums about a shift near the mean, here that of the first positions: sums about 0 cancel where |mean| >> std.
+        rows = tl.arange(0, UNROLL)[:, None, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :, None]
+        channels = c[None, None, :]
+        start = concatenated(X, SKIP, segment, first, rows, channels, T, C, C1, HAS_SKIP, CHANNELS_LAST)
+        valid = (first + rows < last) & (channels < C)
+        head = tl.load(start, mask=valid, other=0.0).to(tl.float32)
+        if HAS_RESIDUAL:
+            start = pointers(RESIDUAL, segment, first, rows, channels, T, C, CHANNELS_LAST)
+            head += tl.load(start, mask=valid, other=0.0).to(tl.float32)
+        shift = tl.sum(tl.sum(head, axis=0), axis=0) / tl.minimum(last - first, UNROLL * BLOCK_T)
+
         total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
         squares = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-        for row in range(first, last, BLOCK_T):
-            mask = (row + rows < last)[:, None] & (c < C)[None, :]
-            at = concatenated(X, SKIP, segment, row, rows, c, T, C, C1, HAS_SKIP, CHANNELS_LAST)
+        for row in range(first, last, UNROLL * BLOCK_T):
+            mask = (row + rows < last) & (channels < C)
+            at = concatenated(X, SKIP, segment, row, rows, channels, T, C, C1, HAS_SKIP, CHANNELS_LAST)
             x = tl.load(at, mask=mask, other=0.0)
             if HAS_RESIDUAL:
-                at = pointers(RESIDUAL, segment, row, rows, c, T, C, CHANNELS_LAST)
-                x = x.to(tl.float32) + tl.load(at, mask=mask, other=0.0).to(tl.float32)
-                x = x.to(SUM.dtype.element_ty)
-                tl.store(pointers(SUM, segment, row, rows, c, T, C, CHANNELS_LAST), x, mask=mask)
-            x = x.to(tl.float32)
-            if row == first:
-                shift = tl.sum(x, axis=0) / tl.minimum(last - first, BLOCK_T)
-            d = tl.where(mask, x - shift[None, :], 0.0)
-            total += d
-            squares += d * d
+                at = pointers(RESIDUAL, segment, row, rows, channels, T, C, CHANNELS_LAST)
+                x = (x.to(tl.float32) + tl.load(at, mask=mask, other=0.0).to(tl.float32)).to(SUM.dtype.element_ty)
+                tl.store(pointers(SUM, segment, row, rows, channels, T, C, CHANNELS_LAST), x, mask=mask)
+            d = tl.where(mask, x.to(tl.float32) - shift[None, None, :], 0.0)
+            total += tl.sum(d, axis=0)
+            squares += tl.sum(d * d, axis=0)
         s = tl.sum(total, axis=0)
         mean = s / (last - first)
-        at = MOMENTS + part.to(tl.int64) * 3 * C + c
-        tl.store(at, shift, mask=c < C)
-        tl.store(at + C, mean, mask=c < C)
-        tl.store(at + 2 * C, tl.sum(squares, axis=0) - s * mean, mask=c < C)
+        to = MOMENTS + part.to(tl.int64) * 3 * C + c
+        tl.store(to, shift, mask=c < C)
+        tl.store(to + C, mean, mask=c < C)
+        tl.store(to + 2 * C, tl.sum(squares, axis=0) - s * mean, mask=c < C)
+
+    @triton.jit
+    def means(MOMENTS, EMB, part, SPLITS, PER_EMB, C, C1, c, mask, origin, HAS_EMB: tl.constexpr):
+        """(p, c): the means of x + emb over parts (segment, split) of one video, less `origin`."""
+        at = MOMENTS + part[:, None] * (3 * C) + c[None, :]
+        shift = tl.load(at, mask=mask, other=0.0)
+        if HAS_EMB:  # moves the mean, and nothing else
+            emb = EMB + (part // SPLITS // PER_EMB)[:, None] * C1 + c[None, :]
+            shift += tl.load(emb, mask=mask & (c < C1)[None, :], other=0.0).to(tl.float32)
+        return shift - origin + tl.load(at + C, mask=mask, other=0.0)
 
     @triton.jit
     def group_norm_coefficients(
@@ -261,66 +274,54 @@ def kernels() -> SimpleNamespace:
         PER_EMB,  # segments that share a row of EMB
         eps,
         HAS_EMB: tl.constexpr,
-        BLOCK_P: tl.constexpr,  # parts (segment, split) per tile
+        BLOCK_P: tl.constexpr,  # parts per tile
         BLOCK_C: tl.constexpr,  # all channels of a group
     ):
-        """One program per (video, group). Adding emb moves a part's mean, and nothing else."""
-        video, g = tl.program_id(0) // G, tl.program_id(0) % G
+        """One program per (video, group): Chan's formula, 1979, for parts of any size."""
+        video, g = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G
         CG = C // G
         j = tl.arange(0, BLOCK_C)
         c = g * CG + j
         parts = SEGMENTS * SPLITS
-        before = video.to(tl.int64) * parts
-        # Every mean is taken relative to one of them, so that its digits are those of the deviation.
-        origin = tl.load(MOMENTS + before * 3 * C + g * CG)
+        # All means are taken relative to one of them, so that their digits are those of the deviations.
+        origin = tl.load(MOMENTS + video * parts * 3 * C + g * CG)
         if HAS_EMB:
-            row = video.to(tl.int64) * SEGMENTS // PER_EMB
-            origin += tl.load(EMB + row * C1 + g * CG, mask=g * CG < C1, other=0.0).to(tl.float32)
+            emb = EMB + video * SEGMENTS // PER_EMB * C1 + g * CG
+            origin += tl.load(emb, mask=g * CG < C1, other=0.0).to(tl.float32)
 
         moved = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         for start in range(0, parts, BLOCK_P):
             p = start + tl.arange(0, BLOCK_P)
             mask = (p < parts)[:, None] & (j < CG)[None, :]
-            at = MOMENTS + (before + p)[:, None] * (3 * C) + c[None, :]
-            mean = tl.load(at, mask=mask, other=0.0)
-            if HAS_EMB:
-                row = (video.to(tl.int64) * SEGMENTS + p // SPLITS) // PER_EMB
-                emb = tl.load(EMB + row[:, None] * C1 + c[None, :], mask=mask & (c < C1)[None, :], other=0.0)
-                mean += emb.to(tl.float32)
-            mean = mean - origin + tl.load(at + C, mask=mask, other=0.0)
+            d = means(MOMENTS, EMB, video * parts + p, SPLITS, PER_EMB, C, C1, c, mask, origin, HAS_EMB)
             count = tl.minimum(ROWS, T - p % SPLITS * ROWS).to(tl.float32)
-            moved += tl.where(mask, count[:, None] * mean, 0.0)
-        size = SEGMENTS * T.to(tl.float32) * CG
+            moved += tl.where(mask, count[:, None] * d, 0.0)
+        size = 1.0 * T * SEGMENTS * CG
         centre = tl.sum(tl.sum(moved, axis=1), axis=0) / size
 
         squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         for start in range(0, parts, BLOCK_P):
             p = start + tl.arange(0, BLOCK_P)
             mask = (p < parts)[:, None] & (j < CG)[None, :]
-            at = MOMENTS + (before + p)[:, None] * (3 * C) + c[None, :]
-            mean = tl.load(at, mask=mask, other=0.0)
-            if HAS_EMB:
-                row = (video.to(tl.int64) * SEGMENTS + p // SPLITS) // PER_EMB
-                emb = tl.load(EMB + row[:, None] * C1 + c[None, :], mask=mask & (c < C1)[None, :], other=0.0)
-                mean += emb.to(tl.float32)
-            d = mean - origin + tl.load(at + C, mask=mask, other=0.0) - centre
+            part = video * parts + p
+            d = means(MOMENTS, EMB, part, SPLITS, PER_EMB, C, C1, c, mask, origin, HAS_EMB) - centre
             count = tl.minimum(ROWS, T - p % SPLITS * ROWS).to(tl.float32)
-            within = tl.load(at + 2 * C, mask=mask, other=0.0)
+            within = tl.load(MOMENTS + part[:, None] * (3 * C) + 2 * C + c[None, :], mask=mask, other=0.0)
             squares += tl.where(mask, within + count[:, None] * d * d, 0.0)
         rstd = 1.0 / tl.sqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / size + eps)
 
         scale = tl.load(W + c, mask=j < CG, other=0.0).to(tl.float32) * rstd
         offset = tl.load(B + c, mask=j < CG, other=0.0).to(tl.float32) - centre * scale
-        for segment in range(0, SEGMENTS):
-            here = video.to(tl.int64) * SEGMENTS + segment
+        for k in range(0, SEGMENTS):
+            segment = video * SEGMENTS + k
             shift = tl.zeros((BLOCK_C,), tl.float32) + origin
             if HAS_EMB:
-                at = EMB + here // PER_EMB * C1 + c
-                shift -= tl.load(at, mask=(j < CG) & (c < C1), other=0.0).to(tl.float32)
-            at = TABLE + here * 3 * C + c
-            tl.store(at, shift, mask=j < CG)
-            tl.store(at + C, scale, mask=j < CG)
-            tl.store(at + 2 * C, offset, mask=j < CG)
+                added = EMB + segment // PER_EMB * C1 + c
+                shift -= tl.load(added, mask=(j < CG) & (c < C1), other=0.0).to(tl.float32)
+            to = TABLE + segment * 3 * C + c
+            tl.store(to, shift, mask=j < CG)
+            tl.store(to + C, scale, mask=j < CG)
+            tl.store(to + 2 * C, offset, mask=j < CG)
 
     @triton.jit
     def group_norm_apply(
@@ -343,9 +344,9 @@ def kernels() -> SimpleNamespace:
         c = pid % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
         segment = pid // tiles // tl.cdiv(T, BLOCK_T)
         row = pid // tiles % tl.cdiv(T, BLOCK_T) * BLOCK_T
-        rows = tl.arange(0, BLOCK_T)
-        mask = (row + rows < T)[:, None] & (c < C)[None, :]
-        at = concatenated(X, SKIP, segment, row, rows, c, T, C, C1, HAS_SKIP, CHANNELS_LAST)
+        rows = tl.arange(0, BLOCK_T)[:, None]
+        mask = (row + rows < T) & (c < C)[None, :]
+        at = concatenated(X, SKIP, segment, row, rows, c[None, :], T, C, C1, HAS_SKIP, CHANNELS_LAST)
         x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         at = TABLE + segment.to(tl.int64) * 3 * C + c
         shift = tl.load(at, mask=c < C, other=0.0)
@@ -354,12 +355,10 @@ def kernels() -> SimpleNamespace:
         y = (x - shift[None, :]) * scale[None, :] + offset[None, :]
         if SILU:
             y = y / (1.0 + tl.exp(-y))
-        at = pointers(Y, segment, row, rows, c, T, C, CHANNELS_LAST)
+        at = pointers(Y, segment, row, rows, c[None, :], T, C, CHANNELS_LAST)
         tl.store(at, y.to(Y.dtype.element_ty), mask=mask)
 
-    return SimpleNamespace(
-        moments=group_norm_moments, coefficients=group_norm_coefficients, apply=group_norm_apply
-    )
+    return SimpleNamespace(moments=group_norm_moments, coefficients=group_norm_coefficients, apply=group_norm_apply)
 
 
 BLOCK_T = 32  # positions per tile of all kernels
@@ -439,7 +438,7 @@ def run(
     launch(
         kernels().moments, (segments * splits * tiles,), x, skip,
         laid_out(residual) if has_residual else x, total if has_residual else x, moments, t, c, c1, splits, rows,
-        HAS_SKIP=has_skip, HAS_RESIDUAL=has_residual, CHANNELS_LAST=last, BLOCK_T=BLOCK_T, BLOCK_C=block_c,
+        HAS_SKIP=has_skip, HAS_RESIDUAL=has_residual, CHANNELS_LAST=last, UNROLL=4, BLOCK_T=16, BLOCK_C=block_c,
     )  # fmt: skip
     block_p, group_c = merge_tile(c // groups, splits * frames // span)
     launch(
