@@ -180,6 +180,9 @@ def _parser() -> Parser:
     convert.add_argument("--to", choices=("diffusers", "original", "single-file"), help="the layout: diffusers")
     convert.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="of the weights, if not as they are")
     convert.add_argument("--tokenizer", metavar="MODEL", help="a folder or a hub id that has one; originals have none")
+    convert.add_argument("--config", metavar="MODEL", help="a folder, hub id or config.json for what an original does "
+                         "not say")
+    convert.add_argument("--variant", metavar="NAME", help="variant of a folder's weights: fp16")
     convert.add_argument("--ema", action="store_true", default=False, help="take a single file's moving average")
     convert.add_argument("--dry-run", action="store_true", default=False, help="print the mapping and write nothing")
 
@@ -364,6 +367,8 @@ def _load(command: str, settings: dict[str, Any], from_video: bool) -> tuple[Any
 
     import torch
 
+    from minit2v_convert.folders import is_original
+
     from . import pipelines, schedulers
     from .pipelines.checks import check_size
 
@@ -381,7 +386,7 @@ def _load(command: str, settings: dict[str, Any], from_video: bool) -> tuple[Any
     parts: dict[str, Any] = {}
     if solver is not None:
         known = {k: v for k, v in schedule.items() if k in solver.field_defaults()}
-        if Path(path).is_file():
+        if is_original(path):
             parts["scheduler"] = solver.from_config(_family_of_file(path)[1], **known)
         else:
             parts["scheduler"] = solver.from_pretrained(path, subfolder="scheduler", **where, **known)
@@ -409,10 +414,12 @@ def _load(command: str, settings: dict[str, Any], from_video: bool) -> tuple[Any
 
 def _schedule_of_motion(path: str, settings: dict[str, Any], where: dict[str, Any]) -> dict[str, Any]:
     """The fields of the noise schedule in which motion modules differ from the image model, which gets an adapter."""
+    from minit2v_convert.folders import is_original
+
     from .hub import read_json
     from .pipelines.files import read_index
 
-    if is_file := Path(path).is_file():
+    if is_file := is_original(path):
         unet, own = _family_of_file(path)
     else:
         unet = (read_index(path, None, where).get("unet") or [None])[-1]
@@ -428,13 +435,13 @@ def _schedule_of_motion(path: str, settings: dict[str, Any], where: dict[str, An
 
 
 def _family_of_file(path: str) -> tuple[str, dict[str, Any]]:
-    """The class of the UNet in a file of weights, and the published model's scheduler config."""
-    from minit2v_convert.convert import FAMILIES, components
+    """The class of the UNet in an original, and its scheduler's config: the published one, where none is said."""
+    from minit2v_convert.convert import FAMILIES, components, schedule_of
 
     unet = components(path).get("unet")
     if unet is None or unet.cls not in FAMILIES:
         raise ValueError(f"{path} has no UNet of {' or '.join(FAMILIES)}: it is no model")
-    return unet.cls, dict(FAMILIES[unet.cls].scheduler)
+    return unet.cls, dict(schedule_of(path, unet.cls))
 
 
 def _load_adapter(name: str, weights: dict[str, Any]) -> Any:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from minit2v_convert.convert import LAYOUTS, Conversion, convert
+from minit2v_convert.configuration import NAME
+from minit2v_convert.convert import LAYOUTS, Conversion, components, convert
 from minit2v_convert.detect import detect
+from minit2v_convert.folders import CONFIG, INDEX, open_path
 from minit2v_convert.stream import open_file, size_of
 
 from . import hub
@@ -18,6 +20,7 @@ def run(args: argparse.Namespace) -> list[str]:
     """The lines to print."""
     dtype = hub.pick_dtype(args.dtype) if "dtype" in args else None
     tokenizer = _tokenizer(args.tokenizer) if "tokenizer" in args else None
+    config = _config(args.config) if "config" in args else None
     src, dst = (Path(path).expanduser() for path in (args.src, args.dst))
     with tqdm(unit="B", unit_scale=True, dynamic_ncols=True, disable=args.dry_run) as bar:
 
@@ -27,7 +30,7 @@ def run(args: argparse.Namespace) -> list[str]:
             bar.update(n)
 
         work = convert(src, dst, getattr(args, "to", LAYOUTS[0]), dtype, args.dry_run, ema=args.ema,
-                       tokenizer=tokenizer, progress=show)
+                       tokenizer=tokenizer, config=config, variant=getattr(args, "variant", None), progress=show)
     return _lines(work, args.dst, args.dry_run)
 
 
@@ -50,6 +53,44 @@ def _tokenizer(path_or_id: str) -> Path:
         raise FileNotFoundError("tokenizer's files")
 
     return hub.find_folder(path_or_id, "tokenizer", choose)[0]
+
+
+def _config(path_or_id: str) -> Path:
+    """A folder or file given, or the small files of a hub id."""
+    here = Path(path_or_id).expanduser()
+    if here.exists():
+        return here
+    root, names = hub.find_folder(path_or_id, None, lambda names: [n for n in names if n in (CONFIG, INDEX)])
+    if INDEX in names:
+        for part in (p for p, entry in hub.parse_json(root / INDEX).items() if isinstance(entry, list) and entry[0]):
+            hub.find_folder(path_or_id, part)
+    return root
+
+
+def report_folder(folder: Path) -> tuple[list[str], bool]:
+    """What ModelScope's files in a folder are, and whether they are complete and fit each other."""
+    try:
+        opened = open_path(folder)
+    except ValueError as error:
+        return [str(error)], False
+    lines, whole = [f"{folder}: original files", *opened.notes], True
+    for source, _ in opened.weights.values():
+        more, good = report(source.path)
+        lines, whole = [*lines, "", *more], whole and good
+    lines.append("")
+    try:
+        components(folder)
+    except ValueError as error:
+        if whole:
+            lines.append(f"wrong: {error}")
+        whole = False
+    if said := opened.configuration:
+        missing = [n for n in said.files.values() if not (folder / n).is_file()]
+        lines += [f"{NAME}: {n} is not there" for n in missing]
+        fields = ", ".join(f"{name} {value}" for name, value in said.scheduler.items())
+        lines.append(f"{NAME}: {fields}")
+        whole = whole and not missing
+    return lines, whole
 
 
 def report(path: Path) -> tuple[list[str], bool]:

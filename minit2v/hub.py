@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from minit2v_convert.folders import is_original
 from minit2v_convert.rename import Layout, nearest
 from minit2v_convert.stream import first_line as first_line
 from minit2v_convert.stream import json_text
@@ -192,6 +193,26 @@ def read_json(path_or_id: str | Path, name: str, *, subfolder: str | None = None
     return parse_json(folder / name)
 
 
+def find_config(config: str | Path | Mapping[str, Any], component: str, **where: Any) -> tuple[dict[str, Any], str]:
+    """The config.json of a component, and where it is: of a pipeline's folder or hub id, of its own, or that file.
+
+    A dictionary is itself; `where` as in `find_folder`.
+    """
+    from minit2v_convert.convert import config_in
+
+    if isinstance(config, Mapping):
+        return dict(config), "config"
+    here = Path(config).expanduser()
+    if here.exists():
+        if (found := config_in(here, component)) is None:
+            raise FileNotFoundError(f"{config} has no config.json for the {component}")
+        return dict(found[0]), found[1]
+    try:
+        return read_json(config, "config.json", subfolder=component, **where), f"{config}/{component}/config.json"
+    except FileNotFoundError:
+        return read_json(config, "config.json", **where), f"{config}/config.json"
+
+
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json_text(content), encoding="utf-8")
@@ -280,15 +301,15 @@ class Network(nn.Module):
         variant: "fp16" reads the files with that infix. torch_dtype or dtype: what the weights are cast to, float32 if
         not given; where the file has it already they stay memory-mapped. compat: as in `set_compat`. Other keywords
         change fields of the config.
-        A file in place of the folder is read as by `from_single_file`.
+        A file in place of the folder is read as by `from_single_file`, and so is a folder of ModelScope's files.
         Raises FileNotFoundError on what is missing, ValueError on weights that do not fit, TypeError on an unknown
         argument, in one line each.
         """
         cls._check_fields("from_pretrained", config_overrides)
         dtype = pick_dtype(torch_dtype, dtype)
-        if subfolder is None and Path(path_or_id).expanduser().is_file():
+        if subfolder is None and is_original(path_or_id):
             if variant is not None:
-                raise ValueError(f"{path_or_id} is a file: it has no variant {variant!r}")
+                raise ValueError(f"{path_or_id} is an original: it has no variant {variant!r}")
             return cls.from_single_file(path_or_id, dtype=dtype, compat=compat, **config_overrides)
         folder, names = find_folder(
             path_or_id,
@@ -318,12 +339,14 @@ class Network(nn.Module):
         torch_dtype: torch.dtype | str | None = None,
         dtype: torch.dtype | str | None = None,
         ema: bool = False,
+        config: str | Path | Mapping[str, Any] | None = None,
         compat: str | None = None,
         **config_overrides: Any,
     ) -> Self:
         """The network out of a `.safetensors`, `.ckpt`, `.pth` or `.bin` file in any published layout.
 
-        What the shapes do not say (heads, groups) is as in the published model; keywords change fields of the config.
+        What the shapes do not say (heads, groups) is as in the published model, or as `config` has it: a config.json,
+        its content, or a folder or hub id that has one; keywords change fields of it.
         ema: take the moving average of the UNet, where the file has one. Nothing is written, and what has the dtype
         already stays memory-mapped. Errors as of `from_pretrained`.
         """
@@ -333,10 +356,12 @@ class Network(nn.Module):
         dtype = pick_dtype(torch_dtype, dtype)
         path = Path(path).expanduser()
         found = components(path, ema)
-        part = next((part for part in found.values() if part.cls == cls.__name__), None)
+        name, part = next(((n, p) for n, p in found.items() if p.cls == cls.__name__), ("", None))
         if part is None:
             there = ", ".join(part.cls or name for name, part in found.items())
             raise ValueError(f"{path} is {next(iter(found.values())).title}: in it {there}, no {cls.__name__}")
+        if config is not None:
+            part = part.configured(*find_config(config, name))
         return cls.from_component(part, str(path), dtype, compat, config_overrides)
 
     @classmethod
@@ -344,12 +369,15 @@ class Network(nn.Module):
         cls, part: Any, label: str, dtype: torch.dtype, compat: str | None, overrides: Mapping[str, Any]
     ) -> Self:
         """The network of a part of a file (`minit2v_convert.convert.components`); label: the file's name."""
+        from minit2v_convert.convert import UNSAID
+
         config = cls.config_of(dict(part.config), [part.tensors()])
         try:
             with torch.device("meta"), Weightless():
                 model = cls.from_config(config, compat=compat, **overrides)
         except ValueError as error:
-            raise ValueError(f"{label}: {error}") from None
+            hint = f"; {UNSAID}, or the fields themselves" if part.guessed else ""
+            raise ValueError(f"{label}: {error}{hint}") from None
         fill_from(model, label, part.tensors, dtype)
         return model.eval()
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from minit2v_convert.folders import is_original, variants
 from minit2v_convert.rename import nearest
 from minit2v_convert.stream import DTYPES, open_file
 
@@ -99,10 +100,11 @@ def _meta(file: str, name: str, dtype: str, shape: Sequence[int]) -> Tensor:
 def report(model: str, revision: str | None = None, variant: str | None = None) -> tuple[list[str], bool]:
     """The lines of the report on a folder, a file or a hub id, and whether everything in it fits."""
     path = Path(model).expanduser()
-    if path.exists() and not path.is_dir():
+    if is_original(path):
         from .converting import report as report_file
+        from .converting import report_folder
 
-        return report_file(path)
+        return report_folder(path) if path.is_dir() else report_file(path)
     source = Folder(path) if path.is_dir() else _repository(model, revision)
     there = source.sizes("")
     if pipeline_files.INDEX in there:
@@ -192,8 +194,11 @@ def _inspect_network(
     tensors: dict[str, Tensor] = {}
     files, unreadable = _files(sizes), ""
     try:
-        chosen = [n for n in hub.choose_weights(network.weights_name, variant, None)(list(sizes)) if n != "config.json"]
-        files = _files({n: sizes[n] for n in chosen})
+        own = variants(sizes, (network.weights_name, "pytorch_model"))
+        lone = next(iter(own)) if variant is None and len(own) == 1 else None  # what has to be asked for by its name
+        choose = hub.choose_weights(network.weights_name, variant or lone or None, None)
+        chosen = [n for n in choose(list(sizes)) if n != "config.json"]
+        files = _files({n: sizes[n] for n in chosen}) + f" (to be loaded with variant {lone})" * bool(lone)
         if unread := [n for n in sizes if n.endswith(WEIGHTS) and n not in chosen]:
             files += f" (not read: {_files({n: sizes[n] for n in unread})})"
         for file in chosen:

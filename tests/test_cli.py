@@ -734,10 +734,10 @@ def test_convert_and_inspect_what_came(run, tmp_path):
     file = out / "text2video_pytorch_model.pth"
     code, lines, _ = run("inspect", file)
     assert code == 0 and lines[1] == "ModelScope's UNetSD: another size" and lines[-1] == "complete"
-    code, lines, _ = run("convert", file, tmp_path / "unet", "--dry-run", "--dtype=fp32")
+    code, lines, _ = run("convert", file, tmp_path / "unet", "--dry-run", "--dtype=fp32", "--config", shapes)
     name = "input_blocks.0.0.weight -> conv_in.weight"
     assert code == 0 and any(name in line for line in lines) and "would be written" in lines[-1]
-    code, lines, _ = run("convert", out, tmp_path / "folder", "--dtype=fp32", "--tokenizer", shapes)
+    code, lines, _ = run("convert", out, tmp_path / "folder", "--dtype=fp32", "--config", shapes)
     before = load_file(shapes / "unet/diffusion_pytorch_model.safetensors")
     after = load_file(tmp_path / "folder/unet/diffusion_pytorch_model.safetensors")
     assert code == 0 and all(torch.equal(after[n], x.float()) for n, x in before.items()) and len(after) == len(before)

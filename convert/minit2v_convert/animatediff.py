@@ -6,7 +6,7 @@ The image model in them, where there is one, already has the names of diffusers.
 from dataclasses import replace
 
 from . import shapes
-from .shapes import MOTION, SPARSE, UNET2D
+from .shapes import MOTION, SPARSE, UNET2D, Config
 from .table import SAME, Format, Rows, below
 
 ATTENTIONS: Rows = [
@@ -35,6 +35,18 @@ PUBLISHED_MOTION = {
 }
 MODULES = Format("motion_adapter", shapes.motion_adapter, shapes.infer_motion, PUBLISHED_MOTION, MOTION_ROWS,
                  computed={"{*}.pos_embed.pe": "sinusoids"})  # fmt: skip
+
+
+def resnet_norms(c: Config) -> Config:
+    """What the norms of the image model around the authors' motion modules span, a field of our own; {} if unknown.
+
+    Their files are of the length that was trained, so that 24 positions are v1's, and 32 are not.
+    """
+    if c["use_motion_mid_block"] or c["motion_max_seq_length"] == 32:
+        return {"resnet_norms": "frame"}
+    return {"resnet_norms": "clip"} if c["motion_max_seq_length"] == 24 else {}
+
+
 # Diffusers gives v1 the 32 positions of v3.
 ADAPTER = replace(MODULES, rows=SAME, computed={},
                   known={v.replace("v3", "v1 or v3"): c for v, c in PUBLISHED_MOTION.items()})  # fmt: skip

@@ -7,43 +7,28 @@ What a file is, its content says (`detect`). Everything is checked before anythi
 (`stream`), and what is written has a temporary name until it is whole.
 """
 
+import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import configuration, shapes
 from .detect import detect
-from .formats import Plan, Step, from_diffusers, to_diffusers
+from .folders import CONFIG, INDEX, NO_NETWORKS, WEIGHTS, Opened, open_path, read_configuration
+from .formats import Plan, Step, from_diffusers, rewritten, to_diffusers
 from .rename import nearest
 from .shapes import Config
-from .stream import (
-    PICKLES,
-    Source,
-    json_text,
-    made,
-    open_file,
-    parse_json,
-    replacing,
-    retyped,
-    size_of,
-    write_file,
-)
+from .stream import Source, json_text, made, parse_json, replacing, retyped, size_of, write_file
 
 LAYOUTS = ("diffusers", "original", "single-file")
-WEIGHTS = (".safetensors", *PICKLES)
-STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "pytorch_lora_weights")
-NO_NETWORKS = {
-    "safety_checker": "a classifier of single images",
-    "feature_extractor": "prepares images for the safety checker",
-    "image_encoder": "turns image prompts into vectors: nothing here can use it yet",
-}
 Progress = Callable[[str, int, int], Any]
+UNSAID = "shapes do not tell heads and groups, and the published ones do not fit: give config="
 VERSION = "0.30.0"  # of diffusers, whose layout it is, as its own files say
 SCHEDULE = {
     "_diffusers_version": VERSION, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -71,22 +56,42 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Component:
-    """One network to be written, or to be loaded: `tensors()` are those of the published names."""
+    """One network to be written, or to be loaded: `tensors()` are those of the published names.
+
+    title: of the file that it comes from. guessed: it is of no published size, and what shapes do not say (heads,
+    groups) is in the config as it would be in the published one.
+    """
 
     plan: Plan
     source: Source
     config: Config | None
-    title: str  # of the file that it comes from
-    guessed: bool = False  # of another size than the published one: what shapes do not say is as there
+    title: str
+    guessed: bool = False
 
     @property
     def cls(self) -> str:
-        config = self.config or {}
-        return str(config.get("_class_name") or (config.get("architectures") or [""])[0])
+        return _class_of(self.config or {})
 
     def tensors(self) -> dict[str, Tensor]:
         """Mapped where no axis or row has to be moved."""
         return {step.name: made(step, lambda _, name: self.source.read(name)) for step in self.plan.steps}
+
+    def configured(self, config: Config, where: str) -> "Component":
+        """With this config.json. ValueError where it is that of another network than the weights'."""
+        assert self.config is not None
+        if _class_of(config) not in ("", self.cls):
+            raise ValueError(f"{where} is that of a {_class_of(config)}, and the weights are those of a {self.cls}")
+        said, found = shapes.said(config), shapes.said(self.config)
+        for name in said.keys() & found.keys():
+            if said[name] != found[name]:
+                raise ValueError(f"{where} says {name} {said[name]}, and the weights in {self.source.path} have "
+                                 f"{found[name]}")  # fmt: skip
+        rows = {n: self.config[n] for n in ("motion_max_seq_length",) if n in self.config}  # published ones are wrong
+        return replace(self, config={**config, **rows}, guessed=False)
+
+
+def _class_of(config: Config) -> str:
+    return str(config.get("_class_name") or (config.get("architectures") or [""])[0])
 
 
 @dataclass
@@ -117,13 +122,17 @@ def convert(
     *,
     ema: bool = False,
     tokenizer: str | Path | None = None,
+    config: str | Path | None = None,
+    variant: str | None = None,
     progress: Progress | None = None,
 ) -> Conversion:
     """Convert a file, or a folder in the layout of diffusers or of ModelScope. Returns what was, or would be, written.
 
-    dst: a folder, or a file where one file of weights is all. to: diffusers, original, single-file. dtype: of the
-    weights; as they are if None. ema: take a single file's moving average. tokenizer: a folder, for originals, which
-    have none. progress: told, after each tensor, the file, the tensor's bytes, and the bytes of all.
+    dst: a folder, or a file where one file of weights is all. to: diffusers, original, single-file; what is in that
+    layout already stays in it, for another dtype or another kind of file. dtype: of the weights; as they are if None.
+    ema: take a single file's moving average. tokenizer: a folder, for originals, which have none. config: a folder in
+    the layout of diffusers, or a config.json, for what an original does not say. variant: of a folder's weights.
+    progress: told, after each tensor, the file, the tensor's bytes, and the bytes of all.
     Raises ValueError in one line, before anything is written, on what is not known or not complete; FileExistsError
     where `dst` is there already; OSError where it cannot be written.
     """
@@ -132,7 +141,11 @@ def convert(
     src, dst = Path(src), Path(dst)
     if dtype is not None and dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise ValueError(f"dtype: weights are float32, float16, bfloat16 or float64, not {dtype}")
-    work = _to_diffusers(src, ema, tokenizer) if to == "diffusers" else _from_diffusers(src, to)
+    only = {"ema": ema, "tokenizer": tokenizer, "config": config}
+    if to != "diffusers" and (what := [name for name, given in only.items() if given]):
+        raise ValueError(f"{what[0]}: only a folder in the layout of diffusers has any use for it, not {to}")
+    opened = open_path(src, variant)
+    work = _to_diffusers(src, opened, ema, tokenizer, config) if to == "diffusers" else _to_original(src, opened, to)
     work.plans = {name: retyped(plan, dtype) for name, plan in work.plans.items()}
     if dst.suffix in WEIGHTS:
         if len(work.plans) > 1 or work.texts or work.copies:
@@ -143,14 +156,24 @@ def convert(
     return work
 
 
-def components(src: str | Path, ema: bool = False) -> dict[str, Component]:
+def components(src: str | Path, ema: bool = False, config: str | Path | None = None) -> dict[str, Component]:
     """{component: network} of a file, or of a folder in any layout; nothing is read but headers."""
-    return _components(_opened(Path(src))[0], ema)
+    return _components(open_path(Path(src)), ema, config)
 
 
-def _components(opened: Mapping[str, tuple[Source, Config | None]], ema: bool) -> dict[str, Component]:
+def schedule_of(src: str | Path, unet: str) -> Config:
+    """The scheduler config of an original with a UNet of this class: the published model's, and what is said of it."""
+    said = read_configuration(Path(src)) if Path(src).is_dir() else None
+    return {**FAMILIES[unet].scheduler, **(said.scheduler if said else {})}
+
+
+# ----------------------------------------------------------------------------------------------------------------- in
+
+
+def _components(opened: Opened, ema: bool, config: str | Path | None) -> dict[str, Component]:
     found: dict[str, Component] = {}
-    for source, own in opened.values():
+    said = opened.configuration
+    for source, own in opened.weights.values():
         try:
             kind = detect(source.header)
             plans = to_diffusers(kind, source.header, ema=ema)
@@ -159,107 +182,101 @@ def _components(opened: Mapping[str, tuple[Source, Config | None]], ema: bool) -
         for component, plan in plans.items():
             if component in found:
                 raise ValueError(f"{source.path} and {found[component].source.path}: both are the {component}")
-            config = None if component == "lora" else own or plan.config
-            guessed = config is not None and not own and any(
-                part.format.component == component and not part.version for part in kind.parts)  # fmt: skip
-            found[component] = Component(plan, source, config, kind.layout.title, guessed)
+            if said and said.files.get(component) != source.path.name:
+                raise ValueError(f"{source.path} is the {component}, for which {configuration.NAME} names "
+                                 f"{said.files.get(component) or 'no file'}")  # fmt: skip
+            lora = component == "lora"
+            guessed = not lora and any(p.format.component == component and not p.version for p in kind.parts)
+            part = Component(plan, source, None if lora else plan.config, kind.layout.title, guessed)
+            if said and component == "unet":  # and its groups are 32, as the authors' code has them
+                part = replace(part.configured(said.unet, configuration.NAME), config=plan.config)
+            if own is not None and not lora:
+                part = part.configured(own, str(source.path / CONFIG if source.path.is_dir()
+                                                else source.path.parent / CONFIG))  # fmt: skip
+            elif config is not None and not lora and (given := config_in(config, component)):
+                part = part.configured(*given)
+            found[component] = part
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------------- in
-
-
-def _opened(src: Path) -> tuple[dict[str, tuple[Source, Config | None]], list[str]]:
-    """{component or file: (weights, config.json)} of a file or folder, and notes."""
-    if not src.is_dir():
-        return {"": (open_file(src), None)}, []
-    if (src / "config.json").is_file():
-        return {"": (_weights(src), parse_json(src / "config.json"))}, []
-    if (src / "model_index.json").is_file():
-        parts = sorted(p for p in src.iterdir() if p.is_dir() and (p / "config.json").is_file())
-        notes = [f"{p.name} is left out: {NO_NETWORKS[p.name]}" for p in parts if p.name in NO_NETWORKS]
-        return {p.name: (_weights(p), parse_json(p / "config.json")) for p in parts if p.name not in NO_NETWORKS}, notes
-    files = sorted(p for p in src.iterdir() if p.suffix in WEIGHTS)
-    if not files:
-        raise ValueError(f"{src} has no weights; the files there: {', '.join(sorted(os.listdir(src))) or 'none'}")
-    return {p.name: (open_file(p), None) for p in files}, []
-
-
-def _weights(folder: Path) -> Source:
-    """The weights of one component: `.safetensors` before `.bin`, one file before shards, no variant."""
-    names = sorted(os.listdir(folder))
-    for ending in (".safetensors", ".bin"):
-        if whole := [n for n in names if n in [stem + ending for stem in STEMS]]:
-            return open_file(folder / whole[0])
-        shard = re.compile(rf"({'|'.join(STEMS)})-\d{{5}}-of-(\d{{5}}){re.escape(ending)}")
-        if shards := [m for n in names if (m := shard.fullmatch(n))]:
-            if len(shards) != int(shards[0][2]):
-                raise ValueError(f"{folder} has {len(shards)} of the {int(shards[0][2])} shards of its weights")
-            return _joined(folder, [open_file(folder / m[0]) for m in shards])
-    there = [n for n in names if n.endswith(WEIGHTS)]
-    raise ValueError(f"{folder} has no {STEMS[0]}.safetensors or the like; the weights there: {', '.join(there)}")
-
-
-def _joined(folder: Path, shards: list[Source]) -> Source:
-    where: dict[str, Source] = {}
-    for shard in shards:
-        for name in shard.header:
-            if name in where:
-                raise ValueError(f"{shard.path} repeats {name!r}, which another shard has")
-            where[name] = shard
-    header = {name: source.header[name] for name, source in where.items()}
-    return Source(folder, header, lambda name: where[name].read(name))
+def config_in(config: str | Path, component: str) -> tuple[Config, str] | None:
+    """The config.json of a component and where it is: in its folder, or a file or folder of one component alone."""
+    path = Path(config)
+    for file in (path / component / CONFIG, path / CONFIG, path):
+        if file.is_file() and not (file == path / CONFIG and (path / INDEX).is_file()):
+            return parse_json(file), str(file)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {config}")
+    return None
 
 
 # --------------------------------------------------------------------------------------------------------------- plans
 
 
-def _to_diffusers(src: Path, ema: bool, tokenizer: str | Path | None) -> Conversion:
-    opened, notes = _opened(src)
-    found = _components(opened, ema)
-    work = Conversion(notes=notes)
-    lone = len(found) == 1 and not (src / "model_index.json").is_file()
+def _to_diffusers(
+    src: Path, opened: Opened, ema: bool, tokenizer: str | Path | None, config: str | Path | None
+) -> Conversion:
+    if config is not None and all(own is not None for _, own in opened.weights.values()):
+        raise ValueError(f"config: {src} has a {CONFIG} of its own")
+    found = _components(opened, ema, config)
+    work = Conversion(notes=list(opened.notes))
+    lone = len(found) == 1 and not (src / INDEX).is_file()
     for component, part in found.items():
         below = "" if lone else f"{component}/"
         stem = {"text_encoder": "model", "lora": "pytorch_lora_weights"}.get(component, "diffusion_pytorch_model")
         work.plans[f"{below}{stem}.safetensors"] = part.plan
         work.sources[f"{below}{stem}.safetensors"] = {"": part.source}
         if part.config is not None:
+            if why := shapes.unfit(part.config):
+                raise ValueError(f"{part.source.path}: {why}; {UNSAID}, a folder or a config.json")
             own = part.config if "_diffusers_version" in part.config or "_class_name" not in part.config else {
                 **part.config, "_diffusers_version": VERSION}  # fmt: skip
-            work.texts[f"{below}config.json"] = json_text(own)
+            work.texts[f"{below}{CONFIG}"] = json_text(own)
         work.notes += _left_out(part)
-    if (src / "model_index.json").is_file():
-        index = parse_json(src / "model_index.json")
+    if (src / INDEX).is_file():
+        index = parse_json(src / INDEX)
         index = {name: [None, None] if name in NO_NETWORKS else value for name, value in index.items()}
-        work.texts["model_index.json"] = json_text(index)
+        work.texts[INDEX] = json_text(index)
         others = [p for p in sorted(src.iterdir()) if p.is_dir() and p.name not in {*found, *NO_NETWORKS}]
         for file in (f for p in others for f in sorted(p.iterdir()) if f.is_file()):
             work.copies[f"{file.parent.name}/{file.name}"] = file
     elif "unet" in found and found["unet"].cls in FAMILIES and found.keys() & {"vae", "text_encoder"}:
-        _add_pipeline(work, found, FAMILIES[found["unet"].cls], tokenizer)
+        _add_pipeline(work, src, opened, found, tokenizer, config)
     elif tokenizer is not None:
         raise ValueError(f"{src}: a tokenizer belongs to a whole pipeline, and this is {' and '.join(found)}")
     return work
 
 
 def _add_pipeline(
-    work: Conversion, found: Mapping[str, Component], family: Family, tokenizer: str | Path | None
+    work: Conversion,
+    src: Path,
+    opened: Opened,
+    found: Mapping[str, Component],
+    tokenizer: str | Path | None,
+    config: str | Path | None,
 ) -> None:
     """The index, the scheduler, the tokenizer."""
+    family = FAMILIES[found["unet"].cls]
+    scheduler = schedule_of(src, found["unet"].cls)
+    given = Path(config) / "scheduler" / "scheduler_config.json" if config is not None else None
+    if given is not None and given.is_file():
+        scheduler = parse_json(given)
+    elif opened.configuration is None:
+        work.notes.append("scheduler: that of the published model; weights trained for v-prediction or zero-SNR need "
+                          "another")  # fmt: skip
     index: dict[str, Any] = {"_class_name": family.pipeline, "_diffusers_version": VERSION}
     index |= {"unet": ["diffusers", found["unet"].cls], "vae": ["diffusers", "AutoencoderKL"]}
     index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
-    index |= {"scheduler": ["diffusers", family.scheduler["_class_name"]]}
+    index |= {"scheduler": ["diffusers", scheduler["_class_name"]]}
     if family.pipeline == "StableDiffusionPipeline":
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-    work.texts["model_index.json"] = json_text(index)
-    work.texts["scheduler/scheduler_config.json"] = json_text(family.scheduler)
-    work.notes.append("scheduler: that of the published model; weights trained for v-prediction or zero-SNR need "
-                      "another")  # fmt: skip
+    work.texts[INDEX] = json_text(index)
+    work.texts["scheduler/scheduler_config.json"] = json_text(scheduler)
     for component in ("vae", "text_encoder"):
         if component not in found:
             work.notes.append(f"{component} is missing: take the folder {component} of {family.published}")
+    if tokenizer is None and config is not None and (Path(config) / "tokenizer").is_dir():
+        tokenizer = Path(config) / "tokenizer"
     if tokenizer is None:
         work.notes.append(f"tokenizer is missing: no original has one; take the folder tokenizer of {family.published}")
         return
@@ -282,15 +299,36 @@ def _left_out(part: Component) -> list[str]:
                     for name, why in (part.source.ignored or {}).items()]  # fmt: skip
 
 
-def _from_diffusers(src: Path, layout: str) -> Conversion:
-    opened, notes = _opened(src)
-    sources = {component: source for component, (source, _) in opened.items()}
+def _to_original(src: Path, opened: Opened, layout: str) -> Conversion:
+    """From diffusers, or out of the same layout: then nothing is renamed."""
+    sources = {component: source for component, (source, _) in opened.weights.items()}
+    notes = list(opened.notes)
     try:
+        kinds = {component: detect(source.header) for component, source in sources.items()}
+        if all(kind.layout.layout in ("original", "single-file") for kind in kinds.values()):
+            work = Conversion(notes=notes)
+            for name, source in sources.items():
+                kind, file = kinds[name], source.path.name
+                if layout == "single-file" != kind.layout.layout:
+                    raise ValueError(f"{kind.layout.title} is no single file: original is its layout")
+                work.plans[file] = rewritten(kind, source.header, source.nest)
+                work.sources[file] = {"": source}
+                work.notes += [f"{file}: {n!r} left out, {why}" for n, why in (source.ignored or {}).items()]
+            if opened.configuration is not None:
+                work.copies[configuration.NAME] = src / configuration.NAME
+            return work
         plans, omitted = from_diffusers({c: s.header for c, s in sources.items()}, layout)
     except ValueError as error:
         raise ValueError(f"{src}: {error}") from None
     notes += [f"{component or 'it'} is left out: {why}" for component, why in omitted.items()]
-    return Conversion(plans, dict.fromkeys(plans, sources), notes=notes)
+    work = Conversion(plans, dict.fromkeys(plans, sources), notes=notes)
+    unet = opened.weights.get("unet", (None, None))[1]
+    if (src / INDEX).is_file() and unet and _class_of(unet) == "UNet3DConditionModel":
+        path = src / "scheduler" / "scheduler_config.json"
+        content, unsaid = configuration.write({**shapes.UNET3D, **unet}, parse_json(path) if path.is_file() else {})
+        work.texts[configuration.NAME] = json.dumps(content, indent=2) + "\n"
+        work.notes += unsaid
+    return work
 
 
 # ----------------------------------------------------------------------------------------------------------------- out

@@ -12,7 +12,7 @@ from typing import Any
 
 from . import adapters, animatediff, ldm, modelscope, shapes
 from .rename import nearest
-from .shapes import CLIP_H, CLIP_L, UNET2D, UNET3D, Config
+from .shapes import CLIP_H, CLIP_L, UNET2D, UNET3D, UNET_MOTION, Config
 from .table import Format, reason
 
 Header = Mapping[str, tuple[Sequence[int], str]]  # name -> (shape, dtype as safetensors names it)
@@ -129,6 +129,8 @@ class Kind:
         lines.append(f"layout: {self.layout.layout}{f', every name behind {self.prefix!r}' if self.prefix else ''}")
         for part in self.parts:
             lines.append(f"{part.format.component}: {len(part.mapped)} tensors, {part.described}")
+            if not part.version and part.format.component != "lora":
+                lines.append(f"{part.format.component}: shapes do not tell heads and groups, so a config.json has to")
         dtypes = ", ".join(f"{count} {dtype}" for dtype, count in self.dtypes.items())
         lines.append(f"{self.parameters:,} parameters, {self.bytes:,} bytes, {dtypes}")
         if self.positions:
@@ -145,7 +147,7 @@ PLAIN_UNET3D = Format("unet", shapes.unet3d, shapes.infer_unet, {"ModelScope or 
 PLAIN_UNET2D = Format("unet", shapes.unet2d, shapes.infer_unet, {"Stable Diffusion 1.5": UNET2D})
 MOTION_UNET = Format(
     "unet", shapes.unet_motion, shapes.infer_unet_motion,
-    {f"Stable Diffusion 1.5 and {v}": {**UNET2D, **c, "_class_name": "UNetMotionModel"}
+    {f"Stable Diffusion 1.5 and {v}": {**UNET_MOTION, **{n: c[n] for n in UNET_MOTION if n in c and n[0] != "_"}}
      for v, c in animatediff.ADAPTER.known.items() if v != "sdxl"},
 )  # fmt: skip
 PLAIN_VAE = Format("vae", shapes.vae, shapes.infer_vae, ldm.AUTOENCODER.known)

@@ -62,12 +62,14 @@ class Plan:
     """One file of the output.
 
     config: what its config.json says, None where there is none. nest: dictionaries around the tensors in a pickle.
+    exact: tensors that keep their dtype whatever becomes of the others.
     ignored: source names that are not taken, each with the reason; after `from_diffusers` as "component/name".
     """
 
     steps: tuple[Step, ...]
     config: Config | None = None
     nest: tuple[str, ...] = ()
+    exact: frozenset[str] = frozenset()
     ignored: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -140,6 +142,8 @@ def _averaged(kind: Kind, header: Header) -> tuple[list[Part], dict[str, str]]:
 
 
 def _config(part: Part) -> Config | None:
+    if part.format is animatediff.MODULES:
+        return {**part.config, **animatediff.resnet_norms(part.config)}
     return part.config if "_class_name" in part.config or "architectures" in part.config else None
 
 
@@ -188,6 +192,8 @@ ORIGINALS: dict[str, tuple[Format, str, str, tuple[str, ...]]] = {
     "AnimateDiff domain adapter": (animatediff.DOMAIN_ADAPTER, "", "domain_adapter.ckpt", ()),
 }
 MODELSCOPE_VAE = (ldm.AUTOENCODER, "first_stage_model.", "VQGAN_autoencoder.pth", ("state_dict",))
+NESTED = ("Stable Diffusion 1.x", "VAE in a checkpoint (ModelScope's VQGAN_autoencoder.pth)",
+          "VAE of latent diffusion")  # titles: in a dictionary within their pickles
 SINGLE_FILE = {  # component: format, prefix, the class in diffusers or transformers
     "unet": (ldm.UNET, "model.diffusion_model.", "UNet2DConditionModel"),
     "vae": (ldm.AUTOENCODER, "first_stage_model.", "AutoencoderKL"),
@@ -210,7 +216,8 @@ def from_diffusers(
     kinds = {component: detect(header) for component, header in headers.items()}
     for component, kind in kinds.items():
         if kind.layout.layout not in ("diffusers", "peft"):
-            raise ValueError(f"{component or 'it'} is {kind.layout.title} ({kind.layout.layout}), not of diffusers")
+            raise ValueError(f"{component or 'it'} is {kind.layout.title} ({kind.layout.layout}), not of diffusers: "
+                             "convert it to that first")
     plans = {c: to_diffusers(kind, headers[c]) for c, kind in kinds.items()}
     titles = {kind.layout.title for kind in kinds.values()}
     if layout == "single-file" or "UNet2DConditionModel" in titles:
@@ -231,7 +238,7 @@ def from_diffusers(
         else:
             fmt, prefix, file, nest = target
             steps = _write(fmt, prefix, kind.parts[0], plan, component, positions)
-            files[file] = Plan(tuple(steps), None, nest, _ignored(component, plan))
+            files[file] = Plan(tuple(steps), None, nest, ignored=_ignored(component, plan))
     if not files:
         raise ValueError("; ".join(f"{c or 'it'}: {why}" for c, why in omitted.items()))
     return files, omitted
@@ -256,7 +263,7 @@ def _single_file(kinds: Mapping[str, Kind], plans: Mapping[str, dict[str, Plan]]
         fmt, prefix, _ = SINGLE_FILE[name]
         steps += _write(fmt, prefix, kind.parts[0], plan, component, True)
         ignored |= _ignored(component, plan)
-    return Plan(tuple(steps), None, ("state_dict",), ignored)
+    return Plan(tuple(steps), None, ("state_dict",), ignored=ignored)
 
 
 def _write(fmt: Format, prefix: str, part: Part, plan: Plan, component: str, positions: bool) -> list[Step]:
@@ -273,3 +280,16 @@ def _write(fmt: Format, prefix: str, part: Part, plan: Plan, component: str, pos
         sources = tuple(source for step in have for source in step.sources)
         out += [Step(prefix + name, shape, have[0].dtype, sources, op, component=component) for name in entry.original]
     return out
+
+
+def rewritten(kind: Kind, header: Header, nest: tuple[str, ...]) -> Plan:
+    """A file of an original layout as it is, for another dtype or container; nothing is renamed or left out.
+
+    nest: the dictionaries around the tensors in the source. Raises ValueError where the file is not complete.
+    """
+    to_diffusers(kind, header)  # the checks
+    steps = tuple(Step(name, tuple(shape), dtype, (name,)) for name, (shape, dtype) in header.items())
+    if not nest and kind.layout.title in NESTED:
+        nest = ("state_dict",)
+    exact = frozenset(n for n, why in kind.ignored.items() if why in (ldm.SCHEDULE, *ldm.COUNTERS.values()))
+    return Plan(steps, None, nest, exact)

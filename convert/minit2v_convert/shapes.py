@@ -376,6 +376,14 @@ SPARSE: Config = {
     "down_block_types": ["CrossAttnDownBlockMotion"] * 3 + ["DownBlockMotion"], "motion_max_seq_length": 32,
     "motion_num_attention_heads": 8, "use_simplified_condition_embedding": False,
 }  # fmt: skip
+UNET_MOTION: Config = {
+    "_class_name": "UNetMotionModel", "act_fn": "silu", "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 768, "down_block_types": ["CrossAttnDownBlockMotion"] * 3 + ["DownBlockMotion"],
+    "downsample_padding": 1, "in_channels": 4, "layers_per_block": 2, "mid_block_scale_factor": 1,
+    "motion_max_seq_length": 32, "motion_num_attention_heads": 8, "norm_eps": 1e-05, "norm_num_groups": 32,
+    "num_attention_heads": 8, "out_channels": 4, "sample_size": 64,
+    "up_block_types": ["UpBlockMotion"] + ["CrossAttnUpBlockMotion"] * 3, "use_motion_mid_block": True,
+}  # fmt: skip
 CLIP_IMAGE: Config = {
     "architectures": ["CLIPVisionModelWithProjection"], "hidden_act": "gelu", "hidden_size": 1280, "image_size": 224,
     "intermediate_size": 5120, "num_attention_heads": 16, "num_hidden_layers": 32, "patch_size": 14,
@@ -413,7 +421,7 @@ def infer_unet(base: Config, get: Get) -> Config:
         "block_out_channels": widths,
         "layers_per_block": sum(1 for _ in _numbered(get, "down_blocks.0.resnets.{}.", RES_BLOCK)),
         "down_block_types": [f"{'CrossAttn' * a}DownBlock{kind}" for a in attend],
-        "up_block_types": [f"{'CrossAttn' * a}UpBlock{kind.replace('Motion', '2D')}" for a in reversed(attend)],
+        "up_block_types": [f"{'CrossAttn' * a}UpBlock{kind}" for a in reversed(attend)],
     }
     if cross:
         found["cross_attention_dim"] = cross[1]
@@ -441,7 +449,8 @@ def infer_motion(base: Config, get: Get) -> Config:
 
 
 def infer_unet_motion(base: Config, get: Get) -> Config:
-    return {**infer_motion(base, get), **infer_unet(base, get)}
+    found = {**infer_motion(base, get), **infer_unet(base, get)}
+    return {name: value for name, value in found.items() if name != "motion_layers_per_block"}
 
 
 def infer_sparse(base: Config, get: Get) -> Config:
@@ -479,6 +488,36 @@ def infer_clip(base: Config, get: Get) -> Config:
     if shape := get("text_model.embeddings.position_embedding.weight"):
         found["max_position_embeddings"] = shape[0]
     return {**base, **found}
+
+
+# What shapes tell of a config.
+SAID = ("block_out_channels", "layers_per_block", "motion_layers_per_block", "in_channels", "out_channels",
+        "latent_channels", "cross_attention_dim", "use_motion_mid_block", "hidden_size", "intermediate_size",
+        "num_hidden_layers", "vocab_size", "max_position_embeddings")  # fmt: skip
+
+
+def said(config: Config) -> Config:
+    """The fields that shapes tell, too, in one spelling."""
+    found: dict[str, Any] = {name: config[name] for name in SAID if name in config}
+    if "UNet3D" in str(config.get("_class_name")) and "attention_head_dim" in config:
+        found["attention_head_dim"] = config["attention_head_dim"]
+    for name, value in found.items():
+        if isinstance(value, tuple | list) and name.endswith("layers_per_block") and len(set(value)) == 1:
+            found[name] = value[0]
+    for name in ("down_block_types", "up_block_types"):
+        if name in config and "latent_channels" not in found:
+            found[f"attention in {name}"] = [str(kind).startswith("CrossAttn") for kind in config[name]]
+    return found
+
+
+def unfit(config: Config) -> str:
+    """Why no network has this config, "" where one may: what a config read from shapes can be wrong in."""
+    widths = [config["hidden_size"]] if "hidden_size" in config else list(config["block_out_channels"])
+    for name in ("norm_num_groups", "motion_norm_num_groups", "attention_head_dim", "num_attention_heads",
+                 "motion_num_attention_heads"):  # fmt: skip
+        if isinstance(n := config.get(name), int) and any(w % n for w in widths):
+            return f"{name} {n} does not divide {', '.join(map(str, widths))}"
+    return ""
 
 
 LORA = tuple(f"transformer_blocks.0.attn{n}.to_{x}.lora_B.weight" for n in (1, 2) for x in ("q", "k", "v", "out.0"))

@@ -340,10 +340,11 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def retyped(plan: Plan, dtype: torch.dtype | None) -> Plan:
-    """The plan with every weight in `dtype`; whole numbers stay as they are."""
+    """The plan with every weight in `dtype`; whole numbers and what is exact stay as they are."""
     if dtype is None:
         return plan
-    steps = (replace(s, dtype=NAMES[dtype]) if DTYPES[s.dtype].is_floating_point else s for s in plan.steps)
+    steps = (replace(s, dtype=NAMES[dtype]) if DTYPES[s.dtype].is_floating_point and s.name not in plan.exact else s
+             for s in plan.steps)  # fmt: skip
     return replace(plan, steps=tuple(steps))
 
 

@@ -18,6 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from minit2v_convert.folders import is_original
 from minit2v_convert.rename import nearest
 
 from ..compat import compat_fields
@@ -173,11 +174,11 @@ class DiffusionPipeline:
         Called on `DiffusionPipeline`, model_index.json names the class. `torch_dtype` and `dtype` are one argument
         under its old and new name; None is float32, and a dictionary {component: dtype, "default": dtype} gives each
         its own. Components given by name (`vae=...`, `scheduler=...`) are used in place of the folder's, also None.
-        A file in place of the folder is read as by `from_single_file`.
+        A file in place of the folder is read as by `from_single_file`, and so is a folder of ModelScope's files.
         """
-        if subfolder is None and Path(path_or_id).expanduser().is_file():
+        if subfolder is None and is_original(path_or_id):
             if variant is not None:
-                raise ValueError(f"{path_or_id} is a file: it has no variant {variant!r}")
+                raise ValueError(f"{path_or_id} is an original: it has no variant {variant!r}")
             return cls.from_single_file(path_or_id, torch_dtype=torch_dtype, dtype=dtype, compat=compat,
                                         revision=revision, local_files_only=local_files_only, token=token,
                                         cache_dir=cache_dir, force_download=force_download, **overrides)
@@ -211,6 +212,7 @@ class DiffusionPipeline:
     ) -> Self:
         """The pipeline of one file of weights, `.safetensors`, `.ckpt` or `.pth`, in any published layout.
 
+        `path` may be a folder of ModelScope's files, too.
         config: a folder or a hub id for what the file lacks. Without it, scheduler and tokenizer are those of the
         published model (the tokenizer is fetched from the hub where it is not given). `revision` and so on are of
         `config`; the rest as for `from_pretrained`. Nothing is written.

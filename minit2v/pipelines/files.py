@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from minit2v_convert.convert import FAMILIES, components
+from minit2v_convert.convert import FAMILIES, components, schedule_of
 from minit2v_convert.rename import nearest
 
 from .. import hub
@@ -130,7 +130,8 @@ def load_single_file(
 ) -> dict[str, Any]:
     """name -> component, out of the file, from `overrides`, or from the folder or hub id `config`.
 
-    Without `config`, the scheduler is the published model's, and so is the tokenizer, which no file has.
+    Without `config`, the scheduler is the published model's, and so is the tokenizer, which no file has. What shapes do
+    not say of a network in the file (heads, groups), its config.json in `config` says.
     """
     for name in overrides:
         if name not in pipeline.COMPONENTS:
@@ -149,6 +150,10 @@ def load_single_file(
         if name not in found and name not in index and (config or name not in ("scheduler", "tokenizer")):
             raise ValueError(f"{path} has no {name}: give it as {name}=..., or a folder or hub id that has it as "
                              "config=...")  # fmt: skip
+    for name in wanted:
+        if name in found and name in index and index[name][-1] == found[name].cls:
+            own = hub.read_json(str(config), "config.json", subfolder=name, **where)
+            found[name] = found[name].configured(own, f"{config}/{name}/config.json")
     made: dict[str, Any] = dict(overrides)
     for name in wanted:
         fitting = pipeline.COMPONENTS[name]
@@ -160,7 +165,7 @@ def load_single_file(
             extra = dict(dtype=dtypes[name], compat=compat) if issubclass(cls, torch.nn.Module) else {}
             made[name] = cls.from_pretrained(config, subfolder=name, **where, **extra)
         elif name == "scheduler":
-            schedule = FAMILIES[unet].scheduler
+            schedule = schedule_of(path, unet)
             made[name] = _component_class(name, [None, schedule["_class_name"]], (), "").from_config(schedule)
         else:
             cls = _component_class(name, [None, "CLIPTokenizer"], fitting, pipeline.__name__)

@@ -61,25 +61,30 @@ def test_a_folder_to_a_single_file_and_back(image_model, tmp_path, name):
     assert {(n, total) for n, _, total in told} == {("model.safetensors", sum(m for _, m, _ in told))}
     names = open_file(tmp_path / name).header
     assert "model.diffusion_model.input_blocks.0.0.weight" in names and "first_stage_model.quant_conv.bias" in names
-    work = convert(tmp_path / name, out := tmp_path / "again", tokenizer=image_model / "tokenizer")
+    out = tmp_path / "again"
+    work = convert(tmp_path / name, out, tokenizer=image_model / "tokenizer", config=image_model)
     for part in CLASSES:
         same(weights(out / part), weights(image_model / part))
     index = json.loads((out / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionPipeline" and index["scheduler"] == ["diffusers", "PNDMScheduler"]
     assert (out / "tokenizer/vocab.json").read_bytes() == (image_model / "tokenizer/vocab.json").read_bytes()
-    assert sum("is not of the published size" in note for note in work.notes) == 3
+    for part in CLASSES:
+        config = json.loads((image_model / part / "config.json").read_text())
+        assert config.items() <= json.loads((out / part / "config.json").read_text()).items()
+    assert not any("is not of the published size" in note for note in work.notes)
     assert not list(tmp_path.glob(".*"))
 
 
 def test_modelscope_s_files_and_back(video_model, tmp_path):
     work = convert(video_model, tmp_path / "original", to="original")
-    assert sorted(p.name for p in (tmp_path / "original").iterdir()) == ["VQGAN_autoencoder.pth",
-                                                                         "text2video_pytorch_model.pth"]
+    assert sorted(p.name for p in (tmp_path / "original").iterdir()) == [
+        "VQGAN_autoencoder.pth", "configuration.json", "text2video_pytorch_model.pth"]  # fmt: skip
     assert any("keep the original file" in note for note in work.notes)
-    work = convert(tmp_path / "original", tmp_path / "again")
+    assert "configuration.json: cannot say norm_num_groups 8; in the authors' code it is 32" in work.notes
+    work = convert(tmp_path / "original", tmp_path / "again", config=video_model)
     for part in ("unet", "vae"):
         same(weights(tmp_path / "again" / part), weights(video_model / part))
-    assert {"text_encoder", "tokenizer"} == {note.split()[0] for note in work.notes if "is missing" in note}
+    assert {"text_encoder"} == {note.split()[0] for note in work.notes if "is missing" in note}
     unet = tmp_path / "original" / "text2video_pytorch_model.pth"
     convert(unet, tmp_path / "unet", dtype=torch.float16)  # one network needs no subfolder
     half = weights(tmp_path / "unet")
@@ -170,36 +175,35 @@ def test_wrong_calls(single, image_model, tmp_path):
     for says, args in (
         ("no layout 'original-file'", (single, tmp_path / "x", "original-file")),
         ("need a folder", (single, tmp_path / "x.safetensors")),
-        ("is Stable Diffusion 1.x .single-file., not of diffusers", (single, tmp_path / "x", "original")),
         ("has no weights; the files there: merges.txt", (image_model / "tokenizer", tmp_path / "x")),
         ("not torch.int8", (single, tmp_path / "x", "diffusers", torch.int8)),
     ):
         with pytest.raises(ValueError, match=says):
-            convert(*args)
+            convert(*args, config=image_model if args[0] == single else None)
     with pytest.raises(FileExistsError, match="is there already"):
         convert(image_model, single, "single-file")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_number_that_does_not_fit_leaves_nothing_behind(single, tmp_path):
+def test_a_number_that_does_not_fit_leaves_nothing_behind(single, image_model, tmp_path):
     state = load_file(single)
     state["first_stage_model.quant_conv.bias"][0] = 1e9
     save_file(state, tmp_path / "big.safetensors")
     with pytest.raises(ValueError, match="'first_stage_model.quant_conv.bias' does not fit torch.float16"):
-        convert(tmp_path / "big.safetensors", tmp_path / "out", dtype=torch.float16)
+        convert(tmp_path / "big.safetensors", tmp_path / "out", dtype=torch.float16, config=image_model)
     assert [p.name for p in tmp_path.iterdir()] == ["big.safetensors"]
 
 
-def test_too_little_room(single, tmp_path, monkeypatch):
+def test_too_little_room(single, image_model, tmp_path, monkeypatch):
     monkeypatch.setattr(module.shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(20, 10, 10))
     with pytest.raises(OSError, match="bytes, and there are 10"):
-        convert(single, tmp_path / "out")
+        convert(single, tmp_path / "out", config=image_model)
 
 
 @pytest.mark.parametrize("name", ["out", "out.safetensors"])
 def test_interrupted_means_nothing_left_behind(single, image_model, tmp_path, name):
     """A real signal, in the middle of a file."""
-    src, to = (single, "diffusers") if name == "out" else (image_model, "single-file")
+    src, to, config = (single, "diffusers", image_model) if name == "out" else (image_model, "single-file", None)
     code = f"""
 import time
 from minit2v_convert import convert as c, stream
@@ -207,7 +211,7 @@ made = stream.made
 def slow(*a):
     print("writing", flush=True); time.sleep(0.2); return made(*a)
 stream.made = slow
-c.convert({str(src)!r}, {str(tmp_path / name)!r}, {to!r})
+c.convert({str(src)!r}, {str(tmp_path / name)!r}, {to!r}, config={config and str(config)!r})
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         for _ in range(3):

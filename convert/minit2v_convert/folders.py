@@ -1,0 +1,144 @@
+"""Which files of a folder are weights, and what stands beside them: of diffusers', of ModelScope's, of any others.
+
+    opened = open_path("zeroscope")            # {component: (weights by their header, config.json)}, and notes
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import configuration
+from .configuration import Configuration
+from .shapes import Config
+from .stream import PICKLES, Source, open_file, parse_json
+
+WEIGHTS = (".safetensors", *PICKLES)
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "pytorch_lora_weights")
+# The variant stands before the number of a shard, in files of before 2025 behind it.
+NAME = re.compile(rf"({'|'.join(STEMS)})(?:\.(?P<v>[\w-]+?))?(?:-(?P<n>\d{{5}})-of-(?P<count>\d{{5}}))?"
+                  r"(?:\.(?P<v_behind>[\w-]+?))?(?P<ending>\.safetensors|\.bin)")  # fmt: skip
+NO_NETWORKS = {
+    "safety_checker": "a classifier of single images",
+    "feature_extractor": "prepares images for the safety checker",
+    "image_encoder": "turns image prompts into vectors: nothing here can use it yet",
+}
+INDEX, CONFIG = "model_index.json", "config.json"
+
+
+@dataclass
+class Opened:
+    """weights: by component in a folder of diffusers, else by file: the open file, and its config.json.
+
+    configuration: what ModelScope's configuration.json says, where there is one.
+    """
+
+    weights: dict[str, tuple[Source, Config | None]]
+    notes: list[str] = field(default_factory=list)
+    configuration: Configuration | None = None
+
+
+def open_path(src: Path, variant: str | None = None) -> Opened:
+    """A file, or a folder in any layout; nothing is read but headers. ValueError where it has no weights."""
+    if not src.is_dir():
+        if variant is not None:
+            raise ValueError(f"{src} is a file: it has no variant {variant!r}")
+        return Opened({"": (open_file(src), None)})
+    if (src / CONFIG).is_file():
+        source, notes = _weights(src, variant)
+        return Opened({"": (source, parse_json(src / CONFIG))}, notes)
+    if (src / INDEX).is_file():
+        opened = Opened({})
+        for part in sorted(p for p in src.iterdir() if (p / CONFIG).is_file()):
+            if part.name in NO_NETWORKS:
+                opened.notes.append(f"{part.name} is left out: {NO_NETWORKS[part.name]}")
+                continue
+            source, notes = _weights(part, variant)
+            opened.weights[part.name] = source, parse_json(part / CONFIG)
+            opened.notes += notes
+        return opened
+    if variant is not None:
+        raise ValueError(f"{src} is no folder of diffusers: it has no variant {variant!r}")
+    return _originals(src)
+
+
+def is_original(path: str | Path) -> bool:
+    """Whether it is a file, or a folder with ModelScope's files, and no folder of diffusers."""
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        return path.is_file()
+    marks = (configuration.NAME, configuration.FILES["ckpt_unet"][1])
+    return not any((path / n).exists() for n in (INDEX, CONFIG)) and any((path / n).is_file() for n in marks)
+
+
+def read_configuration(folder: Path) -> Configuration | None:
+    """What configuration.json says, None where there is none. ValueError names the file."""
+    path = folder / configuration.NAME
+    if not path.is_file():
+        return None
+    try:
+        return configuration.read(parse_json(path))
+    except ValueError as error:
+        raise ValueError(f"{error}" if str(path) in str(error) else f"{path}: {error}") from None
+
+
+def _originals(src: Path) -> Opened:
+    """Files side by side. Where a configuration.json names them, those and no others."""
+    said = read_configuration(src)
+    there = sorted(p.name for p in src.iterdir() if p.suffix in WEIGHTS)
+    names = [n for n in there if said is None or n in said.files.values()]
+    if not names:
+        wanted = f"none of {', '.join(said.files.values())}" if said else "no weights"
+        raise ValueError(f"{src} has {wanted}; the files there: {', '.join(sorted(os.listdir(src))) or 'none'}")
+    notes = [f"{n} is left out: {configuration.NAME} does not name it" for n in there if n not in names]
+    return Opened({n: (open_file(src / n), None) for n in names}, notes, said)
+
+
+def variants(names: Iterable[str], stems: Sequence[str] = STEMS) -> dict[str, list[str]]:
+    """{variant, "" for none: the names of its files}."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(names):
+        if (m := NAME.fullmatch(name)) and m[1] in stems:
+            found.setdefault(m["v"] or m["v_behind"] or "", []).append(name)
+    return found
+
+
+def _weights(folder: Path, variant: str | None) -> tuple[Source, list[str]]:
+    """The weights of one component, and notes: `.safetensors` before `.bin`, one file before shards.
+
+    Without `variant` those that have none, or the only variant that there is.
+    """
+    found = variants(os.listdir(folder))
+    notes = []
+    if variant is None and found and "" not in found:
+        if len(found) > 1:
+            raise ValueError(f"{folder} has the variants {' and '.join(found)} of its weights: give one as variant")
+        variant = next(iter(found))
+        notes.append(f"{folder.name}: of its weights there is only the variant {variant}, which is taken")
+    if not (names := found.get(variant or "", [])):
+        there = [n for n in sorted(os.listdir(folder)) if n.endswith(WEIGHTS)]
+        wanted = f"weights of the variant {variant!r}" if variant else f"{STEMS[0]}.safetensors or the like"
+        raise ValueError(f"{folder} has no {wanted}; the weights there: {', '.join(there) or 'none'}")
+    parts: Mapping[str, re.Match[str]] = {n: m for n in names if (m := NAME.fullmatch(n))}
+    for ending in (".safetensors", ".bin"):
+        mine = {n: m for n, m in parts.items() if m["ending"] == ending}
+        if whole := [n for n, m in mine.items() if not m["n"]]:
+            return open_file(folder / whole[0]), notes
+        if mine:
+            count = int(next(iter(mine.values()))["count"])
+            if len(mine) != count:
+                raise ValueError(f"{folder} has {len(mine)} of the {count} shards of its weights")
+            return _joined(folder, [open_file(folder / n) for n in mine]), notes
+    raise AssertionError("a name has one of two endings")
+
+
+def _joined(folder: Path, shards: list[Source]) -> Source:
+    where: dict[str, Source] = {}
+    for shard in shards:
+        for name in shard.header:
+            if name in where:
+                raise ValueError(f"{shard.path} repeats {name!r}, which another shard has")
+            where[name] = shard
+    header = {name: source.header[name] for name, source in where.items()}
+    return Source(folder, header, lambda name: where[name].read(name))
