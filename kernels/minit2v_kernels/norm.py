@@ -361,8 +361,9 @@ def kernels() -> SimpleNamespace:
     return SimpleNamespace(moments=group_norm_moments, coefficients=group_norm_coefficients, apply=group_norm_apply)
 
 
-BLOCK_T = 32  # positions per tile of all kernels
-PROGRAMS = 1056  # of `moments`: 8 for each of the 132 multiprocessors of the largest GPUs at hand
+PROCESSORS, RESIDENT = 132, 6  # of an H200, and how many programs of `moments` one of them holds: 5 to 9
+SATURATING = 4  # as many of them keep its memory busy: 8 KB each on the way
+APPLY_T = 64  # positions per tile of `apply`: 8 KB of 16 bits for 9 programs of 56 registers
 
 
 def power_of_2(size: int) -> int:
@@ -375,11 +376,26 @@ def channel_tile(channels: int) -> int:
     return min(64, power_of_2(channels))
 
 
-def split(segments: int, positions: int, channels: int) -> tuple[int, int]:
-    """(splits, positions per split): enough programs to fill a GPU, of whole tiles."""
+def moments_tile(dtype: torch.dtype, residual: bool) -> tuple[int, int]:
+    """(UNROLL, BLOCK_T) of `moments`: four 16-byte loads per thread, of 128, are on their way at once."""
+    return (2 if dtype == torch.float32 or residual else 4), 16
+
+
+@cache
+def split(segments: int, positions: int, channels: int, tile: int) -> tuple[int, int]:
+    """(splits, positions per split, a multiple of `tile`), such that the programs end together.
+
+    A model, not a measurement: processors take programs RESIDENT at a time, and a remainder of fewer than SATURATING
+    takes them as long as so many.
+    """
     programs = segments * -(-channels // channel_tile(channels))
-    splits = min(-(-PROGRAMS // programs), -(-positions // BLOCK_T))
-    rows = -(-positions // (splits * BLOCK_T)) * BLOCK_T
+
+    def time(rows: int) -> int:
+        rounds, rest = divmod(-(-programs * -(-positions // rows) // PROCESSORS), RESIDENT)
+        return rows * (rounds * RESIDENT + (max(rest, SATURATING) if rest else 0))
+
+    most = max(1, 3 * RESIDENT * PROCESSORS // programs)
+    rows = min((-(-positions // (splits * tile)) * tile for splits in range(1, most + 1)), key=time)
     return -(-positions // rows), rows
 
 
@@ -392,6 +408,11 @@ def merge_tile(channels_per_group: int, parts: int) -> tuple[int, int]:
     """(BLOCK_P, BLOCK_C) of `coefficients`: at most 2048 elements unless one part's channels are more."""
     block_c = power_of_2(channels_per_group)
     return min(power_of_2(parts), max(1, 2048 // block_c)), block_c
+
+
+def merge_warps(block_p: int, block_c: int) -> int:
+    """8 elements per thread, as far as 8 warps go: this kernel is a chain of short waits."""
+    return min(8, power_of_2(-(-block_p * block_c // 256)))
 
 
 def run(
@@ -427,7 +448,8 @@ def run(
         return total, y
     span = segment_frames(n, frames, None if emb is None else len(emb)) if last else 1
     segments, t = n // span, x[0, 0].numel() * span
-    splits, rows = split(segments, t, c)
+    unroll, block_t = moments_tile(x.dtype, residual is not None)
+    splits, rows = split(segments, t, c, unroll * block_t)
     moments = torch.empty((segments, splits, 3, c), dtype=torch.float32, device=x.device)
     table = torch.empty((segments, 3, c), dtype=torch.float32, device=x.device)
     skip = x if skip is None else laid_out(skip)  # x stands for what is absent
@@ -438,17 +460,18 @@ def run(
     launch(
         kernels().moments, (segments * splits * tiles,), x, skip,
         laid_out(residual) if has_residual else x, total if has_residual else x, moments, t, c, c1, splits, rows,
-        HAS_SKIP=has_skip, HAS_RESIDUAL=has_residual, CHANNELS_LAST=last, UNROLL=4, BLOCK_T=16, BLOCK_C=block_c,
+        HAS_SKIP=has_skip, HAS_RESIDUAL=has_residual, CHANNELS_LAST=last, UNROLL=unroll, BLOCK_T=block_t, BLOCK_C=block_c,
     )  # fmt: skip
     block_p, group_c = merge_tile(c // groups, splits * frames // span)
     launch(
         kernels().coefficients, (n // frames * groups,), moments, emb.contiguous() if has_emb else x,
         weight.contiguous(), bias.contiguous(), table, t, c, c1, groups, frames // span, splits, rows,
         segments // len(emb) if has_emb else 1, eps, HAS_EMB=has_emb, BLOCK_P=block_p, BLOCK_C=group_c,
+        num_warps=merge_warps(block_p, group_c),
     )  # fmt: skip
     launch(
-        kernels().apply, (segments * -(-t // BLOCK_T) * tiles,), total if has_residual else x, skip, table, y,
-        t, c, c1, SILU=silu, HAS_SKIP=has_skip, CHANNELS_LAST=last, BLOCK_T=BLOCK_T, BLOCK_C=block_c,
+        kernels().apply, (segments * -(-t // APPLY_T) * tiles,), total if has_residual else x, skip, table, y,
+        t, c, c1, SILU=silu, HAS_SKIP=has_skip, CHANNELS_LAST=last, BLOCK_T=APPLY_T, BLOCK_C=block_c,
     )  # fmt: skip
     return total, y
 
