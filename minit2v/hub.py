@@ -376,7 +376,7 @@ class Network(nn.Module):
             with torch.device("meta"), Weightless():
                 model = cls.from_config(config, compat=compat, **overrides)
         except ValueError as error:
-            hint = f"; {UNSAID}, or the fields themselves" if part.guessed else ""
+            hint = f"; {UNSAID}, or the fields" if part.guessed else ""
             raise ValueError(f"{label}: {error}{hint}") from None
         fill_from(model, label, part.tensors, dtype)
         return model.eval()

@@ -28,7 +28,7 @@ from .stream import Source, json_text, made, parse_json, replacing, retyped, siz
 
 LAYOUTS = ("diffusers", "original", "single-file")
 Progress = Callable[[str, int, int], Any]
-UNSAID = "shapes do not tell heads and groups, and the published ones do not fit: give config="
+UNSAID = "shapes do not tell heads and groups, and the published ones do not fit: give a config (config=, --config)"
 VERSION = "0.30.0"  # of diffusers, whose layout it is, as its own files say
 SCHEDULE = {
     "_diffusers_version": VERSION, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -82,8 +82,8 @@ class Component:
         if _class_of(config) not in ("", self.cls):
             raise ValueError(f"{where} is that of a {_class_of(config)}, and the weights are those of a {self.cls}")
         said, found = shapes.said(config), shapes.said(self.config)
-        for name in said.keys() & found.keys():
-            if said[name] != found[name]:
+        for name in said:
+            if name in found and said[name] != found[name]:
                 raise ValueError(f"{where} says {name} {said[name]}, and the weights in {self.source.path} have "
                                  f"{found[name]}")  # fmt: skip
         rows = {n: self.config[n] for n in ("motion_max_seq_length",) if n in self.config}  # published ones are wrong
@@ -144,6 +144,8 @@ def convert(
     only = {"ema": ema, "tokenizer": tokenizer, "config": config}
     if to != "diffusers" and (what := [name for name, given in only.items() if given]):
         raise ValueError(f"{what[0]}: only a folder in the layout of diffusers has any use for it, not {to}")
+    if not dry_run:
+        _check_free(dst)
     opened = open_path(src, variant)
     work = _to_diffusers(src, opened, ema, tokenizer, config) if to == "diffusers" else _to_original(src, opened, to)
     work.plans = {name: retyped(plan, dtype) for name, plan in work.plans.items()}
@@ -228,7 +230,7 @@ def _to_diffusers(
         work.sources[f"{below}{stem}.safetensors"] = {"": part.source}
         if part.config is not None:
             if why := shapes.unfit(part.config):
-                raise ValueError(f"{part.source.path}: {why}; {UNSAID}, a folder or a config.json")
+                raise ValueError(f"{part.source.path}: {why}; {UNSAID}")
             own = part.config if "_diffusers_version" in part.config or "_class_name" not in part.config else {
                 **part.config, "_diffusers_version": VERSION}  # fmt: skip
             work.texts[f"{below}{CONFIG}"] = json_text(own)
@@ -334,9 +336,13 @@ def _to_original(src: Path, opened: Opened, layout: str) -> Conversion:
 # ----------------------------------------------------------------------------------------------------------------- out
 
 
-def _write(work: Conversion, dst: Path, progress: Progress | None) -> None:
+def _check_free(dst: Path) -> None:
     if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
         raise FileExistsError(f"{dst} is there already: nothing is replaced")
+
+
+def _write(work: Conversion, dst: Path, progress: Progress | None) -> None:
+    _check_free(dst)  # still
     parent = dst.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     size, free = sum(map(size_of, work.plans.values())), shutil.disk_usage(parent).free

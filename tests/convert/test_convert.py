@@ -93,6 +93,177 @@ def test_modelscope_s_files_and_back(video_model, tmp_path):
     assert config["_class_name"] == "UNet3DConditionModel" and config["block_out_channels"] == [32, 64]
 
 
+# ------------------------------------------------------------------------------------------------- in the same layout
+
+
+@pytest.mark.parametrize("to", ["original", "single-file"])
+def test_a_single_file_in_another_dtype_and_container(single, tmp_path, to):
+    """And back: nothing is renamed."""
+    convert(single, tmp_path / "half.ckpt", to, torch.float16)
+    whole, half = open_file(single), open_file(tmp_path / "half.ckpt")
+    assert half.nest == ("state_dict",) and list(half.header) == list(whole.header)
+    same(half.tensors, {n: x.half() if x.is_floating_point() else x for n, x in whole.tensors.items()})
+    convert(tmp_path / "half.ckpt", tmp_path / "again.safetensors", to)
+    same(open_file(tmp_path / "again.safetensors").tensors, half.tensors)
+
+
+def test_what_is_not_converted_stays_too(single, tmp_path):
+    """The noise schedule in its own precision, the moving average like the weights; a trainer's counters are told."""
+    tensors = open_file(single).tensors
+    name = "model.diffusion_model.out.2.bias"
+    tensors |= {"betas": torch.linspace(0, 1e-9, 3, dtype=torch.float64), "model_ema.decay": torch.tensor(0.9999),
+                "model_ema.num_updates": torch.tensor(7, dtype=torch.int32),
+                "model_ema." + name.removeprefix("model.").replace(".", ""): tensors[name] + 1}  # fmt: skip
+    torch.save({"state_dict": tensors, "epoch": 3}, tmp_path / "model.ckpt")
+    work = convert(tmp_path / "model.ckpt", tmp_path / "out", "original", torch.float16)
+    assert work.notes == ["model.ckpt: 'epoch' left out, how far the training was"]
+    state = open_file(tmp_path / "out" / "model.ckpt").tensors
+    exact = {"betas", "model_ema.decay", "model_ema.num_updates"}
+    same(state, {n: x.half() if x.is_floating_point() and n not in exact else x for n, x in tensors.items()})
+
+
+def test_modelscope_s_folder_in_another_dtype(video_model, tmp_path):
+    convert(video_model, tmp_path / "o", "original")
+    convert(tmp_path / "o", tmp_path / "half", "original", torch.bfloat16)
+    assert sorted(p.name for p in (tmp_path / "half").iterdir()) == sorted(p.name for p in (tmp_path / "o").iterdir())
+    for name in ("text2video_pytorch_model.pth", "VQGAN_autoencoder.pth"):
+        have, want = (open_file(tmp_path / f / name) for f in ("half", "o"))
+        assert have.nest == want.nest
+        same(have.tensors, {n: x.bfloat16() for n, x in want.tensors.items()})
+    here, there = (tmp_path / f / "configuration.json" for f in ("half", "o"))
+    assert here.read_bytes() == there.read_bytes()
+
+
+def test_what_has_no_original_says_so(single, video_model, tmp_path):
+    convert(video_model, tmp_path / "o", "original")
+    with pytest.raises(ValueError, match="ModelScope's UNetSD is no single file: original is its layout"):
+        convert(tmp_path / "o" / "text2video_pytorch_model.pth", tmp_path / "x.safetensors", "single-file")
+    generator = torch.Generator().manual_seed(0)
+    motion = {n: torch.randn(s, generator=generator) for n, s in shapes.motion_adapter(SMALL_MOTION).items()}
+    save_file(motion, tmp_path / "adapter.safetensors")
+    convert(tmp_path / "adapter.safetensors", tmp_path / "mm.ckpt", "original")
+    image = {n: torch.randn(s, generator=generator) for n, s in shapes.unet2d(SMALL_IMAGE).items()}
+    torch.save({"state_dict": {**open_file(tmp_path / "mm.ckpt").tensors, **image}}, tmp_path / "trainer.ckpt")
+    with pytest.raises(ValueError, match=r"AnimateDiff trainer's whole UNet \(trainer\), not of diffusers: convert it"):
+        convert(tmp_path / "trainer.ckpt", tmp_path / "x", "original")
+    for what in ("ema", "tokenizer", "config"):
+        with pytest.raises(ValueError, match=f"{what}: only a folder in the layout of diffusers has any use for it"):
+            convert(single, tmp_path / "x", "original", **{what: True})
+    broken = open_file(single).tensors
+    del broken["model.diffusion_model.out.2.bias"]
+    save_file(broken, tmp_path / "broken.safetensors")
+    with pytest.raises(ValueError, match="broken.safetensors.* 1 missing: 'model.diffusion_model.out.2.bias'"):
+        convert(tmp_path / "broken.safetensors", tmp_path / "x", "original")
+
+
+# ------------------------------------------------------------------------------------------------- files of a variant
+
+
+def test_weights_of_which_there_is_only_a_variant(tmp_path, make_official_folder):
+    folder = make_official_folder(tmp_path / "folder", variant="fp16", small=True)
+    work = convert(folder, tmp_path / "out")
+    assert "unet: of its weights there is only the variant fp16, which is taken" in work.notes
+    for part in ("unet", "vae", "text_encoder"):
+        same(weights(tmp_path / "out" / part), weights(folder / part))
+    with pytest.raises(ValueError, match="has no weights of the variant 'fp8'; the weights there: .*fp16.safet"):
+        convert(folder, tmp_path / "x", variant="fp8")
+    with pytest.raises(ValueError, match="is a file: it has no variant 'fp16'"):
+        convert(folder / "unet/diffusion_pytorch_model.fp16.safetensors", tmp_path / "x", variant="fp16")
+
+
+def test_one_of_several_variants(video_model, tmp_path):
+    """Without a word those that have no variant; a whole file before shards, .safetensors before .bin."""
+    folder = tmp_path / "unet"
+    folder.mkdir()
+    shutil.copy(video_model / "unet/config.json", folder)
+    state = weights(video_model / "unet")
+    for n, suffix in enumerate((".fp16.safetensors", ".non_ema.safetensors")):
+        save_file({name: x * 2 ** (n + 1) for name, x in state.items()}, folder / f"diffusion_pytorch_model{suffix}")
+    with pytest.raises(ValueError, match="unet has the variants fp16 and non_ema of its weights: give one as variant"):
+        convert(folder, tmp_path / "x")
+    convert(folder, tmp_path / "b", variant="non_ema")
+    same(weights(tmp_path / "b"), {n: x * 4 for n, x in state.items()})
+    names = list(state)
+    for n, part in enumerate((names[:5], names[5:])):
+        save_file({name: state[name] for name in part},
+                  folder / f"diffusion_pytorch_model-0000{n + 1}-of-00002.safetensors")  # fmt: skip
+    torch.save({}, folder / "diffusion_pytorch_model.bin")
+    convert(folder, tmp_path / "a")
+    same(weights(tmp_path / "a"), state)
+    (folder / "diffusion_pytorch_model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(ValueError, match="unet has 1 of the 2 shards of its weights"):
+        convert(folder, tmp_path / "x")
+
+
+def test_a_variant_is_inspected(tmp_path, make_official_folder, capsys):
+    from minit2v import cli
+
+    folder = make_official_folder(tmp_path / "folder", variant="fp16", small=True)
+    for given in ([], ["--variant=fp16"]):
+        assert cli.main(["inspect", str(folder), *given]) == 0
+        out = capsys.readouterr().out
+        assert ("diffusion_pytorch_model.fp16.safetensors" in out and "all " in out and "match" in out)
+        assert ("(to be loaded with variant fp16)" in out) == (not given)
+    assert cli.main(["convert", str(folder / "unet"), str(tmp_path / "x"), "--variant=fp16", "--dry-run"]) == 0
+
+
+# ------------------------------------------------------------------------------------------- what shapes do not say
+
+
+def test_networks_of_another_size(image_model, single, tmp_path, capsys):
+    """Heads and groups are no shapes: a line that says so, and three ways to give them."""
+    from minit2v import cli
+
+    vae, says = AutoencoderKL, "norm_num_groups.*shapes do not tell heads and groups.*give a config"
+    with pytest.raises(ValueError, match=says) as error:
+        vae.from_single_file(single)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=says):
+        convert(single, tmp_path / "x")
+    want = vae.from_pretrained(image_model / "vae")
+    content = json.loads((image_model / "vae/config.json").read_text())
+    for given in (dict(config=image_model), dict(config=image_model / "vae"), dict(norm_num_groups=4),
+                  dict(config=image_model / "vae/config.json"), dict(config=content)):  # fmt: skip
+        have = vae.from_single_file(single, **given)
+        assert have.config.norm_num_groups == 4
+        same(have.state_dict(), want.state_dict())
+    assert vae.from_single_file(single, config=content).config == want.config
+    for config, says in (
+        ({**content, "latent_channels": 3}, r"config says latent_channels 3, and the weights in .*single.* have 4"),
+        ({**content, "_class_name": "VQModel"}, "config is that of a VQModel, and the weights are those of a Auto"),
+        ({**content, "norm_groups": 3}, "has no field 'norm_groups'"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            vae.from_single_file(single, config=config)
+    with pytest.raises(FileNotFoundError, match="tokenizer has no config.json for the vae"):
+        vae.from_single_file(single, config=image_model / "tokenizer")
+    assert cli.main(["inspect", str(single)]) == 0
+    assert "vae: shapes do not tell heads and groups, so a config.json has to" in capsys.readouterr().out
+
+
+def test_a_pipeline_of_another_size(image_model, single, tmp_path):
+    """The folder that has the config.jsons; and what was converted with it loads."""
+    from minit2v import AnimateDiffPipeline
+
+    adapter = MotionAdapter(**{**{k: v for k, v in SMALL_MOTION.items() if not k.startswith("_")},
+                               "motion_norm_num_groups": 8})  # fmt: skip
+    pipe = AnimateDiffPipeline.from_single_file(single, config=image_model, motion_adapter=adapter)
+    assert (pipe.vae.config.norm_num_groups, pipe.unet.config.norm_num_groups) == (4, 8)
+    convert(single, tmp_path / "out", config=image_model)
+    for part in CLASSES:
+        CLASSES[part].from_pretrained(tmp_path / "out" / part)
+
+
+def test_a_folder_that_says_something_else_than_its_weights(image_model, tmp_path):
+    shutil.copytree(image_model, tmp_path / "f")
+    path = tmp_path / "f" / "vae" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "block_out_channels": [8, 32]}))
+    with pytest.raises(ValueError, match=r"vae.config.json says block_out_channels \[8, 32\], and the weights in"):
+        convert(tmp_path / "f", tmp_path / "x", dtype=torch.float16)
+    with pytest.raises(ValueError, match="config: .* has a config.json of its own"):
+        convert(image_model, tmp_path / "x", config=image_model)
+
+
 def test_a_pipeline_in_another_dtype(video_model, tmp_path):
     convert(video_model, tmp_path / "half", dtype=torch.float16)
     for part in ("unet", "vae", "text_encoder"):
@@ -106,6 +277,9 @@ def test_a_pipeline_in_another_dtype(video_model, tmp_path):
 
 SMALL_MOTION = {**shapes.MOTION, "block_out_channels": [32, 64], "motion_layers_per_block": 1,
                 "motion_max_seq_length": 24, "use_motion_mid_block": False}  # fmt: skip
+SMALL_IMAGE = {**shapes.UNET2D, "block_out_channels": [32, 64], "layers_per_block": 1, "cross_attention_dim": 24,
+               "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+               "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}  # fmt: skip
 
 
 def test_a_motion_module_there_and_back_and_loaded(tmp_path):
