@@ -69,7 +69,7 @@ class ResBlock(nn.Module):
         skip = skip if skip is None else conv_layout(skip, self.conv1.in_channels)
         h = F.conv2d(self.norm1(x, f, silu=True, skip=skip), self.conv1.weight, padding=1)
         h = self.conv2(self.norm2(h, f, silu=True, emb=emb))
-        return h + (x if self.skip is None else self.skip(x, skip))
+        return h.add_(x if self.skip is None else self.skip(x, skip))  # in place: fresh memory costs, too
 
 
 class Shortcut(nn.Conv2d):
@@ -80,7 +80,7 @@ class Shortcut(nn.Conv2d):
         if skip is None:
             return super().forward(x)
         of_x, of_skip = self.weight.split((x.shape[1], skip.shape[1]), dim=1)
-        return F.conv2d(x, of_x, self.bias) + F.conv2d(skip, of_skip)
+        return F.conv2d(x, of_x, self.bias).add_(F.conv2d(skip, of_skip))
 
 
 class TemporalConv(nn.Module):
@@ -119,7 +119,7 @@ class SpatialTransformer(nn.Module):
         """x ((b f) c h w), context (b l d) or its keys and values -> ((b f) c h w)."""
         x = x.contiguous(memory_format=torch.channels_last)
         h = self.proj_in(to_tokens(self.norm(x)))
-        return x + to_image(self.proj_out(self.block(h, context)), x.shape[2])
+        return to_image(self.proj_out(self.block(h, context)), x.shape[2]).add_(x)
 
 
 class TemporalTransformer(nn.Module):
@@ -137,7 +137,7 @@ class TemporalTransformer(nn.Module):
         x = x.contiguous(memory_format=torch.channels_last)
         h = to_tokens(self.norm(x, f)).unflatten(0, (-1, f))  # b f (h w) c
         h = self.proj_out(self.block(self.proj_in(h)))
-        return x + to_image(h.flatten(0, 1), x.shape[2])
+        return to_image(h.flatten(0, 1), x.shape[2]).add_(x)
 
 
 class MotionModule(nn.Module):
@@ -164,7 +164,7 @@ class MotionModule(nn.Module):
         h = self.proj_in(h)  # b f (h w) c
         for block in self.blocks:
             h = block(h)
-        return x + to_image(self.proj_out(h).flatten(0, 1), x.shape[2])
+        return to_image(self.proj_out(h).flatten(0, 1), x.shape[2]).add_(x)
 
 
 class Upsample(nn.Conv2d):

@@ -168,7 +168,7 @@ class TransformerBlock(nn.Module):
         y = self.norm1(x, positions)
         x, y = self.norm2.add(self.attn1(y), x, positions)
         x, y = self.norm3.add(self.ask(y, context), x)
-        return x + self.ff(y.reshape(-1, *y.shape[-2:])).view_as(x)
+        return self.ff(y.reshape(-1, *y.shape[-2:])).view_as(x).add_(x)  # in place: fresh memory costs, too
 
     def ask(self, y: Tensor, context: Context | None) -> Tensor:
         """The second attention, of y (n l ... d).

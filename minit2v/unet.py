@@ -6,12 +6,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from minit2v_kernels import linear
 
 from .blocks import Upsample, conv_layout
 from .hub import Network
@@ -110,6 +112,8 @@ class UNet(Network):
         self.chunking: tuple[int, int] | None = None  # of the feed-forwards
         self.gradient_checkpointing = False
         self.free_u: FreeU | None = None
+        self.fast: Any = None  # what fast.py has made of this network, which then predicts in its own way
+        self.time: tuple[Tensor, ...] | None = None  # all blocks' weights and biases for the timestep, laid together
 
     def make_block(self, c_in: int, c_out: int, attention: bool) -> nn.Module:
         raise NotImplementedError
@@ -127,7 +131,7 @@ class UNet(Network):
         """x (b c f h w), t a number or (b,), context (b l d), or (b f l d) with a text for each frame, or the
         `keys_values` of either -> the prediction, noise or v (b c f h w)."""
         t, context = self.check(x, t, context)
-        return self.predict(x, t, context)
+        return (self if self.fast is None else self.fast).predict(x, t, context)
 
     def predict(self, x: Tensor, t: Tensor, context: "Tensor | KeysValues") -> Tensor:
         """`forward` for checked tensors: x (b c f h w), t (1,) or (b,), context (b l d) or ((b f) l d)."""
@@ -159,7 +163,10 @@ class UNet(Network):
     def project(self, emb: Tensor) -> Sequence[Tensor]:
         """emb (m d) of the timestep -> what each block adds for it, (m c_out), in the order of `blocks`."""
         emb = nn.functional.silu(self.time_mlp(emb))  # every block starts from the same SiLU of it
-        return [block.res.project(emb) for block in self.blocks()]
+        if self.time is None or torch.is_grad_enabled():
+            return [block.res.project(emb) for block in self.blocks()]
+        weight, bias, of_convs = self.time
+        return linear(emb, weight, bias + of_convs).split([block.res.conv1.out_channels for block in self.blocks()], 1)
 
     def keys_values(self, context: Tensor) -> "KeysValues":
         """context (b l d) or (b f l d) -> what all blocks make of it, whatever the timestep: to be computed once."""
@@ -236,3 +243,13 @@ class UNet(Network):
 
     def disable_freeu(self) -> None:
         self.free_u = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """What `.to()` and its like come to: weights are elsewhere afterwards."""
+        super()._apply(fn, recurse)
+        if self.fast is not None:
+            self.fast.renew()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "fast": None, "time": None}  # a copy's weights lie apart

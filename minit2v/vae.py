@@ -247,6 +247,7 @@ class AutoencoderKL(Network):
         self.quant_conv = nn.Conv2d(2 * cfg.latent_channels, 2 * cfg.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(cfg.latent_channels, cfg.latent_channels, 1)
         self.slicing = False
+        self.fast: Any = None  # what fast.py has done
         self.tiling: tuple[int, int] | None = None  # size of a tile and distance from tile to tile, in latents
 
     def encode(self, x: Tensor, chunk_size: int | None = None) -> DiagonalGaussian:

@@ -110,7 +110,7 @@ def draw_unet(path: Path, model: facts.Model) -> Path:
             page.text(x + (n + 0.5) * stripe, y + tall / 2, letter, 13, ha="center", color=ink, weight="bold")
         right = x + len(parts) * stripe
         page.box(x, y, right - x, tall, "none", INK, width=1.2, z=3)
-        channels = calls[name].x[1], calls[name].y[1]
+        channels = calls[name].channels
         label = str(channels[1]) if channels[0] == channels[1] else f"{channels[0]} → {channels[1]}"
         page.text((x + right) / 2, y + tall + 15, label, 12, ha="center", color=SOFT)
         return right
@@ -478,7 +478,7 @@ def draw_motion(path: Path, model: facts.Model) -> Path:
             page.box(right, y - out * free, stripe, tall + 2 * out * free, colour, INK, width=1.1, z=3 if free else 2)
             page.text(right + stripe / 2, y + tall / 2, letter, 13, ha="center", color=ink, weight="bold", zorder=4)
             right += stripe
-        channels = calls[name].x[1], calls[name].y[1]
+        channels = calls[name].channels
         label = str(channels[1]) if channels[0] == channels[1] else f"{channels[0]} → {channels[1]}"
         page.text((x + right) / 2, y + tall + out + 13, label, 11.5, ha="center", color=SOFT)
         return right

@@ -105,6 +105,11 @@ class Call:
     keys: list[tuple[int, ...]] = field(default_factory=list)
     convs: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)  # (input, kernel)
 
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Of a block: the channels that come in, those of the skip included, and those that go out."""
+        return self.module.res.conv1.in_channels, self.y[1]
+
 
 class Watch(TorchFunctionMode):
     """Notes the operands of attention and of convolutions in every call that is open."""
@@ -295,8 +300,8 @@ def level_rows(model: Model) -> list[str]:
     calls = trace_unet(model)
 
     def block(name: str) -> str:
-        call = calls[name]
-        return f"{call.x[1]} → {call.y[1]}"
+        c_in, c_out = calls[name].channels
+        return f"{c_in} → {c_out}"
 
     rows = []
     for i, level in enumerate(model.unet.down):

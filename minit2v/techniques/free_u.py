@@ -8,6 +8,7 @@ is trained.
 
 import math
 from dataclasses import dataclass
+from itertools import product
 from numbers import Real
 
 import torch
@@ -44,6 +45,7 @@ def scale_low_frequencies(x: Tensor, s: float) -> Tensor:
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     change = torch.zeros(x.shape[-2:], device=x.device, dtype=wide.dtype)
-    change[[0, 0, -1, -1], [0, -1, 0, -1]] = s - 1  # in the order of fft2, which ends with the frequency -1
+    for i, j in product((0, -1), repeat=2):  # in the order of fft2, which ends with the frequency -1
+        change[i, j].fill_(s - 1)  # a number: a list of places would have to be sent to the device first
     # Added to x, and not filtered as a whole: so the result lies in memory as x does.
     return (wide + torch.fft.ifft2(torch.fft.fft2(wide) * change).real).to(x.dtype)

@@ -1,0 +1,199 @@
+"""The fast path: the same networks, their weights laid out and their work launched for speed. Nothing else changes.
+
+    optimize(unet, graphs=True)         q, k, v of a self-attention in one matrix product; all blocks' timesteps in one;
+                                        on CUDA: weights of convolutions in channels-last memory, and the thousand
+                                        kernels of a prediction launched as one CUDA graph
+    restore(unet)                       everything where it was, to the last bit
+
+Weights that are used together become views of one tensor, so they stay what they were by name, and a change in place
+(training, an adapter) is seen by both. All of it is for inference: where gradients are wanted, a network runs as ever.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers import Attention
+from .unet import KeysValues, UNet
+from .vae import AutoencoderKL
+
+Network = UNet | AutoencoderKL
+MOST_GRAPHS = 4  # of one network: each new shape of its input takes one, and the oldest gives way
+
+
+def optimize(network: Network, *, graphs: bool = False, compile: bool = False) -> None:
+    """Lay the network's weights out for speed, once or anew.
+
+    graphs: launch a UNet's predictions on CUDA as CUDA graphs; their memory stays taken until `restore` or `.to()`.
+    compile: torch.compile each block of a UNet, at its first call.
+    A copy of the network (copy.deepcopy) comes without all this. After `.to()`, `load_state_dict` and whatever else
+    changes its weights, it is laid out again by itself.
+    """
+    restore(network)
+    network.fast = Fast(network, graphs, compile)
+
+
+def restore(network: Network) -> None:
+    """Undo `optimize`: the same numbers, in the memory layouts of before. Does nothing where there is nothing to do."""
+    if network.fast is not None:
+        network.fast.undo()
+        network.fast = None
+
+
+class Fast:
+    """What `optimize` has done to a network, and how the network then runs."""
+
+    def __init__(self, network: Network, graphs: bool, compile: bool):
+        self.network, self.use_graphs = network, graphs
+        self.strides = {name: p.stride() for name, p in network.named_parameters()}
+        self.graphs: dict[Any, Graph] = {}
+        self.compiled = list(network.blocks()) if compile and isinstance(network, UNet) else []
+        self.run = network.predict if isinstance(network, UNet) else None
+        if self.compiled:
+            for block in self.compiled:
+                block.compile(dynamic=False)
+            # All blocks are one piece of code, of which PyTorch compiles 8 variants and then gives up.
+            self.run = torch._dynamo.config.patch(cache_size_limit=2 * len(self.compiled))(self.run)
+        self.renew()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def renew(self) -> None:
+        """Lay out the weights that are there now."""
+        self.graphs.clear()
+        for module in self.network.modules():
+            if isinstance(module, Attention):  # one that is given a text, and that as wide as x, does not look at it
+                module.qkv = lay_together([to.weight for to in (module.to_q, module.to_k, module.to_v)])
+            if isinstance(module, nn.Conv2d | nn.Conv3d) and module.weight.is_cuda:
+                layout = torch.channels_last if isinstance(module, nn.Conv2d) else torch.channels_last_3d
+                module.weight.data = module.weight.contiguous(memory_format=layout)
+        if isinstance(self.network, UNet):
+            parts = [block.res for block in self.network.blocks()]
+            of_parts = [[p.emb.weight for p in parts], [p.emb.bias for p in parts], [p.conv1.bias for p in parts]]
+            joined = [lay_together(parameters) for parameters in of_parts]
+            self.network.time = None if None in joined else tuple(joined)
+        self.modules = list(self.network.modules())
+        self.signature = self.sign()
+
+    def sign(self) -> list[int]:
+        """Where in memory every weight is, and which modules there are: another list, other weights."""
+        tensors = [x for m in self.modules for x in (*m._parameters.values(), *m._buffers.values())]
+        places = [x.data_ptr() for x in tensors if x is not None]
+        return places + [id(part) for m in self.modules for part in m._modules.values()]
+
+    def undo(self) -> None:
+        self.graphs.clear()
+        for block in self.compiled:
+            block._compiled_call_impl = None
+        for module in self.network.modules():
+            if isinstance(module, Attention):
+                module.qkv = None
+        if isinstance(self.network, UNet):
+            self.network.time = None
+        with torch.inference_mode(False), torch.no_grad():
+            for name, p in self.network.named_parameters():
+                stride = self.strides.get(name, p.stride())
+                if p.stride() != stride or p.untyped_storage().nbytes() != p.nbytes:
+                    p.data = torch.empty_strided(p.shape, stride, dtype=p.dtype, device=p.device).copy_(p)
+
+    def predict(self, x: Tensor, t: Tensor, context: Tensor | KeysValues) -> Tensor:
+        """`UNet.predict`, as a graph where there may be one."""
+        if torch.is_grad_enabled():
+            return self.run(x, t, context)
+        if self.sign() != self.signature:
+            self.renew()
+        if not (self.use_graphs and can_capture(x)):
+            return self.run(x, t, context)
+        texts, unet = flatten(context), self.network
+        key = (
+            *((v.shape, v.dtype, v.device) for v in (x, t, *texts)), isinstance(context, KeysValues),
+            unet.config, unet.chunking, unet.free_u, os.environ.get("MINIT2V_KERNELS"),
+        )  # fmt: skip
+        if key not in self.graphs:
+            if len(self.graphs) == MOST_GRAPHS:
+                del self.graphs[next(iter(self.graphs))]
+            self.graphs[key] = Graph(self.run, x, t, context)
+        return self.graphs[key](x, t, context)
+
+
+class Graph:
+    """A prediction of one shape, its kernels captured: called again, it copies its input to where they read it.
+
+    https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
+    """
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __init__(self, predict: Callable[..., Tensor], x: Tensor, t: Tensor, context: Tensor | KeysValues):
+        # Tensors of its own, where they will stay: an inference tensor could not be written to outside of its mode.
+        self.x, self.t, *self.texts = (torch.empty_like(v).copy_(v) for v in (x, t, *flatten(context)))
+        self.context = None
+        own = self.texts[0] if isinstance(context, Tensor) else unflatten(self.texts, context)
+        self.replay, self.y = capture(lambda: predict(self.x, self.t, own), x.device)
+
+    def __call__(self, x: Tensor, t: Tensor, context: Tensor | KeysValues) -> Tensor:
+        self.x.copy_(x)
+        self.t.copy_(t)
+        if isinstance(context, Tensor) or context is not self.context:  # keys and values are those of a whole run
+            for own, given in zip(self.texts, flatten(context), strict=True):
+                own.copy_(given)
+            self.context = context
+        self.replay()
+        return self.y.clone()  # the next call writes to y
+
+
+def can_capture(x: Tensor) -> bool:
+    """Not under autocast: it keeps casts of the weights, in memory that a graph would not know to be gone."""
+    return x.is_cuda and not torch.is_autocast_enabled("cuda")
+
+
+def capture(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
+    """The CUDA work of `run` -> what does it again, and where its result then is."""
+    with torch.cuda.device(device):
+        # First without a graph, on a stream of its own: kernels are compiled, plans and workspaces made, and none of
+        # that may happen while capturing.
+        now, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(now)
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                run()
+        now.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        # What other threads do meanwhile is theirs.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            y = run()
+    return graph.replay, y
+
+
+def flatten(context: Tensor | KeysValues) -> list[Tensor]:
+    if isinstance(context, Tensor):
+        return [context]
+    return [x for pair in context.of_blocks if pair is not None for x in pair]
+
+
+def unflatten(tensors: Sequence[Tensor], like: KeysValues) -> KeysValues:
+    left = iter(tensors)
+    return KeysValues([None if pair is None else (next(left), next(left)) for pair in like.of_blocks])
+
+
+def lay_together(parameters: Sequence[nn.Parameter]) -> Tensor | None:
+    """Parameters (n_i ...) -> one tensor (sum of n_i, ...), of which they are views from now on.
+
+    None where they do not fit together: other dtypes, devices, sizes. Where they lie so already, nothing is moved.
+    """
+    first = parameters[0]
+    if len({(p.dtype, p.device, p.shape[1:]) for p in parameters}) > 1:
+        return None
+    place, memory, together = first.storage_offset(), first.untyped_storage().data_ptr(), True
+    for p in parameters:
+        together &= p.is_contiguous() and p.untyped_storage().data_ptr() == memory and p.storage_offset() == place
+        place += p.numel()
+    if together:
+        return first.detach().as_strided((sum(map(len, parameters)), *first.shape[1:]), first.stride())
+    joined = torch.cat([p.detach() for p in parameters])
+    for p, view in zip(parameters, joined.split([len(p) for p in parameters]), strict=True):
+        p.data = view
+    return joined
