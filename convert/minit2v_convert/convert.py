@@ -229,7 +229,7 @@ def _to_diffusers(
         work.plans[f"{below}{stem}.safetensors"] = part.plan
         work.sources[f"{below}{stem}.safetensors"] = {"": part.source}
         if part.config is not None:
-            if why := shapes.unfit(part.config):
+            if part.config is part.plan.config and (why := shapes.unfit(part.config)):
                 raise ValueError(f"{part.source.path}: {why}; {UNSAID}")
             own = part.config if "_diffusers_version" in part.config or "_class_name" not in part.config else {
                 **part.config, "_diffusers_version": VERSION}  # fmt: skip

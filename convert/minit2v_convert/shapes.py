@@ -513,10 +513,13 @@ def said(config: Config) -> Config:
 def unfit(config: Config) -> str:
     """Why no network has this config, "" where one may: what a config read from shapes can be wrong in."""
     widths = [config["hidden_size"]] if "hidden_size" in config else list(config["block_out_channels"])
-    for name in ("norm_num_groups", "motion_norm_num_groups", "attention_head_dim", "num_attention_heads",
-                 "motion_num_attention_heads"):  # fmt: skip
-        if isinstance(n := config.get(name), int) and any(w % n for w in widths):
-            return f"{name} {n} does not divide {', '.join(map(str, widths))}"
+    kinds = config.get("down_block_types", ["CrossAttn"] * len(widths))
+    attending = [w for w, kind in zip(widths, kinds, strict=False) if kind.startswith("CrossAttn")] + widths[-1:]
+    for name, among in (("norm_num_groups", widths), ("motion_norm_num_groups", widths),
+                        ("attention_head_dim", attending), ("num_attention_heads", attending),
+                        ("motion_num_attention_heads", widths)):  # fmt: skip
+        if isinstance(n := config.get(name), int) and (odd := next((w for w in among if w % n), None)):
+            return f"{name} {n} does not divide {odd}"
     return ""
 
 

@@ -4,7 +4,9 @@ A table of names can be wrong twice in the same way, there and back, and two ten
 a word. A network that was written for the other layout notices. Its author has seen no implementation of it.
 """
 
+import gzip
 import importlib.util
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,9 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minit2v import MotionAdapter, UNet2DConditionModel, UNet3DConditionModel, UNetMotionModel
+from minit2v_convert.convert import convert
 from minit2v_convert.detect import detect
 from minit2v_convert.formats import Plan, from_diffusers, make, to_diffusers
 
@@ -174,6 +178,58 @@ def test_exchanged(first: str, second: str) -> None:
     x, t, text = inputs()
     y = unetsd.unet(state, unetsd.Sizes(groups=4, head_dim=8), x, t, text)
     assert difference(model.double()(x, t, text), y) > 1e-3
+
+
+def small_original(dtype: torch.dtype, ones: str) -> dict[str, Tensor]:
+    """Random numbers under the names of the published text2video_pytorch_model.pth, its widths divided by 40.
+
+    ones: of which 1x1 convolutions over time the trailing axis is there: "all", "none" (Zeroscope's, made by a script
+    from diffusers' folder, may lack it) or "some".
+    """
+    data = Path(__file__).parents[1] / "data" / "originals.json.gz"
+    published = json.loads(gzip.decompress(data.read_bytes()))["text2video_pytorch_model"]
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for n, (name, (shape, _)) in enumerate(published.items()):
+        # 320, 640, ... are widths; 512 is 8 heads of 64, here of 8, 2048 and 4096 its feed-forward's; 1024 the text's.
+        small = [{512: 64, 2048: 256, 4096: 512, 1024: 12}.get(size, size // 40 or size) for size in shape]
+        if len(shape) == 3 and (ones == "none" or ones == "some" and n % 2):
+            small = small[:2]
+        x = torch.randn(small, generator=generator)
+        x = x / x[0].numel() ** 0.5 if x.ndim > 1 else 0.2 * x
+        is_norm = name.endswith("weight") and x.ndim == 1
+        state[name] = (x + is_norm).to(dtype)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ones", "container"),
+    [
+        pytest.param(torch.float32, "all", "pth", id="ModelScope's"),
+        pytest.param(torch.float16, "none", "pth", id="Zeroscope's, as linear layers in half precision"),
+        pytest.param(torch.bfloat16, "some", "safetensors", id="mixed"),
+    ],
+)
+def test_modelscope_s_file_into_our_network(tmp_path: Path, dtype: torch.dtype, ones: str, container: str) -> None:
+    """The other way round: a file that no code here has written, loaded, and converted to a folder and loaded."""
+    state = small_original(dtype, ones)
+    path = tmp_path / f"text2video_pytorch_model.{container}"
+    save_file(state, path) if container == "safetensors" else torch.save(state, path)
+    x, t, text = inputs(f=2, h=8, w=9)
+    authors = {name: x.shape for name, x in small_original(dtype, "all").items()}  # the axes that the authors' has
+    recorded = Recorded({name: x.double().reshape(authors[name]) for name, x in state.items()})
+    y = unetsd.unet(recorded, unetsd.Sizes(groups=4, head_dim=8), x, t, text)
+    assert recorded.read == set(state)
+
+    model = UNet3DConditionModel.from_single_file(path, dtype="float64", norm_num_groups=4)
+    assert difference(model(x, t, text), y) < 1e-10
+    config = {**model.config.__dict__, "_class_name": "UNet3DConditionModel"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    convert(path, tmp_path / "folder", config=tmp_path / "config.json")
+    (file,) = (tmp_path / "folder").glob("*.safetensors")
+    assert {v.dtype for v in load_file(file).values()} == {dtype}
+    model = UNet3DConditionModel.from_pretrained(tmp_path / "folder", dtype="float64")
+    assert difference(model(x, t, text), y) < 1e-10
 
 
 @pytest.mark.parametrize("version", ["v1", "v2", "v3"])
