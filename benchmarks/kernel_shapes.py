@@ -121,8 +121,12 @@ class Shape:
     @property
     def name(self) -> str:
         """op and sizes, less those that are as usual: equal calls of several workloads have one name."""
-        sizes = {f.name: getattr(self, f.name) for f in fields(self)[3:] if getattr(self, f.name) != f.default}
-        return f"{self.op}({', '.join(n if v is True else f'{n}={v}' for n, v in sizes.items())})"
+        return f"{self.op}({', '.join(n if v is True else f'{n}={v}' for n, v in self.sizes.items())})"
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Those that are not as usual."""
+        return {f.name: getattr(self, f.name) for f in fields(self)[3:] if getattr(self, f.name) != f.default}
 
     def make(
         self, device: Any = "meta", dtype: torch.dtype = torch.float16, seed: int = 0
@@ -161,7 +165,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class GroupNorm(Shape):
-    """x ((n frames) c h w) in channels-last memory; `skip` of c2 channels behind it; `emb` (2 c) added before."""
+    """x ((n frames) c h w) in channels-last memory; `skip` of c2 channels behind it; `emb` rows (c) added before."""
 
     op = "group_norm_silu"
     family = "group_norm_silu"
@@ -421,7 +425,7 @@ def unet_calls(work: Workload) -> Iterator[Shape]:
     for level, c_in, c_skip, c, attention, part in walk(config):
         size = work.level(level)
         yield GroupNorm(name, f"{part} res", 1, n, c_in, *size, c2=c_skip, groups=groups)
-        yield GroupNorm(name, f"{part} res", 1, n, c, *size, emb=b, groups=groups)
+        yield GroupNorm(name, f"{part} res", 1, n, c, *size, emb=1, groups=groups)  # one timestep for all
         if not motion:
             yield GroupNorm(name, f"{part} conv", 4, n, c, *size, frames=f, groups=groups)
             yield TemporalConv(name, f"{part} conv", 3, b, c, f, size[0] * size[1])

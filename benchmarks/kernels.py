@@ -41,11 +41,11 @@ from kernel_shapes import (
     shapes,
 )
 from measure import (
-    RESULTS,
     Budget,
     Results,
     Timed,
     ceilings,
+    default_folder,
     digits,
     in_turns,
     matrix_ceiling,
@@ -69,6 +69,7 @@ BACKENDS = {
     "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
     "sdpa math": SDPBackend.MATH,
 }
+LARGE = 1_500_000_000  # bytes: above, a shape is not compiled ahead, beside others that need memory
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -290,6 +291,11 @@ def definition(shape: Shape) -> Callable[..., Any]:
     return F.scaled_dot_product_attention if op is None else partial(op, impl="torch")
 
 
+def about(shape: Shape) -> dict[str, Any]:
+    names = ("op", "family", "workload", "part", "calls", "sizes")
+    return {name: getattr(shape, name) for name in names}
+
+
 def measure(
     shape: Shape, device: torch.device, dtype: torch.dtype, options: argparse.Namespace, compiled: bool
 ) -> dict:
@@ -305,9 +311,13 @@ def measure(
     theirs = max(relative(x[-len(want) :], want) for x, want in zip(plain, exact, strict=True))
     del exact_args, exact_kw
     entry: dict[str, Any] = {
-        "op": shape.op, "family": shape.family, "workload": shape.workload, "part": shape.part, "calls": shape.calls,
-        "bytes": moved, "flops": shape.flops(), "sets": sets, "torch_error": digits(theirs, 3), "contenders": {},
-    }  # fmt: skip
+        **about(shape),
+        "bytes": moved,
+        "flops": shape.flops(),
+        "sets": sets,
+        "torch_error": digits(theirs, 3),
+        "contenders": {},
+    }
     timed: dict[str, Timed] = {}
     found = entry["contenders"]
     for name, contender in contenders(shape, compiled).items():
@@ -343,7 +353,7 @@ def measure_backward(shape: Shape, device: torch.device, dtype: torch.dtype, opt
     tail_args, tail_kw = wide(*shape.tail(*inputs[0]))
     # The gradient of what comes first in the call, at the end of its first axis: of the weights it would take the rest.
     exact = gradients(definition(shape), tail_args, tail_kw)[0]
-    entry: dict[str, Any] = {"op": shape.op, "family": shape.family, "workload": shape.workload, "calls": shape.calls}
+    entry = about(shape)
     timed: dict[str, Timed] = {}
     found = entry["contenders"] = {}
     for name, contender in contenders(shape, False).items():
@@ -447,12 +457,10 @@ def recommend(entries: dict[str, dict], wanted: dict[str, Shape]) -> dict[str, d
         }
         wrong = [n for n, e in done.items() if not e.get("contenders", {}).get("kernel", {}).get("right", False)]
         lost, sums = [], {}
-        for name, entry in done.items():
-            found = entry["contenders"]
-            others = [
-                found[n]["ms"] for n in ("torch", "eager") if found.get(n, {}).get("ms") and found[n].get("right")
-            ]
-            if name in wrong or not others or "ms" not in found["kernel"]:
+        for name in (name for name in done if name not in wrong):
+            entry, found = done[name], done[name]["contenders"]
+            others = [found[n]["ms"] for n in ("torch", "eager") if found.get(n, {}).get("right") and "ms" in found[n]]
+            if not others or "ms" not in found["kernel"]:
                 continue
             kernel, other = found["kernel"]["ms"], min(others)
             if kernel > other:
@@ -522,7 +530,7 @@ def warm(wanted: list[Shape], options: argparse.Namespace, device: torch.device,
     budget, seen = Budget(options.budget), set()
     for number, shape in enumerate(wanted):
         compiled = wants_compile(shape, options.compile, seen)
-        if number % n != i or budget.left < 0:
+        if number % n != i or budget.left < 0 or shape.bytes() > LARGE:
             continue
         args, kw = shape.make(device, dtype)
         for name, contender in contenders(shape, compiled).items():
@@ -534,7 +542,9 @@ def warm(wanted: list[Shape], options: argparse.Namespace, device: torch.device,
                 synchronize(device)
             except Exception as error:  # it is reported where it is measured
                 print(f"{shape.name}: {name}: {one_line(error)}", file=sys.stderr)
-                torch.cuda.synchronize() if device.type == "cuda" else None
+                synchronize(device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the memory is shared with others that prepare themselves
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -552,13 +562,12 @@ def main(arguments: list[str] | None = None) -> None:
     if options.warm:
         return warm(order, options, device, dtype)
     budget = Budget(options.budget)
-    results = Results(options.out or default_out(device), device, options.fresh)
+    results = Results(options.out or default_folder(device) / "kernels.json", device, options.fresh)
     results.data["dtype"] = str(dtype).removeprefix("torch.")
-    entries, gone = results.part("kernels"), results.part("running")
-    if gone:  # the process that measured this did not live to say how it went
-        part, name = gone["part"], gone["name"]
+    entries, running = results.part("kernels"), results.path.with_suffix(".running")
+    if running.exists():  # the process that measured this did not live to say how it went
+        part, name = running.read_text().split(": ", 1)
         results.part(part)[name] = {"lost": "the process ended while this was measured"}
-        results.data["running"] = {}
     if "ceilings" not in results.data:
         results.data["ceilings"] = ceilings(device)
     results.save()
@@ -581,13 +590,13 @@ def main(arguments: list[str] | None = None) -> None:
     for part, shape, compiled in todo:
         done = results.part(part)
         entry = done.get(shape.name)
-        if entry is not None and (not options.contenders or names_in(entry) >= {*options.contenders}):
+        if entry is not None and ("lost" in entry or names_in(entry) >= {*options.contenders}):
             continue
         if budget.left < 0:
             left_out.append(f"{part}: {shape.name}")
             continue
-        results.data["running"] = {"part": part, "name": shape.name}
-        results.save()
+        running.parent.mkdir(parents=True, exist_ok=True)
+        running.write_text(f"{part}: {shape.name}")
         try:
             if part == "kernels":
                 entry = measure(shape, device, dtype, options, compiled)
@@ -596,11 +605,13 @@ def main(arguments: list[str] | None = None) -> None:
             else:
                 entry = measure_backward(shape, device, dtype, options)
         except torch.cuda.OutOfMemoryError as error:
-            entry = {"unavailable": one_line(error)}
             torch.cuda.empty_cache()
-        done[shape.name], results.data["running"] = entry, {}
-        results.save()
+            left_out.append(f"{part}: {shape.name}: {one_line(error)}")
+            continue
+        done[shape.name] = entry
+        results.save(at_most_every=2.0)
         print(line(part, shape, entry), flush=True)
+    running.unlink(missing_ok=True)
     results.data["left_out"] = left_out
     wanted = {shape.name: shape for shape in order}
     results.data["recommendation"] = recommend(entries, wanted)
@@ -617,19 +628,6 @@ def line(part: str, shape: Shape, entry: dict) -> str:
         flag = "" if found.get("right", True) else " WRONG"
         times.append(f"{name} {1e3 * found['ms']:.1f}{flag}" if "ms" in found else f"{name} -")
     return f"{part} {shape.workload} {shape.name}: us: {', '.join(times) or entry}"
-
-
-def default_out(device: torch.device) -> Path:
-    """Results of a GPU under its name; a dry run's go where the system keeps what is thrown away."""
-    if device.type != "cuda":
-        import tempfile
-
-        return Path(tempfile.gettempdir()) / "minit2v-dry-run" / "kernels.json"
-    return RESULTS / "gpu" / slug(torch.cuda.get_device_name(device)) / "kernels.json"
-
-
-def slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -65,11 +66,14 @@ class Timed:
         self.graph: Any = None
         self.count, self.next, self.ms = 1, 0, []
         self.without_graph: str | None = None  # why a short call is not timed in a graph
-        for _ in range(3):  # modules are loaded and kernels compiled in the first; the second fills caches
-            self.step()
+        self.step()
+        if device.type != "cuda":
+            return
+        self.step()  # in the first modules are loaded and kernels compiled
         synchronize(device)
-        once = self.elapsed(max(3, min(sets, 10))) / max(3, min(sets, 10))
-        if device.type == "cuda" and once < SHORT:
+        calls = max(3, min(sets, 10))
+        once = self.elapsed(calls) / calls
+        if once < SHORT:
             self.count = max(sets, min(256, round(1.0 / max(once, 0.002))))
             self.count = -(-self.count // sets) * sets
             if graph:
@@ -80,12 +84,17 @@ class Timed:
         return self.run(self.next)
 
     def capture(self) -> None:
+        """By hand: torch.cuda.graph() would collect garbage and give all cached memory back, every time."""
+        torch.cuda.synchronize(self.device)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
         try:
-            torch.cuda.synchronize(self.device)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                # Kept until all are captured: results in one and the same place would stay in the cache.
-                kept = [self.run(i % self.sets) for i in range(self.count)]
+            with torch.cuda.stream(stream):
+                graph.capture_begin()
+                try:
+                    # Kept until all are captured: results in one and the same place would stay in the cache.
+                    kept = [self.run(i % self.sets) for i in range(self.count)]
+                finally:
+                    graph.capture_end()
             del kept
             graph.replay()
             torch.cuda.synchronize(self.device)
@@ -277,14 +286,17 @@ class Results:
     SAME = ("device", "torch", "triton", "diffusers", "sources")
 
     def __init__(self, path: Path, device: torch.device, fresh: bool = False):
-        self.path = path
+        self.path, self.saved = path, 0.0
         self.data: dict[str, Any] = {"machine": machine(device)}
         if not fresh and path.exists():
             before = json.loads(path.read_text())
             if all(before["machine"].get(key) == self.data["machine"].get(key) for key in self.SAME):
                 self.data = before
 
-    def save(self) -> None:
+    def save(self, at_most_every: float = 0.0) -> None:
+        if time.monotonic() < self.saved + at_most_every:
+            return
+        self.saved = time.monotonic()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(self.data, indent=1) + "\n")
@@ -292,6 +304,14 @@ class Results:
 
     def part(self, name: str) -> dict[str, Any]:
         return self.data.setdefault(name, {})
+
+
+def default_folder(device: torch.device) -> Path:
+    """Results of a GPU under its name; a dry run's go where the system keeps what is thrown away."""
+    if device.type != "cuda":
+        return Path(tempfile.gettempdir()) / "minit2v-dry-run"
+    name = torch.cuda.get_device_name(device).lower()
+    return RESULTS / "gpu" / "".join(c if c.isalnum() else "-" for c in name).strip("-")
 
 
 def table(rows: Iterable[Iterable[Any]]) -> str:
