@@ -90,11 +90,11 @@ def group_norm_silu_ref(
         x = (x.unflatten(0, (len(emb), -1)) + emb.view(len(emb), 1, -1, *[1] * (x.ndim - 2))).flatten(0, 1)
     if skip is not None:
         x = torch.cat((x, skip), 1)
-    if x.is_cpu and torch.is_grad_enabled() and weight.requires_grad and not x.requires_grad:
-        x = x.detach().requires_grad_()  # PyTorch's backward crashes in channels-last memory where only weights want it
     # With more than one frame: (n c frames p). The batch is split off last: a view of a batch of 1 made in another
     # order has a stride for it by which PyTorch no longer knows the layout.
     h = x if frames == 1 else x.flatten(2).unflatten(0, (-1, frames)).transpose(1, 2)
+    if h.is_cpu and torch.is_grad_enabled() and not h.requires_grad:
+        h = h.contiguous()  # PyTorch's backward crashes in channels-last memory where only the weights want a gradient
     h = F.group_norm(h, groups, weight, bias, eps)
     if silu:
         h = F.silu(h, inplace=True)
@@ -209,7 +209,7 @@ def kernels() -> SimpleNamespace:
         BLOCK_C: tl.constexpr,
     ):
         """One program per (segment, split, tile of channels)."""
-        tiles = tl.cdiv(C, BLOCK_C)
+        tiles = (C + BLOCK_C - 1) // BLOCK_C
         part = tl.program_id(0) // tiles
         segment, split = part // SPLITS, part % SPLITS
         c = tl.program_id(0) % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -227,8 +227,8 @@ def kernels() -> SimpleNamespace:
             head += tl.load(start, mask=valid, other=0.0).to(tl.float32)
         shift = tl.sum(tl.sum(head, axis=0), axis=0) / tl.minimum(last - first, UNROLL * BLOCK_T)
 
-        total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-        squares = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
+        total = tl.full((BLOCK_T, BLOCK_C), 0.0, tl.float32)
+        squares = tl.full((BLOCK_T, BLOCK_C), 0.0, tl.float32)
         for row in range(first, last, UNROLL * BLOCK_T):
             mask = (row + rows < last) & (channels < C)
             at = concatenated(X, SKIP, segment, row, rows, channels, T, C, C1, HAS_SKIP, CHANNELS_LAST)
@@ -248,14 +248,14 @@ def kernels() -> SimpleNamespace:
         tl.store(to + 2 * C, tl.sum(squares, axis=0) - s * mean, mask=c < C)
 
     @triton.jit
-    def means(MOMENTS, EMB, part, SPLITS, PER_EMB, C, C1, c, mask, origin, HAS_EMB: tl.constexpr):
-        """(p, c): the means of x + emb over parts (segment, split) of one video, less `origin`."""
+    def means(MOMENTS, EMB, part, SPLITS, PER_EMB, C, C1, c, mask, origin, added, HAS_EMB: tl.constexpr):
+        """(p, c): the means of x + emb over parts (segment, split) of one video, less `origin` + `added`."""
         at = MOMENTS + part[:, None] * (3 * C) + c[None, :]
-        shift = tl.load(at, mask=mask, other=0.0)
+        mean = tl.load(at, mask=mask, other=0.0) - origin + tl.load(at + C, mask=mask, other=0.0)
         if HAS_EMB:  # moves the mean, and nothing else
             emb = EMB + (part // SPLITS // PER_EMB)[:, None] * C1 + c[None, :]
-            shift += tl.load(emb, mask=mask & (c < C1)[None, :], other=0.0).to(tl.float32)
-        return shift - origin + tl.load(at + C, mask=mask, other=0.0)
+            mean += tl.load(emb, mask=mask & (c < C1)[None, :], other=0.0).to(tl.float32) - added
+        return mean
 
     @triton.jit
     def group_norm_coefficients(
@@ -285,43 +285,44 @@ def kernels() -> SimpleNamespace:
         parts = SEGMENTS * SPLITS
         # All means are taken relative to one of them, so that their digits are those of the deviations.
         origin = tl.load(MOMENTS + video * parts * 3 * C + g * CG)
+        added = 0.0
         if HAS_EMB:
             emb = EMB + video * SEGMENTS // PER_EMB * C1 + g * CG
-            origin += tl.load(emb, mask=g * CG < C1, other=0.0).to(tl.float32)
+            added = tl.load(emb, mask=g * CG < C1, other=0.0).to(tl.float32)
 
-        moved = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+        moved = tl.full((BLOCK_P, BLOCK_C), 0.0, tl.float32)
         for start in range(0, parts, BLOCK_P):
             p = start + tl.arange(0, BLOCK_P)
             mask = (p < parts)[:, None] & (j < CG)[None, :]
-            d = means(MOMENTS, EMB, video * parts + p, SPLITS, PER_EMB, C, C1, c, mask, origin, HAS_EMB)
+            d = means(MOMENTS, EMB, video * parts + p, SPLITS, PER_EMB, C, C1, c, mask, origin, added, HAS_EMB)
             count = tl.minimum(ROWS, T - p % SPLITS * ROWS).to(tl.float32)
             moved += tl.where(mask, count[:, None] * d, 0.0)
         size = 1.0 * T * SEGMENTS * CG
-        centre = tl.sum(tl.sum(moved, axis=1), axis=0) / size
+        centre = tl.sum(moved) / size
 
-        squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+        squares = tl.full((BLOCK_P, BLOCK_C), 0.0, tl.float32)
         for start in range(0, parts, BLOCK_P):
             p = start + tl.arange(0, BLOCK_P)
             mask = (p < parts)[:, None] & (j < CG)[None, :]
             part = video * parts + p
-            d = means(MOMENTS, EMB, part, SPLITS, PER_EMB, C, C1, c, mask, origin, HAS_EMB) - centre
+            d = means(MOMENTS, EMB, part, SPLITS, PER_EMB, C, C1, c, mask, origin, added, HAS_EMB) - centre
             count = tl.minimum(ROWS, T - p % SPLITS * ROWS).to(tl.float32)
             within = tl.load(MOMENTS + part[:, None] * (3 * C) + 2 * C + c[None, :], mask=mask, other=0.0)
             squares += tl.where(mask, within + count[:, None] * d * d, 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(tl.sum(squares, axis=1), axis=0) / size + eps)
+        rstd = 1.0 / tl.sqrt(tl.sum(squares) / size + eps)
 
         scale = tl.load(W + c, mask=j < CG, other=0.0).to(tl.float32) * rstd
-        offset = tl.load(B + c, mask=j < CG, other=0.0).to(tl.float32) - centre * scale
+        bias = tl.load(B + c, mask=j < CG, other=0.0).to(tl.float32)
         for k in range(0, SEGMENTS):
             segment = video * SEGMENTS + k
-            shift = tl.zeros((BLOCK_C,), tl.float32) + origin
+            moved_by = tl.full((BLOCK_C,), 0.0, tl.float32) - centre
             if HAS_EMB:
-                added = EMB + segment // PER_EMB * C1 + c
-                shift -= tl.load(added, mask=(j < CG) & (c < C1), other=0.0).to(tl.float32)
+                here = EMB + segment // PER_EMB * C1 + c
+                moved_by += tl.load(here, mask=(j < CG) & (c < C1), other=0.0).to(tl.float32) - added
             to = TABLE + segment * 3 * C + c
-            tl.store(to, shift, mask=j < CG)
+            tl.store(to, tl.full((BLOCK_C,), 0.0, tl.float32) + origin, mask=j < CG)
             tl.store(to + C, scale, mask=j < CG)
-            tl.store(to + 2 * C, offset, mask=j < CG)
+            tl.store(to + 2 * C, moved_by * scale + bias, mask=j < CG)
 
     @triton.jit
     def group_norm_apply(
@@ -340,10 +341,10 @@ def kernels() -> SimpleNamespace:
     ):
         """One program per (segment, tile of positions, tile of channels), the last of them first."""
         pid = tl.num_programs(0) - 1 - tl.program_id(0)
-        tiles = tl.cdiv(C, BLOCK_C)
+        tiles = (C + BLOCK_C - 1) // BLOCK_C
         c = pid % tiles * BLOCK_C + tl.arange(0, BLOCK_C)
-        segment = pid // tiles // tl.cdiv(T, BLOCK_T)
-        row = pid // tiles % tl.cdiv(T, BLOCK_T) * BLOCK_T
+        stretches = (T + BLOCK_T - 1) // BLOCK_T
+        segment, row = pid // tiles // stretches, pid // tiles % stretches * BLOCK_T
         rows = tl.arange(0, BLOCK_T)[:, None]
         mask = (row + rows < T) & (c < C)[None, :]
         at = concatenated(X, SKIP, segment, row, rows, c[None, :], T, C, C1, HAS_SKIP, CHANNELS_LAST)
@@ -460,7 +461,8 @@ def run(
     launch(
         kernels().moments, (segments * splits * tiles,), x, skip,
         laid_out(residual) if has_residual else x, total if has_residual else x, moments, t, c, c1, splits, rows,
-        HAS_SKIP=has_skip, HAS_RESIDUAL=has_residual, CHANNELS_LAST=last, UNROLL=unroll, BLOCK_T=block_t, BLOCK_C=block_c,
+        HAS_SKIP=has_skip, HAS_RESIDUAL=has_residual, CHANNELS_LAST=last,
+        UNROLL=unroll, BLOCK_T=block_t, BLOCK_C=block_c,
     )  # fmt: skip
     block_p, group_c = merge_tile(c // groups, splits * frames // span)
     launch(
