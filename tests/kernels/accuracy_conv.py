@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
-from judge import DEVICE, DTYPES, check, poisoned, randn
+from judge import DEVICE, DTYPES, check, fenced, fenced_only, poisoned, randn
 
 from minit2v_kernels import temporal_conv, temporal_conv_ref
 from minit2v_kernels._dispatch import interpreting, launch, record
@@ -128,6 +128,27 @@ def test_what_is_not_finite_in_the_weight():
     assert got[:, [0, 1, 2, 3, 7, 8, 9, 10, 11]].isfinite().all()
 
 
+def test_a_tap_outside_the_video_is_left_out(small_tiles):
+    """Where it is outside for a whole tile: its weight is not even looked at."""
+    (x, weight, bias), _ = arguments(2, 24, 3, 32, 16)
+    for tap, frame in ((0, 0), (2, 2)):
+        hurt = weight.clone()
+        hurt[:, :, tap] = float("nan")
+        got = temporal_conv(x, hurt, bias, impl="triton")
+        assert torch.equal(got[:, :, frame], temporal_conv(x, weight, bias, impl="triton")[:, :, frame])
+        assert got.isnan().sum() == 2 / 3 * got.numel()
+
+
+@fenced_only
+@pytest.mark.parametrize("b, c, f, p, n", [(2, 23, 3, 5, 7), (1, 64, 2, 16, 70), (1, 80, 1, 3, 33)])
+def test_reads_nothing_beyond(b, c, f, p, n):
+    args, kw = arguments(b, c, f, p, n, residual=True)
+    x, residual = (fenced(t.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for t in (args[0], kw["residual"]))
+    weight = fenced(args[1].flatten(2).transpose(1, 2)).transpose(1, 2)[..., None, None]
+    got = temporal_conv(x, weight, fenced(args[2]), residual=residual, impl="triton")
+    assert torch.equal(got, temporal_conv(*args, **kw, impl="triton"))
+
+
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("frozen", [(), (1, 2), (0,)])
 def test_backward(residual, frozen):
@@ -183,6 +204,7 @@ def test_tiles_of_the_models():
         for tile in tiles:
             stage = 2 * tile["BLOCK_K"] * (tile["BLOCK_M"] + tile["BLOCK_N"])
             assert stage * (tile["num_stages"] - target.startswith("gfx")) <= room
+        assert module.temporal_conv_tile(138240, 80, 80, 2, target)["BLOCK_K"] == 16
 
 
 def test_rows_beyond_any_grid_axis_but_the_first():

@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
-from judge import DEVICE, DTYPES, check, poisoned, randn
+from judge import DEVICE, DTYPES, check, fenced, fenced_only, poisoned, randn
 
 from minit2v_kernels import geglu, geglu_ref, linear
 from minit2v_kernels._dispatch import interpreting, launch, record
@@ -106,6 +106,13 @@ def test_what_is_not_finite_stays_where_it_is(small_tiles, d, dtype):
     assert 100 < want.isfinite().sum() < want.numel() - 300
 
 
+@fenced_only
+@pytest.mark.parametrize("rows, d, m", [(5, 23, 7), (64, 64, 70), (70, 80, 64)])
+def test_reads_nothing_beyond(rows, d, m):
+    args = arguments(rows, d, m)
+    assert torch.equal(geglu(*map(fenced, args), impl="triton"), geglu(*args, impl="triton"))
+
+
 @pytest.mark.parametrize("frozen", [(), (1, 2), (0,)])
 def test_backward(frozen):
     leaves = [t.requires_grad_(i not in frozen) for i, t in enumerate(arguments(12, 20, 9))]
@@ -150,6 +157,7 @@ def test_tiles_of_the_models():
         stage = 2 * tile["BLOCK_K"] * (tile["BLOCK_M"] + 2 * tile["BLOCK_N"])
         room = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}[target]
         assert stage * (tile["num_stages"] - target.startswith("gfx")) <= room
+        assert module.geglu_tile(32768, 2560, 80, 2, target)["BLOCK_K"] == 16
     assert module.geglu_tile(32768, 1280, 320, 2, "sm_90") != module.geglu_tile(32768, 2048, 512, 2, "sm_90")
     assert module.programs(256, 5120, module.geglu_tile(256, 5120, 1280, 2, "sm_90")) >= module.ENOUGH
 

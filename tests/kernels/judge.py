@@ -4,10 +4,14 @@ The files accuracy_*.py import this. test_kernels.py runs each in a process of i
 whether it interprets.
 """
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -46,6 +50,19 @@ def poisoned() -> Iterator[None]:
         yield
     finally:
         torch.empty, torch.empty_like = empty, empty_like
+
+
+fenced_only = pytest.mark.skipif(not interpreting() or sys.platform != "linux", reason="fences memory as Linux does")
+
+
+def fenced(x: Tensor) -> Tensor:
+    """A contiguous copy of x, behind which lies a page that nobody may read: who does ends the process."""
+    size, page = x.numel() * x.element_size(), mmap.PAGESIZE
+    whole = -(-size // page) * page
+    memory = mmap.mmap(-1, whole + page)
+    behind = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + whole
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(behind), page, 0) == 0
+    return torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=whole - size).view(x.shape).copy_(x)
 
 
 def check(op: Callable[..., Any], reference: Callable[..., Any], *args: Any, **kw: Any) -> Any:
