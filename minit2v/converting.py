@@ -5,10 +5,10 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from minit2v_convert.configuration import NAME
 from minit2v_convert.convert import LAYOUTS, Conversion, components, convert
 from minit2v_convert.detect import detect
 from minit2v_convert.folders import CONFIG, INDEX, open_path
+from minit2v_convert.modelscope_configuration import NAME
 from minit2v_convert.stream import open_file, size_of
 
 from . import hub

@@ -1,10 +1,11 @@
 """LoRAs of Stable Diffusion 1.5 in kohya's names and in peft's, and IP-Adapter's numbers."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from . import shapes
-from .shapes import IP_ADAPTER, UNET2D
+from . import configs, shapes
+from .configs import CLIP_L, IP_ADAPTER, UNET2D
+from .shapes import Config, Get
 from .table import Format, Rows
 
 # Kohya's names, `lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight`, have underscores for dots. The way
@@ -23,11 +24,44 @@ def kohya_stems(prefix: str, modules: Iterable[str]) -> dict[str, str]:
     return {prefix + name.replace(".", "_"): name for name in modules}
 
 
-PEFT_UNET = Format("lora", shapes.any_lora, shapes.infer_any_lora, {"": {"named": "unet", "ranks": {}}},
+# ------------------------------------------------------------------------------------------- LoRAs of some layers
+
+
+def any_lora(c: Config) -> shapes.Shapes:
+    """An adapter of some layers of a network: {layer: rank}. The scale is alpha / rank, 1 where there is no alpha."""
+    layers = LORA_TARGETS[c["named"]]()
+    out: shapes.Shapes = {}
+    for module, rank in c["ranks"].items():
+        out |= shapes.lora({f"{module}.weight": layers[module]}, rank) | {f"{module}.alpha": ()}
+    return out
+
+
+def infer_any_lora(base: Config, get: Get) -> Config:
+    ranks = {}
+    for module in LORA_TARGETS[base["named"]]():
+        down, up = get(f"{module}.lora_A.weight"), get(f"{module}.lora_B.weight")
+        if down or up or get(f"{module}.alpha") is not None:
+            ranks[module] = down[0] if down else up[1] if up else 1
+    return {**base, "ranks": ranks}
+
+
+def _unet_layers() -> shapes.Shapes:
+    return {n.removesuffix(".weight"): s for n, s in shapes.unet2d(UNET2D).items() if len(s) > 1}
+
+
+def _text_layers() -> shapes.Shapes:
+    return {n.removesuffix(".weight"): s for n, s in shapes.clip_text(CLIP_L).items() if len(s) > 1 and ".layers." in n}
+
+
+LORA_TARGETS: dict[str, Callable[[], shapes.Shapes]] = {"unet": _unet_layers, "text_encoder": _text_layers}
+
+PEFT_UNET = Format("lora", any_lora, infer_any_lora, {"": {"named": "unet", "ranks": {}}},
                    optional={"{*}.alpha": ""}, written="unet.")  # fmt: skip
 PEFT_TEXT = replace(PEFT_UNET, known={"": {"named": "text_encoder", "ranks": {}}}, written="text_encoder.")
 KOHYA_UNET = replace(PEFT_UNET, spell=kohya_name)
 KOHYA_TEXT = replace(PEFT_TEXT, spell=kohya_name)
+
+# --------------------------------------------------------------------------------------------------------- IP-Adapter
 
 # The k-th attention to the text (down, up, mid) has the number 2k+1: the attentions to the image itself count too.
 IP_ADAPTER_ROWS: Rows = [
@@ -41,4 +75,4 @@ IP_KNOWN = {
 }
 IP = Format("ip_adapter", shapes.ip_adapter, lambda base, get: base, IP_KNOWN, IP_ADAPTER_ROWS)
 IMAGE_ENCODER = Format("image_encoder", shapes.clip_image, lambda base, get: base,
-                       {"CLIP ViT-H/14": shapes.CLIP_IMAGE}, optional={"vision_model.embeddings.position_ids": "I64"})
+                       {"CLIP ViT-H/14": configs.CLIP_IMAGE}, optional={"vision_model.embeddings.position_ids": "I64"})

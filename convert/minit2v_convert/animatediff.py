@@ -5,8 +5,9 @@ The image model in them, where there is one, already has the names of diffusers.
 
 from dataclasses import replace
 
-from . import shapes
-from .shapes import MOTION, SPARSE, UNET2D, Config
+from . import configs, shapes
+from .configs import MOTION, SPARSE, UNET2D
+from .shapes import Config
 from .table import SAME, Format, Rows, below
 
 ATTENTIONS: Rows = [
@@ -33,7 +34,7 @@ PUBLISHED_MOTION = {
     "v1": {**MOTION, "use_motion_mid_block": False, "motion_max_seq_length": 24},
     "sdxl": SDXL,
 }
-MODULES = Format("motion_adapter", shapes.motion_adapter, shapes.infer_motion, PUBLISHED_MOTION, MOTION_ROWS,
+MODULES = Format("motion_adapter", shapes.motion_adapter, configs.infer_motion, PUBLISHED_MOTION, MOTION_ROWS,
                  computed={"{*}.pos_embed.pe": "sinusoids"})  # fmt: skip
 
 
@@ -68,12 +69,12 @@ MOTION_LORA_ROWS: Rows = [
 ]  # fmt: skip
 LORA_ROWS: Rows = below("{*}.", "{*}.", LORA_LAYERS)  # the names on the hub, and the domain adapter's everywhere
 
-MOTION_LORA = Format("lora", shapes.motion_lora, shapes.infer_motion_lora,
+MOTION_LORA = Format("lora", shapes.motion_lora, configs.infer_motion_lora,
                      {"v2": {**MOTION, "rank": 64}, "v1 or v3": {**PUBLISHED_MOTION["v3"], "rank": 64}},
                      MOTION_LORA_ROWS, written="unet.")  # fmt: skip
 HUB_MOTION_LORA = replace(MOTION_LORA, rows=LORA_ROWS)
 PEFT_MOTION_LORA = replace(MOTION_LORA, rows=SAME)
-DOMAIN_ADAPTER = Format("lora", shapes.spatial_lora, shapes.infer_spatial_lora, {"v3": {**UNET2D, "rank": 128}},
+DOMAIN_ADAPTER = Format("lora", shapes.spatial_lora, configs.infer_spatial_lora, {"v3": {**UNET2D, "rank": 128}},
                         LORA_ROWS, written="unet.")  # fmt: skip
 PEFT_DOMAIN_ADAPTER = replace(DOMAIN_ADAPTER, rows=SAME)
 
@@ -88,5 +89,5 @@ SPARSE_KNOWN = {
     "scribble": SPARSE,
     "rgb": {**SPARSE, "conditioning_channels": 4, "use_simplified_condition_embedding": True},
 }
-SPARSE_CONTROL = Format("controlnet", shapes.sparse_control, shapes.infer_sparse, SPARSE_KNOWN, SPARSE_ROWS)
+SPARSE_CONTROL = Format("controlnet", shapes.sparse_control, configs.infer_sparse, SPARSE_KNOWN, SPARSE_ROWS)
 HUB_SPARSE_CONTROL = replace(SPARSE_CONTROL, rows=SAME)

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import configuration, shapes
+from . import configs
+from . import modelscope_configuration as configuration
 from .detect import detect
 from .folders import CONFIG, INDEX, NO_NETWORKS, WEIGHTS, Opened, open_path, read_configuration
 from .formats import Plan, Step, from_diffusers, rewritten, to_diffusers
@@ -81,7 +82,7 @@ class Component:
         assert self.config is not None
         if _class_of(config) not in ("", self.cls):
             raise ValueError(f"{where} is that of a {_class_of(config)}, and the weights are those of a {self.cls}")
-        said, found = shapes.said(config), shapes.said(self.config)
+        said, found = configs.said(config), configs.said(self.config)
         for name in said:
             if name in found and said[name] != found[name]:
                 raise ValueError(f"{where} says {name} {said[name]}, and the weights in {self.source.path} have "
@@ -229,7 +230,7 @@ def _to_diffusers(
         work.plans[f"{below}{stem}.safetensors"] = part.plan
         work.sources[f"{below}{stem}.safetensors"] = {"": part.source}
         if part.config is not None:
-            if part.config is part.plan.config and (why := shapes.unfit(part.config)):
+            if part.config is part.plan.config and (why := configs.unfit(part.config)):
                 raise ValueError(f"{part.source.path}: {why}; {UNSAID}")
             own = part.config if "_diffusers_version" in part.config or "_class_name" not in part.config else {
                 **part.config, "_diffusers_version": VERSION}  # fmt: skip
@@ -327,7 +328,7 @@ def _to_original(src: Path, opened: Opened, layout: str) -> Conversion:
     unet = opened.weights.get("unet", (None, None))[1]
     if (src / INDEX).is_file() and unet and _class_of(unet) == "UNet3DConditionModel":
         path = src / "scheduler" / "scheduler_config.json"
-        content, unsaid = configuration.write({**shapes.UNET3D, **unet}, parse_json(path) if path.is_file() else {})
+        content, unsaid = configuration.write({**configs.UNET3D, **unet}, parse_json(path) if path.is_file() else {})
         work.texts[configuration.NAME] = json.dumps(content, indent=2) + "\n"
         work.notes += unsaid
     return work

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import adapters, animatediff, ldm, modelscope, shapes
+from . import adapters, animatediff, configs, ldm, modelscope, shapes
+from .configs import CLIP_H, CLIP_L, UNET2D, UNET3D, UNET_MOTION
 from .rename import nearest
-from .shapes import CLIP_H, CLIP_L, UNET2D, UNET3D, UNET_MOTION, Config
+from .shapes import Config
 from .table import Format, reason
 
 Header = Mapping[str, tuple[Sequence[int], str]]  # name -> (shape, dtype as safetensors names it)
@@ -143,17 +144,17 @@ class Kind:
 
 # ------------------------------------------------------------------------------------------------------------- layouts
 
-PLAIN_UNET3D = Format("unet", shapes.unet3d, shapes.infer_unet, {"ModelScope or Zeroscope": UNET3D})
-PLAIN_UNET2D = Format("unet", shapes.unet2d, shapes.infer_unet, {"Stable Diffusion 1.5": UNET2D})
+PLAIN_UNET3D = Format("unet", shapes.unet3d, configs.infer_unet, {"ModelScope or Zeroscope": UNET3D})
+PLAIN_UNET2D = Format("unet", shapes.unet2d, configs.infer_unet, {"Stable Diffusion 1.5": UNET2D})
 MOTION_UNET = Format(
-    "unet", shapes.unet_motion, shapes.infer_unet_motion,
+    "unet", shapes.unet_motion, configs.infer_unet_motion,
     {f"Stable Diffusion 1.5 and {v}": {**UNET_MOTION, **{n: c[n] for n in UNET_MOTION if n in c and n[0] != "_"}}
      for v, c in animatediff.ADAPTER.known.items() if v != "sdxl"},
 )  # fmt: skip
-PLAIN_VAE = Format("vae", shapes.vae, shapes.infer_vae, ldm.AUTOENCODER.known)
-PLAIN_TEXT = Format("text_encoder", shapes.clip_text, shapes.infer_clip,
+PLAIN_VAE = Format("vae", shapes.vae, configs.infer_vae, ldm.AUTOENCODER.known)
+PLAIN_TEXT = Format("text_encoder", shapes.clip_text, configs.infer_clip,
                     {"CLIP ViT-L/14": CLIP_L, "OpenCLIP ViT-H/14": CLIP_H}, optional=ldm.IDS)  # fmt: skip
-BARE_TEXT = Format("text_encoder", shapes.clip_text, shapes.infer_clip, PLAIN_TEXT.known, ldm.BARE_TEXT.rows,
+BARE_TEXT = Format("text_encoder", shapes.clip_text, configs.infer_clip, PLAIN_TEXT.known, ldm.BARE_TEXT.rows,
                    optional=ldm.IDS)  # fmt: skip
 LATER = "recognised, not converted: nothing here can use it yet"
 

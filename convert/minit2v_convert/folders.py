@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import configuration
-from .configuration import Configuration
+from . import modelscope_configuration as configuration
+from .modelscope_configuration import Configuration
 from .shapes import Config
 from .stream import PICKLES, Source, open_file, parse_json
 

@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 
-from . import shapes
-from .shapes import CLIP_L, POSITION_IDS, UNET2D, VAE, Config
+from . import configs, shapes
+from .configs import CLIP_L, UNET2D, VAE
+from .shapes import POSITION_IDS, Config
 from .table import CONV2D, SAME, Format, Numbers, Rows, below
 
 WAYS: Rows = [
@@ -53,7 +54,7 @@ def glance(names: Iterable[str]) -> Numbers:
     return {"n": min((int(m[1]) for m in found if m), default=3)}
 
 
-UNET = Format("unet", shapes.unet2d, shapes.infer_unet, {"Stable Diffusion 1.5": UNET2D}, UNET_ROWS, unet_numbers,
+UNET = Format("unet", shapes.unet2d, configs.infer_unet, {"Stable Diffusion 1.5": UNET2D}, UNET_ROWS, unet_numbers,
               glance)  # fmt: skip
 EMA = replace(UNET, spell=lambda name: "model_ema." + f"diffusion_model.{name}".replace(".", ""))
 
@@ -82,7 +83,7 @@ VAE_ROWS: Rows = [
     ("{half}.{conv}.{p}", "{half}.{conv}.{p}"),  # conv_in, conv_out
     ("{conv}.{p}", "{conv}.{p}"),  # quant_conv, post_quant_conv
 ]
-AUTOENCODER = Format("vae", shapes.vae, shapes.infer_vae, {"Stable Diffusion's": VAE}, VAE_ROWS,
+AUTOENCODER = Format("vae", shapes.vae, configs.infer_vae, {"Stable Diffusion's": VAE}, VAE_ROWS,
                      numbers=lambda c: {"last": len(c["block_out_channels"]) - 1})  # fmt: skip
 
 # The attention's names in diffusers before 0.17. The folder of Stable Diffusion 1.5 has them in one file of two.
@@ -96,7 +97,7 @@ OLD_AUTOENCODER = replace(AUTOENCODER, rows=OLD_VAE_ROWS)
 # -------------------------------------------------------------------------------------------------------- text encoder
 
 IDS = {POSITION_IDS: "I64"}  # 0, 1, 2, ...: in fp16 merges they are rounded, and of no use
-TEXT = Format("text_encoder", shapes.clip_text, shapes.infer_clip, {"CLIP ViT-L/14": CLIP_L}, optional=IDS)
+TEXT = Format("text_encoder", shapes.clip_text, configs.infer_clip, {"CLIP ViT-L/14": CLIP_L}, optional=IDS)
 BARE_TEXT = replace(TEXT, rows=[("{*}", "text_model.{*}")])  # some merges
 
 # --------------------------------------------------------------------------------------------- what else is in the file

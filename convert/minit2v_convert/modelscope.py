@@ -3,9 +3,10 @@
 Its third file, `VQGAN_autoencoder.pth`, is a checkpoint of latent diffusion (`ldm`).
 """
 
-from . import shapes
+from . import configs, shapes
+from .configs import CLIP_H, UNET3D
 from .ldm import IDS, RES, SKIP, WAYS, glance, unet_numbers
-from .shapes import CLIP_H, UNET3D, Config, Get
+from .shapes import Config, Get
 from .table import CONV1D, Format, Numbers, Rows, below
 
 TEMPORAL: Rows = [  # linear layers now, convolutions over time of size 1 then
@@ -41,7 +42,7 @@ def unetsd_numbers(c: Config) -> Numbers:
     return {**numbers, "up": [3 if up == 2 else 1 for up in numbers["up"]]}
 
 
-UNETSD = Format("unet", shapes.unet3d, shapes.infer_unet, {"ModelScope or Zeroscope": UNET3D}, UNETSD_ROWS,
+UNETSD = Format("unet", shapes.unet3d, configs.infer_unet, {"ModelScope or Zeroscope": UNET3D}, UNETSD_ROWS,
                 unetsd_numbers, glance)  # fmt: skip
 
 OPEN_CLIP_ROWS: Rows = [
@@ -65,7 +66,7 @@ def open_clip_shapes(c: Config) -> shapes.Shapes:
 
 def infer_open_clip(base: Config, get: Get) -> Config:
     """The UNet was trained on what enters the last block, so the published encoder has one block less."""
-    found = shapes.infer_clip(base, get)
+    found = configs.infer_clip(base, get)
     return {**found, "num_hidden_layers": found["num_hidden_layers"] - 1}
 
 

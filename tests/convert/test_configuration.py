@@ -13,8 +13,9 @@ from torch import Tensor
 
 from minit2v import DDIMScheduler, DiffusionPipeline, TextToVideoSDPipeline, UNet3DConditionModel
 from minit2v.inspection import report
-from minit2v_convert import configuration, modelscope, shapes
+from minit2v_convert import configs, modelscope
 from minit2v_convert import convert as module
+from minit2v_convert import modelscope_configuration as configuration
 from minit2v_convert.convert import components, convert
 
 PUBLISHED = json.loads((Path(__file__).parents[1] / "data" / "modelscope_configuration.json").read_text())
@@ -30,7 +31,7 @@ def open_clip(text: dict[str, Tensor]) -> dict[str, Tensor]:
     """The file that this text encoder could come from: one block more, and an image tower."""
     dim = text["text_model.final_layer_norm.bias"].shape[0]
     layers = len({n.split(".")[3] for n in text if ".layers." in n})
-    config = {**shapes.CLIP_H, "hidden_size": dim, "num_hidden_layers": layers, "intermediate_size": 40,
+    config = {**configs.CLIP_H, "hidden_size": dim, "num_hidden_layers": layers, "intermediate_size": 40,
               "vocab_size": text["text_model.embeddings.token_embedding.weight"].shape[0]}  # fmt: skip
     entries = modelscope.OPEN_CLIP.table(config).entries
     state = {e.original[0]: torch.cat([text[n] for n in e.published]) for e in entries}
@@ -67,12 +68,12 @@ def changed(path: Path, **fields: object) -> None:
 
 def test_the_published_one_there_and_back():
     said = configuration.read(PUBLISHED)
-    assert said.unet == {n: shapes.UNET3D[n] for n in said.unet}
+    assert said.unet == {n: configs.UNET3D[n] for n in said.unet}
     assert said.scheduler == {"num_train_timesteps": 1000, "prediction_type": "epsilon"}
     assert said.files == {"unet": "text2video_pytorch_model.pth", "vae": "VQGAN_autoencoder.pth",
                           "text_encoder": "open_clip_pytorch_model.bin"}  # fmt: skip
     schedule = module.FAMILIES["UNet3DConditionModel"].scheduler
-    assert configuration.write(shapes.UNET3D, schedule) == (PUBLISHED, [])
+    assert configuration.write(configs.UNET3D, schedule) == (PUBLISHED, [])
 
 
 def test_other_sizes_there_and_back():
@@ -89,7 +90,7 @@ def test_other_sizes_there_and_back():
 
 def test_what_it_cannot_say_is_noted():
     _, notes = configuration.write(
-        {**shapes.UNET3D, "norm_num_groups": 8},
+        {**configs.UNET3D, "norm_num_groups": 8},
         {"beta_schedule": "linear", "rescale_betas_zero_snr": True, "prediction_type": "flow"})  # fmt: skip
     assert [n.removeprefix("configuration.json: cannot say ") for n in notes] == [
         "norm_num_groups 8; in the authors' code it is 32", "prediction_type 'flow'",

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minit2v import AutoencoderKL, CLIPTextModel, MotionAdapter, UNet2DConditionModel, UNet3DConditionModel
-from minit2v_convert import animatediff, shapes
+from minit2v_convert import animatediff, configs, shapes
 from minit2v_convert import convert as module
 from minit2v_convert.convert import components, convert
 from minit2v_convert.sparse import write_sparse_safetensors
@@ -275,9 +275,9 @@ def test_a_pipeline_in_another_dtype(video_model, tmp_path):
     TextToVideoSDPipeline.from_pretrained(tmp_path / "half")
 
 
-SMALL_MOTION = {**shapes.MOTION, "block_out_channels": [32, 64], "motion_layers_per_block": 1,
+SMALL_MOTION = {**configs.MOTION, "block_out_channels": [32, 64], "motion_layers_per_block": 1,
                 "motion_max_seq_length": 24, "use_motion_mid_block": False}  # fmt: skip
-SMALL_IMAGE = {**shapes.UNET2D, "block_out_channels": [32, 64], "layers_per_block": 1, "cross_attention_dim": 24,
+SMALL_IMAGE = {**configs.UNET2D, "block_out_channels": [32, 64], "layers_per_block": 1, "cross_attention_dim": 24,
                "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
                "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}  # fmt: skip
 

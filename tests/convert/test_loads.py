@@ -14,7 +14,7 @@ import torch
 
 from minit2v import AutoencoderKL, CLIPTextModel, MotionAdapter, UNet2DConditionModel, UNet3DConditionModel
 from minit2v.unet_motion import UNetMotionModel
-from minit2v_convert import animatediff, detect, shapes
+from minit2v_convert import animatediff, configs, detect, shapes
 from minit2v_convert.convert import components, convert
 from minit2v_convert.sparse import Manifest, write_sparse_safetensors
 
@@ -122,7 +122,7 @@ def test_converted_loras_are_in_the_names_of_the_networks(tmp_path, light, name)
     """Nothing here loads a LoRA yet: each of its pairs fits a layer that a network has."""
     folder = light(sparse(tmp_path, FILES[name]), tmp_path / "out")
     state = components(folder / "pytorch_lora_weights.safetensors")["lora"].plan.steps
-    layers = {**shapes.unet2d(shapes.UNET2D), **shapes.motion_adapter(animatediff.PUBLISHED_MOTION["v2"])}
+    layers = {**shapes.unet2d(configs.UNET2D), **shapes.motion_adapter(animatediff.PUBLISHED_MOTION["v2"])}
     assert len(state) == len(FILES[name])
     for step in state:
         assert step.name.startswith("unet.")

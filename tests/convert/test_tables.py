@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minit2v_convert import adapters, animatediff, ldm, modelscope, shapes
+from minit2v_convert import adapters, animatediff, configs, ldm, modelscope, shapes
 from minit2v_convert.containers import unwrap
 from minit2v_convert.detect import SIZES, detect
 from minit2v_convert.formats import Step, from_diffusers, make, sinusoids, to_diffusers
@@ -98,14 +98,14 @@ def test_a_table_has_exactly_these_rows(name):
 
 def test_the_old_names_of_the_vae():
     """original -> new names and old names -> new names, one after the other, are original -> old names."""
-    old = {e.published[0]: e.original[0] for e in ldm.OLD_AUTOENCODER.table(shapes.VAE).entries}
-    got = {e.original[0]: [old[e.published[0]]] for e in ldm.AUTOENCODER.table(shapes.VAE).entries}
+    old = {e.published[0]: e.original[0] for e in ldm.OLD_AUTOENCODER.table(configs.VAE).entries}
+    got = {e.original[0]: [old[e.published[0]]] for e in ldm.AUTOENCODER.table(configs.VAE).entries}
     assert got == {row[0]: row[1] for row in TABLES["ldm_vae_to_diffusers_oldnames"]}
 
 
 @pytest.mark.parametrize("name, prefix, layers", [
-    ("kohya_unet_module_names_sd15", "lora_unet_", shapes.LORA_TARGETS["unet"]),
-    ("kohya_te_module_names_sd15", "lora_te_", shapes.LORA_TARGETS["text_encoder"]),
+    ("kohya_unet_module_names_sd15", "lora_unet_", adapters.LORA_TARGETS["unet"]),
+    ("kohya_te_module_names_sd15", "lora_te_", adapters.LORA_TARGETS["text_encoder"]),
 ])  # fmt: skip
 def test_kohya_s_names(name, prefix, layers):
     rows = TABLES[name]
@@ -146,12 +146,12 @@ def test_nothing_on_a_list_of_ignored_names_is_idle():
 def test_the_shapes_are_those_of_the_published_files(manifest):
     """Of all tensors of the official networks, computed from their configs."""
     for shape_of, config, name in [
-        (shapes.unet3d, shapes.UNET3D, "ms-1.7b/unet"),
-        (shapes.unet2d, shapes.UNET2D, "sd15/unet"),
-        (shapes.vae, shapes.VAE, "sd15/vae.fp16"),
-        (shapes.clip_text, shapes.CLIP_L, "sd15/text_encoder"),
-        (shapes.clip_text, shapes.CLIP_H, "ms-1.7b/text_encoder"),
-        (shapes.motion_adapter, shapes.MOTION, "adapter-v1-5-2/motion_adapter"),
+        (shapes.unet3d, configs.UNET3D, "ms-1.7b/unet"),
+        (shapes.unet2d, configs.UNET2D, "sd15/unet"),
+        (shapes.vae, configs.VAE, "sd15/vae.fp16"),
+        (shapes.clip_text, configs.CLIP_L, "sd15/text_encoder"),
+        (shapes.clip_text, configs.CLIP_H, "ms-1.7b/text_encoder"),
+        (shapes.motion_adapter, configs.MOTION, "adapter-v1-5-2/motion_adapter"),
         (shapes.motion_adapter, animatediff.PUBLISHED_MOTION["v3"], "adapter-v1-5-3/motion_adapter"),
         (shapes.motion_adapter, animatediff.SDXL, "adapter-sdxl-beta/motion_adapter"),
     ]:
@@ -159,16 +159,16 @@ def test_the_shapes_are_those_of_the_published_files(manifest):
     for shape_of, config, name in [
         (shapes.sparse_control, animatediff.SPARSE_KNOWN["rgb"], "animatediff-sparsectrl-rgb"),
         (shapes.sparse_control, animatediff.SPARSE_KNOWN["scribble"], "animatediff-sparsectrl-scribble"),
-        (shapes.clip_image, shapes.CLIP_IMAGE, "image_encoder"),
+        (shapes.clip_image, configs.CLIP_IMAGE, "image_encoder"),
     ]:
         assert shape_of(config) == {n: tuple(shape) for n, (shape, _) in FILES[name].items()}, name
 
 
 def test_configs_are_the_published_ones(published_config):
     for config, repo, part in [
-        (shapes.UNET2D, "sd15", "unet"), (shapes.UNET3D, "ms-1.7b", "unet"), (shapes.VAE, "ms-1.7b", "vae"),
-        (shapes.CLIP_L, "sd15", "text_encoder"), (shapes.CLIP_H, "ms-1.7b", "text_encoder"),
-        (shapes.MOTION, "adapter-v1-5-2", "motion_adapter"),
+        (configs.UNET2D, "sd15", "unet"), (configs.UNET3D, "ms-1.7b", "unet"), (configs.VAE, "ms-1.7b", "vae"),
+        (configs.CLIP_L, "sd15", "text_encoder"), (configs.CLIP_H, "ms-1.7b", "text_encoder"),
+        (configs.MOTION, "adapter-v1-5-2", "motion_adapter"),
     ]:  # fmt: skip
         published = published_config(repo, part)
         differs = {n for n in config if n in published and config[n] != published[n]}
@@ -402,20 +402,20 @@ def test_what_is_only_recognised_is_refused(name):
 UNET = {"block_out_channels": [8, 16, 24], "cross_attention_dim": 12, "in_channels": 5, "out_channels": 3}
 SMALL = {
     "unet3d": (shapes.unet3d, {
-        **shapes.UNET3D, **UNET, "layers_per_block": 1, "attention_head_dim": 2,
+        **configs.UNET3D, **UNET, "layers_per_block": 1, "attention_head_dim": 2,
         "down_block_types": ["DownBlock3D", "CrossAttnDownBlock3D", "CrossAttnDownBlock3D"],
         "up_block_types": ["CrossAttnUpBlock3D", "CrossAttnUpBlock3D", "UpBlock3D"]}),
     "unet2d": (shapes.unet2d, {
-        **shapes.UNET2D, **UNET, "layers_per_block": 3,
+        **configs.UNET2D, **UNET, "layers_per_block": 3,
         "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"]}),
     "vae": (shapes.vae, {
-        **shapes.VAE, "block_out_channels": [4, 8, 12], "layers_per_block": 1, "latent_channels": 2,
+        **configs.VAE, "block_out_channels": [4, 8, 12], "layers_per_block": 1, "latent_channels": 2,
         "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3}),
     "motion": (shapes.motion_adapter, {
-        **shapes.MOTION, "block_out_channels": [8, 12], "motion_layers_per_block": 1, "motion_max_seq_length": 5}),
+        **configs.MOTION, "block_out_channels": [8, 12], "motion_layers_per_block": 1, "motion_max_seq_length": 5}),
     "lora": (shapes.motion_lora, {
-        **shapes.MOTION, "block_out_channels": [8, 12], "motion_layers_per_block": 1, "rank": 3}),
+        **configs.MOTION, "block_out_channels": [8, 12], "motion_layers_per_block": 1, "rank": 3}),
 }  # fmt: skip
 
 
@@ -530,7 +530,7 @@ def test_a_merge_without_the_first_level_of_the_text_encoder():
     level = "cond_stage_model.transformer."
     header = {n.replace(level + "text_model.", level): x for n, x in FILES["civitai_fp16_pruned"].items()}
     plans = to_diffusers(detect(header), header)
-    assert {s.name for s in plans["text_encoder"].steps} == shapes.clip_text(shapes.CLIP_L).keys()
+    assert {s.name for s in plans["text_encoder"].steps} == shapes.clip_text(configs.CLIP_L).keys()
 
 
 def test_from_diffusers_wants_what_diffusers_writes(manifest):
