@@ -211,6 +211,7 @@ def test_callback_replaces_tensors(pipe):
     pipe("a cat", **FAST, callback_on_step_end=turn,
          callback_on_step_end_tensor_inputs=["latents", "prompt_embeds", "negative_prompt_embeds"])
     (_, _, before), (x, _, after) = seen
+    (before, _), (after, _) = before.of_blocks[0], after.of_blocks[0]  # the keys of the text
     assert not torch.equal(before[0], before[1]) and torch.equal(after[0], after[1])
     assert x.abs().max() == 0
 

@@ -114,7 +114,7 @@ def test_guidance(pipe):
     plain, weak = (pipe("a cat", **FAST, guidance_scale=g, generator=seeded(0)).frames for g in (1.0, 0.5))
     assert np.array_equal(plain, weak)  # off up to 1
     calls = []
-    pipe.unet.register_forward_hook(lambda m, args, out: calls.append((args[0].shape[0], args[2].shape[0])))
+    pipe.unet.register_forward_hook(lambda m, args, out: calls.append((args[0].shape[0], args[2].rows)))
     guided = pipe("a cat", **FAST, guidance_scale=5.0, generator=seeded(0)).frames
     assert calls == [(2, 2)] * 2  # text states once per video
     assert np.abs(plain - guided).max() > 0.01
@@ -184,13 +184,60 @@ def test_callback_counts_steps(pipe, scheduler, every):
     assert ended == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("change, times", [
+    (lambda tensors: None, 1),
+    (lambda tensors: {"prompt_embeds": 2 * tensors["prompt_embeds"]}, 3),
+    (lambda tensors: tensors["prompt_embeds"].mul_(2)[:0].sum().item() or None, 3),
+], ids=["nothing", "replaced", "in place"])  # fmt: skip
+def test_keys_and_values_of_the_text_are_made_once(pipe, change, times, monkeypatch):
+    """And again where a callback may have changed the text: the steps are those of a UNet that is given the text."""
+    steps = FAST | {"num_inference_steps": 3, "output_type": "latent"}
+    names = ["prompt_embeds"] if times > 1 else ["latents"]
+    arguments = {**steps, "callback_on_step_end": lambda pipe, i, t, tensors: change(tensors),
+                 "callback_on_step_end_tensor_inputs": names}
+    made, keys_values = [], pipe.unet.keys_values
+
+    def count(context):
+        made.append(context.shape)
+        return keys_values(context)
+
+    monkeypatch.setattr(pipe.unet, "keys_values", count)
+    got = pipe("a cat", **arguments, generator=seeded(0)).frames
+    assert made == [(2, 77, 24)] * times
+    monkeypatch.setattr(pipe.unet, "keys_values", lambda context: context)
+    want = pipe("a cat", **arguments, generator=seeded(0)).frames
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    plain = pipe("a cat", **steps, generator=seeded(0)).frames
+    assert torch.allclose(want, plain, atol=1e-3) == (times == 1), "the text says something"
+
+
+def test_optimize_and_restore(pipe, v2v):
+    want, state = pipe("a cat", **FAST, generator=seeded(0)).frames, pipe.unet.state_dict()
+    places = {name: (value.stride(), value.clone()) for name, value in state.items()}
+    with pytest.raises(ValueError, match="graphs=True: a CUDA graph needs the UNet on CUDA, and it is on cpu"):
+        pipe.optimize(graphs=True)
+    assert pipe.unet.fast is None
+    assert pipe.optimize() is pipe and pipe.unet.fast is not None and v2v.unet.fast is pipe.unet.fast
+    assert not pipe.unet.fast.use_graphs
+    assert np.abs(pipe("a cat", **FAST, generator=seeded(0)).frames - want).max() < 1e-4
+    assert pipe.restore() is pipe and pipe.unet.fast is None and pipe.vae.fast is None
+    for name, value in pipe.unet.state_dict().items():
+        assert value.stride() == places[name][0] and torch.equal(value, places[name][1])
+    assert np.array_equal(pipe("a cat", **FAST, generator=seeded(0)).frames, want)
+    pipe.vae = None
+    pipe.optimize().restore()
+    pipe.unet = None
+    with pytest.raises(ValueError, match="needs the pipeline's unet"):
+        pipe.optimize()
+
+
 def test_callback_replaces_tensors(pipe):
     def stop_guiding(pipe, step, t, tensors):
         assert set(tensors) == {"latents", "prompt_embeds", "negative_prompt_embeds"}
         return {"latents": torch.zeros_like(tensors["latents"]), "negative_prompt_embeds": tensors["prompt_embeds"]}
 
     seen = []
-    pipe.unet.register_forward_pre_hook(lambda m, args: seen.append((args[0].clone(), args[2].clone())))
+    pipe.unet.register_forward_pre_hook(lambda m, args: seen.append((args[0].clone(), args[2].of_blocks[0][0].clone())))
     pipe("a cat", **FAST, callback_on_step_end=stop_guiding,
          callback_on_step_end_tensor_inputs=["latents", "prompt_embeds", "negative_prompt_embeds"])
     assert not torch.equal(seen[0][1][0], seen[0][1][1]) and torch.equal(seen[1][1][0], seen[1][1][1])

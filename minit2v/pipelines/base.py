@@ -58,6 +58,11 @@ class StepCallbacks:
     names: Sequence[str] = ("latents",)  # the tensors that `on_end` is shown
     NAMES: ClassVar[tuple[str, ...]] = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
+    @property
+    def show_text(self) -> bool:
+        """Whether `on_end` gets the text in hand, which it may then also change in place."""
+        return self.on_end is not None and not {*self.names}.isdisjoint(self.NAMES[1:])
+
     def check(self) -> None:
         check_count("callback_steps", self.legacy_every)
         for name, function in (("callback", self.legacy), ("callback_on_step_end", self.on_end)):
@@ -324,6 +329,37 @@ class DiffusionPipeline:
 
         return tqdm(iterable, total=total, **self._progress)
 
+    # Speed -----------------------------------------------------------------------------------------------------------
+
+    def optimize(self, *, graphs: bool | None = None, compile: bool = False) -> Self:
+        """Lay the weights out for speed, and launch the UNet as a CUDA graph (fast.py). Returns the pipeline.
+
+        graphs: None is yes where the UNet is on CUDA. The first step of every new shape then takes a few times as long,
+        and the graph's memory stays taken. compile: torch.compile the UNet's blocks, which takes minutes at the first
+        step. Call it after `.to(...)`. It holds for every pipeline that shares the networks, until `restore()`.
+        ValueError where a graph is asked for and the UNet is not on CUDA.
+        """
+        from .. import fast
+
+        if self.unet is None:
+            raise ValueError("optimize() needs the pipeline's unet, which is None")
+        on_cuda = self.unet.device.type == "cuda"
+        if graphs and not on_cuda:
+            raise ValueError(f"graphs=True: a CUDA graph needs the UNet on CUDA, and it is on {self.unet.device}")
+        fast.optimize(self.unet, graphs=on_cuda if graphs is None else graphs, compile=compile)
+        if self.vae is not None:
+            fast.optimize(self.vae)
+        return self
+
+    def restore(self) -> Self:
+        """Undo `optimize()`: the same weights in the memory layouts of before. Returns the pipeline."""
+        from .. import fast
+
+        for network in (self.unet, self.vae):
+            if network is not None:
+                fast.restore(network)
+        return self
+
     # Techniques ------------------------------------------------------------------------------------------------------
 
     def enable_free_init(
@@ -492,11 +528,13 @@ class DiffusionPipeline:
         positive text, and the prediction goes `guidance_scale` times the way from the one to the other.
         """
         spare = len(timesteps) - steps * self.scheduler.order  # solver calls that make no step of their own (PNDM)
-        done = 0
+        done, context = 0, None
         for i, t in enumerate(timesteps):
-            context = text if negative is None else torch.cat([negative, text])
+            if context is None:  # once, for the text changes no more than a callback changes it
+                texts = text if negative is None else torch.cat([negative, text])
+                context = unet.keys_values(texts.to(unet.dtype))
             batch = self.scheduler.scale_model_input(x if negative is None else torch.cat([x, x]), t)
-            eps = unet(batch.to(unet.dtype), t, context.to(unet.dtype))
+            eps = unet(batch.to(unet.dtype), t, context)
             if negative is not None:
                 eps_negative, eps_text = eps.chunk(2)
                 eps = eps_negative + guidance_scale * (eps_text - eps_negative)
@@ -508,7 +546,10 @@ class DiffusionPipeline:
             if i in (0, len(timesteps) - 1):  # bad weights show at once, overflow at the end
                 check_result(x, unet, "the UNet")
             if i + 1 == len(timesteps) or (i + 1 > spare and (i + 1) % self.scheduler.order == 0):
+                before = text, negative
                 x, text, negative = callbacks(self, done, t, x, text, negative)
+                if callbacks.show_text or text is not before[0] or negative is not before[1]:
+                    context = None
                 done += 1
                 bar.update()
         return x
