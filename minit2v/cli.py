@@ -58,7 +58,7 @@ SUFFIXES = (".mp4", ".gif", ".mkv", ".mov", ".m4v")
 # them back through the parser, so that a file says nothing that the command line could not.
 SETTINGS = ("model", "base", "adapter", "revision", "variant", "negative_prompt", "num_frames", "steps",
             "guidance_scale", "strength", "free_init", "scheduler", "seed", "height", "width", "fps", "dtype", "device",
-            "compat", "kernels")
+            "compat", "kernels", "optimize")
 DECODED_AT_ONCE = 8  # frames: what the VAE's last layers need would otherwise grow with the video
 
 
@@ -89,6 +89,17 @@ def _number(low: float, high: float, open_low: bool = False) -> Any:
         return value
 
     return parse
+
+
+def _kernels(text: str) -> str:
+    if text not in ("auto", "torch", "triton"):  # "torch,geglu=triton"
+        from minit2v_kernels._dispatch import choices
+
+        try:
+            choices(text)
+        except ValueError as e:
+            raise argparse.ArgumentTypeError(str(e).removeprefix("MINIT2V_KERNELS ")) from None
+    return text
 
 
 def _output(text: str) -> Path:
@@ -164,7 +175,10 @@ def _parser() -> Parser:
                          help="of the weights: float16 on cuda, else float32")
         sub.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, ...")
         sub.add_argument("--compat", choices=("diffusers",), help="give the reference's numbers where ours differ")
-        sub.add_argument("--kernels", choices=("auto", "torch", "triton"), help="how to run the fused operations")
+        sub.add_argument("--kernels", type=_kernels, metavar="CHOICE", help="how to run the fused operations: auto, "
+                         "torch, triton, or with choices for some: torch,geglu=triton")
+        sub.add_argument("--optimize", action=argparse.BooleanOptionalAction,
+                         help="lay the weights out for speed; on cuda, launch steps as CUDA graphs")
         sub.add_argument("-o", "--output", type=_output, metavar="PATH",
                          help=f"a file ({', '.join(SUFFIXES)}; replaced), or a folder (names are made, none replaced)")
 
@@ -186,7 +200,16 @@ def _parser() -> Parser:
     convert.add_argument("--ema", action="store_true", default=False, help="take a single file's moving average")
     convert.add_argument("--dry-run", action="store_true", default=False, help="print the mapping and write nothing")
 
-    for sub in (generate, restyle, animate, inspect, convert):
+    bisect = commands.add_parser("bisect", help="run a step with each fused operation in turn as a Triton kernel, and "
+                                 "say how far each is from float64")
+    bisect.add_argument("model", nargs="?", default="shapes", help="a folder or a hub id: shapes")
+    bisect.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16", help="float16")
+    bisect.add_argument("--device", default="auto", metavar="NAME", help="cuda, or the CPU by Triton's interpreter")
+    bisect.add_argument("--frames", type=_whole, default=3, metavar="N", help="of the video: 3")
+    bisect.add_argument("--height", type=_whole, default=32, metavar="PIXELS", help="32")
+    bisect.add_argument("--width", type=_whole, default=32, metavar="PIXELS", help="32")
+
+    for sub in (generate, restyle, animate, inspect, convert, bisect):
         sub.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
     return parser
 
@@ -206,6 +229,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _inspect(args)
             if args.command == "convert":
                 return _convert(args)
+            if args.command == "bisect":
+                return _bisect(args)
             return _make(args, parser)
     except SystemExit as e:  # of argparse, which has said why
         return e.code if isinstance(e.code, int) else 1
@@ -271,6 +296,28 @@ def _convert(args: argparse.Namespace) -> int:
 
     print("\n".join(run(args)))
     return 0
+
+
+def _bisect(args: argparse.Namespace) -> int:
+    import torch
+
+    device, path = _device(args.device), _find_model(args.model)
+    if device.type != "cuda":
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+    from . import bisect
+    from .pipelines.checks import check_pixels
+
+    check_pixels("--height", args.height, bisect.FACTOR)
+    check_pixels("--width", args.width, bisect.FACTOR)
+    unet = bisect.load(path, getattr(torch, args.dtype), device)
+    given = bisect.inputs(unet, args.frames, args.height, args.width)
+    _say(f"{type(unet).__name__} of {args.model}, one step, x {tuple(given[0].shape)}, {args.dtype} on {device}"
+         + (": by Triton's interpreter, which is slow" if device.type != "cuda" else ""))
+    good = True
+    for line, fine in bisect.lines(bisect.bisect(unet, *given)):
+        print(line, flush=True)
+        good &= fine
+    return 0 if good else 1
 
 
 # ------------------------------------------------------------------------------------------------------------- videos
@@ -340,6 +387,8 @@ def _summary(s: dict[str, Any], frames: int) -> str:
         parts.insert(2, f"strength {s['strength']:g}")
     if s.get("free_init"):
         parts.insert(2, "FreeInit")
+    if s.get("optimize"):
+        parts.append("optimized")
     if s.get("negative_prompt"):
         parts.append(f"not {_quote(s['negative_prompt'])}")
     return ", ".join(parts + [f"{k} {s[k]}" for k in ("revision", "variant", "compat") if s.get(k)])
@@ -396,6 +445,8 @@ def _load(command: str, settings: dict[str, Any], from_video: bool) -> tuple[Any
     pipe = cls.from_pretrained(path, **where, **weights, **parts).to(device)
     if settings.get("free_init"):
         pipe.enable_free_init()
+    if settings.get("optimize"):
+        pipe.optimize()
 
     same = ("guidance_scale", "negative_prompt", "height", "width", "strength" if from_video else "num_frames")
     names = {"steps": "num_inference_steps", **{name: name for name in same}}

@@ -101,6 +101,24 @@ def test_every_option_reaches_the_pipeline(run, model):
     assert any("compat diffusers" in line and 'not "a dog"' in line for line in err)
 
 
+def test_kernels_for_single_operations_and_the_fast_path(run, model, monkeypatch):
+    from minit2v import fast
+
+    made, optimize = [], fast.optimize
+    monkeypatch.setattr(fast, "optimize", lambda network, **kw: (made.append(type(network).__name__),
+                                                                 optimize(network, **kw)))
+    base = ["generate", "a cat", "--model", model, *FAST, "--seed", 1]
+    code, out, err = run(*base, "--kernels", "torch,geglu=auto", "--optimize", "-o", "a.mp4")
+    assert code == 0 and os.environ["MINIT2V_KERNELS"] == "torch,geglu=auto"
+    assert made == ["UNet3DConditionModel", "AutoencoderKL"] and any("optimized" in line for line in err)
+    stored = read_metadata("a.mp4")
+    assert stored["kernels"] == "torch,geglu=auto" and stored["optimize"] is True
+    assert run("generate", "--replay", "a.mp4", "-o", "b.mp4")[0] == 0 and len(made) == 4
+    assert run("generate", "--replay", "a.mp4", "--no-optimize", "-o", "c.mp4")[0] == 0 and len(made) == 4
+    assert run(*base, "-o", "d.mp4")[0] == 0 and len(made) == 4
+    assert np.abs(pixels("a.mp4").astype(int) - pixels("d.mp4").astype(int)).max() <= 2
+
+
 def test_options_change_the_video(run, model):
     base = ["generate", "a cat", "--model", model, *FAST, "--seed", 1]
     changes = [[], ["--seed", 2], ["--negative-prompt", "a dog"], ["--scheduler", "euler"], ["--guidance-scale", 1],
@@ -285,7 +303,10 @@ USAGE = [
     (["generate", "x", "--fps", "nan"], "--fps"),
     (["generate", "x", "--guidance-scale", "high"], "--guidance-scale"),
     (["generate", "x", "--dtype", "int8"], "--dtype"),
-    (["generate", "x", "--kernels", "cuda"], "--kernels"),
+    (["generate", "x", "--kernels", "cuda"], "--kernels: must be one of 'auto', 'torch', 'triton', not 'cuda'"),
+    (["generate", "x", "--kernels", "torch,geglo=triton"], "--kernels: .*unknown op 'geglo'; did you mean 'geglu'"),
+    (["bisect", "--dtype", "float64"], "--dtype"),
+    (["bisect", "--frames", "0"], "--frames"),
     (["generate", "x", "--compat", "comfy"], "--compat"),
     (["generate", "x", "--step", "3"], "unknown argument '--step'.*--steps"),
     (["generate", "x", "--strength", "1"], "unknown argument '--strength'"),

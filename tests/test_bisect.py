@@ -1,0 +1,94 @@
+"""`minit2v bisect`: each op in turn as a kernel, in a process of its own: Triton decides at import to interpret."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from minit2v import bisect, cli
+from minit2v_kernels import _dispatch
+
+needs_triton = pytest.mark.skipif(
+    find_spec("triton") is None and os.environ.get("CI", "").lower() not in ("1", "true"), reason="needs triton"
+)
+
+
+@needs_triton
+def test_a_folder_without_a_gpu(tmp_path, make_official_folder):
+    folder = make_official_folder(tmp_path / "model", small=True)
+    command = ["bisect", str(folder), "--device", "cpu", "--frames", "2", "--height", "16", "--width", "16"]
+    env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "MINIT2V_KERNELS")}
+    done = subprocess.run([sys.executable, "-m", "minit2v", *command], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "interpreter, which is slow" in done.stderr and done.stderr.count("\n") == 1
+    head, plain, *rows = [line.split() for line in done.stdout.splitlines()]
+    assert head == ["as", "kernels", "launches", "error"] and plain[:2] == ["none:", "PyTorch"]
+    assert [row[0] for row in rows] == [*_dispatch.PROVEN, "all"]
+    launches = [int(row[1]) for row in rows]
+    assert all(n > 0 for n in launches) and sum(launches[:-1]) == launches[-1]
+    assert all(float(row[2]) <= 1.5 * float(plain[3]) + 1e-3 and row[3] == "ok" for row in rows)
+
+
+class Broken:
+    """In the place of a network: geglu gives wrong numbers as a kernel, layer norm none, temporal_conv is not in it."""
+
+    dtype = torch.float16
+
+    def double(self):
+        return self
+
+    def to(self, dtype):
+        return self
+
+    def __call__(self, x, t, context):
+        chosen = [op for op, impl in _dispatch.choices(os.environ["MINIT2V_KERNELS"]).items() if impl == "triton"]
+        chosen = [op for op in chosen if op != "temporal_conv"]
+        if _dispatch.recorded is not None:
+            _dispatch.recorded.extend(chosen)
+        y = x * (1 if x.dtype == torch.float64 else 1.001)
+        return y + (0.1 if "geglu" in chosen else 0) + (float("nan") if "add_layer_norm" in chosen else 0)
+
+
+def test_what_is_wrong_is_named(monkeypatch):
+    monkeypatch.delenv("MINIT2V_KERNELS", raising=False)
+    x = torch.randn(2, 4, 3, 4, 4).half()
+    rows = list(bisect.lines(bisect.bisect(Broken(), x, 500, x)))
+    verdicts = {row.split()[0]: (row.split()[-1], good) for row, good in rows[2:]}
+    assert verdicts == {
+        "group_norm_silu": ("ok", True),
+        "temporal_attention": ("ok", True),
+        "geglu": ("WRONG", False),
+        "add_layer_norm": ("WRONG", False),
+        "temporal_conv": ("network", True),
+        "all": ("WRONG", False),
+    }
+    assert "MINIT2V_KERNELS" not in os.environ and rows[1][1]
+
+
+def test_images_have_no_frames(make_official_folder, tmp_path):
+    folder = make_official_folder(tmp_path / "image", "sd15", small=True)
+    unet = bisect.load(str(folder), torch.float32, torch.device("cpu"))
+    x, t, context = bisect.inputs(unet, frames=3, height=16, width=24)
+    assert x.shape == (2, 4, 2, 3) and unet(x, t, context).shape == x.shape
+
+
+@pytest.mark.parametrize("args, said", [
+    (["--height", "20"], "--height must be a multiple of 8, not 20"),
+    (["nowhere/at/all"], "no such folder"),
+    (["--device", "gpu"], "no device 'gpu'"),
+])  # fmt: skip
+def test_errors_are_one_line(args, said, capsys, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert cli.main(["bisect", *args]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and re.search(said, err)
+
+
+def test_another_kind_of_folder(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "X", "unet": ["diffusers", "UNetSpatioTemporal"]}')
+    with pytest.raises(ValueError, match="no UNet of this package: its index names UNetSpatioTemporal"):
+        bisect.load(str(tmp_path), torch.float32, torch.device("cpu"))
