@@ -82,6 +82,7 @@ def add_layer_norm_ref(
 @cache
 def layer_norm_kernel() -> Any:
     """The kernel; Triton is imported here, at the first use."""
+    global tl  # Triton 3.2 looks a kernel's names up in its module alone
     import triton
     import triton.language as tl
 
