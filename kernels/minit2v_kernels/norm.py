@@ -362,9 +362,9 @@ def kernels() -> SimpleNamespace:
     return SimpleNamespace(moments=group_norm_moments, coefficients=group_norm_coefficients, apply=group_norm_apply)
 
 
-PROCESSORS, RESIDENT = 132, 6  # of an H200, and how many programs of `moments` one of them holds: 5 to 9
+PROCESSORS, RESIDENT = 132, 6  # of an H200, and how many programs of `moments` one of them holds: 4 to 9
 SATURATING = 4  # as many of them keep its memory busy: 8 KB each on the way
-APPLY_T = 64  # positions per tile of `apply`: 8 KB of 16 bits for 9 programs of 56 registers
+APPLY_T = 64  # positions per tile of `apply`: 8 KB of 16 bits each for 8 or 9 programs at a time
 
 
 def power_of_2(size: int) -> int:
@@ -405,15 +405,14 @@ def segment_frames(n: int, frames: int, rows_of_emb: int | None) -> int:
     return frames if rows_of_emb is None else gcd(frames, n // rows_of_emb)
 
 
-def merge_tile(channels_per_group: int, parts: int) -> tuple[int, int]:
-    """(BLOCK_P, BLOCK_C) of `coefficients`: at most 2048 elements unless one part's channels are more."""
+def merge_tile(channels_per_group: int, parts: int) -> tuple[int, int, int]:
+    """(BLOCK_P, BLOCK_C, warps) of `coefficients`: 8 elements per thread, as far as 4 warps go.
+
+    More only where the channels of one part are more. This kernel is a chain of short waits, not of work.
+    """
     block_c = power_of_2(channels_per_group)
-    return min(power_of_2(parts), max(1, 2048 // block_c)), block_c
-
-
-def merge_warps(block_p: int, block_c: int) -> int:
-    """8 elements per thread, as far as 8 warps go: this kernel is a chain of short waits."""
-    return min(8, power_of_2(-(-block_p * block_c // 256)))
+    block_p = min(power_of_2(parts), max(1, 1024 // block_c))
+    return block_p, block_c, min(4, power_of_2(-(-block_p * block_c // 256)))
 
 
 def run(
@@ -464,12 +463,12 @@ def run(
         HAS_SKIP=has_skip, HAS_RESIDUAL=has_residual, CHANNELS_LAST=last,
         UNROLL=unroll, BLOCK_T=block_t, BLOCK_C=block_c,
     )  # fmt: skip
-    block_p, group_c = merge_tile(c // groups, splits * frames // span)
+    block_p, group_c, warps = merge_tile(c // groups, splits * frames // span)
     launch(
         kernels().coefficients, (n // frames * groups,), moments, emb.contiguous() if has_emb else x,
         weight.contiguous(), bias.contiguous(), table, t, c, c1, groups, frames // span, splits, rows,
         segments // len(emb) if has_emb else 1, eps, HAS_EMB=has_emb, BLOCK_P=block_p, BLOCK_C=group_c,
-        num_warps=merge_warps(block_p, group_c),
+        num_warps=warps,
     )  # fmt: skip
     launch(
         kernels().apply, (segments * -(-t // APPLY_T) * tiles,), total if has_residual else x, skip, table, y,

@@ -118,6 +118,14 @@ def test_residual(frames, dtype, last):
         assert torch.equal(total, x + residual)
 
 
+def test_the_norm_is_of_the_sum_as_it_is_returned():
+    """Rounded: with 16 bits that may be most of its variance."""
+    x = channels_last(torch.full((2, 8, 9, 7), 1000.0, dtype=torch.float16, device=DEVICE))
+    w, b = weights(8)
+    total, y = add_group_norm_silu(x, randn(2, 8, 9, 7, std=0.2, dtype=x.dtype), w, b, 2, impl="triton")
+    assert relative(y, group_norm_silu_ref(total.double(), w.double(), b.double(), 2)) < 1e-3
+
+
 @pytest.mark.parametrize("c1, c2, groups", [(64, 64, 4), (70, 58, 1), (1, 127, 2), (127, 1, 2)])
 @pytest.mark.parametrize("last", [False, True])
 def test_skip_at_and_across_the_tiles(c1, c2, groups, last):
@@ -134,10 +142,29 @@ def test_more_parts_than_the_merging_tile():
     check(group_norm_silu, group_norm_silu_ref, x, *weights(64), 1, frames=2)
 
 
+@pytest.fixture
+def small_gpu(monkeypatch):
+    """Which needs no more than two programs: splits are long."""
+    monkeypatch.setattr(norm, "PROCESSORS", 1)
+    monkeypatch.setattr(norm, "RESIDENT", 1)
+    norm.split.cache_clear()
+    yield
+    norm.split.cache_clear()
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("mean, dtype", [(100, DTYPES[0]), (10, DTYPES[1])])
+def test_splits_of_many_tiles(mean, dtype, last, small_gpu):
+    x = either(randn(1, 12, 33, 31, mean=mean, dtype=dtype), last)
+    check(group_norm_silu, group_norm_silu_ref, x, *weights(12, dtype), 2)
+    check(add_group_norm_silu, add_group_norm_silu_ref, x, x.flip(2), *weights(12, dtype), 2)
+    assert norm.split(1, 33 * 31, 12, 32)[1] > 4 * 64
+
+
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("ratio", [50, 10_000])
 @pytest.mark.parametrize("first", [0, 1])
-def test_the_mean_costs_no_digits(first, ratio, last):
+def test_the_mean_costs_no_digits(first, ratio, last, small_gpu):
     """mean / std: PyTorch's error grows with it, ours must not. Nor by one position, the first, that is far away."""
     x = randn(2, 8, 14, 23, mean=ratio)
     x[:, :, 0, 0] *= first
