@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import launch, pick, triton_op
+from ._dispatch import interpreting, launch, pick, triton_op
 
 MAX_HEADS = 65535  # what one axis of a CUDA grid may count; a video of 1024x576 has 9,216 x 8 in its first layer
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what the kernel takes
 
 
 def temporal_attention(
@@ -58,6 +57,7 @@ def temporal_attention_ref(q: Tensor, k: Tensor, v: Tensor, causal: bool = False
 @cache
 def temporal_attention_kernel() -> Any:
     """The kernel; Triton is imported here, at the first use."""
+    global tl  # where Triton 3.2 looks names up
     import triton
     import triton.language as tl
 
@@ -77,100 +77,104 @@ def temporal_attention_kernel() -> Any:
         D: tl.constexpr,
         CAUSAL: tl.constexpr,
         WINDOW: tl.constexpr,  # F: all frames
-        PIXELS: tl.constexpr,  # per program; more than one only if all their frames are at most BLOCK
-        BLOCK: tl.constexpr,  # rows of a tile: frames, pixel after pixel
-        D1: tl.constexpr,  # D = D1 + D2, powers of two (the tail is masked), D2 may be 0
+        PIXELS: tl.constexpr,  # per program; more than one only where all their frames are at most BLOCK
+        BLOCK: tl.constexpr,  # rows of a tile
+        D1: tl.constexpr,  # D = D1 + D2, powers of two (the last is masked); D2 may be 0
         D2: tl.constexpr,
     ):
         """One program per (batch, PIXELS pixels, BLOCK queries, head), heads fastest: they share cache lines.
 
-        The tokens of the pixels stand in one column, pixel after pixel; a tile of scores is masked to its diagonal
-        blocks, where query and key are of the same pixel. Up to BLOCK frames there is one tile and the loop runs once;
-        beyond it is FlashAttention's online softmax (Dao et al. 2022, arXiv:2205.14135).
+        The rows of a tile are the pixels' frames, pixel after pixel, and its scores are masked to the diagonal blocks,
+        where query and key are of one pixel. Frames that fill more than a tile are a loop with online softmax
+        (FlashAttention, Dao et al. 2022, arXiv:2205.14135); for others it runs once, and the compiler drops it.
         """
-        blocks: tl.constexpr = (PIXELS * F + BLOCK - 1) // BLOCK
+        ROWS: tl.constexpr = PIXELS * F
+        BLOCKS: tl.constexpr = (ROWS + BLOCK - 1) // BLOCK
         pid = tl.program_id(0)
         h, pid = pid % heads, pid // heads
-        start, pid = (pid % blocks) * BLOCK, pid // blocks
+        start, pid = pid % BLOCKS * BLOCK, pid // BLOCKS
         groups = tl.cdiv(pixels, PIXELS)
-        b, p0 = (pid // groups).to(tl.int64), (pid % groups) * PIXELS
+        p0, b = pid % groups * PIXELS, (pid // groups).to(tl.int64)
+        last_p = tl.minimum(p0 + PIXELS, pixels)
         base = b * stride_b + h * D
-        d1 = tl.arange(0, D1)
-        d2 = D1 + tl.arange(0, D2 if D2 else 1)
+        base_y = (b * F * pixels * heads + h) * D
 
         rows = start + tl.arange(0, BLOCK)
-        p, f = rows // F, rows % F
-        real = (p < PIXELS) & (p0 + p < pixels)
-        at = base + f.to(tl.int64) * stride_f + (p0 + p).to(tl.int64) * stride_p
-        mask1 = real[:, None] & (d1 < D)[None, :]
-        mask2 = real[:, None] & (d2 < D)[None, :]
-        q1 = tl.load(Q + at[:, None] + d1[None, :], mask=mask1, other=0.0)
-        if D2:
-            q2 = tl.load(Q + at[:, None] + d2[None, :], mask=mask2, other=0.0)
-
-        top = tl.full((BLOCK,), float("-inf"), tl.float32)  # the largest score so far
-        total = tl.zeros((BLOCK,), tl.float32)
-        y1 = tl.zeros((BLOCK, D1), tl.float32)
-        y2 = tl.zeros((BLOCK, D2 if D2 else 1), tl.float32)
-        first, last = 0, PIXELS * F  # of the keys that these queries see
-        if blocks > 1:
-            if CAUSAL:
-                last = tl.minimum(last, start + BLOCK)
-            if WINDOW < F:
-                first = tl.maximum(0, start - WINDOW + 1) // BLOCK * BLOCK
-                last = tl.minimum(last, start + BLOCK - 1 + WINDOW)
-        for key in range(first, last, BLOCK):
-            keys = key + tl.arange(0, BLOCK)
-            pk, fk = keys // F, keys % F
-            exists = (pk < PIXELS) & (p0 + pk < pixels)
-            at_k = base + fk.to(tl.int64) * stride_f + (p0 + pk).to(tl.int64) * stride_p
-            some1 = exists[:, None] & (d1 < D)[None, :]
-            some2 = exists[:, None] & (d2 < D)[None, :]
-            k1 = tl.load(K + at_k[:, None] + d1[None, :], mask=some1, other=0.0)
-            v1 = tl.load(V + at_k[:, None] + d1[None, :], mask=some1, other=0.0)
-            s = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+        f = rows % F
+        d1 = tl.arange(0, D1)
+        d2 = D1 + tl.arange(0, D2 if D2 else 1)
+        step = PIXELS  # of them at a time
+        left = 1
+        while left > 0:
+            stop = tl.minimum(p0 + step, last_p)
+            p = p0 + rows // F
+            real = p < stop
+            at = base + f.to(tl.int64) * stride_f + p.to(tl.int64) * stride_p
+            mask1, mask2 = real[:, None] & (d1 < D)[None, :], real[:, None] & (d2 < D)[None, :]
+            q1 = tl.load(Q + at[:, None] + d1[None, :], mask=mask1, other=0.0)
             if D2:
-                k2 = tl.load(K + at_k[:, None] + d2[None, :], mask=some2, other=0.0)
-                v2 = tl.load(V + at_k[:, None] + d2[None, :], mask=some2, other=0.0)
-                s += tl.dot(q2, tl.trans(k2), input_precision="ieee")
+                q2 = tl.load(Q + at[:, None] + d2[None, :], mask=mask2, other=0.0)
 
-            seen = (p[:, None] == pk[None, :]) & exists[None, :]
-            if CAUSAL:
-                seen = seen & (fk[None, :] <= f[:, None])
-            if WINDOW < F:
-                seen = seen & (tl.abs(fk[None, :] - f[:, None]) < WINDOW)
-            s = tl.where(seen, s, float("-inf"))
-            higher = tl.maximum(top, tl.max(s, 1))
-            shift = tl.where(higher == float("-inf"), 0.0, higher)  # rows that see nothing here: of no frame, or later
-            weights = tl.exp2((s - shift[:, None]) * scale)
-            less = tl.exp2((top - shift) * scale)
-            total = total * less + tl.sum(weights, 1)
-            top = higher
-            w = weights.to(V.dtype.element_ty)
-            new1 = tl.dot(w, v1, input_precision="ieee")
-            if D2:
-                new2 = tl.dot(w, v2, input_precision="ieee")
-            if PIXELS > 1:
-                # 0 * NaN and 0 * inf: a pixel's numbers must not reach the others in its tile. It shows as NaN, and is
-                # rare enough to be done again, pixel by pixel.
-                bad = tl.max(tl.max((real[:, None] & (new1 != new1)).to(tl.int32), 1), 0)
+            top = tl.full((BLOCK,), float("-inf"), tl.float32)  # the largest score so far
+            total = tl.zeros((BLOCK,), tl.float32)
+            y1 = tl.zeros((BLOCK, D1), tl.float32)
+            y2 = tl.zeros((BLOCK, D2 if D2 else 1), tl.float32)
+            first, last = 0, ROWS  # of the keys that are seen
+            if BLOCKS > 1:
+                if CAUSAL:
+                    last = tl.minimum(last, start + BLOCK)
+                if WINDOW < F:
+                    first = tl.maximum(0, start - WINDOW + 1) // BLOCK * BLOCK
+                    last = tl.minimum(last, start + BLOCK - 1 + WINDOW)
+            for key in range(first, last, BLOCK):
+                keys = key + tl.arange(0, BLOCK)
+                pk, fk = p0 + keys // F, keys % F
+                at_k = base + fk.to(tl.int64) * stride_f + pk.to(tl.int64) * stride_p
+                some1, some2 = (pk < stop)[:, None] & (d1 < D)[None, :], (pk < stop)[:, None] & (d2 < D)[None, :]
+                k1 = tl.load(K + at_k[:, None] + d1[None, :], mask=some1, other=0.0)
+                v1 = tl.load(V + at_k[:, None] + d1[None, :], mask=some1, other=0.0)
+                s = tl.dot(q1, tl.trans(k1), input_precision="ieee")
                 if D2:
-                    bad += tl.max(tl.max((real[:, None] & (new2 != new2)).to(tl.int32), 1), 0)
-                if bad > 0:
-                    for i in range(PIXELS):
-                        own = (pk == i)[:, None]
-                        mine = (p == i)[:, None]
-                        new1 = tl.where(mine, tl.dot(w, tl.where(own, v1, 0.0), input_precision="ieee"), new1)
-                        if D2:
-                            new2 = tl.where(mine, tl.dot(w, tl.where(own, v2, 0.0), input_precision="ieee"), new2)
-            y1 = y1 * less[:, None] + new1
-            if D2:
-                y2 = y2 * less[:, None] + new2
+                    k2 = tl.load(K + at_k[:, None] + d2[None, :], mask=some2, other=0.0)
+                    v2 = tl.load(V + at_k[:, None] + d2[None, :], mask=some2, other=0.0)
+                    s = tl.dot(q2, tl.trans(k2), s, input_precision="ieee")
 
-        at = ((b * F + f) * pixels + p0 + p) * heads * D + h * D
-        tl.store(Y + at[:, None] + d1[None, :], (y1 / total[:, None]).to(Y.dtype.element_ty), mask=mask1)
-        if D2:
-            tl.store(Y + at[:, None] + d2[None, :], (y2 / total[:, None]).to(Y.dtype.element_ty), mask=mask2)
+                seen = (p[:, None] == pk[None, :]) & (pk < stop)[None, :]
+                if CAUSAL:
+                    seen = seen & (fk[None, :] <= f[:, None])
+                if WINDOW < F:
+                    seen = seen & (tl.abs(fk[None, :] - f[:, None]) < WINDOW)
+                s = tl.where(seen, s, float("-inf"))
+                higher = tl.maximum(top, tl.max(s, 1))
+                shift = tl.where(higher == float("-inf"), 0.0, higher)  # a row that sees none of these keys
+                weights = tl.exp2((s - shift[:, None]) * scale)
+                less = tl.exp2((top - shift) * scale)
+                total = total * less + tl.sum(weights, 1)
+                top = higher
+                weights = weights.to(V.dtype.element_ty)
+                y1 = tl.dot(weights, v1, y1 * less[:, None], input_precision="ieee")
+                if D2:
+                    y2 = tl.dot(weights, v2, y2 * less[:, None], input_precision="ieee")
+
+            total = tl.where(total == 0.0, 1.0, total)  # rows of no frame; and, as in PyTorch, of scores all -inf
+            y1, y2 = y1 / total[:, None], y2 / total[:, None]
+            left = 0
+            if PIXELS > 1:
+                # Weights of zero times a NaN or inf are NaN, which is rare, but must not reach the other pixels of the
+                # tile: then all this is done once more, for one pixel at a time.
+                nan = tl.max((y1 != y1).to(tl.int32), 1)
+                if D2:
+                    nan = tl.maximum(nan, tl.max((y2 != y2).to(tl.int32), 1))
+                mixed = (tl.max(nan, 0) > 0) & (step > 1)
+                stop = tl.where(mixed, p0, stop)
+                step = tl.where(mixed, 1, step)
+                left = last_p - stop
+            at = base_y + (f.to(tl.int64) * pixels + p) * heads * D
+            done = (p < stop)[:, None]
+            tl.store(Y + at[:, None] + d1[None, :], y1.to(Y.dtype.element_ty), mask=done & (d1 < D)[None, :])
+            if D2:
+                tl.store(Y + at[:, None] + d2[None, :], y2.to(Y.dtype.element_ty), mask=done & (d2 < D)[None, :])
+            p0 = stop
 
     return temporal_attention_kernel
 
@@ -183,27 +187,37 @@ def split(head_dim: int) -> tuple[int, int]:
     return (d1, d2) if d1 + d2 < whole else (whole, 0)
 
 
-def tile(frames: int, head_dim: int) -> tuple[int, int]:
-    """(PIXELS, BLOCK): 64 rows, as many whole pixels as they hold, or part of one."""
-    block = 64 if head_dim <= 256 else 16
-    return max(1, block // frames), block
+def tile(frames: int, width: int, size: int) -> tuple[int, int, int]:
+    """(PIXELS, BLOCK, num_warps) for heads of `width` = D1 + D2 elements of `size` bytes.
+
+    The smallest tile that holds one pixel's frames, and as many more pixels as fit; only part of a pixel beyond 64
+    frames (32 in float32, for want of matrix units), and where a tile would be more than 10 KB. A warp for every 16
+    rows and every 2.5 KB: so no GPU needs to spill, and sm_90 keeps 32 programs of 16 frames and 64 channels at once.
+    """
+    block = 64 if size == 2 else 32
+    while block > 16 and (block >= 2 * frames or block * width * size > 10240):
+        block //= 2
+    warps = max(block // 16, -(-block * width * size // 2560))
+    return max(1, block // frames), block, min(16, 1 << (warps - 1).bit_length())
 
 
 def run_temporal_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int) -> Tensor:
-    if not (q.dtype == k.dtype == v.dtype and q.dtype in DTYPES):
-        raise ValueError(f"temporal_attention: the kernel takes one of {DTYPES}, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if len({q.dtype, k.dtype, v.dtype}) > 1 or q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"temporal_attention: q {q.dtype}, k {k.dtype}, v {v.dtype}: not one 16- or 32-bit dtype")
+    if q.dtype == torch.bfloat16 and interpreting():  # which multiplies the bits of bfloat16 as if they were integers
+        return run_temporal_attention(q.float(), k.float(), v.float(), causal, window).to(q.dtype)
     b, f, p, h, d = q.shape
     if not (rows_of_heads(q) and strides(q) == strides(k) == strides(v)):
         q, k, v = (x.contiguous() for x in (q, k, v))
     y = torch.empty((b, f, p, h, d), dtype=q.dtype, device=q.device)
     if not y.numel():
         return y
-    pixels, block = tile(f, d)
     d1, d2 = split(d)
+    pixels, block, warps = tile(f, d1 + d2, q.element_size())
     programs = b * -(-p // pixels) * -(-pixels * f // block) * h
     launch(
         temporal_attention_kernel(), (programs,), q, k, v, y, p, h, *strides(q)[:3], d**-0.5 * math.log2(math.e),
-        num_warps=4, F=f, D=d, CAUSAL=causal, WINDOW=window, PIXELS=pixels, BLOCK=block, D1=d1, D2=d2,
+        num_warps=warps, F=f, D=d, CAUSAL=causal, WINDOW=window, PIXELS=pixels, BLOCK=block, D1=d1, D2=d2,
     )  # fmt: skip
     return y
 
