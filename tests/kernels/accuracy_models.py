@@ -1,0 +1,123 @@
+"""The networks with all ops as kernels: no further from float64 than they are in PyTorch, and every op is launched."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from judge import DEVICE, relative
+
+from minit2v import fast
+from minit2v.unet3d import UNet3DConditionModel
+from minit2v.unet_motion import UNetMotionModel
+from minit2v.vae import AutoencoderKL
+from minit2v_kernels import _dispatch
+
+SHARED = {"block_out_channels": (16,), "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 16}
+UNET3D = {
+    **SHARED,
+    "down_block_types": ("CrossAttnDownBlock3D",),
+    "up_block_types": ("CrossAttnUpBlock3D",),
+    "attention_head_dim": 8,
+}
+MOTION = {
+    **SHARED,
+    "down_block_types": ("CrossAttnDownBlockMotion",),
+    "up_block_types": ("CrossAttnUpBlockMotion",),
+    "num_attention_heads": 2,
+    "motion_num_attention_heads": 2,
+}
+VAE = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+ALL = set(_dispatch.PROVEN)
+MODELS = {  # what makes it, and the ops that it has
+    "unet3d": (lambda: UNet3DConditionModel(**UNET3D), ALL),
+    "motion": (lambda: UNetMotionModel(**MOTION), ALL - {"temporal_conv"}),
+    "motion, clip norms": (
+        lambda: UNetMotionModel(**MOTION, resnet_norms="clip", motion_norms="clip"), ALL - {"temporal_conv"}
+    ),
+    "vae": (lambda: AutoencoderKL(**VAE), {"group_norm_silu"}),
+}  # fmt: skip
+DTYPES = (torch.float32, torch.float16)
+
+
+def randomized(network: torch.nn.Module) -> torch.nn.Module:
+    """Every parameter random; what is of size 1 stays so."""
+    torch.manual_seed(0)
+    for p in network.parameters():
+        torch.nn.init.normal_(p, std=p[0].numel() ** -0.5 if p.ndim > 1 else 0.2)
+    for module in network.modules():
+        if "Norm" in type(module).__name__:
+            module.weight.data += 1
+    return network.eval().to(DEVICE)
+
+
+def run(network: torch.nn.Module) -> torch.Tensor:
+    """A decoded picture, or a prediction: the same input for every dtype."""
+    generator = torch.Generator().manual_seed(1)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(DEVICE, network.dtype)
+
+    if isinstance(network, AutoencoderKL):
+        return network.decode(randn(2, 4, 3, 3))
+    return network(randn(1, 4, 2, 3, 3), torch.tensor([500]), randn(1, 3, 16))
+
+
+@pytest.fixture
+def launched(monkeypatch) -> Counter:
+    """How often each kernel really ran."""
+    counted, wrap = Counter(), torch.library.wrap_triton
+
+    def count(kernel):
+        counted[kernel.__name__] += 1
+        return wrap(kernel)
+
+    monkeypatch.setattr(torch.library, "wrap_triton", count)
+    return counted
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_network_of_kernels(name, dtype, launched, monkeypatch):
+    make, ops = MODELS[name]
+    network = randomized(make()).to(dtype)
+    monkeypatch.setenv("MINIT2V_KERNELS", "torch")
+    want = run(copy.deepcopy(network).double())
+    eager = relative(run(network), want)
+    assert 0 < eager < 1e-2 and not launched
+
+    asked = Counter()
+    for op in _dispatch.PROVEN:
+        monkeypatch.setenv("MINIT2V_KERNELS", f"torch,{op}=triton")
+        with _dispatch.record() as launches:
+            run(network)
+        assert bool(launches) == (op in ops), op
+        asked.update(launch.kernel.__name__ for launch in launches)
+    monkeypatch.setenv("MINIT2V_KERNELS", "triton")
+    got = run(network)
+    assert launched == asked
+    assert got.dtype == dtype and relative(got, want) <= 1.5 * eager
+
+
+@pytest.mark.parametrize("name", ["unet3d", "motion"])
+@torch.no_grad()
+def test_the_fast_path_of_kernels(name, launched, monkeypatch):
+    """The kernels read q, k and v out of one projection; on a GPU they are captured in a graph."""
+    network = randomized(MODELS[name][0]()).half()
+    monkeypatch.setenv("MINIT2V_KERNELS", "torch")
+    want = run(copy.deepcopy(network).double())
+    eager = relative(run(network), want)
+    monkeypatch.setenv("MINIT2V_KERNELS", "triton")
+    fast.optimize(network, graphs=DEVICE == "cuda")
+    for _ in range(2 if DEVICE == "cuda" else 1):
+        assert relative(run(network), want) <= 1.5 * eager
+    assert launched
+    monkeypatch.setenv("MINIT2V_KERNELS", "torch")
+    assert relative(run(network), want) <= 1.5 * eager, "another choice is another graph"
