@@ -125,9 +125,10 @@ def geglu_tile(m: int, n: int, k: int, itemsize: int, target: str) -> dict[str, 
     The largest tile that leaves `ENOUGH` programs and spills no register. (Two accumulators: a tile of 128 x 64 weighs
     as much as one of 128 x 128 in a plain product.)
     """
+    amd = target.startswith("gfx")
     if itemsize == 4 or k % 64:  # float32 without tensor cores, and what no model asks for
-        return tile(64, 64, 16, 8, 2)
-    stages = 2 if target.startswith("gfx") else 3  # 64 KiB of shared memory
+        return tile(64, 64, 16, 4 if amd else 8, 2)  # the same threads, as AMD's warps have twice as many
+    stages = 2 if amd else 3  # 64 KiB of shared memory
     choices = [tile(128, 64, 64, 8, stages)]
     if target == "sm_90" and k >= 512:  # one block per multiprocessor: nothing else covers its first and last steps
         choices = [tile(128, 128, 64, 8, 4), *choices]
