@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> list[str]:
     dtype = hub.pick_dtype(args.dtype) if "dtype" in args else None
     tokenizer = _tokenizer(args.tokenizer) if "tokenizer" in args else None
     config = _config(args.config) if "config" in args else None
-    src, dst = (Path(path).expanduser() for path in (args.src, args.dst))
+    src, dst = _here(args.src), Path(args.dst).expanduser()
     with tqdm(unit="B", unit_scale=True, dynamic_ncols=True, disable=args.dry_run) as bar:
 
         def show(file: str, n: int, total: int) -> None:
@@ -41,9 +41,17 @@ def _lines(work: Conversion, dst: str, dry_run: bool) -> list[str]:
     return [*(work.lines() if dry_run else []), *work.notes, done]
 
 
+def _here(path_or_id: str) -> Path:
+    """A path as it is, or the folder of a model of this package."""
+    from .cli import ASSETS, EMBEDDED_NAMES
+
+    path = Path(path_or_id).expanduser()
+    return ASSETS / path_or_id if path_or_id in EMBEDDED_NAMES and not path.exists() else path
+
+
 def _tokenizer(path_or_id: str) -> Path:
     """A folder that has a tokenizer's files: a folder given, or the folder `tokenizer` of a model or hub id."""
-    here = Path(path_or_id).expanduser()
+    here = _here(path_or_id)
     if here.is_dir() and not (here / "model_index.json").is_file():
         return here
 
@@ -52,12 +60,12 @@ def _tokenizer(path_or_id: str) -> Path:
             return found
         raise FileNotFoundError("tokenizer's files")
 
-    return hub.find_folder(path_or_id, "tokenizer", choose)[0]
+    return hub.find_folder(here if here.is_dir() else path_or_id, "tokenizer", choose)[0]
 
 
 def _config(path_or_id: str) -> Path:
     """A folder or file given, or the small files of a hub id."""
-    here = Path(path_or_id).expanduser()
+    here = _here(path_or_id)
     if here.exists():
         return here
     root, names = hub.find_folder(path_or_id, None, lambda names: [n for n in names if n in (CONFIG, INDEX)])

@@ -277,7 +277,8 @@ def _add_pipeline(
     work.texts["scheduler/scheduler_config.json"] = json_text(scheduler)
     for component in ("vae", "text_encoder"):
         if component not in found:
-            work.notes.append(f"{component} is missing: take the folder {component} of {family.published}")
+            where = config if config is not None and (Path(config) / component).is_dir() else family.published
+            work.notes.append(f"{component} is missing: take the folder {component} of {where}")
     if tokenizer is None and config is not None and (Path(config) / "tokenizer").is_dir():
         tokenizer = Path(config) / "tokenizer"
     if tokenizer is None:

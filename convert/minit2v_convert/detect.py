@@ -130,10 +130,10 @@ class Kind:
         lines.append(f"layout: {self.layout.layout}{f', every name behind {self.prefix!r}' if self.prefix else ''}")
         for part in self.parts:
             lines.append(f"{part.format.component}: {len(part.mapped)} tensors, {part.described}")
-            if not part.version and part.format.component != "lora":
-                lines.append(f"{part.format.component}: shapes do not tell heads and groups, so a config.json has to")
         dtypes = ", ".join(f"{count} {dtype}" for dtype, count in self.dtypes.items())
         lines.append(f"{self.parameters:,} parameters, {self.bytes:,} bytes, {dtypes}")
+        if unsaid := [p.format.component for p in self.parts if not p.version and p.format.component != "lora"]:
+            lines.append(f"of {', '.join(unsaid)}: shapes do not tell heads and groups, so a config.json has to")
         if self.positions:
             lines.append(f"{self.positions} positions")
         for why, count in Counter(self.ignored.values()).items():
