@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from minit2v_kernels._dispatch import pick
+
 from .layers import Attention
 from .unet import KeysValues, UNet
 from .vae import AutoencoderKL
@@ -48,7 +50,7 @@ class Fast:
 
     def __init__(self, network: Network, graphs: bool, compile: bool):
         self.network, self.use_graphs = network, graphs
-        self.strides = {name: p.stride() for name, p in network.named_parameters()}
+        self.before = {name: (p.data_ptr(), p.stride()) for name, p in network.named_parameters()}
         self.graphs: dict[Any, Graph] = {}
         self.compiled = list(network.blocks()) if compile and isinstance(network, UNet) else []
         self.run = network.predict if isinstance(network, UNet) else None
@@ -67,7 +69,7 @@ class Fast:
         for module in self.network.modules():
             if isinstance(module, Attention):  # one that is given a text, and that as wide as x, does not look at it
                 module.qkv = lay_together([to.weight for to in (module.to_q, module.to_k, module.to_v)])
-            if isinstance(module, nn.Conv2d | nn.Conv3d) and module.weight.is_cuda:
+            if isinstance(module, nn.Conv2d | nn.Conv3d) and self.is_channels_last(module.weight):
                 layout = torch.channels_last if isinstance(module, nn.Conv2d) else torch.channels_last_3d
                 module.weight.data = module.weight.contiguous(memory_format=layout)
         if isinstance(self.network, UNet):
@@ -77,6 +79,10 @@ class Fast:
             self.network.time = None if None in joined else tuple(joined)
         self.modules = list(self.network.modules())
         self.signature = self.sign()
+
+    def is_channels_last(self, weight: Tensor) -> bool:
+        """Whether the convolution of this weight gets its input in channels-last memory, wherever it is on CUDA."""
+        return weight.is_cuda and (isinstance(self.network, UNet) or pick("group_norm_silu", None, weight) == "triton")
 
     def sign(self) -> list[int]:
         """Where in memory every weight is, and which modules there are: another list, other weights."""
@@ -95,17 +101,23 @@ class Fast:
             self.network.time = None
         with torch.inference_mode(False), torch.no_grad():
             for name, p in self.network.named_parameters():
-                stride = self.strides.get(name, p.stride())
-                if p.stride() != stride or p.untyped_storage().nbytes() != p.nbytes:
+                place, stride = self.before.get(name, (0, p.stride()))
+                shares = p.untyped_storage().nbytes() != p.nbytes
+                if p.data_ptr() != place and (shares or p.stride() != stride):
                     p.data = torch.empty_strided(p.shape, stride, dtype=p.dtype, device=p.device).copy_(p)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return type(None), ()  # in a copy of the network there is None
 
     def predict(self, x: Tensor, t: Tensor, context: Tensor | KeysValues) -> Tensor:
         """`UNet.predict`, as a graph where there may be one."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.run(x, t, context)
         if self.sign() != self.signature:
             self.renew()
-        if not (self.use_graphs and can_capture(x)):
+        # A graph would not call the hooks of the parts; those of the whole are not its business.
+        is_watched = any(m._forward_hooks or m._forward_pre_hooks for m in self.modules[1:])
+        if not self.use_graphs or is_watched or not can_capture(x):
             return self.run(x, t, context)
         texts, unet = flatten(context), self.network
         key = (
@@ -147,7 +159,7 @@ class Graph:
 
 def can_capture(x: Tensor) -> bool:
     """Not under autocast: it keeps casts of the weights, in memory that a graph would not know to be gone."""
-    return x.is_cuda and not torch.is_autocast_enabled("cuda")
+    return x.is_cuda and not torch.is_autocast_enabled("cuda") and not torch.cuda.is_current_stream_capturing()
 
 
 def capture(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
@@ -162,8 +174,9 @@ def capture(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[
                 run()
         now.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        # What other threads do meanwhile is theirs.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        # On a stream of this device, and a fresh one: PyTorch's own for captures is of the device of the first, and a
+        # used one has workspaces outside of the graph's memory. What other threads do meanwhile is theirs.
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
             y = run()
     return graph.replay, y
 

@@ -252,4 +252,4 @@ class UNet(Network):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "fast": None, "time": None}  # a copy's weights lie apart
+        return {**super().__getstate__(), "time": None}  # a copy's weights lie apart

@@ -1,6 +1,7 @@
 """The fast path gives the numbers of the plain one, keeps up with its weights, and leaves no trace behind."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -73,6 +74,11 @@ def assert_same(a: dict[str, tuple], b: dict[str, tuple]) -> None:
         assert torch.equal(a[name][0], b[name][0]) and a[name][1:] == b[name][1:], name
 
 
+def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 def close(a: torch.Tensor, b: torch.Tensor) -> None:
     limit = {torch.float64: 1e-12, torch.float32: 1e-6}[b.dtype]
     assert ((a.double() - b.double()).norm() / b.double().norm()).item() <= limit
@@ -137,7 +143,7 @@ def test_vae(randomize_):
     z = torch.randn(3, 4, 5, 4)
     want, before = vae.decode(z), memory(vae)
     fast.optimize(vae)
-    assert torch.equal(vae.decode(z), want)
+    assert torch.equal(vae.decode(z), want) and vae.fast is not None and copy.deepcopy(vae).fast is None
     fast.restore(vae)
     assert_same(memory(vae), before)
 
@@ -184,6 +190,20 @@ def test_restored_to_the_last_bit(unet):
     assert unet.fast is None and unet.time is None
     assert all(m.qkv is None for m in unet.modules() if isinstance(m, Attention))
     fast.restore(unet)  # nothing to do
+
+
+@torch.no_grad()
+def test_what_is_not_moved_stays_mapped(unet3d, tmp_path):
+    """Weights of a file are mapped, not read: those that are not laid together stay so."""
+    unet3d.save_pretrained(tmp_path)
+    unet = UNet3DConditionModel.from_pretrained(tmp_path)
+    places = {name: p.data_ptr() for name, p in unet.named_parameters()}
+    fast.optimize(unet)
+    moved = {name for name, p in unet.named_parameters() if p.data_ptr() != places[name]}
+    assert moved and all(re.search(r"\.(to_[qkv]|emb|conv1)\.", name) for name in moved)
+    fast.restore(unet)
+    assert {name for name, p in unet.named_parameters() if p.data_ptr() != places[name]} <= moved
+    assert same(unet, unet3d)
 
 
 @torch.no_grad()
@@ -345,6 +365,20 @@ def test_a_graph_in_every_mode(unet3d, graphs, monkeypatch):
     assert unet3d(*call).requires_grad and graphs.replays == 3
 
 
+@torch.no_grad()
+def test_hooks_are_called(unet3d, graphs):
+    call, calls = inputs(), []
+    fast.optimize(unet3d, graphs=True)
+    whole = unet3d.register_forward_hook(lambda *_: calls.append("whole"))
+    unet3d(*call)
+    part = unet3d.mid[0].register_forward_pre_hook(lambda *_: calls.append("part"))
+    unet3d(*call)
+    part.remove()
+    unet3d(*call)
+    whole.remove()
+    assert calls == ["whole", "part", "whole", "whole"] and (graphs.captures, graphs.replays) == (1, 2)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
@@ -374,7 +408,10 @@ def test_on_a_gpu(unet, kernels, monkeypatch):
 
 
 @torch.no_grad()
-def test_compiled_blocks(unet3d, monkeypatch):
+def test_compiled_blocks(randomize_, monkeypatch):
+    level = {"block_out_channels": (16,), "down_block_types": UNET3D["down_block_types"][:1],
+             "up_block_types": UNET3D["up_block_types"][1:]}  # fmt: skip
+    unet3d = randomize_(UNet3DConditionModel(**{**SHARED, **UNET3D, **level})).eval()
     calls = []
 
     def backend(graph, example):
