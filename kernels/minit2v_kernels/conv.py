@@ -131,6 +131,12 @@ def run_temporal_conv(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor 
         y = run_temporal_conv(x.float(), weight.float(), bias.float(), None if residual is None else residual.float())
         return y.to(x.dtype)
     (b, c, f, p), n = x.shape, len(weight)
+    given = [tuple(t.shape) for t in (x, weight, bias, residual) if t is not None]
+    if given[1:] != [(n, c, 3, 1, 1), (n,), (b, n, f, p)][: len(given) - 1]:
+        raise ValueError(
+            "temporal_conv: x, weight, bias and residual must be (b c f p), (c_out c 3 1 1), (c_out) and "
+            f"(b c_out f p), not {', '.join(map(str, given))}"
+        )
     y = torch.empty((b, n, f, p), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     rows = x.permute(0, 2, 3, 1).contiguous()  # b f p c: no copy out of channels-last memory
     taps = weight.flatten(2).transpose(1, 2).contiguous()  # c_out 3 c: likewise

@@ -141,6 +141,9 @@ def run_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if x.dtype == torch.bfloat16 and interpreting():  # which multiplies the bits of bfloat16 as if they were integers
         return run_geglu(x.float(), weight.float(), bias.float()).to(x.dtype)
     (n, k), rows = weight.shape, x.reshape(-1, x.shape[-1]).contiguous()
+    if x.shape[-1] != k or n % 2 or bias.shape != (n,):
+        found = ", ".join(str(tuple(t.shape)) for t in (x, weight, bias))
+        raise ValueError(f"geglu: x, weight and bias must be (... d), (2m d) and (2m), not {found}")
     m, n = len(rows), n // 2
     y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
     chosen = geglu_tile(m, n, k, x.element_size(), family(x.device))

@@ -182,6 +182,21 @@ def test_one_dtype_of_16_or_32_bits(x, weight, bias):
         temporal_conv(*(t.to(dtype) for t, dtype in zip(args, (x, weight, bias), strict=True)), impl="triton")
 
 
+@pytest.mark.parametrize("weight, bias, residual", [
+    ((5, 9, 3, 1, 1), (5,), None),
+    ((5, 8, 3), (5,), None),
+    ((5, 8, 1, 1, 1), (5,), None),
+    ((5, 8, 3, 1, 1), (8,), None),
+    ((5, 8, 3, 1, 1), (5,), (2, 8, 3, 4)),
+    ((8, 8, 3, 1, 1), (8,), (1, 8, 3, 4)),
+])  # fmt: skip
+def test_shapes_that_do_not_fit(weight, bias, residual):
+    args = [torch.ones(shape, device=DEVICE) for shape in ((2, 8, 3, 4), weight, bias)]
+    kw = {"residual": torch.ones(residual, device=DEVICE) if residual else None}
+    with pytest.raises(ValueError, match=r"^temporal_conv: x, weight, bias and residual must .*, not \(2, 8, 3, 4\), "):
+        temporal_conv(*args, **kw, impl="triton")
+
+
 @pytest.mark.parametrize("target", FAMILIES)
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_tiles_cover_the_result(target, itemsize):

@@ -134,6 +134,12 @@ def test_one_dtype_of_16_or_32_bits(x, weight, bias):
         geglu(*(t.to(dtype) for t, dtype in zip(args, (x, weight, bias), strict=True)), impl="triton")
 
 
+@pytest.mark.parametrize("shapes", [[(4, 8), (10, 9), (10,)], [(4, 8), (9, 8), (9,)], [(4, 8), (10, 8), (5,)]])
+def test_shapes_that_do_not_fit(shapes):
+    with pytest.raises(ValueError, match=r"^geglu: x, weight and bias must .*, not \(4, 8\), \(\d+, \d\), \(\d+,\)$"):
+        geglu(*(torch.ones(shape, device=DEVICE) for shape in shapes), impl="triton")
+
+
 @pytest.mark.parametrize("target", FAMILIES)
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_tiles_cover_the_result(target, itemsize):
