@@ -197,6 +197,7 @@ def _parser() -> Parser:
     convert.add_argument("--config", metavar="MODEL", help="a folder, hub id or config.json for what an original does "
                          "not say")
     convert.add_argument("--variant", metavar="NAME", help="variant of a folder's weights: fp16")
+    convert.add_argument("--bin", action="store_true", default=False, help="weights in .bin files, not .safetensors")
     convert.add_argument("--ema", action="store_true", default=False, help="take a single file's moving average")
     convert.add_argument("--dry-run", action="store_true", default=False, help="print the mapping and write nothing")
 

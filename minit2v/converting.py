@@ -30,7 +30,8 @@ def run(args: argparse.Namespace) -> list[str]:
             bar.update(n)
 
         work = convert(src, dst, getattr(args, "to", LAYOUTS[0]), dtype, args.dry_run, ema=args.ema,
-                       tokenizer=tokenizer, config=config, variant=getattr(args, "variant", None), progress=show)
+                       tokenizer=tokenizer, config=config, variant=getattr(args, "variant", None),
+                       safe_serialization=not args.bin, progress=show)
     return _lines(work, args.dst, args.dry_run)
 
 

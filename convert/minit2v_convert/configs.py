@@ -177,10 +177,10 @@ def said(config: Config) -> Config:
     if "UNet3D" in str(config.get("_class_name")) and "attention_head_dim" in config:
         found["attention_head_dim"] = config["attention_head_dim"]
     for name, value in found.items():
-        if isinstance(value, tuple | list) and name.endswith("layers_per_block") and len(set(value)) == 1:
+        if isinstance(value, tuple | list) and name.endswith("layers_per_block") and value[1:] == value[:-1] != value:
             found[name] = value[0]
     for name in ("down_block_types", "up_block_types"):
-        if name in config and "latent_channels" not in found:
+        if isinstance(config.get(name), tuple | list) and "latent_channels" not in found:
             found[f"attention in {name}"] = [str(kind).startswith("CrossAttn") for kind in config[name]]
     return found
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from . import configs
 from . import modelscope_configuration as configuration
 from .detect import detect
-from .folders import CONFIG, INDEX, NO_NETWORKS, WEIGHTS, Opened, open_path, read_configuration
+from .folders import CONFIG, INDEX, NO_NETWORKS, STEMS, WEIGHTS, Opened, open_path, read_configuration
 from .formats import Plan, Step, from_diffusers, rewritten, to_diffusers
 from .rename import nearest
 from .shapes import Config
@@ -92,7 +92,8 @@ class Component:
 
 
 def _class_of(config: Config) -> str:
-    return str(config.get("_class_name") or (config.get("architectures") or [""])[0])
+    named = config.get("architectures")  # transformers' field
+    return str(config.get("_class_name") or (named[0] if isinstance(named, list) and named else ""))
 
 
 @dataclass
@@ -125,6 +126,7 @@ def convert(
     tokenizer: str | Path | None = None,
     config: str | Path | None = None,
     variant: str | None = None,
+    safe_serialization: bool = True,
     progress: Progress | None = None,
 ) -> Conversion:
     """Convert a file, or a folder in the layout of diffusers or of ModelScope. Returns what was, or would be, written.
@@ -133,6 +135,7 @@ def convert(
     layout already stays in it, for another dtype or another kind of file. dtype: of the weights; as they are if None.
     ema: take a single file's moving average. tokenizer: a folder, for originals, which have none. config: a folder in
     the layout of diffusers, or a config.json, for what an original does not say. variant: of a folder's weights.
+    safe_serialization: whether diffusers' folders get `.safetensors`, else `.bin`.
     progress: told, after each tensor, the file, the tensor's bytes, and the bytes of all.
     Raises ValueError in one line, before anything is written, on what is not known or not complete; FileExistsError
     where `dst` is there already; OSError where it cannot be written.
@@ -142,13 +145,14 @@ def convert(
     src, dst = Path(src), Path(dst)
     if dtype is not None and dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise ValueError(f"dtype: weights are float32, float16, bfloat16 or float64, not {dtype}")
-    only = {"ema": ema, "tokenizer": tokenizer, "config": config}
+    only = {"ema": ema, "tokenizer": tokenizer, "config": config, "safe_serialization": not safe_serialization}
     if to != "diffusers" and (what := [name for name, given in only.items() if given]):
         raise ValueError(f"{what[0]}: only a folder in the layout of diffusers has any use for it, not {to}")
     if not dry_run:
         _check_free(dst)
     opened = open_path(src, variant)
-    work = _to_diffusers(src, opened, ema, tokenizer, config) if to == "diffusers" else _to_original(src, opened, to)
+    work = _to_original(src, opened, to) if to != "diffusers" else _to_diffusers(
+        src, opened, ema, tokenizer, config, safe_serialization)  # fmt: skip
     work.plans = {name: retyped(plan, dtype) for name, plan in work.plans.items()}
     if dst.suffix in WEIGHTS:
         if len(work.plans) > 1 or work.texts or work.copies:
@@ -217,7 +221,7 @@ def config_in(config: str | Path, component: str) -> tuple[Config, str] | None:
 
 
 def _to_diffusers(
-    src: Path, opened: Opened, ema: bool, tokenizer: str | Path | None, config: str | Path | None
+    src: Path, opened: Opened, ema: bool, tokenizer: str | Path | None, config: str | Path | None, safe: bool
 ) -> Conversion:
     if config is not None and all(own is not None for _, own in opened.weights.values()):
         raise ValueError(f"config: {src} has a {CONFIG} of its own")
@@ -226,9 +230,9 @@ def _to_diffusers(
     lone = len(found) == 1 and not (src / INDEX).is_file()
     for component, part in found.items():
         below = "" if lone else f"{component}/"
-        stem = {"text_encoder": "model", "lora": "pytorch_lora_weights"}.get(component, "diffusion_pytorch_model")
-        work.plans[f"{below}{stem}.safetensors"] = part.plan
-        work.sources[f"{below}{stem}.safetensors"] = {"": part.source}
+        stems = {"text_encoder": "model" if safe else "pytorch_model", "lora": "pytorch_lora_weights"}
+        name = f"{below}{stems.get(component, STEMS[0])}{'.safetensors' if safe else '.bin'}"
+        work.plans[name], work.sources[name] = part.plan, {"": part.source}
         if part.config is not None:
             if part.config is part.plan.config and (why := configs.unfit(part.config)):
                 raise ValueError(f"{part.source.path}: {why}; {UNSAID}")

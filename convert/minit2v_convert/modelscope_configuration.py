@@ -7,7 +7,7 @@ It stands beside `text2video_pytorch_model.pth`, `VQGAN_autoencoder.pth` and `op
 shapes tell, too. The number of groups in a norm it does not say: that is 32 in the authors' code.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,20 +62,23 @@ def read(content: Mapping[str, Any]) -> Configuration:
         raise ValueError(f"model_cfg has no {missing[0]!r}")
     files = {component: arguments[field] for field, (component, _) in FILES.items() if field in arguments}
     for field, (component, _) in FILES.items():
-        if component in files and (not isinstance(files[component], str) or "/" in files[component]):
+        name = files.get(component, field)
+        if not isinstance(name, str) or not name or "/" in name:
             raise ValueError(f"{field} should be the name of a file beside it, not {files[component]!r}")
     for name in ("unet_in_dim", "unet_dim", "unet_context_dim", "unet_out_dim", "unet_head_dim", "unet_res_blocks",
                  "num_timesteps"):  # fmt: skip
         if type(c[name]) is not int or c[name] < 1:
             raise ValueError(f"{name} should be a whole number, not {c[name]!r}")
+    if not c["unet_dim_mult"]:
+        raise ValueError("unet_dim_mult is empty")
     for name in ("unet_dim_mult", "unet_attn_scales"):
-        if not isinstance(c[name], Sequence) or any(type(n) not in (int, float) or n <= 0 for n in c[name]):
+        if not isinstance(c[name], list) or any(type(n) not in (int, float) or not 0 < n < 1000 for n in c[name]):
             raise ValueError(f"{name} should be a list of numbers, not {c[name]!r}")
     if c["unet_num_heads"] != HEADS:
         raise ValueError(f"only unet_num_heads {HEADS} is known here, not {c['unet_num_heads']!r}")
     if str(c["temporal_attention"]) != "True":  # the published one is a string
-        raise ValueError(f"only a UNet with temporal attention is known here, not {c['temporal_attention']!r}")
-    if c["mean_type"] not in PREDICTIONS:
+        raise ValueError(f"only temporal_attention 'True' is known here, not {c['temporal_attention']!r}")
+    if str(c["mean_type"]) not in PREDICTIONS:
         raise ValueError(f"mean_type {c['mean_type']!r} is not among {', '.join(PREDICTIONS)}")
     levels = len(c["unet_dim_mult"])
     scales = [0.5**n for n in range(levels)]

@@ -106,7 +106,7 @@ def test_what_it_cannot_say_is_noted():
     ("model_cfg", "unet_dim_mult", 4, "unet_dim_mult should be a list of numbers, not 4"),
     ("model_cfg", "unet_attn_scales", [1, 0.3], "unet_attn_scales has 0.3, and the 4 levels are of the scales"),
     ("model_cfg", "unet_num_heads", 4, "only unet_num_heads 8 is known here, not 4"),
-    ("model_cfg", "temporal_attention", "False", "only a UNet with temporal attention is known here, not 'False'"),
+    ("model_cfg", "temporal_attention", "False", "only temporal_attention 'True' is known here, not 'False'"),
     ("model_cfg", "mean_type", "x_{t-1}", "mean_type 'x_{t-1}' is not among eps, x0, v"),
     (None, "type", "image-to-video", "the configuration of a 'image-to-video', not of a 'latent-text-to-video-syn"),
     (None, "model_cfg", [], "it has no object 'model_cfg'"),
@@ -120,6 +120,21 @@ def test_a_configuration_that_is_not_quite_right(where, name, value, says):
     with pytest.raises(ValueError, match=says) as error:
         configuration.read(content)
     assert "\n" not in str(error.value)
+
+
+def test_values_of_other_kinds_end_in_one_line():
+    refused = 0
+    for value in (None, True, -1, 0, 10**30, float("nan"), float("inf"), "", "x", [], ["x"], [[]], {}, {"a": []}):
+        for part, fields in (("model_cfg", configuration.READ), ("model_args", configuration.FILES)):
+            for name in fields:
+                content = deepcopy(PUBLISHED)
+                content["model"][part][name] = value
+                try:
+                    configuration.read(content)
+                except ValueError as error:
+                    refused += 1
+                    assert "\n" not in str(error) and name in str(error), (name, value)
+    assert refused == 14 * 15 - 12  # seven may be of any size, files have any name, no level attention, True is "True"
 
 
 # ---------------------------------------------------------------------------------------------------------- the folder

@@ -156,6 +156,20 @@ def test_what_has_no_original_says_so(single, video_model, tmp_path):
         convert(tmp_path / "broken.safetensors", tmp_path / "x", "original")
 
 
+def test_bin_in_and_out(video_model, tmp_path):
+    """What a folder had before there were safetensors."""
+    from minit2v import TextToVideoSDPipeline
+
+    convert(video_model, tmp_path / "bin", safe_serialization=False)
+    files = sorted(str(p.relative_to(tmp_path / "bin")) for p in (tmp_path / "bin").rglob("*.bin"))
+    assert files == ["text_encoder/pytorch_model.bin", "unet/diffusion_pytorch_model.bin",
+                     "vae/diffusion_pytorch_model.bin"]  # fmt: skip
+    TextToVideoSDPipeline.from_pretrained(tmp_path / "bin")
+    convert(tmp_path / "bin", tmp_path / "again")
+    for part in ("unet", "vae", "text_encoder"):
+        same(weights(tmp_path / "again" / part), weights(video_model / part))
+
+
 # ------------------------------------------------------------------------------------------------- files of a variant
 
 
