@@ -13,7 +13,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 INK, SOFT, GRID = "#1f2933", "#5a6672", "#dde3e8"
 COLOURS = {
-    "kernel": "#e07b27", "torch": "#9cc3e6", "eager": "#3b78b5", "compiled": "#3c8f5c", "sdpa": "#8c6bb1",
+    "kernel": "#e07b27", "torch": "#9cc3e6", "eager": "#3b78b5", "compiled": "#3c8f5c", "permuted": "#8c6bb1",
     "ours, optimized": "#e07b27", "ours, kernels": "#f0a868", "ours, optimized, torch": "#f6c08d", "ours": "#fbe3cc",
     "ours, optimized, compiled": "#b35c12", "ours, frame by frame": "#c9d0d8",
     "diffusers": "#3b78b5", "diffusers, compiled": "#3c8f5c",

@@ -364,7 +364,9 @@ class TemporalConv(Shape):
     def make(self, device: Any = "meta", dtype: torch.dtype = torch.float16, seed: int = 0) -> Any:
         new = Numbers(device, dtype, seed)
         x = new(self.b, self.f, self.p, self.c).permute(0, 3, 1, 2)
-        weight, bias = new(self.c, self.c, 3, 1, 1, std=(3 * self.c) ** -0.5), new(self.c, std=0.1)
+        # In channels-last memory, as `pipe.optimize()` lays it.
+        weight = new(self.c, 3, 1, 1, self.c, std=(3 * self.c) ** -0.5).permute(0, 4, 1, 2, 3)
+        bias = new(self.c, std=0.1)
         kw = {"residual": new(self.b, self.f, self.p, self.c).permute(0, 3, 1, 2)} if self.residual else {}
         return (x, weight, bias), kw
 

@@ -11,9 +11,10 @@ budget leaves out is listed. A second run adds to the file of the first.
 Contenders, each on the memory layout that suits it:
     kernel    minit2v_kernels, impl="triton"
     torch     minit2v_kernels, impl="torch": what the networks do without the kernels
-    eager     the calls that diffusers makes, channels first
+    eager     the calls that diffusers makes, channels first; of attention, on q, k, v that are permuted already
     compiled  torch.compile of the op's definition, channels last
-    sdpa ...  PyTorch's attention backends, on q, k, v that are already in their layout: copies not counted
+    sdpa ...  PyTorch's attention backends by name, as in eager, which takes PyTorch's choice
+    permuted  attention from our layout and back to it, four copies counted
 """
 
 import argparse
@@ -155,7 +156,7 @@ def attention(q, k, v, *, causal=False, window=None):
 
 
 def permuted_attention(q, k, v, *, causal=False, window=None):
-    """As diffusers: from frames of pixels to pixels of frames and back, three copies in and one out."""
+    """From frames of pixels to pixels of frames and back, three copies in and one out."""
     b, f, p, h, d = q.shape
     near = mask(f, causal, window, q.device)
     q, k, v = (x.permute(0, 2, 1, 3, 4).reshape(b * p, f, h, d).transpose(1, 2) for x in (q, k, v))
@@ -164,8 +165,8 @@ def permuted_attention(q, k, v, *, causal=False, window=None):
 
 
 def sequences(shape: Shape, args: tuple, kw: dict) -> Arguments:
-    """q, k, v (b f p h d) -> ((b p) h f d), contiguous."""
-    q, k, v = (x.permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous() for x in args)
+    """q, k, v (b f p h d) -> ((b p) h f d), views of ((b p) f h d): as diffusers has them, which permutes before."""
+    q, k, v = (x.transpose(1, 2).flatten(0, 1).contiguous().transpose(1, 2) for x in args)
     return (q, k, v), kw
 
 
@@ -197,8 +198,10 @@ def frames_first(shape: GroupNorm, y: Any) -> Any:
 
 def clip_first(shape: TemporalConv, args: tuple, kw: dict) -> Arguments:
     """x (b c f p) -> (b c f p 1), contiguous."""
-    x, *others = args
-    return (x[..., None].contiguous(), *others), {name: value[..., None].contiguous() for name, value in kw.items()}
+    x, weight, bias = args
+    return (x[..., None].contiguous(), weight.contiguous(), bias), {
+        name: value[..., None].contiguous() for name, value in kw.items()
+    }
 
 
 def contenders(shape: Shape, compiled: bool) -> dict[str, Contender]:
@@ -225,12 +228,12 @@ def contenders(shape: Shape, compiled: bool) -> dict[str, Contender]:
             found["eager"] = Contender(temporal_conv_3d, clip_first, lambda shape, y: y.squeeze(-1))
         case TemporalAttention():
             definition = attention
-            found["eager"] = Contender(permuted_attention)
-            for name, backend in {"sdpa": None, **BACKENDS}.items():
+            found["permuted"] = Contender(permuted_attention)
+            for name, backend in {"eager": None, **BACKENDS}.items():
                 found[name] = Contender(partial(sdpa, backend=backend), sequences, from_sequences)
         case SpatialAttention():
             definition = F.scaled_dot_product_attention
-            for name, backend in {"sdpa": None, **BACKENDS}.items():
+            for name, backend in {"eager": None, **BACKENDS}.items():
                 found[name] = Contender(partial(sdpa, backend=backend))
     if compiled and not isinstance(shape, SpatialAttention):
         torch._dynamo.reset()  # else the ninth shape is refused as one recompilation too many

@@ -168,7 +168,7 @@ def entry_of(bench, shape, **given) -> dict:
 
 def test_every_peer_computes_the_same(bench):
     """Each contender, other than our kernels, at every op: right, timed, or said to be unavailable."""
-    names = ["torch", "eager", "sdpa", *bench.kernels.BACKENDS]
+    names = ["torch", "eager", "permuted", *bench.kernels.BACKENDS]
     ops = Counter()
     for shape in bench.kernel_shapes.shapes("tiny-unet3d", "tiny-motion"):
         entry = entry_of(bench, shape, contenders=names)
@@ -180,7 +180,7 @@ def test_every_peer_computes_the_same(bench):
                 assert name in bench.kernels.BACKENDS, (shape.name, name, found)
     for op in (*minit2v_kernels.__dict__.keys() & {s.op for s in bench.kernel_shapes.shapes("tiny-unet3d")},):
         assert ops[op, "torch"] and ops[op, "eager"], op
-    assert ops["scaled_dot_product_attention", "sdpa math"] and ops["temporal_attention", "sdpa"]
+    assert ops["scaled_dot_product_attention", "sdpa math"] and ops["temporal_attention", "permuted"]
 
 
 def geglu_shape(bench):

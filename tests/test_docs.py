@@ -25,6 +25,19 @@ def facts():
 
 
 @pytest.fixture(scope="module")
+def kernel_facts(facts):
+    """draw_kernels.py, which stands on scripts of benchmarks/."""
+    folder = str(ROOT / "benchmarks")
+    sys.path.insert(0, folder)
+    try:
+        import draw_kernels
+
+        yield draw_kernels
+    finally:
+        sys.path.remove(folder)
+
+
+@pytest.fixture(scope="module")
 def full(facts):
     return facts.modelscope()
 
@@ -77,11 +90,13 @@ def names_in(path: Path) -> set[str]:
     return names
 
 
-def test_places_in_files_are_there():
+@pytest.mark.parametrize("name, least", [("architecture.md", 15), ("kernels.md", 10)])
+def test_places_in_files_are_there(name, least):
     """A link to a file and, behind a comma, names in it."""
-    page = ROOT / "docs" / "architecture.md"
-    places = re.findall(r"\]\((\.\./[\w/]+\.py)\),\s(?:class )?((?:`[\w.]+`(?:,\s|\sand\s)?)+)", page.read_text())
-    assert len(places) > 15
+    page = ROOT / "docs" / name
+    names = r"\]\(((?:\.\./|figures/)[\w/]+\.py)\),\s(?:class )?((?:`[\w.]+`(?:,\s|\sand\s)?)+)"
+    places = re.findall(names, page.read_text())
+    assert len(places) > least
     missing = [(path, name) for path, found in places for name in re.findall(r"`([\w.]+)`", found)
                if name not in names_in(page.parent / path)]  # fmt: skip
     assert missing == []
@@ -106,10 +121,16 @@ def test_tables_are_those_of_the_code(facts, full, motion):
     assert wrong == [], "run docs/figures/facts.py"
 
 
-def test_figures_are_drawn(facts, full, motion, tmp_path):
+def test_tables_of_bytes_are_those_that_are_counted(kernel_facts):
+    lines = set((ROOT / "docs" / "kernels.md").read_text().splitlines())
+    wrong = [row for table in kernel_facts.tables() for row in table if row not in lines]
+    assert wrong == [], "run docs/figures/draw_kernels.py"
+
+
+def test_figures_are_drawn(facts, kernel_facts, full, motion, tmp_path):
     import draw
 
-    drawn = draw.draw_all(tmp_path, full, motion)
+    drawn = [*draw.draw_all(tmp_path, full, motion), *kernel_facts.draw_all(tmp_path)]
     assert {path.name for path in drawn} == {path.name for path in FIGURES.glob("*.png")}
     for path in drawn:
         assert path.stat().st_size > 30_000
