@@ -8,7 +8,8 @@ float64 (tests/kernels/accuracy_norm.py).
 Three kernels. `moments` reduces a split of the positions to one mean and one sum of squares per channel: a clip has
 only 2 x 32 groups, too few to fill a GPU, and groups of 10 or 30 channels do not fit its 16-byte loads. `coefficients`
 merges these per group and folds everything that is constant in a channel into y = (x - shift) * scale + offset.
-`apply` does that, backwards through memory: the end of x is what the cache still holds.
+`apply` does that, backwards through memory: the end of x is what the cache still holds. Contiguous (n c *spatial) goes
+through the same kernels, tile by tile across the channels; no layout is copied into another.
 """
 
 from functools import cache
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import launch, pick, triton_op
+from ._dispatch import family, launch, pick, triton_op
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -93,7 +94,7 @@ def group_norm_silu_ref(
     # With more than one frame: (n c frames p). The batch is split off last: a view of a batch of 1 made in another
     # order has a stride for it by which PyTorch no longer knows the layout.
     h = x if frames == 1 else x.flatten(2).unflatten(0, (-1, frames)).transpose(1, 2)
-    if h.is_cpu and torch.is_grad_enabled() and not h.requires_grad:
+    if h.is_cpu and torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad) and not h.requires_grad:
         h = h.contiguous()  # PyTorch's backward crashes in channels-last memory where only the weights want a gradient
     h = F.group_norm(h, groups, weight, bias, eps)
     if silu:
@@ -362,7 +363,8 @@ def kernels() -> SimpleNamespace:
     return SimpleNamespace(moments=group_norm_moments, coefficients=group_norm_coefficients, apply=group_norm_apply)
 
 
-PROCESSORS, RESIDENT = 132, 6  # of an H200, and how many programs of `moments` one of them holds: 4 to 9
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "gfx942": 304}  # of an A100, H200, MI300X; see `_dispatch.family`
+RESIDENT = 6  # programs of `moments` that one of them holds: 4 to 9
 SATURATING = 4  # as many of them keep its memory busy: 8 KB each on the way
 APPLY_T = 64  # positions per tile of `apply`: 8 KB of 16 bits each for 8 or 9 programs at a time
 
@@ -377,25 +379,30 @@ def channel_tile(channels: int) -> int:
     return min(64, power_of_2(channels))
 
 
-def moments_tile(dtype: torch.dtype, residual: bool) -> tuple[int, int]:
-    """(UNROLL, BLOCK_T) of `moments`: four 16-byte loads per thread, of 128, are on their way at once."""
+def moments_tile(dtype: torch.dtype, residual: bool, target: str) -> tuple[int, int]:
+    """(UNROLL, BLOCK_T) of `moments`: four 16-byte loads per thread, of 128, are on their way at once.
+
+    Two of AMD's threads, which are 256. A row of BLOCK_T is a row of threads, so that UNROLL is added up within each.
+    """
+    if target.startswith("gfx"):
+        return 2, 16 if dtype == torch.float32 else 32
     return (2 if dtype == torch.float32 or residual else 4), 16
 
 
 @cache
-def split(segments: int, positions: int, channels: int, tile: int) -> tuple[int, int]:
+def split(segments: int, positions: int, channels: int, tile: int, target: str) -> tuple[int, int]:
     """(splits, positions per split, a multiple of `tile`), such that the programs end together.
 
     A model, not a measurement: processors take programs RESIDENT at a time, and a remainder of fewer than SATURATING
     takes them as long as so many.
     """
-    programs = segments * -(-channels // channel_tile(channels))
+    programs, processors = segments * -(-channels // channel_tile(channels)), PROCESSORS.get(target, 132)
 
     def time(rows: int) -> int:
-        rounds, rest = divmod(-(-programs * -(-positions // rows) // PROCESSORS), RESIDENT)
+        rounds, rest = divmod(-(-programs * -(-positions // rows) // processors), RESIDENT)
         return rows * (rounds * RESIDENT + (max(rest, SATURATING) if rest else 0))
 
-    most = max(1, 3 * RESIDENT * PROCESSORS // programs)
+    most = max(1, 3 * RESIDENT * processors // programs)
     rows = min((-(-positions // (splits * tile)) * tile for splits in range(1, most + 1)), key=time)
     return -(-positions // rows), rows
 
@@ -439,7 +446,7 @@ def run(
             return made.movedim(-1, 1)
         return torch.empty((n, channels, *spatial), dtype=x.dtype, device=x.device)
 
-    n, c1, *spatial = x.shape
+    n, c1, *spatial = map(int, x.shape)
     c = len(weight)
     x = laid_out(x)
     y = fresh(c)
@@ -448,8 +455,9 @@ def run(
         return total, y
     span = segment_frames(n, frames, None if emb is None else len(emb)) if last else 1
     segments, t = n // span, x[0, 0].numel() * span
-    unroll, block_t = moments_tile(x.dtype, residual is not None)
-    splits, rows = split(segments, t, c, unroll * block_t)
+    target = family(x.device)
+    unroll, block_t = moments_tile(x.dtype, residual is not None, target)
+    splits, rows = split(segments, t, c, unroll * block_t, target)
     moments = torch.empty((segments, splits, 3, c), dtype=torch.float32, device=x.device)
     table = torch.empty((segments, 3, c), dtype=torch.float32, device=x.device)
     skip = x if skip is None else laid_out(skip)  # x stands for what is absent

@@ -1,12 +1,14 @@
 """GroupNorm, SiLU and what stands before them: the kernels against the definition, that against the formula."""
 
+import random
+
 import pytest
 import torch
-from judge import DEVICE, DTYPES, check, poisoned, randn, relative
+from judge import DEVICE, DTYPES, check, fenced, fenced_only, poisoned, randn, relative
 from torch import Tensor
 
 from minit2v_kernels import add_group_norm_silu, add_group_norm_silu_ref, group_norm_silu, group_norm_silu_ref, norm
-from minit2v_kernels._dispatch import interpreting, record
+from minit2v_kernels._dispatch import family, interpreting, record
 
 NAN, INF = float("nan"), float("inf")
 SHAPES = [  # (n c *spatial), groups
@@ -136,8 +138,8 @@ def test_skip_at_and_across_the_tiles(c1, c2, groups, last):
 
 def test_more_parts_than_the_merging_tile():
     x = channels_last(randn(2, 64, 19, 64, mean=5))
-    tile = norm.moments_tile(x.dtype, False)
-    parts = 2 * norm.split(1, 2 * 19 * 64, 64, tile[0] * tile[1])[0]
+    unroll, block_t = norm.moments_tile(x.dtype, False, family(x.device))
+    parts = norm.split(1, 2 * 19 * 64, 64, unroll * block_t, family(x.device))[0]
     assert parts > norm.merge_tile(64, parts)[0]
     check(group_norm_silu, group_norm_silu_ref, x, *weights(64), 1, frames=2)
 
@@ -145,7 +147,7 @@ def test_more_parts_than_the_merging_tile():
 @pytest.fixture
 def small_gpu(monkeypatch):
     """Which needs no more than two programs: splits are long."""
-    monkeypatch.setattr(norm, "PROCESSORS", 1)
+    monkeypatch.setattr(norm, "PROCESSORS", {family(torch.device(DEVICE)): 1})
     monkeypatch.setattr(norm, "RESIDENT", 1)
     norm.split.cache_clear()
     yield
@@ -158,7 +160,7 @@ def test_splits_of_many_tiles(mean, dtype, last, small_gpu):
     x = either(randn(1, 12, 33, 31, mean=mean, dtype=dtype), last)
     check(group_norm_silu, group_norm_silu_ref, x, *weights(12, dtype), 2)
     check(add_group_norm_silu, add_group_norm_silu_ref, x, x.flip(2), *weights(12, dtype), 2)
-    assert norm.split(1, 33 * 31, 12, 32)[1] > 4 * 64
+    assert norm.split(1, 33 * 31, 12, 32, family(x.device))[1] > 4 * 64
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -261,6 +263,41 @@ def test_the_environment_asks_too(monkeypatch):
     assert all(map(torch.equal, got, want))
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_random_shapes(seed):
+    rng = random.Random(seed)
+    frames, groups, last, silu = rng.randint(1, 3), rng.randint(1, 4), rng.random() < 0.6, rng.random() < 0.6
+    n, c = frames * rng.randint(1, 3), groups * rng.choice((1, 2, 5, 24))
+    c1 = rng.randint(1, c) if rng.random() < 0.5 else c
+    spatial = rng.choice(((rng.randint(1, 150),), (rng.randint(1, 20), rng.randint(1, 20)), (2, 3, rng.randint(1, 9))))
+    m = rng.choice([None, *(m for m in range(1, n + 1) if n % m == 0)])
+    dtype, mean = rng.choice(DTYPES), rng.choice((0, 10, 100))
+    x = either(randn(n, c1, *spatial, mean=mean, dtype=dtype, seed=seed), last)
+    kw = {"silu": silu, "frames": frames}
+    if c == c1 and m is None and rng.random() < 0.5:
+        residual = either(randn(n, c, *spatial, dtype=dtype, seed=seed + 1), last)
+        check(add_group_norm_silu, add_group_norm_silu_ref, x, residual, *weights(c, dtype), groups, **kw)
+        return
+    kw["skip"] = either(randn(n, c - c1, *spatial, mean=mean, dtype=dtype, seed=seed + 2), last) if c1 < c else None
+    kw["emb"] = randn(m, c1, dtype=dtype, seed=seed + 3) if m else None
+    if n * c * x[0, 0].numel() > groups:  # PyTorch takes no groups of one number
+        check(group_norm_silu, group_norm_silu_ref, x, *weights(c, dtype), groups, **kw)
+
+
+@fenced_only
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_nothing_is_read_beyond_the_tensors(dtype, last):
+    def fence(x: Tensor) -> Tensor:
+        return fenced(x.movedim(1, -1).contiguous()).movedim(-1, 1) if last and x.ndim > 2 else fenced(x)
+
+    (x, w, b), kw = inputs(last, 3, 2, dtype)
+    kw = {k: fence(v) for k, v in kw.items()}
+    check(group_norm_silu, group_norm_silu_ref, fence(x), fence(w), fence(b), 3, frames=2, **kw)
+    w, b = (fence(t) for t in weights(12, dtype))
+    check(add_group_norm_silu, add_group_norm_silu_ref, fence(x), fence(x), w, b, 3)
+
+
 # --- what does not fit, and what no machine here has the memory or the time for ---
 
 
@@ -298,12 +335,12 @@ def test_residuals_that_do_not_fit():
 @pytest.mark.parametrize("segments, positions, channels", [
     (1, 1, 1), (2, 221184, 320), (48, 9216, 960), (32, 16, 1280), (70000, 3, 8), (24, 589824, 128), (3, 1081, 72),
 ])  # fmt: skip
-@pytest.mark.parametrize("tile", [32, 64])
-def test_splits(segments, positions, channels, tile):
-    splits, rows = norm.split(segments, positions, channels, tile)
+@pytest.mark.parametrize("tile, target", [(32, "sm_90"), (64, "sm_80"), (64, "gfx942"), (64, "meta")])
+def test_splits(segments, positions, channels, tile, target):
+    splits, rows = norm.split(segments, positions, channels, tile, target)
     assert rows % tile == 0 and (splits - 1) * rows < positions <= splits * rows
     programs = segments * splits * -(-channels // norm.channel_tile(channels))
-    assert programs >= min(norm.PROCESSORS, segments * -(-positions // tile))
+    assert programs >= min(norm.PROCESSORS.get(target, 132), segments * -(-positions // tile))
 
 
 @pytest.mark.parametrize("shape", [(70_000, 8, 1, 1), (4, 320, 24, 576, 1024)])
