@@ -60,7 +60,7 @@ class Component:
     """One network to be written, or to be loaded: `tensors()` are those of the published names.
 
     title: of the file that it comes from. guessed: it is of no published size, and what shapes do not say (heads,
-    groups) is in the config as it would be in the published one.
+    groups) is in the config as it would be in the published one. notes: what was put right in the config.
     """
 
     plan: Plan
@@ -68,6 +68,7 @@ class Component:
     config: Config | None
     title: str
     guessed: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def cls(self) -> str:
@@ -87,8 +88,11 @@ class Component:
             if name in found and said[name] != found[name]:
                 raise ValueError(f"{where} says {name} {said[name]}, and the weights in {self.source.path} have "
                                  f"{found[name]}")  # fmt: skip
-        rows = {n: self.config[n] for n in ("motion_max_seq_length",) if n in self.config}  # published ones are wrong
-        return replace(self, config={**config, **rows}, guessed=False)
+        notes, name = self.notes, "motion_max_seq_length"  # which published ones are known to have wrong
+        if name in self.config and config.get(name, self.config[name]) != self.config[name]:
+            notes += (f"{where}: {name} {config[name]} put right, the weights have {self.config[name]}",)
+            config = {**config, name: self.config[name]}
+        return replace(self, config=config, guessed=False, notes=notes)
 
 
 def _class_of(config: Config) -> str:
@@ -179,7 +183,7 @@ def schedule_of(src: str | Path, unet: str) -> Config:
 
 def _components(opened: Opened, ema: bool, config: str | Path | None) -> dict[str, Component]:
     found: dict[str, Component] = {}
-    said = opened.configuration
+    said, unused = opened.configuration, config is not None
     for source, own in opened.weights.values():
         try:
             kind = detect(source.header)
@@ -201,8 +205,12 @@ def _components(opened: Opened, ema: bool, config: str | Path | None) -> dict[st
                 part = part.configured(own, str(source.path / CONFIG if source.path.is_dir()
                                                 else source.path.parent / CONFIG))  # fmt: skip
             elif config is not None and not lora and (given := config_in(config, component)):
-                part = part.configured(*given)
+                alone = not (Path(config) / component / CONFIG).is_file()  # the config of one network
+                if not alone or _class_of(given[0]) in ("", part.cls):
+                    part, unused = part.configured(*given), False
             found[component] = part
+    if unused:
+        raise ValueError(f"config: {config} has no {CONFIG} of a {' or '.join(p.cls or n for n, p in found.items())}")
     return found
 
 
@@ -239,7 +247,7 @@ def _to_diffusers(
             own = part.config if "_diffusers_version" in part.config or "_class_name" not in part.config else {
                 **part.config, "_diffusers_version": VERSION}  # fmt: skip
             work.texts[f"{below}{CONFIG}"] = json_text(own)
-        work.notes += _left_out(part)
+        work.notes += [*part.notes, *_left_out(part)]
     if (src / INDEX).is_file():
         index = parse_json(src / INDEX)
         index = {name: [None, None] if name in NO_NETWORKS else value for name, value in index.items()}

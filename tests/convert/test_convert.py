@@ -269,6 +269,26 @@ def test_a_pipeline_of_another_size(image_model, single, tmp_path):
         CLASSES[part].from_pretrained(tmp_path / "out" / part)
 
 
+def test_the_config_of_one_network_of_several(image_model, single, tmp_path):
+    """It is for that network alone; one that is for none is an error."""
+    parts = components(single, config=image_model / "vae" / "config.json")
+    assert parts["vae"].config["norm_num_groups"] == 4 and not parts["vae"].guessed and parts["unet"].guessed
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet3DConditionModel"}')
+    with pytest.raises(ValueError, match="config: .* has no config.json of a UNet2DConditionModel or AutoencoderKL or"):
+        components(single, config=tmp_path)
+
+
+def test_positions_that_a_config_has_wrong_are_put_right(tmp_path):
+    """The published folder of v1 is known to say 32."""
+    adapter = MotionAdapter(**{k: v for k, v in SMALL_MOTION.items() if not k.startswith("_")})
+    adapter.save_pretrained(tmp_path / "a")
+    path = tmp_path / "a" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "motion_max_seq_length": 32}))
+    work = convert(tmp_path / "a", tmp_path / "b")
+    assert work.notes == [f"{path}: motion_max_seq_length 32 put right, the weights have 24"]
+    assert json.loads((tmp_path / "b/config.json").read_text())["motion_max_seq_length"] == 24
+
+
 def test_a_folder_that_says_something_else_than_its_weights(image_model, tmp_path):
     shutil.copytree(image_model, tmp_path / "f")
     path = tmp_path / "f" / "vae" / "config.json"
