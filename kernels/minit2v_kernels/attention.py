@@ -41,17 +41,27 @@ def temporal_attention(
 
 
 def temporal_attention_ref(q: Tensor, k: Tensor, v: Tensor, causal: bool = False, window: int | None = None) -> Tensor:
-    """The definition, in PyTorch. Pixels are independent of each other, as heads are, so they are counted as heads."""
-    b, f, p, h, d = q.shape
+    """The definition, in PyTorch. Pixels are independent of each other, as heads are and as batch is."""
+    b, f, p, h, _ = q.shape
     mask = None
     if causal or (window is not None and window < f):
         ago = torch.arange(f, device=q.device)[:, None] - torch.arange(f, device=q.device)  # i - j
         mask = (ago >= (0 if causal else -f)) & (ago.abs() < (f if window is None else window))
-    # Views, where q, k and v have a tensor each: not one byte moves.
-    pieces = zip(*(x.reshape(b, f, p * h, d).transpose(1, 2).split(MAX_HEADS, 1) for x in (q, k, v)), strict=True)
+    if all(x.stride(2) == h * x.stride(3) for x in (q, k, v)) or not q.numel():
+        # As heads: not one byte moves.
+        y = attend(*(x.flatten(2, 3).transpose(1, 2) for x in (q, k, v)), mask, 1).transpose(1, 2).unflatten(2, (p, h))
+    else:
+        # Views of a fused projection. As batch, each video by itself: only the result moves.
+        videos = (attend(*(x.permute(1, 2, 0, 3) for x in video), mask, 0) for video in zip(q, k, v, strict=True))
+        y = torch.stack([video.permute(2, 0, 1, 3) for video in videos])
+    return y.contiguous()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, axis: int) -> Tensor:
+    """q, k, v (n h l d) -> (n h l d), in as few calls as have at most MAX_HEADS of that axis."""
+    pieces = zip(*(x.split(MAX_HEADS, axis) for x in (q, k, v)), strict=True)
     found = [F.scaled_dot_product_attention(*piece, attn_mask=mask) for piece in pieces]
-    y = found[0] if len(found) == 1 else torch.cat(found, 1)
-    return y.transpose(1, 2).reshape(b, f, p, h, d).contiguous()
+    return found[0] if len(found) == 1 else torch.cat(found, axis)
 
 
 @cache
