@@ -190,7 +190,7 @@ def kernels() -> SimpleNamespace:
             at = tl.where(c < C1, at, pointers(SKIP, segment, row, rows, c - C1, T, C - C1, CHANNELS_LAST))
         return at
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["SPLITS"])
     def group_norm_moments(
         X,  # (n, t, c1)
         SKIP,  # (n, t, c - c1)
@@ -258,7 +258,8 @@ def kernels() -> SimpleNamespace:
             mean += tl.load(emb, mask=mask & (c < C1)[None, :], other=0.0).to(tl.float32) - added
         return mean
 
-    @triton.jit
+    # Compiled once per tile, not once per kind of each number: a network asks for a hundred combinations of these.
+    @triton.jit(do_not_specialize=["T", "C1", "SEGMENTS", "SPLITS", "ROWS", "PER_EMB"])
     def group_norm_coefficients(
         MOMENTS,  # (videos, segments, splits, 3, c) float32
         EMB,  # (m, c1)
@@ -348,12 +349,12 @@ def kernels() -> SimpleNamespace:
         segment, row = pid // tiles // stretches, pid // tiles % stretches * BLOCK_T
         rows = tl.arange(0, BLOCK_T)[:, None]
         mask = (row + rows < T) & (c < C)[None, :]
-        at = concatenated(X, SKIP, segment, row, rows, c[None, :], T, C, C1, HAS_SKIP, CHANNELS_LAST)
-        x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        at = TABLE + segment.to(tl.int64) * 3 * C + c
+        at = TABLE + segment.to(tl.int64) * 3 * C + c  # before x: after it, a register spills on an A100
         shift = tl.load(at, mask=c < C, other=0.0)
         scale = tl.load(at + C, mask=c < C, other=0.0)
         offset = tl.load(at + 2 * C, mask=c < C, other=0.0)
+        at = concatenated(X, SKIP, segment, row, rows, c[None, :], T, C, C1, HAS_SKIP, CHANNELS_LAST)
+        x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         y = (x - shift[None, :]) * scale[None, :] + offset[None, :]
         if SILU:
             y = y / (1.0 + tl.exp(-y))
