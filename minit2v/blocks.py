@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minit2v_kernels import linear, temporal_conv
+from minit2v_kernels._dispatch import pick
 
 from .layers import Context, GroupNorm, Linear, TransformerBlock
 
@@ -63,8 +64,8 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor, f: int = 1, skip: Tensor | None = None) -> Tensor:
         """x ((b f) c h w), emb (m c_out) of `project`, m dividing b f; skip ((b f) c2 h w), c + c2 = c_in
         -> ((b f) c_out h w); statistics of the norms span `f` frames."""
-        if skip is not None and self.skip is None:  # as many channels as come out: what is added is x and skip
-            x, skip = torch.cat((x, skip), dim=1), None
+        if skip is not None and (self.skip is None or pick("group_norm_silu", None, x) == "torch"):
+            x, skip = torch.cat((x, skip), dim=1), None  # PyTorch's norm puts the two together anyway
         x = conv_layout(x, self.conv1.in_channels)
         skip = skip if skip is None else conv_layout(skip, self.conv1.in_channels)
         h = F.conv2d(self.norm1(x, f, silu=True, skip=skip), self.conv1.weight, padding=1)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minit2v_kernels import add_layer_norm, geglu, group_norm_silu, layer_norm, linear, temporal_attention
+from minit2v_kernels._dispatch import pick
 
 Context = Tensor | tuple[Tensor, Tensor]  # what is attended to: vectors (n m c), or the keys and values made of them
 
@@ -101,7 +102,9 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """x (... d) -> q, k, v (... h d)."""
-        if self.qkv is None or torch.is_grad_enabled():
+        # Out of one projection PyTorch's attention copies all three, to count pixels as heads; the kernel does not.
+        copies = x.ndim == 4 and pick("temporal_attention", None, x) == "torch"
+        if self.qkv is None or copies or torch.is_grad_enabled():
             return tuple(self.split(to(x)) for to in (self.to_q, self.to_k, self.to_v))
         return linear(x, self.qkv).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)
 
