@@ -311,7 +311,10 @@ def json_text(content: Mapping[str, Any]) -> str:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`, that takes its place if all goes well and is removed if not: OSError."""
+    """A temporary path beside `path`, that takes its place if all goes well and is removed if not: OSError.
+
+    A ValueError is about what should be written, and passes.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -324,7 +327,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     except BaseException as error:
         if path.parent.is_dir():
             temporary.unlink(missing_ok=True)
-        if isinstance(error, Exception):  # each library that writes has its own
+        if isinstance(error, Exception) and not isinstance(error, ValueError):  # each library that writes has its own
             raise OSError(f"cannot write {path}: {first_line(error)}") from error
         raise
 

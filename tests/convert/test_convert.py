@@ -400,6 +400,8 @@ def test_a_number_that_does_not_fit_leaves_nothing_behind(single, image_model, t
     save_file(state, tmp_path / "big.safetensors")
     with pytest.raises(ValueError, match="'first_stage_model.quant_conv.bias' does not fit torch.float16"):
         convert(tmp_path / "big.safetensors", tmp_path / "out", dtype=torch.float16, config=image_model)
+    with pytest.raises(ValueError, match="'first_stage_model.quant_conv.bias' does not fit torch.float16"):
+        convert(tmp_path / "big.safetensors", tmp_path / "out.ckpt", "single-file", torch.float16)
     assert [p.name for p in tmp_path.iterdir()] == ["big.safetensors"]
 
 
