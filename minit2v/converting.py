@@ -71,8 +71,10 @@ def _config(path_or_id: str) -> Path:
         return here
     root, names = hub.find_folder(path_or_id, None, lambda names: [n for n in names if n in (CONFIG, INDEX)])
     if INDEX in names:
-        for part in (p for p, entry in hub.parse_json(root / INDEX).items() if isinstance(entry, list) and entry[0]):
-            hub.find_folder(path_or_id, part)
+        index = hub.parse_json(root / INDEX)
+        for part in ("unet", "vae", "text_encoder", "motion_adapter", "scheduler", "tokenizer"):
+            if isinstance(index.get(part), list) and index[part][-1]:
+                hub.find_folder(path_or_id, part)
     return root
 
 

@@ -19,6 +19,7 @@ from minit2v import AutoencoderKL, CLIPTextModel, MotionAdapter, UNet2DCondition
 from minit2v_convert import animatediff, configs, shapes
 from minit2v_convert import convert as module
 from minit2v_convert.convert import components, convert
+from minit2v_convert.folders import variants
 from minit2v_convert.sparse import write_sparse_safetensors
 from minit2v_convert.stream import open_file
 
@@ -209,6 +210,13 @@ def test_one_of_several_variants(video_model, tmp_path):
         convert(folder, tmp_path / "x")
 
 
+def test_names_of_variants():
+    names = ["model.fp16-00001-of-00002.safetensors", "model-00002-of-00002.fp16.safetensors", "config.json",
+             "model.safetensors", "model.safetensors.index.json", "pytorch_model.non_ema.bin", "mm.ckpt"]  # fmt: skip
+    assert variants(names) == {"": ["model.safetensors"], "fp16": [names[1], names[0]], "non_ema": [names[5]]}
+    assert variants(names, ("model",)).keys() == {"", "fp16"}
+
+
 def test_a_variant_is_inspected(tmp_path, make_official_folder, capsys):
     from minit2v import cli
 
@@ -267,6 +275,26 @@ def test_a_pipeline_of_another_size(image_model, single, tmp_path):
     convert(single, tmp_path / "out", config=image_model)
     for part in CLASSES:
         CLASSES[part].from_pretrained(tmp_path / "out" / part)
+
+
+def test_a_config_on_the_hub(image_model, single, tmp_path, monkeypatch):
+    """Read from the hub's cache, since there is no hub here."""
+    from huggingface_hub import constants
+
+    from minit2v import cli
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    for name, folder in (("pipe", image_model), ("lone", image_model / "vae")):
+        (snapshots := tmp_path / f"cache/models--owner--{name}/snapshots").mkdir(parents=True)
+        (snapshots / "main").symlink_to(folder)
+        assert AutoencoderKL.from_single_file(single, config=f"owner/{name}").config.norm_num_groups == 4
+    assert cli.main(["convert", str(single), str(tmp_path / "out"), "--config=owner/pipe"]) == 0
+    for part in CLASSES:
+        same(weights(tmp_path / "out" / part), weights(image_model / part))
+    for file in ("scheduler/scheduler_config.json", "tokenizer/vocab.json"):
+        have, want = ((folder / file).read_text() for folder in (tmp_path / "out", image_model))
+        assert have == want or json.loads(have) == json.loads(want)
 
 
 def test_the_config_of_one_network_of_several(image_model, single, tmp_path):
