@@ -71,9 +71,9 @@ class Timed:
             return
         self.step()  # in the first modules are loaded and kernels compiled
         synchronize(device)
-        calls = max(3, min(sets, 10))
-        once = self.elapsed(calls) / calls
+        once = self.elapsed(1)
         if once < SHORT:
+            once = self.elapsed(10) / 10
             self.count = max(sets, min(256, round(1.0 / max(once, 0.002))))
             self.count = -(-self.count // sets) * sets
             if graph:
