@@ -11,7 +11,7 @@ Weights that are used together become views of one tensor, so they stay what the
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from .unet import KeysValues, UNet
 from .vae import AutoencoderKL
 
 Network = UNet | AutoencoderKL
-MOST_GRAPHS = 4  # of one network: each new shape of its input takes one, and the oldest gives way
+MOST_GRAPHS = 4  # of one network: a new shape of its input takes one, and the oldest gives way
 
 
 def optimize(network: Network, *, graphs: bool = False, compile: bool = False) -> None:
@@ -127,7 +127,8 @@ class Fast:
         if key not in self.graphs:
             if len(self.graphs) == MOST_GRAPHS:
                 del self.graphs[next(iter(self.graphs))]
-            self.graphs[key] = Graph(self.run, x, t, context)
+            other = next((graph.captured for graph in self.graphs.values()), None)
+            self.graphs[key] = Graph(self.run, x, t, context, other)
         return self.graphs[key](x, t, context)
 
 
@@ -139,12 +140,19 @@ class Graph:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(self, predict: Callable[..., Tensor], x: Tensor, t: Tensor, context: Tensor | KeysValues):
+    def __init__(
+        self,
+        predict: Callable[..., Tensor],
+        x: Tensor,
+        t: Tensor,
+        context: Tensor | KeysValues,
+        other: "Capture | None",
+    ):
         # Tensors of its own, where they will stay: an inference tensor could not be written to outside of its mode.
         self.x, self.t, *self.texts = (torch.empty_like(v).copy_(v) for v in (x, t, *flatten(context)))
         self.context = None
         own = self.texts[0] if isinstance(context, Tensor) else unflatten(self.texts, context)
-        self.replay, self.y = capture(lambda: predict(self.x, self.t, own), x.device)
+        self.captured = capture(lambda: predict(self.x, self.t, own), x.device, other)
 
     def __call__(self, x: Tensor, t: Tensor, context: Tensor | KeysValues) -> Tensor:
         self.x.copy_(x)
@@ -153,8 +161,8 @@ class Graph:
             for own, given in zip(self.texts, flatten(context), strict=True):
                 own.copy_(given)
             self.context = context
-        self.replay()
-        return self.y.clone()  # the next call writes to y
+        self.captured.graph.replay()
+        return self.captured.y.clone()  # the next call writes to y
 
 
 def can_capture(x: Tensor) -> bool:
@@ -162,8 +170,14 @@ def can_capture(x: Tensor) -> bool:
     return x.is_cuda and not torch.is_autocast_enabled("cuda") and not torch.cuda.is_current_stream_capturing()
 
 
-def capture(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
-    """The CUDA work of `run` -> what does it again, and where its result then is."""
+class Capture(NamedTuple):
+    graph: Any  # torch.cuda.CUDAGraph
+    stream: Any  # torch.cuda.Stream, on which it was captured
+    y: Tensor  # where the result is after graph.replay()
+
+
+def capture(run: Callable[[], Tensor], device: torch.device, other: Capture | None) -> Capture:
+    """The CUDA work of `run`, to be replayed. It shares the memory of `other`, which never runs at the same time."""
     with torch.cuda.device(device):
         # First without a graph, on a stream of its own: kernels are compiled, plans and workspaces made, and none of
         # that may happen while capturing.
@@ -173,12 +187,13 @@ def capture(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[
             for _ in range(3):
                 run()
         now.wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        # On a stream of this device, and a fresh one: PyTorch's own for captures is of the device of the first, and a
-        # used one has workspaces outside of the graph's memory. What other threads do meanwhile is theirs.
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+        # Not on `aside`, whose workspaces lie outside of the graph's memory, nor on the stream that PyTorch has for all
+        # captures, which is of the device of the first. What other threads do meanwhile is theirs.
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream() if other is None else other.stream
+        pool = None if other is None else other.graph.pool()
+        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
             y = run()
-    return graph.replay, y
+    return Capture(graph, stream, y)
 
 
 def flatten(context: Tensor | KeysValues) -> list[Tensor]:

@@ -102,9 +102,9 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """x (... d) -> q, k, v (... h d)."""
-        # Out of one projection PyTorch's attention copies all three, to count pixels as heads; the kernel does not.
-        copies = x.ndim == 4 and pick("temporal_attention", None, x) == "torch"
-        if self.qkv is None or copies or torch.is_grad_enabled():
+        # PyTorch's attention across the frames moves nothing if q, k and v are three tensors. The kernel can read one.
+        apart = x.ndim == 4 and pick("temporal_attention", None, x) == "torch"
+        if self.qkv is None or apart or torch.is_grad_enabled():
             return tuple(self.split(to(x)) for to in (self.to_q, self.to_k, self.to_v))
         return linear(x, self.qkv).unflatten(-1, (3, -1, self.head_dim)).unbind(-3)
 

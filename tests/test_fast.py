@@ -2,6 +2,7 @@
 
 import copy
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -279,18 +280,20 @@ class FakeGraphs:
 
     def __init__(self, monkeypatch):
         self.captures = self.replays = 0
+        self.shared = []  # of each capture, whether it shares another one's memory
         monkeypatch.setattr(fast, "capture", self.capture)
         monkeypatch.setattr(fast, "can_capture", lambda x: not torch.is_autocast_enabled("cpu"))
 
-    def capture(self, run, device):
+    def capture(self, run, device, other):
         self.captures += 1
+        self.shared.append(other is not None)
         y = run()
 
         def replay():
             self.replays += 1
             y.copy_(run())
 
-        return replay, y
+        return fast.Capture(SimpleNamespace(replay=replay), None, y)
 
 
 @pytest.fixture
@@ -326,6 +329,7 @@ def test_a_graph_per_shape(unet, graphs):
     fast.restore(unet)
     captures = graphs.captures
     assert torch.equal(unet(*given[0]), want[0]) and graphs.captures == captures
+    assert graphs.shared == [False] + [True] * (captures - 1)
 
 
 @torch.no_grad()
@@ -343,7 +347,7 @@ def test_a_graph_and_its_weights(unet3d, graphs):
     assert graphs.captures == 2
     unet3d.conv_in.weight = torch.nn.Parameter(torch.randn_like(unet3d.conv_in.weight))
     close(unet3d(*call), copy.deepcopy(unet3d)(*call))
-    assert graphs.captures == 3
+    assert graphs.captures == 3 and graphs.shared == [False] * 3, "none shares memory with one that is gone"
 
 
 def test_a_graph_in_every_mode(unet3d, graphs, monkeypatch):
