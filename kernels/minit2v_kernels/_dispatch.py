@@ -86,7 +86,10 @@ def pick(op: str, impl: str | None, x: Tensor) -> str:
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, not {impl!r}")
     if impl == "auto":
-        return "triton" if x.is_cuda and family(x.device) in PROVEN[op] and has_triton() else "torch"
+        # What is proven is forward in 16 bits: float32 has no tensor cores here, and backward runs forward again.
+        proven = x.is_cuda and family(x.device) in PROVEN[op] and x.element_size() == 2
+        wanted = torch.is_grad_enabled() and x.requires_grad
+        return "triton" if proven and not wanted and has_triton() else "torch"
     if impl == "triton" and not has_triton():
         raise RuntimeError(f"{op}: {source}='triton', but Triton is not installed (pip install 'minit2v[triton]')")
     if impl == "triton" and not (x.is_cuda or interpreting() or recorded is not None):

@@ -67,6 +67,12 @@ def test_unknown_implementations(args, monkeypatch):
 class OnGPU:
     is_cuda, device = True, torch.device("cuda")
 
+    def __init__(self, size: int = 2, requires_grad: bool = False):
+        self.size, self.requires_grad = size, requires_grad
+
+    def element_size(self) -> int:
+        return self.size
+
 
 def test_auto_is_triton_only_where_it_is_proven(monkeypatch):
     monkeypatch.delenv("MINIT2V_KERNELS", raising=False)
@@ -75,6 +81,11 @@ def test_auto_is_triton_only_where_it_is_proven(monkeypatch):
     for proven, impl in ((set(), "torch"), ({"sm_80"}, "torch"), ({"sm_80", "sm_90"}, "triton")):
         monkeypatch.setitem(_dispatch.PROVEN, "group_norm_silu", frozenset(proven))
         assert _dispatch.pick("group_norm_silu", None, OnGPU()) == impl
+    # What a result proves: half precision, without gradients.
+    assert _dispatch.pick("group_norm_silu", None, OnGPU(size=4)) == "torch"
+    assert _dispatch.pick("group_norm_silu", None, OnGPU(requires_grad=True)) == "torch"
+    with torch.no_grad():
+        assert _dispatch.pick("group_norm_silu", None, OnGPU(requires_grad=True)) == "triton"
 
 
 @pytest.mark.parametrize("setting, impls", [
