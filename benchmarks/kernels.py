@@ -254,11 +254,16 @@ def leaves(args: tuple, kw: dict) -> tuple[tuple, dict, list[Tensor]]:
     return tuple(map(leaf, args)), {name: leaf(value) for name, value in kw.items()}, wanted
 
 
-def gradients(run: Callable[..., Any], args: tuple, kw: dict) -> tuple[Tensor, ...]:
-    """Forward and backward of all outputs."""
+def upstream(y: Any) -> list[Tensor]:
+    """A gradient for each output, the same wherever an output is cut along its first axis; not constant, as a norm's
+    derivative of a constant is all cancellation."""
+    return [torch.linspace(-1, 1.5, x.shape[-1], device=x.device).to(x).expand_as(x).contiguous() for x in outputs(y)]
+
+
+def gradients(run: Callable[..., Any], args: tuple, kw: dict, grads: list[Tensor]) -> tuple[Tensor, ...]:
+    """Forward, and backward to all tensors of the call."""
     args, kw, wanted = leaves(args, kw)
-    y = outputs(run(*args, **kw))
-    return torch.autograd.grad(y, wanted, [torch.ones_like(x) for x in y])
+    return torch.autograd.grad(outputs(run(*args, **kw)), wanted, grads)
 
 
 # ---- one shape
@@ -355,7 +360,8 @@ def measure_backward(shape: Shape, device: torch.device, dtype: torch.dtype, opt
     inputs = [shape.make(device, dtype, seed) for seed in range(sets)]
     tail_args, tail_kw = wide(*shape.tail(*inputs[0]))
     # The gradient of what comes first in the call, at the end of its first axis: of the weights it would take the rest.
-    exact = gradients(definition(shape), tail_args, tail_kw)[0]
+    run_tail = definition(shape)
+    exact = gradients(run_tail, tail_args, tail_kw, upstream(run_tail(*tail_args, **tail_kw)))[0]
     entry = about(shape)
     timed: dict[str, Timed] = {}
     found = entry["contenders"] = {}
@@ -364,12 +370,14 @@ def measure_backward(shape: Shape, device: torch.device, dtype: torch.dtype, opt
             continue
         try:
             prepared = [contender.prepare(shape, *given) for given in inputs]
-            got = gradients(contender.run, *prepared[0])[0]
+            with torch.no_grad():
+                grads = upstream(contender.run(*prepared[0][0], **prepared[0][1]))
+            got = gradients(contender.run, *prepared[0], grads)[0]
             if name != "eager":  # its layout is another one, its derivative PyTorch's own
                 found[name] = {"error": digits(relative(got[-len(exact) :], exact), 3)}
 
-            def run(i: int, contender: Contender = contender, prepared: list = prepared) -> Any:
-                return gradients(contender.run, *prepared[i])
+            def run(i: int, contender: Contender = contender, prepared: list = prepared, grads: Any = grads) -> Any:
+                return gradients(contender.run, *prepared[i], grads)
 
             timed[name] = Timed(run, sets, device, graph=False)
         except Exception as error:

@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def bench():
     """The scripts of the folder, imported as they import each other."""
-    names = ("kernel_shapes", "measure", "kernels", "gpu", "charts")
+    names = ("kernel_shapes", "measure", "kernels", "step", "gpu", "charts")
     before = {name: sys.modules.pop(name, None) for name in names}
     sys.path.insert(0, str(FOLDER))
     try:
@@ -284,6 +284,45 @@ def test_goals_beside_numbers(bench, tmp_path):
     assert rows["step, modelscope", "x diffusers compiled"] == "missed"
     assert rows["memory, modelscope-64", "GiB"] == "reached"
     assert "modelscope-64: vae: x" in found["left_out"] and "vae: x" in bench.gpu.summary(found)
+
+
+@pytest.mark.parametrize("gib, beside, later", [
+    (139, ["modelscope", "zeroscope", "animatediff", "modelscope-64"], {"zeroscope-xl"}),
+    (79, ["modelscope", "zeroscope"], {"animatediff", "modelscope-64", "zeroscope-xl"}),
+    (23, [], {"modelscope", "zeroscope", "animatediff", "modelscope-64", "zeroscope-xl"}),
+])  # fmt: skip
+def test_the_run_on_a_gpu(monkeypatch, bench, tmp_path, gib, beside, later):
+    """What is started, in which order, on a GPU that is none: every part once, and every command one that it knows."""
+    started = []
+
+    class Fake:
+        def __init__(self, name, words, log):
+            started.append(name)
+            log.write_text("done\n")
+            if words[0] == "charts.py":
+                assert words[1:] == [str(tmp_path)]
+            else:
+                options = getattr(bench, words[0].removesuffix(".py")).parse(words[1:])
+                if words[0] == "step.py" and not options.warm:
+                    options.ready.touch()
+            self.process = SimpleNamespace(poll=lambda: 0)
+
+        def wait(self, seconds):
+            assert seconds >= 0
+            return 0
+
+        def stop(self):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    properties = SimpleNamespace(total_memory=gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(bench.gpu, "Part", Fake)
+    bench.gpu.main(["--out", str(tmp_path)])
+    kernels, last = started.index("kernels-goals"), started.index("kernels")
+    assert started[: len(beside)] == beside and started[-1] == "charts"
+    assert kernels < last and set(started[kernels + 1 : last]) == later
+    assert json.loads((tmp_path / "goals.json").read_text())["notes"] == []
 
 
 class Event:
