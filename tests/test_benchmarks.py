@@ -217,6 +217,22 @@ def test_a_wrong_kernel_wins_nothing(monkeypatch, bench, fault):
     assert verdict["verdict"].startswith("no: wrong") and verdict["wrong"] == [shape.name]
 
 
+def test_a_kernel_that_is_wrong_where_float64_does_not_look(monkeypatch, bench):
+    right = minit2v_kernels.temporal_attention
+
+    def broken(q, k, v, impl=None):
+        y = right(q, k, v, impl="torch")
+        if impl == "triton":
+            y[0, 0] = 0  # of the first video; float64 judges the last one
+        return y
+
+    monkeypatch.setattr(minit2v_kernels, "temporal_attention", broken)
+    shape = next(s for s in bench.kernel_shapes.shapes("tiny-unet3d") if s.op == "temporal_attention")
+    found = entry_of(bench, shape, contenders=["kernel", "torch"])["contenders"]
+    assert found["kernel"]["error"] == found["torch"]["error"] and found["kernel"]["apart"] > 0.1
+    assert not found["kernel"]["right"] and found["torch"]["right"]
+
+
 def fake(ms: dict[str, float], calls: int = 1) -> dict:
     contenders = {name: {"ms": value, "right": True} for name, value in ms.items()}
     return {"calls_in": {"tiny-unet3d": calls}, "contenders": contenders}
