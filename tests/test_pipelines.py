@@ -184,17 +184,17 @@ def test_callback_counts_steps(pipe, scheduler, every):
     assert ended == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("change, times", [
-    (lambda tensors: None, 1),
-    (lambda tensors: {"prompt_embeds": 2 * tensors["prompt_embeds"]}, 3),
-    (lambda tensors: tensors["prompt_embeds"].mul_(2)[:0].sum().item() or None, 3),
-], ids=["nothing", "replaced", "in place"])  # fmt: skip
-def test_keys_and_values_of_the_text_are_made_once(pipe, change, times, monkeypatch):
+@pytest.mark.parametrize("change, shown, times", [
+    (lambda tensors: None, "latents", 1),
+    (lambda tensors: {"prompt_embeds": torch.ones(1, 77, 24)}, "latents", 3),
+    (lambda tensors: {"negative_prompt_embeds": torch.ones(1, 77, 24)}, "latents", 3),
+    (lambda tensors: tensors["prompt_embeds"].mul_(2)[:0].sum().item() or None, "prompt_embeds", 3),
+], ids=["nothing", "the text", "the negative one", "in place"])  # fmt: skip
+def test_keys_and_values_of_the_text_are_made_once(pipe, change, shown, times, monkeypatch):
     """And again where a callback may have changed the text: the steps are those of a UNet that is given the text."""
     steps = FAST | {"num_inference_steps": 3, "output_type": "latent"}
-    names = ["prompt_embeds"] if times > 1 else ["latents"]
     arguments = {**steps, "callback_on_step_end": lambda pipe, i, t, tensors: change(tensors),
-                 "callback_on_step_end_tensor_inputs": names}
+                 "callback_on_step_end_tensor_inputs": [shown]}
     made, keys_values = [], pipe.unet.keys_values
 
     def count(context):
