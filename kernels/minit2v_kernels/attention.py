@@ -67,9 +67,84 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, axis: int) -> T
 @cache
 def temporal_attention_kernel() -> Any:
     """The kernel; Triton is imported here, at the first use."""
-    global tl  # where Triton 3.2 looks names up
+    global tl, attend_tile, store_tile  # Triton 3.2 and the interpreter look names up in the module alone
     import triton
     import triton.language as tl
+
+    @triton.jit
+    def attend_tile(
+        Q, K, V, start, p0, end, stride_f, stride_p, scale, ROWS: tl.constexpr,
+        F: tl.constexpr, D: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+        BLOCK: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    ):  # fmt: skip
+        """BLOCK queries of the pixels p0 <= p < end, the frames of one after those of another, from row `start` on.
+
+        -> their results (BLOCK D1) and (BLOCK D2), their pixels (BLOCK) and frames (BLOCK). There are ROWS keys:
+        FlashAttention's loop (Dao et al. 2022, arXiv:2205.14135), which the compiler undoes where BLOCK holds them all.
+        """
+        d1 = tl.arange(0, D1)
+        d2 = D1 + tl.arange(0, D2 if D2 else 1)
+        rows = start + tl.arange(0, BLOCK)
+        p, f = p0 + rows // F, rows % F
+        at = f.to(tl.int64) * stride_f + p.to(tl.int64) * stride_p
+        real = (p < end)[:, None]
+        q1 = tl.load(Q + at[:, None] + d1[None, :], mask=real & (d1 < D)[None, :], other=0.0)
+        if D2:
+            q2 = tl.load(Q + at[:, None] + d2[None, :], mask=real & (d2 < D)[None, :], other=0.0)
+
+        top = tl.full((BLOCK,), float("-inf"), tl.float32)  # the largest score so far
+        total = tl.zeros((BLOCK,), tl.float32)
+        y1 = tl.zeros((BLOCK, D1), tl.float32)
+        y2 = tl.zeros((BLOCK, D2 if D2 else 1), tl.float32)
+        first, last = 0, ROWS  # of the keys that are seen
+        if ROWS > BLOCK:
+            if CAUSAL:
+                last = tl.minimum(last, start + BLOCK)
+            if WINDOW < F:
+                first = tl.maximum(0, start - WINDOW + 1) // BLOCK * BLOCK
+                last = tl.minimum(last, start + BLOCK - 1 + WINDOW)
+        for key in range(first, last, BLOCK):
+            keys = key + tl.arange(0, BLOCK)
+            pk, fk = p0 + keys // F, keys % F
+            at = fk.to(tl.int64) * stride_f + pk.to(tl.int64) * stride_p
+            real = (pk < end)[:, None]
+            k1 = tl.load(K + at[:, None] + d1[None, :], mask=real & (d1 < D)[None, :], other=0.0)
+            v1 = tl.load(V + at[:, None] + d1[None, :], mask=real & (d1 < D)[None, :], other=0.0)
+            s = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+            if D2:
+                k2 = tl.load(K + at[:, None] + d2[None, :], mask=real & (d2 < D)[None, :], other=0.0)
+                v2 = tl.load(V + at[:, None] + d2[None, :], mask=real & (d2 < D)[None, :], other=0.0)
+                s = tl.dot(q2, tl.trans(k2), s, input_precision="ieee")
+
+            seen = (p[:, None] == pk[None, :]) & (pk < end)[None, :]
+            if CAUSAL:
+                seen = seen & (fk[None, :] <= f[:, None])
+            if WINDOW < F:
+                seen = seen & (tl.abs(fk[None, :] - f[:, None]) < WINDOW)
+            s = tl.where(seen, s, float("-inf"))
+            higher = tl.maximum(top, tl.max(s, 1))
+            shift = tl.where(higher == float("-inf"), 0.0, higher)  # a row that sees none of these keys
+            weights = tl.exp2((s - shift[:, None]) * scale)
+            less = tl.exp2((top - shift) * scale)
+            total = total * less + tl.sum(weights, 1)
+            top = higher
+            weights = weights.to(V.dtype.element_ty)
+            y1 = tl.dot(weights, v1, y1 * less[:, None], input_precision="ieee")
+            if D2:
+                y2 = tl.dot(weights, v2, y2 * less[:, None], input_precision="ieee")
+        total = tl.where(total == 0.0, 1.0, total)  # rows of no frame; and, as in PyTorch, of scores all -inf
+        return y1 / total[:, None], y2 / total[:, None], p, f
+
+    @triton.jit
+    def store_tile(Y, y1, y2, p, f, end, pixels, row, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+        """What `attend_tile` returned, to its places in Y (F, pixels, row)."""
+        d1 = tl.arange(0, D1)
+        d2 = D1 + tl.arange(0, D2 if D2 else 1)
+        at = (f.to(tl.int64) * pixels + p) * row
+        real = (p < end)[:, None]
+        tl.store(Y + at[:, None] + d1[None, :], y1.to(Y.dtype.element_ty), mask=real & (d1 < D)[None, :])
+        if D2:
+            tl.store(Y + at[:, None] + d2[None, :], y2.to(Y.dtype.element_ty), mask=real & (d2 < D)[None, :])
 
     @triton.jit
     def temporal_attention_kernel(
@@ -94,9 +169,7 @@ def temporal_attention_kernel() -> Any:
     ):
         """One program per (batch, PIXELS pixels, BLOCK queries, head), heads fastest: they share cache lines.
 
-        The rows of a tile are the pixels' frames, pixel after pixel, and its scores are masked to the diagonal blocks,
-        where query and key are of one pixel. Frames that fill more than a tile are a loop with online softmax
-        (FlashAttention, Dao et al. 2022, arXiv:2205.14135); for others it runs once, and the compiler drops it.
+        Scores of PIXELS pixels are masked to diagonal blocks, where query and key are of one pixel.
         """
         ROWS: tl.constexpr = PIXELS * F
         BLOCKS: tl.constexpr = (ROWS + BLOCK - 1) // BLOCK
@@ -105,86 +178,31 @@ def temporal_attention_kernel() -> Any:
         start, pid = pid % BLOCKS * BLOCK, pid // BLOCKS
         groups = tl.cdiv(pixels, PIXELS)
         p0, b = pid % groups * PIXELS, (pid // groups).to(tl.int64)
-        last_p = tl.minimum(p0 + PIXELS, pixels)
-        base = b * stride_b + h * D
-        base_y = (b * F * pixels * heads + h) * D
+        end = tl.minimum(p0 + PIXELS, pixels)
+        Q += b * stride_b + h * D
+        K += b * stride_b + h * D
+        V += b * stride_b + h * D
+        Y += (b * F * pixels * heads + h) * D
 
-        rows = start + tl.arange(0, BLOCK)
-        f = rows % F
-        d1 = tl.arange(0, D1)
-        d2 = D1 + tl.arange(0, D2 if D2 else 1)
-        step = PIXELS  # of them at a time
-        left = 1
-        while left > 0:
-            stop = tl.minimum(p0 + step, last_p)
-            p = p0 + rows // F
-            real = p < stop
-            at = base + f.to(tl.int64) * stride_f + p.to(tl.int64) * stride_p
-            mask1, mask2 = real[:, None] & (d1 < D)[None, :], real[:, None] & (d2 < D)[None, :]
-            q1 = tl.load(Q + at[:, None] + d1[None, :], mask=mask1, other=0.0)
+        y1, y2, p, f = attend_tile(
+            Q, K, V, start, p0, end, stride_f, stride_p, scale, ROWS, F, D, CAUSAL, WINDOW, BLOCK, D1, D2
+        )
+        if PIXELS == 1:
+            store_tile(Y, y1, y2, p, f, end, pixels, heads * D, D, D1, D2)
+        else:
+            # Weights of zero times a NaN or inf are NaN, which must not reach the tile's other pixels: then, which is
+            # rare, once more, each pixel by itself.
+            nan = tl.max((y1 != y1).to(tl.int32), 1)
             if D2:
-                q2 = tl.load(Q + at[:, None] + d2[None, :], mask=mask2, other=0.0)
-
-            top = tl.full((BLOCK,), float("-inf"), tl.float32)  # the largest score so far
-            total = tl.zeros((BLOCK,), tl.float32)
-            y1 = tl.zeros((BLOCK, D1), tl.float32)
-            y2 = tl.zeros((BLOCK, D2 if D2 else 1), tl.float32)
-            first, last = 0, ROWS  # of the keys that are seen
-            if BLOCKS > 1:
-                if CAUSAL:
-                    last = tl.minimum(last, start + BLOCK)
-                if WINDOW < F:
-                    first = tl.maximum(0, start - WINDOW + 1) // BLOCK * BLOCK
-                    last = tl.minimum(last, start + BLOCK - 1 + WINDOW)
-            for key in range(first, last, BLOCK):
-                keys = key + tl.arange(0, BLOCK)
-                pk, fk = p0 + keys // F, keys % F
-                at_k = base + fk.to(tl.int64) * stride_f + pk.to(tl.int64) * stride_p
-                some1, some2 = (pk < stop)[:, None] & (d1 < D)[None, :], (pk < stop)[:, None] & (d2 < D)[None, :]
-                k1 = tl.load(K + at_k[:, None] + d1[None, :], mask=some1, other=0.0)
-                v1 = tl.load(V + at_k[:, None] + d1[None, :], mask=some1, other=0.0)
-                s = tl.dot(q1, tl.trans(k1), input_precision="ieee")
-                if D2:
-                    k2 = tl.load(K + at_k[:, None] + d2[None, :], mask=some2, other=0.0)
-                    v2 = tl.load(V + at_k[:, None] + d2[None, :], mask=some2, other=0.0)
-                    s = tl.dot(q2, tl.trans(k2), s, input_precision="ieee")
-
-                seen = (p[:, None] == pk[None, :]) & (pk < stop)[None, :]
-                if CAUSAL:
-                    seen = seen & (fk[None, :] <= f[:, None])
-                if WINDOW < F:
-                    seen = seen & (tl.abs(fk[None, :] - f[:, None]) < WINDOW)
-                s = tl.where(seen, s, float("-inf"))
-                higher = tl.maximum(top, tl.max(s, 1))
-                shift = tl.where(higher == float("-inf"), 0.0, higher)  # a row that sees none of these keys
-                weights = tl.exp2((s - shift[:, None]) * scale)
-                less = tl.exp2((top - shift) * scale)
-                total = total * less + tl.sum(weights, 1)
-                top = higher
-                weights = weights.to(V.dtype.element_ty)
-                y1 = tl.dot(weights, v1, y1 * less[:, None], input_precision="ieee")
-                if D2:
-                    y2 = tl.dot(weights, v2, y2 * less[:, None], input_precision="ieee")
-
-            total = tl.where(total == 0.0, 1.0, total)  # rows of no frame; and, as in PyTorch, of scores all -inf
-            y1, y2 = y1 / total[:, None], y2 / total[:, None]
-            left = 0
-            if PIXELS > 1:
-                # Weights of zero times a NaN or inf are NaN, which is rare, but must not reach the other pixels of the
-                # tile: then all this is done once more, for one pixel at a time.
-                nan = tl.max((y1 != y1).to(tl.int32), 1)
-                if D2:
-                    nan = tl.maximum(nan, tl.max((y2 != y2).to(tl.int32), 1))
-                mixed = (tl.max(nan, 0) > 0) & (step > 1)
-                stop = tl.where(mixed, p0, stop)
-                step = tl.where(mixed, 1, step)
-                left = last_p - stop
-            at = base_y + (f.to(tl.int64) * pixels + p) * heads * D
-            done = (p < stop)[:, None]
-            tl.store(Y + at[:, None] + d1[None, :], y1.to(Y.dtype.element_ty), mask=done & (d1 < D)[None, :])
-            if D2:
-                tl.store(Y + at[:, None] + d2[None, :], y2.to(Y.dtype.element_ty), mask=done & (d2 < D)[None, :])
-            p0 = stop
+                nan = tl.maximum(nan, tl.max((y2 != y2).to(tl.int32), 1))
+            if tl.max(nan, 0) == 0:
+                store_tile(Y, y1, y2, p, f, end, pixels, heads * D, D, D1, D2)
+            else:
+                for one in range(p0, end):
+                    y1, y2, p, f = attend_tile(
+                        Q, K, V, 0, one, one + 1, stride_f, stride_p, scale, F, F, D, CAUSAL, WINDOW, BLOCK, D1, D2
+                    )
+                    store_tile(Y, y1, y2, p, f, one + 1, pixels, heads * D, D, D1, D2)
 
     return temporal_attention_kernel
 
@@ -227,7 +245,8 @@ def run_temporal_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window
     programs = b * -(-p // pixels) * -(-pixels * f // block) * h
     launch(
         temporal_attention_kernel(), (programs,), q, k, v, y, p, h, *strides(q)[:3], d**-0.5 * math.log2(math.e),
-        num_warps=warps, F=f, D=d, CAUSAL=causal, WINDOW=window, PIXELS=pixels, BLOCK=block, D1=d1, D2=d2,
+        num_warps=warps, num_stages=2 if f > block else 1,
+        F=f, D=d, CAUSAL=causal, WINDOW=window, PIXELS=pixels, BLOCK=block, D1=d1, D2=d2,
     )  # fmt: skip
     return y
 
