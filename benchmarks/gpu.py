@@ -164,6 +164,8 @@ class Run:
             status = self.part(name, "kernels.py", *arguments, *words, *fresh).wait(until.left + 10)
             if status == 0:
                 return
+            if status is None:  # stopped by the clock: what it was at is not to blame
+                (self.folder / "kernels.running").unlink(missing_ok=True)
             self.note(f"{name}: ended with {status} at attempt {attempt + 1}: {self.last_line(name)}")
 
     def last_line(self, name: str) -> str:
