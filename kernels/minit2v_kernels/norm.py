@@ -259,7 +259,7 @@ def kernels() -> SimpleNamespace:
         return mean
 
     # Compiled once per tile, not once per kind of each number: a network asks for a hundred combinations of these.
-    @triton.jit(do_not_specialize=["T", "C1", "SEGMENTS", "SPLITS", "ROWS", "PER_EMB"])
+    @triton.jit(do_not_specialize=["T", "C1", "SPLITS"])
     def group_norm_coefficients(
         MOMENTS,  # (videos, segments, splits, 3, c) float32
         EMB,  # (m, c1)
