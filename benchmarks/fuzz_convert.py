@@ -7,6 +7,7 @@ with one lie in it: lengths, offsets, sizes, dtypes, names, or a pickle that wan
 """
 
 import argparse
+import base64
 import io
 import json
 import platform
@@ -205,7 +206,7 @@ MUTATIONS = {
 
 
 def mutant(seed: int, files: dict[str, bytes]) -> tuple[str, bytes]:
-    """(what was done, the file), the same for the same seed."""
+    """(what was done, the file), the same for the same seed, except that torch.save of before 1.6 names by addresses."""
     r = random.Random(seed)
     kind = r.choice(("safetensors", "pickle", "pickle", "legacy"))
     mutate = r.choice(MUTATIONS[kind])
@@ -262,7 +263,8 @@ def run(count: int, first: int = 0) -> dict[str, Any]:
             except BaseException as error:  # also KeyboardInterrupt and the like, from within a reader
                 if isinstance(error, KeyboardInterrupt):
                     raise
-                wrong.append({"seed": seed, "what": what, "error": f"{type(error).__name__}: {str(error)[:300]}"})
+                wrong.append({"seed": seed, "what": what, "error": f"{type(error).__name__}: {str(error)[:300]}",
+                              "file": base64.b64encode(data).decode()})  # fmt: skip
             finally:
                 signal.alarm(0)
             slowest = max(slowest, time.monotonic() - start)
