@@ -206,7 +206,7 @@ MUTATIONS = {
 
 
 def mutant(seed: int, files: dict[str, bytes]) -> tuple[str, bytes]:
-    """(what was done, the file), the same for the same seed, except that torch.save of before 1.6 names by addresses."""
+    """(what was done, the file), the same for the same seed; but torch.save of before 1.6 names storages by address."""
     r = random.Random(seed)
     kind = r.choice(("safetensors", "pickle", "pickle", "legacy"))
     mutate = r.choice(MUTATIONS[kind])
