@@ -461,12 +461,13 @@ def compare(wanted: Iterable[Row], compiled: Iterable[Row], table: Iterable[Row]
     wanted: all that the networks ask for, compiled or not; compiled: what was compiled now.
     """
     known = {row.key: row for row in table}
-    found = []
+    found, changed = [], set()
     for row in wanted:
         if row.key not in known:
             found.append(f"{row} is missing in the table")
         elif row.source != known[row.key].source:
-            found.append(f"{row}: {row.kernel} was changed since the table was written")
+            changed.add(row.kernel)
+    found += [f"{kernel} was changed since the table was written" for kernel in sorted(changed)]
     for row in compiled:
         found += faults(row)
         old = known.get(row.key)
