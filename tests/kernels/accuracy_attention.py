@@ -1,6 +1,7 @@
 """temporal_attention: its definition against a plainer one, and its kernel against its definition."""
 
 import math
+from functools import partial
 from itertools import product
 
 import pytest
@@ -25,7 +26,7 @@ def fused(b: int, f: int, p: int, h: int, d: int, **kw) -> tuple[torch.Tensor, .
 
 def judge(q, k, v, mask="all"):
     causal, window = MASKS[mask]
-    y = check(temporal_attention, temporal_attention, q, k, v, causal=causal, window=window)
+    y = check(temporal_attention, partial(temporal_attention, impl="torch"), q, k, v, causal=causal, window=window)
     assert y.is_contiguous()
     return y
 
@@ -54,7 +55,7 @@ def test_the_definition_of_separate_tensors_and_of_views(limit, mask, monkeypatc
     want = temporal_attention_ref(*(x.contiguous() for x in views), causal, window)
     monkeypatch.setattr(attention, "MAX_HEADS", limit)
     for q, k, v in (views, [x.contiguous() for x in views], (views[0], views[1].contiguous(), views[2])):
-        assert torch.equal(temporal_attention_ref(q, k, v, causal, window), want)
+        torch.testing.assert_close(temporal_attention_ref(q, k, v, causal, window), want)
 
 
 def test_the_definition_moves_nothing_where_tensors_are_separate(monkeypatch):
