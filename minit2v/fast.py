@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minit2v_kernels._dispatch import pick
+from minit2v_kernels._dispatch import pick, register_all
 
 from .layers import Attention
 from .unet import KeysValues, UNet
@@ -55,6 +55,7 @@ class Fast:
         self.compiled = list(network.blocks()) if compile and isinstance(network, UNet) else []
         self.run = network.predict if isinstance(network, UNet) else None
         if self.compiled:
+            register_all()  # an op that is new to PyTorch would cut a block in two
             for block in self.compiled:
                 block.compile(dynamic=False)
             # All blocks are one piece of code, of which PyTorch compiles 8 variants and then gives up.

@@ -29,10 +29,11 @@ PROVEN: dict[str, frozenset[str]] = {
 }
 
 
-@cache
+INSTALLED = find_spec("triton") is not None  # found without importing it, which would cost seconds
+
+
 def has_triton() -> bool:
-    """Whether Triton is installed; found without importing it, which would cost seconds."""
-    return find_spec("triton") is not None
+    return INSTALLED
 
 
 def interpreting() -> bool:
@@ -57,7 +58,6 @@ def _family(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-@cache
 def choices(setting: str) -> dict[str, str]:
     """$MINIT2V_KERNELS -> {op: impl}. Raises ValueError on an op or an implementation that nobody knows."""
     chosen, named = dict.fromkeys(PROVEN, "auto"), {}
@@ -76,13 +76,23 @@ def choices(setting: str) -> dict[str, str]:
     return chosen | named
 
 
+parsed: dict[str, dict[str, str]] = {}  # not functools.cache, of which torch.compile warns
+
+
+def chosen_by_environment(op: str) -> str:
+    setting = os.environ.get("MINIT2V_KERNELS") or "auto"
+    if setting not in parsed:
+        parsed[setting] = choices(setting)
+    return parsed[setting][op]
+
+
 def pick(op: str, impl: str | None, x: Tensor) -> str:
     """ "torch" or "triton" for `op` on the input `x`.
 
     "triton" never falls back: RuntimeError where it cannot run. ValueError on an unknown `impl`.
     """
     source = "impl" if impl else "MINIT2V_KERNELS"
-    impl = impl or choices(os.environ.get("MINIT2V_KERNELS") or "auto")[op]
+    impl = impl or chosen_by_environment(op)
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, not {impl!r}")
     if impl == "auto":
@@ -140,6 +150,15 @@ def launch(
     torch.library.wrap_triton(kernel)[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
 
 
+registrations: list[Callable[[], None]] = []
+
+
+def register_all() -> None:
+    """Register every op now: before torch.compile, which would stop at an op that registers itself."""
+    for register in registrations if has_triton() else ():
+        register()
+
+
 def triton_op(run: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
     """`run`, which allocates and launches, as the torch op "minit2v::<its name, less run_>": traced, differentiated.
 
@@ -148,11 +167,13 @@ def triton_op(run: Callable[..., Any], reference: Callable[..., Any]) -> Callabl
     the same arguments, so it cannot drift from it.
     """
 
-    @cache
-    def registered() -> Any:
-        op = torch.library.triton_op(f"minit2v::{run.__name__.removeprefix('run_')}", run, mutates_args=())
-        op.register_autograd(backward, setup_context=setup)
-        return op
+    op: Any = None
+
+    def register() -> None:
+        nonlocal op
+        if op is None:
+            op = torch.library.triton_op(f"minit2v::{run.__name__.removeprefix('run_')}", run, mutates_args=())
+            op.register_autograd(backward, setup_context=setup)
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in inputs))
@@ -169,6 +190,10 @@ def triton_op(run: Callable[..., Any], reference: Callable[..., Any]) -> Callabl
         return tuple(next(found) if isinstance(v, Tensor) and v.requires_grad else None for v in inputs)
 
     def call(*args: Any) -> Any:
-        return run(*args) if recorded is not None else registered()(*args)
+        if recorded is not None:
+            return run(*args)
+        register()
+        return op(*args)
 
+    registrations.append(register)
     return call

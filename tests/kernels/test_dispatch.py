@@ -118,3 +118,29 @@ def test_recorded_launches_run_nothing():
 def test_a_grid_that_no_gpu_takes():
     with pytest.raises(ValueError, match=r"Kernel: a grid of \(4, 65536\) is larger"):
         _dispatch.launch(type("Kernel", (), {"__name__": "norm"}), (4, 65536))
+
+
+TRACE = """
+import torch
+from minit2v_kernels import _dispatch, geglu, group_norm_silu
+
+def backend(module, inputs):
+    print(*(node.target for node in module.graph.nodes if node.op == "call_function"))
+    (result,) = next(iter(reversed(module.graph.nodes))).args[0]
+    return lambda *args: [torch.empty(result.meta["example_value"].shape)]
+
+def call(x, w):
+    y = group_norm_silu(x, w[0, :8], w[1, :8], 2, impl="triton")
+    return geglu(y.flatten(2).mT, w, w[:, 0], impl="triton")
+
+_dispatch.register_all()
+_dispatch.interpreting = lambda: True  # nothing is run
+with torch.no_grad():
+    torch.compile(call, backend=backend, fullgraph=True, dynamic=False)(torch.ones(2, 8, 4, 4), torch.ones(6, 8))
+"""
+
+
+@needs_triton
+def test_torch_compile_sees_ops_and_not_what_is_in_them():
+    assert "minit2v.group_norm_silu.default" in (out := python("-W", "ignore", "-c", TRACE, TRITON_INTERPRET="0"))
+    assert len(out.splitlines()) == 1 and "minit2v.geglu.default" in out
