@@ -135,14 +135,14 @@ def layer_norm_kernel() -> Any:
     return layer_norm_kernel
 
 
-def tile(d: int) -> tuple[int, int, int]:
-    """Rows d wide -> (BLOCK_R, BLOCK_D, warps): one warp per row, so that its sums need no shared memory.
+def tile(d: int, itemsize: int) -> tuple[int, int, int]:
+    """Rows of d numbers -> (BLOCK_R, BLOCK_D, warps): one warp per row, so that its sums need no shared memory.
 
-    A warp takes 2,048 numbers, 64 per thread: four rows of 320, two of 640 or one of 1,280. More warps share wider
-    rows. Fewer numbers per warp would leave too few bytes under way, as an SM runs at most 32 blocks.
+    A warp takes 4 KB, in 16 bits 64 numbers per thread: four rows of 320, two of 640 or one of 1,280. More warps share
+    wider rows. Less would leave too few bytes under way, as an SM runs at most 32 blocks; more would spill registers.
     """
-    block_d = max(16, 1 << (d - 1).bit_length())
-    return max(1, min(16, 2048 // block_d)), block_d, max(1, block_d // 2048)
+    block_d, numbers = max(16, 1 << (d - 1).bit_length()), 4096 // itemsize
+    return max(1, min(16, numbers // block_d)), block_d, max(1, min(16, block_d // numbers))
 
 
 def normalise(
@@ -160,7 +160,7 @@ def normalise(
     r, s = (x, x) if residual is None else (residual.contiguous(), torch.empty_like(y))  # x: neither read nor written
     p = x if positions is None else positions.contiguous()
     frames, inner = (1, 1) if positions is None else (x.shape[1], x.shape[2:-1].numel())
-    block_r, block_d, warps = tile(d)
+    block_r, block_d, warps = tile(d, y.element_size())
     launch(
         layer_norm_kernel(), (-(-rows // block_r),), x, r, weight, bias, p, s, y, rows, frames, inner, eps,
         D=d, BLOCK_R=block_r, BLOCK_D=block_d, ADD=residual is not None, PLACE=positions is not None, num_warps=warps,

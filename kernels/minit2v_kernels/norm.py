@@ -168,7 +168,7 @@ def kernels() -> SimpleNamespace:
     To them a tensor is (n, t, c): n segments of t positions of c channels. In channels-last memory a segment is as
     many frames as share their statistics and their timestep; else the memory is (n, c, t), and a segment one frame.
     """
-    global tl, pointers, concatenated, means  # Triton 3.2 and the interpreter look names up in the module alone
+    global tl, pointers, load, means  # Triton 3.2 and the interpreter look names up in the module alone
     import triton
     import triton.language as tl
 
@@ -183,12 +183,16 @@ def kernels() -> SimpleNamespace:
         return at
 
     @triton.jit
-    def concatenated(X, SKIP, segment, row, rows, c, T, C, C1, HAS_SKIP: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-        """`pointers` to torch.cat((x, skip), channels), which does not exist."""
-        at = pointers(X, segment, row, rows, c, T, C1, CHANNELS_LAST)
+    def load(X, SKIP, segment, row, rows, c, mask, T, C, C1, HAS_SKIP: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+        """Of torch.cat((x, skip), channels), which does not exist: what is no channel of x is left to the second load.
+
+        A choice between two pointers would be one load, but Triton 3.6 cannot compile it for AMD.
+        """
+        x = tl.load(pointers(X, segment, row, rows, c, T, C1, CHANNELS_LAST), mask=mask & (c < C1), other=0.0)
         if HAS_SKIP:
-            at = tl.where(c < C1, at, pointers(SKIP, segment, row, rows, c - C1, T, C - C1, CHANNELS_LAST))
-        return at
+            at = pointers(SKIP, segment, row, rows, c - C1, T, C - C1, CHANNELS_LAST)
+            x = tl.load(at, mask=mask & (c >= C1), other=x)
+        return x
 
     @triton.jit(do_not_specialize=["SPLITS"])
     def group_norm_moments(
@@ -220,9 +224,8 @@ def kernels() -> SimpleNamespace:
         # Sums about a shift near the mean, here that of the first positions: sums about 0 cancel where |mean| >> std.
         rows = tl.arange(0, UNROLL)[:, None, None] * BLOCK_T + tl.arange(0, BLOCK_T)[None, :, None]
         channels = c[None, None, :]
-        start = concatenated(X, SKIP, segment, first, rows, channels, T, C, C1, HAS_SKIP, CHANNELS_LAST)
         valid = (first + rows < last) & (channels < C)
-        head = tl.load(start, mask=valid, other=0.0).to(tl.float32)
+        head = load(X, SKIP, segment, first, rows, channels, valid, T, C, C1, HAS_SKIP, CHANNELS_LAST).to(tl.float32)
         if HAS_RESIDUAL:
             start = pointers(RESIDUAL, segment, first, rows, channels, T, C, CHANNELS_LAST)
             head += tl.load(start, mask=valid, other=0.0).to(tl.float32)
@@ -232,8 +235,7 @@ def kernels() -> SimpleNamespace:
         squares = tl.full((BLOCK_T, BLOCK_C), 0.0, tl.float32)
         for row in range(first, last, UNROLL * BLOCK_T):
             mask = (row + rows < last) & (channels < C)
-            at = concatenated(X, SKIP, segment, row, rows, channels, T, C, C1, HAS_SKIP, CHANNELS_LAST)
-            x = tl.load(at, mask=mask, other=0.0)
+            x = load(X, SKIP, segment, row, rows, channels, mask, T, C, C1, HAS_SKIP, CHANNELS_LAST)
             if HAS_RESIDUAL:
                 at = pointers(RESIDUAL, segment, row, rows, channels, T, C, CHANNELS_LAST)
                 x = (x.to(tl.float32) + tl.load(at, mask=mask, other=0.0).to(tl.float32)).to(SUM.dtype.element_ty)
@@ -353,8 +355,7 @@ def kernels() -> SimpleNamespace:
         shift = tl.load(at, mask=c < C, other=0.0)
         scale = tl.load(at + C, mask=c < C, other=0.0)
         offset = tl.load(at + 2 * C, mask=c < C, other=0.0)
-        at = concatenated(X, SKIP, segment, row, rows, c[None, :], T, C, C1, HAS_SKIP, CHANNELS_LAST)
-        x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        x = load(X, SKIP, segment, row, rows, c[None, :], mask, T, C, C1, HAS_SKIP, CHANNELS_LAST).to(tl.float32)
         y = (x - shift[None, :]) * scale[None, :] + offset[None, :]
         if SILU:
             y = y / (1.0 + tl.exp(-y))

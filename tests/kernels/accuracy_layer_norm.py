@@ -112,7 +112,7 @@ def test_dtypes_that_differ():
 
 
 def test_more_rows_than_a_grid_axis_counts():
-    x, _, weight, bias, positions = arguments((1, 3, 66_000 * tile(7)[0] // 3, 7))
+    x, _, weight, bias, positions = arguments((1, 3, 66_000 * tile(7, 4)[0] // 3, 7))
     if DEVICE == "cpu":  # interpreting 66,000 programs takes a minute: the last one alone, and where it would stand
         with record() as launches:
             layer_norm(x.to("meta"), *(t.to("meta") for t in (weight, bias)), impl="triton")
@@ -129,7 +129,7 @@ def test_offsets_beyond_31_bits(monkeypatch):
     x[0, -1:] = tail[0]
     if DEVICE == "cpu":
         builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
-        block_r, block_d, _ = tile(d)
+        block_r, block_d, _ = tile(d, 2)
         grid, last = -(-rows // block_r), (rows - 1) // block_r
         set_dim, set_idx = builder.set_grid_dim, builder.set_grid_idx
         monkeypatch.setattr(builder, "set_grid_dim", lambda *dim: set_dim(grid, 1, 1))
