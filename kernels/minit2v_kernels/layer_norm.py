@@ -3,7 +3,7 @@
     s[r]    = x[r] + residual[r]                                             rows r of d numbers; s is returned too
     y[r, i] = (s[r, i] - mean(s[r])) * rstd(s[r]) * weight[i] + bias[i] + positions[frame of r, i]
 
-PyTorch moves a tensor of tokens eight times for these three lines, the kernel four times: x, residual, s, y.
+PyTorch moves a tensor of tokens seven times for these sums and this norm, the kernel four times: x, residual, s, y.
 """
 
 from functools import cache
