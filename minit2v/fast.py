@@ -10,6 +10,8 @@ Weights that are used together become views of one tensor, so they stay what the
 """
 
 import os
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from minit2v_kernels._dispatch import pick, register_all
 
-from .layers import Attention
+from .layers import Attention, Linear
 from .unet import KeysValues, UNet
 from .vae import AutoencoderKL
 
@@ -49,18 +51,27 @@ class Fast:
     """What `optimize` has done to a network, and how the network then runs."""
 
     def __init__(self, network: Network, graphs: bool, compile: bool):
-        self.network, self.use_graphs = network, graphs
+        self._network, self.use_graphs = weakref.ref(network), graphs  # weak: what is dropped is freed at once
         self.before = {name: (p.data_ptr(), p.stride()) for name, p in network.named_parameters()}
         self.graphs: dict[Any, Graph] = {}
+        self.lock, self.done = threading.Lock(), None  # the graphs of a network share memory: one runs at a time
         self.compiled = list(network.blocks()) if compile and isinstance(network, UNet) else []
-        self.run = network.predict if isinstance(network, UNet) else None
+        self.compiled_before = [block._compiled_call_impl for block in self.compiled]
         if self.compiled:
             register_all()  # an op that is new to PyTorch would cut a block in two
             for block in self.compiled:
                 block.compile(dynamic=False)
-            # All blocks are one piece of code, of which PyTorch compiles 8 variants and then gives up.
-            self.run = torch._dynamo.config.patch(cache_size_limit=2 * len(self.compiled))(self.run)
         self.renew()
+
+    @property
+    def network(self) -> Network:
+        return self._network()
+
+    def run(self, x: Tensor, t: Tensor, context: Tensor | KeysValues) -> Tensor:
+        predict = self.network.predict
+        if self.compiled:  # blocks are one piece of code, of which PyTorch compiles 8 variants and then gives up
+            predict = torch._dynamo.config.patch(cache_size_limit=2 * len(self.compiled))(predict)
+        return predict(x, t, context)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -69,7 +80,8 @@ class Fast:
         self.graphs.clear()
         for module in self.network.modules():
             if isinstance(module, Attention):  # one that is given a text, and that as wide as x, does not look at it
-                module.qkv = lay_together([to.weight for to in (module.to_q, module.to_k, module.to_v)])
+                layers = module.to_q, module.to_k, module.to_v
+                module.qkv = lay_together([to.weight for to in layers]) if all(map(is_plain, layers)) else None
             if isinstance(module, nn.Conv2d | nn.Conv3d) and self.is_channels_last(module.weight):
                 layout = torch.channels_last if isinstance(module, nn.Conv2d) else torch.channels_last_3d
                 module.weight.data = module.weight.contiguous(memory_format=layout)
@@ -78,23 +90,27 @@ class Fast:
             of_parts = [[p.emb.weight for p in parts], [p.emb.bias for p in parts], [p.conv1.bias for p in parts]]
             joined = [lay_together(parameters) for parameters in of_parts]
             self.network.time = None if None in joined else tuple(joined)
-        self.modules = list(self.network.modules())
+        self.parts = list(self.network.modules())[1:]
+        attentions = [part for part in self.parts if isinstance(part, Attention)]
+        self.projections = [to for part in attentions for to in (part.to_q, part.to_k, part.to_v)]
         self.signature = self.sign()
 
     def is_channels_last(self, weight: Tensor) -> bool:
         """Whether the convolution of this weight gets its input in channels-last memory, wherever it is on CUDA."""
         return weight.is_cuda and (isinstance(self.network, UNet) or pick("group_norm_silu", None, weight) == "triton")
 
-    def sign(self) -> list[int]:
-        """Where in memory every weight is, and which modules there are: another list, other weights."""
-        tensors = [x for m in self.modules for x in (*m._parameters.values(), *m._buffers.values())]
-        places = [x.data_ptr() for x in tensors if x is not None]
-        return places + [id(part) for m in self.modules for part in m._modules.values()]
+    def sign(self) -> list[Any]:
+        """Where in memory every weight is and how it lies, which modules there are, and whether hooks want q, k, v."""
+        modules = (self.network, *self.parts)
+        tensors = [x for m in modules for x in (*m._parameters.values(), *m._buffers.values()) if x is not None]
+        signature: list[Any] = [(x.data_ptr(), x.stride(), x.dtype) for x in tensors]
+        signature += [id(part) for m in modules for part in m._modules.values()]
+        return signature + [is_watched(layer) for layer in self.projections]
 
     def undo(self) -> None:
         self.graphs.clear()
-        for block in self.compiled:
-            block._compiled_call_impl = None
+        for block, before in zip(self.compiled, self.compiled_before, strict=True):
+            block._compiled_call_impl = before
         for module in self.network.modules():
             if isinstance(module, Attention):
                 module.qkv = None
@@ -117,20 +133,37 @@ class Fast:
         if self.sign() != self.signature:
             self.renew()
         # A graph would not call the hooks of the parts; those of the whole are not its business.
-        is_watched = any(m._forward_hooks or m._forward_pre_hooks for m in self.modules[1:])
-        if not self.use_graphs or is_watched or not can_capture(x):
+        if not self.use_graphs or any(map(is_watched, self.parts)) or not can_capture(x):
             return self.run(x, t, context)
         texts, unet = flatten(context), self.network
         key = (
             *((v.shape, v.dtype, v.device) for v in (x, t, *texts)), isinstance(context, KeysValues),
-            unet.config, unet.chunking, unet.free_u, os.environ.get("MINIT2V_KERNELS"),
+            repr(unet.config), unet.chunking, unet.free_u, os.environ.get("MINIT2V_KERNELS"),
         )  # fmt: skip
-        if key not in self.graphs:
-            if len(self.graphs) == MOST_GRAPHS:
-                del self.graphs[next(iter(self.graphs))]
-            other = next((graph.captured for graph in self.graphs.values()), None)
-            self.graphs[key] = Graph(self.run, x, t, context, other)
-        return self.graphs[key](x, t, context)
+        with self.lock:
+            if self.done is not None:
+                self.done.wait()  # this stream for that of the call before
+            if key not in self.graphs:
+                if len(self.graphs) == MOST_GRAPHS:
+                    del self.graphs[next(iter(self.graphs))]
+                other = next((graph.captured for graph in self.graphs.values()), None)
+                self.graphs[key] = Graph(self.run, x, t, context, other)
+            y = self.graphs[key](x, t, context)
+            if x.is_cuda and torch.cuda.is_available():
+                self.done = torch.cuda.Event()
+                self.done.record()
+        return y
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody wants to see, or change, what goes in and out of the module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether the layer is its weight and no more: no adapter around it, no bias, nothing that computes the weight."""
+    plain = type(layer) is Linear and layer.bias is None and type(layer.weight) is nn.Parameter
+    return plain and not is_watched(layer)
 
 
 class Graph:
@@ -151,17 +184,13 @@ class Graph:
     ):
         # Tensors of its own, where they will stay: an inference tensor could not be written to outside of its mode.
         self.x, self.t, *self.texts = (torch.empty_like(v).copy_(v) for v in (x, t, *flatten(context)))
-        self.context = None
         own = self.texts[0] if isinstance(context, Tensor) else unflatten(self.texts, context)
         self.captured = capture(lambda: predict(self.x, self.t, own), x.device, other)
 
     def __call__(self, x: Tensor, t: Tensor, context: Tensor | KeysValues) -> Tensor:
         self.x.copy_(x)
         self.t.copy_(t)
-        if isinstance(context, Tensor) or context is not self.context:  # keys and values are those of a whole run
-            for own, given in zip(self.texts, flatten(context), strict=True):
-                own.copy_(given)
-            self.context = context
+        torch._foreach_copy_(self.texts, flatten(context))
         self.captured.graph.replay()
         return self.captured.y.clone()  # the next call writes to y
 
@@ -177,9 +206,12 @@ class Capture(NamedTuple):
     y: Tensor  # where the result is after graph.replay()
 
 
+capturing = threading.Lock()  # PyTorch: one capture at a time in a process
+
+
 def capture(run: Callable[[], Tensor], device: torch.device, other: Capture | None) -> Capture:
     """The CUDA work of `run`, to be replayed. It shares the memory of `other`, which never runs at the same time."""
-    with torch.cuda.device(device):
+    with capturing, torch.cuda.device(device):
         # First without a graph, on a stream of its own: kernels are compiled, plans and workspaces made, and none of
         # that may happen while capturing.
         now, aside = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -192,8 +224,12 @@ def capture(run: Callable[[], Tensor], device: torch.device, other: Capture | No
         # captures, which is of the device of the first. What other threads do meanwhile is theirs.
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream() if other is None else other.stream
         pool = None if other is None else other.graph.pool()
-        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-            y = run()
+        try:
+            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+                y = run()
+        except BaseException:
+            torch.cuda.set_stream(now)  # which a failed capture leaves undone
+            raise
     return Capture(graph, stream, y)
 
 
@@ -211,9 +247,12 @@ def unflatten(tensors: Sequence[Tensor], like: KeysValues) -> KeysValues:
 def lay_together(parameters: Sequence[nn.Parameter]) -> Tensor | None:
     """Parameters (n_i ...) -> one tensor (sum of n_i, ...), of which they are views from now on.
 
-    None where they do not fit together: other dtypes, devices, sizes. Where they lie so already, nothing is moved.
+    None where they do not fit together: other dtypes, devices, sizes; one that is another's, or that is computed. Where
+    they lie so already, nothing is moved.
     """
     first = parameters[0]
+    if len(set(map(id, parameters))) < len(parameters) or any(type(p) is not nn.Parameter for p in parameters):
+        return None
     if len({(p.dtype, p.device, p.shape[1:]) for p in parameters}) > 1:
         return None
     place, memory, together = first.storage_offset(), first.untyped_storage().data_ptr(), True

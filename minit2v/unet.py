@@ -247,9 +247,9 @@ class UNet(Network):
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """What `.to()` and its like come to: weights are elsewhere afterwards."""
         super()._apply(fn, recurse)
-        if self.fast is not None:
+        if self.fast is not None and self.fast.sign() != self.fast.signature:
             self.fast.renew()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "time": None}  # a copy's weights lie apart
+        return {**super().__getstate__(), "time": None, "fast": None}  # a copy's weights lie apart

@@ -435,3 +435,64 @@ def test_compiled_blocks(randomize_, monkeypatch):
     close(copy.deepcopy(unet3d)(*call), want)
     fast.restore(unet3d)
     assert torch.equal(unet3d(*call), want) and all(b._compiled_call_impl is None for b in unet3d.blocks())
+
+
+@torch.no_grad()
+def test_what_stands_around_a_projection_is_kept(unet3d):
+    """An adapter around to_q, a bias, a hook: then it is not its weight alone, and is called as ever."""
+
+    class Adapter(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base = base
+
+        @property
+        def weight(self):
+            return self.base.weight
+
+        def forward(self, x):
+            return 1.5 * self.base(x)
+
+    def doubled(module, inputs, output):
+        return 2 * output
+
+    call, attention = inputs(), unet3d.mid[0].spatial.block.attn1
+    fast.optimize(unet3d)
+    before = unet3d(*call)
+
+    base, attention.to_q = attention.to_q, Adapter(attention.to_q)
+    with_adapter = unet3d(*call)
+    attention.to_q = base
+    hook = attention.to_k.register_forward_hook(doubled)
+    with_hook = unet3d(*call)
+    hook.remove()
+    attention.to_v.bias = torch.nn.Parameter(torch.ones_like(attention.to_v.weight[:, 0]))
+    with_bias = unet3d(*call)
+    attention.to_v.bias = None
+    close(unet3d(*call), before)
+
+    fast.restore(unet3d)
+    attention.to_q = Adapter(base)
+    close(with_adapter, unet3d(*call))
+    attention.to_q = base
+    hook = attention.to_k.register_forward_hook(doubled)
+    close(with_hook, unet3d(*call))
+    hook.remove()
+    attention.to_v.bias = torch.nn.Parameter(torch.ones_like(attention.to_v.weight[:, 0]))
+    close(with_bias, unet3d(*call))
+    assert not torch.allclose(with_adapter, before) and not torch.allclose(with_hook, before)
+
+
+def test_an_optimized_network_is_freed_at_once(unet3d):
+    import gc
+    import weakref
+
+    network = type(unet3d)(unet3d.config)
+    fast.optimize(network)
+    gone = weakref.ref(network)
+    gc.disable()
+    try:
+        del network
+        assert gone() is None
+    finally:
+        gc.enable()
