@@ -22,6 +22,8 @@ HISTORY = (
     "model_type",
 )
 
+MOST_LAYERS = 64  # of anything: no published network has more, and a file with a wild number must not fill the memory
+
 
 def make_config(cls: type, values: Mapping[str, Any]) -> Any:
     """An instance of the frozen dataclass `cls` from the fields of a config file. Raises ValueError on unknown ones."""
@@ -34,6 +36,8 @@ def make_config(cls: type, values: Mapping[str, Any]) -> Any:
             if not _fits(value, hints[name]):
                 hint = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
                 raise ValueError(f"{cls.__name__}: {name} must be {hint}, not {value!r}")
+            if "layers" in name and any(isinstance(n, int) and n > MOST_LAYERS for n in (value, *_items(value))):
+                raise ValueError(f"{cls.__name__}: {name} must be at most {MOST_LAYERS}, not {value!r}")
             kept[name] = value
         elif name in cls.FIXED:
             if value != cls.FIXED[name]:
@@ -41,6 +45,10 @@ def make_config(cls: type, values: Mapping[str, Any]) -> Any:
         elif name not in cls.IGNORED and name not in HISTORY:
             raise ValueError(f"{cls.__name__} has no field {name!r}{nearest(name, [*known, *cls.FIXED])}")
     return cls(**kept)
+
+
+def _items(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else ()
 
 
 def config_fields(config: Any) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """The memory of a denoising step at full size, counted on `meta` by benchmarks/activations.py."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,6 @@ VAE = 83_653_863 * 2  # bytes of its weights in float16
 @pytest.fixture
 def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
-    yield
-    for name in ("activations", "kernel_shapes", "measure"):
-        sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize("workload, most", [("modelscope-64", 4.2), ("zeroscope-xl", 7.2)])

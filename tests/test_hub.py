@@ -910,3 +910,11 @@ def test_a_local_folder_wins_over_the_hub(hub, repository, tmp_path, monkeypatch
     (tmp_path / "owner" / "name").symlink_to(repository)
     Tiny.from_pretrained("owner/name", subfolder="unet")
     assert not hub.asked
+
+
+@pytest.mark.parametrize("layers", [10**30, [1, 10**9]])
+def test_a_wild_number_of_layers_is_refused_before_they_are_made(layers):
+    from minit2v.unet_motion import MotionAdapter
+
+    with pytest.raises(ValueError, match="motion_transformer_layers_per_block must be at most 64"):
+        MotionAdapter.from_config({"motion_transformer_layers_per_block": layers})
