@@ -109,6 +109,7 @@ class Conversion:
     texts: dict[str, str] = field(default_factory=dict)
     copies: dict[str, Path] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    omitted: frozenset[str] = frozenset()  # components that are not converted at all, of which a note tells
 
     def lines(self) -> list[str]:
         """The mapping, tensor by tensor."""
@@ -157,6 +158,7 @@ def convert(
     opened = open_path(src, variant)
     work = _to_original(src, opened, to) if to != "diffusers" else _to_diffusers(
         src, opened, ema, tokenizer, config, safe_serialization)  # fmt: skip
+    _check_all_taken(work)
     work.plans = {name: retyped(plan, dtype) for name, plan in work.plans.items()}
     if dst.suffix in WEIGHTS:
         if len(work.plans) > 1 or work.texts or work.copies:
@@ -337,7 +339,7 @@ def _to_original(src: Path, opened: Opened, layout: str) -> Conversion:
     except ValueError as error:
         raise ValueError(f"{src}: {error}") from None
     notes += [f"{component or 'it'} is left out: {why}" for component, why in omitted.items()]
-    work = Conversion(plans, dict.fromkeys(plans, sources), notes=notes)
+    work = Conversion(plans, dict.fromkeys(plans, sources), notes=notes, omitted=frozenset(omitted))
     unet = opened.weights.get("unet", (None, None))[1]
     if (src / INDEX).is_file() and unet and _class_of(unet) == "UNet3DConditionModel":
         path = src / "scheduler" / "scheduler_config.json"
@@ -348,6 +350,23 @@ def _to_original(src: Path, opened: Opened, layout: str) -> Conversion:
 
 
 # ----------------------------------------------------------------------------------------------------------------- out
+
+
+def _check_all_taken(work: Conversion) -> None:
+    """Each tensor of the sources is either written or left out for a reason."""
+    taken: dict[int, set[str]] = {}
+    for path, plan in work.plans.items():
+        for component, source in work.sources[path].items():
+            names = taken.setdefault(id(source), set())
+            names |= {name for step in plan.steps if step.component == component for name in step.sources}
+            names |= {name for name in plan.ignored if name in source.header}
+            names |= {name for name in source.header if f"{component}/{name}" in plan.ignored}
+    for sources in work.sources.values():
+        for component, source in sources.items():
+            left = [n for n in source.header if n not in taken[id(source)]] if component not in work.omitted else []
+            if left:
+                raise ValueError(f"{source.path}: {len(left)} tensors would find no place in {', '.join(work.plans)}: "
+                                 f"{', '.join(map(repr, left[:3]))}{', ...' * (len(left) > 3)}")  # fmt: skip
 
 
 def _check_free(dst: Path) -> None:

@@ -227,6 +227,9 @@ def from_diffusers(
         (name, plan), *_ = plans[component].items()
         modelscope_s = "UNet3DConditionModel" in titles
         target = ORIGINALS.get(kind.layout.title)
+        if name == "lora" and len(kind.parts) > 1:
+            raise ValueError(f"{component or 'it'}: a LoRA of {len(kind.parts)} networks has no original file, "
+                             "which is of one")  # fmt: skip
         if name == "lora":  # in peft's names; there the layout does not say of what it is an adapter
             target = next((t for t in ORIGINALS.values() if t[0].shapes is kind.parts[0].format.shapes), None)
         if name == "vae" and modelscope_s:

@@ -370,6 +370,28 @@ def test_a_lora_is_a_file(tmp_path):
     same(load_file(tmp_path / "again.safetensors"), state)
 
 
+def test_a_lora_of_two_networks_has_no_original(tmp_path):
+    unet = shapes.spatial_lora({**configs.UNET2D, "rank": 2})
+    text = shapes.lora({"text_model.encoder.layers.0.self_attn.q_proj.weight": (768, 768)}, 2)
+    state = {f"unet.{n}": torch.zeros(s) for n, s in unet.items()}
+    state |= {f"text_encoder.{n}": torch.zeros(s) for n, s in text.items()}
+    save_file(state, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match="a LoRA of 2 networks has no original file, which is of one"):
+        convert(tmp_path / "lora.safetensors", tmp_path / "out", to="original")
+    assert [p.name for p in tmp_path.iterdir()] == ["lora.safetensors"]
+
+
+def test_no_tensor_is_passed_over(image_model, tmp_path, monkeypatch):
+    """Whatever a plan forgets stops it before anything is written."""
+    plan = module.to_diffusers
+    monkeypatch.setattr(module, "to_diffusers", lambda *a, **k: {
+        name: replace(p, steps=p.steps[2:]) for name, p in plan(*a, **k).items()})  # fmt: skip
+    for args in ((image_model, tmp_path / "out"), (image_model, tmp_path / "out", "diffusers", None, True)):
+        with pytest.raises(ValueError, match="2 tensors would find no place in .*: '"):
+            convert(*args)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("part", CLASSES)
 def test_networks_out_of_a_single_file(image_model, single, part):
     want = CLASSES[part].from_pretrained(image_model / part)
