@@ -6,7 +6,7 @@ all ops, and may name some with a choice of their own: "torch,geglu=triton".
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -86,8 +86,8 @@ def chosen_by_environment(op: str) -> str:
     return parsed[setting][op]
 
 
-def pick(op: str, impl: str | None, x: Tensor) -> str:
-    """ "torch" or "triton" for `op` on the input `x`.
+def pick(op: str, impl: str | None, x: Tensor, *others: Tensor | None) -> str:
+    """ "torch" or "triton" for `op` on the input `x` and other tensors.
 
     "triton" never falls back: RuntimeError where it cannot run. ValueError on an unknown `impl`.
     """
@@ -96,10 +96,14 @@ def pick(op: str, impl: str | None, x: Tensor) -> str:
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, not {impl!r}")
     if impl == "auto":
-        # What is proven is forward in 16 bits: float32 has no tensor cores here, and backward runs forward again.
-        proven = x.is_cuda and family(x.device) in PROVEN[op] and x.element_size() == 2
-        wanted = torch.is_grad_enabled() and x.requires_grad
-        return "triton" if proven and not wanted and has_triton() else "torch"
+        if not (x.is_cuda and family(x.device) in PROVEN[op] and has_triton()):
+            return "torch"
+        # What is proven is forward in one 16-bit dtype: float32 has no tensor cores here, backward runs forward again,
+        # and autocast has its own rules for dtypes.
+        tensors = [x, *(other for other in others if other is not None)]
+        plain = x.element_size() == 2 and all(other.dtype == x.dtype for other in tensors)
+        wanted = torch.is_grad_enabled() and any(other.requires_grad for other in tensors)
+        return "triton" if plain and not wanted and not torch.is_autocast_enabled("cuda") else "torch"
     if impl == "triton" and not has_triton():
         raise RuntimeError(f"{op}: {source}='triton', but Triton is not installed (pip install 'minit2v[triton]')")
     if impl == "triton" and not (x.is_cuda or interpreting() or recorded is not None):
@@ -138,6 +142,13 @@ def record(target: str | None = None) -> Iterator[list[Launch]]:
         recorded, recorded_for = before
 
 
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, wherever the tensors are."""
+    if not x.is_cuda or torch.compiler.is_compiling() or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 2, **constexprs: Any
 ) -> None:
@@ -147,7 +158,8 @@ def launch(
     if recorded is not None:
         recorded.append(Launch(kernel, grid, args, constexprs, num_warps, num_stages))
         return
-    torch.library.wrap_triton(kernel)[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
+    with on_device_of(args[0]):
+        torch.library.wrap_triton(kernel)[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
 
 
 registrations: list[Callable[[], None]] = []
@@ -164,15 +176,15 @@ def triton_op(run: Callable[..., Any], reference: Callable[..., Any]) -> Callabl
 
     Its signature must be annotated with what torch.library knows; Triton is imported and the op registered here, at
     its first use, because registering costs two seconds and 70 MiB. Backward differentiates `reference`, called with
-    the same arguments, so it cannot drift from it.
+    the same arguments, so it cannot drift from it. There is no second derivative: RuntimeError.
     """
 
-    op: Any = None
+    name, op = run.__name__.removeprefix("run_"), None
 
     def register() -> None:
         nonlocal op
         if op is None:
-            op = torch.library.triton_op(f"minit2v::{run.__name__.removeprefix('run_')}", run, mutates_args=())
+            op = torch.library.triton_op(f"minit2v::{name}", run, mutates_args=())
             op.register_autograd(backward, setup_context=setup)
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -180,6 +192,8 @@ def triton_op(run: Callable[..., Any], reference: Callable[..., Any]) -> Callabl
         ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
 
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # under create_graph
+            raise RuntimeError(f"{name}: its kernel has no second derivative; impl='torch' has")
         inputs: list[Any] = []
         for tensor, other, needed in zip(ctx.saved_tensors, ctx.others, ctx.needs_input_grad, strict=True):
             inputs.append(other if tensor is None else tensor.detach().requires_grad_(needed))

@@ -17,6 +17,7 @@ from torch import Tensor
 from ._dispatch import interpreting, launch, pick, triton_op
 
 MAX_HEADS = 65535  # what one axis of a CUDA grid may count; a video of 1024x576 has 9,216 x 8 in its first layer
+MOST_HEAD_DIM = 256  # of the kernel: wider heads leave a multiprocessor's shared memory
 
 
 def temporal_attention(
@@ -35,7 +36,7 @@ def temporal_attention(
     if window is not None and window < 1:
         raise ValueError(f"temporal_attention: window must be at least 1, the frame itself, not {window}")
     window = q.shape[1] if window is None else min(window, q.shape[1])
-    if pick("temporal_attention", impl, q) == "torch":
+    if pick("temporal_attention", impl, q, k, v) == "torch":
         return temporal_attention_ref(q, k, v, causal, window)
     return temporal_attention_triton(q, k, v, causal, window)
 
@@ -133,13 +134,33 @@ def temporal_attention_kernel() -> Any:
             if D2:
                 y2 = tl.dot(weights, v2, y2 * less[:, None], input_precision="ieee")
         total = tl.where(total == 0.0, 1.0, total)  # rows of no frame; and, as in PyTorch, of scores all -inf
-        return y1 / total[:, None], y2 / total[:, None], p, f
+        return y1 / total[:, None], y2 / total[:, None]
 
     @triton.jit
-    def store_tile(Y, y1, y2, p, f, end, pixels, row, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-        """What `attend_tile` returned, to its places in Y (F, pixels, row)."""
+    def store_tile(
+        Y,
+        y1,
+        y2,
+        start,
+        p0,
+        end,
+        pixels,
+        row,
+        F: tl.constexpr,
+        BLOCK: tl.constexpr,
+        D: tl.constexpr,
+        D1: tl.constexpr,
+        D2: tl.constexpr,
+    ):
+        """What `attend_tile` returned, to its places in Y (F, pixels, row).
+
+        The places are computed anew: where they came from a function that was given Q, K and V, torch.compile would
+        believe that these are written to, and copy them.
+        """
         d1 = tl.arange(0, D1)
         d2 = D1 + tl.arange(0, D2 if D2 else 1)
+        rows = start + tl.arange(0, BLOCK)
+        p, f = p0 + rows // F, rows % F
         at = (f.to(tl.int64) * pixels + p) * row
         real = (p < end)[:, None]
         tl.store(Y + at[:, None] + d1[None, :], y1.to(Y.dtype.element_ty), mask=real & (d1 < D)[None, :])
@@ -184,11 +205,11 @@ def temporal_attention_kernel() -> Any:
         V += b * stride_b + h * D
         Y += (b * F * pixels * heads + h) * D
 
-        y1, y2, p, f = attend_tile(
+        y1, y2 = attend_tile(
             Q, K, V, start, p0, end, stride_f, stride_p, scale, ROWS, F, D, CAUSAL, WINDOW, BLOCK, D1, D2
         )
         if PIXELS == 1:
-            store_tile(Y, y1, y2, p, f, end, pixels, heads * D, D, D1, D2)
+            store_tile(Y, y1, y2, start, p0, end, pixels, heads * D, F, BLOCK, D, D1, D2)
         else:
             # Weights of zero times a NaN or inf are NaN, which must not reach the tile's other pixels: then, which is
             # rare, once more, each pixel by itself.
@@ -196,13 +217,13 @@ def temporal_attention_kernel() -> Any:
             if D2:
                 nan = tl.maximum(nan, tl.max((y2 != y2).to(tl.int32), 1))
             if tl.max(nan, 0) == 0:
-                store_tile(Y, y1, y2, p, f, end, pixels, heads * D, D, D1, D2)
+                store_tile(Y, y1, y2, start, p0, end, pixels, heads * D, F, BLOCK, D, D1, D2)
             else:
                 for one in range(p0, end):
-                    y1, y2, p, f = attend_tile(
+                    y1, y2 = attend_tile(
                         Q, K, V, 0, one, one + 1, stride_f, stride_p, scale, F, F, D, CAUSAL, WINDOW, BLOCK, D1, D2
                     )
-                    store_tile(Y, y1, y2, p, f, one + 1, pixels, heads * D, D, D1, D2)
+                    store_tile(Y, y1, y2, 0, one, one + 1, pixels, heads * D, F, BLOCK, D, D1, D2)
 
     return temporal_attention_kernel
 
@@ -235,6 +256,8 @@ def run_temporal_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window
     if q.dtype == torch.bfloat16 and interpreting():  # which multiplies the bits of bfloat16 as if they were integers
         return run_temporal_attention(q.float(), k.float(), v.float(), causal, window).to(q.dtype)
     b, f, p, h, d = q.shape
+    if d > MOST_HEAD_DIM:
+        raise ValueError(f"temporal_attention: the kernel takes heads of at most {MOST_HEAD_DIM} numbers, not {d}")
     if not (rows_of_heads(q) and strides(q) == strides(k) == strides(v)):
         q, k, v = (x.contiguous() for x in (q, k, v))
     y = torch.empty((b, f, p, h, d), dtype=q.dtype, device=q.device)

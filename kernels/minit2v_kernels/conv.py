@@ -25,7 +25,7 @@ def temporal_conv(
     channels-last memory (torch.channels_last_3d) is read where it is, any other is rearranged at every call of the
     kernel. impl: "torch", "triton" or "auto", see `_dispatch.pick`.
     """
-    if pick("temporal_conv", impl, x) == "torch":
+    if pick("temporal_conv", impl, x, weight, bias, residual) == "torch":
         return temporal_conv_ref(x, weight, bias, residual)
     return temporal_conv_triton(x, weight, bias, residual)
 

@@ -34,7 +34,7 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor, *, impl: str | None = None) -
 
     GELU is the exact one, by erf. impl: "torch", "triton" or "auto", see `_dispatch.pick`.
     """
-    if pick("geglu", impl, x) == "torch":
+    if pick("geglu", impl, x, weight, bias) == "torch":
         return geglu_ref(x, weight, bias)
     return geglu_triton(x, weight, bias)
 

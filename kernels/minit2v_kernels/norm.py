@@ -46,7 +46,7 @@ def group_norm_silu(
     The result is in channels-last memory where x is, else contiguous. ValueError on shapes that do not fit.
     """
     expect("group_norm_silu", x, weight, bias, groups, frames, skip, emb)
-    if pick("group_norm_silu", impl, x) == "torch":
+    if pick("group_norm_silu", impl, x, weight, bias, skip, emb) == "torch":
         return group_norm_silu_ref(x, weight, bias, groups, eps, silu, frames, skip, emb)
     expect_dtypes("group_norm_silu", x, skip, emb)
     return group_norm_silu_triton(x, weight, bias, groups, eps, silu, frames, skip, emb)
@@ -68,7 +68,7 @@ def add_group_norm_silu(
     expect("add_group_norm_silu", x, weight, bias, groups, frames)
     if x.shape != residual.shape:
         raise ValueError(f"add_group_norm_silu: residual is {tuple(residual.shape)}, and x {tuple(x.shape)}")
-    if pick("group_norm_silu", impl, x) == "torch":
+    if pick("group_norm_silu", impl, x, residual, weight, bias) == "torch":
         return add_group_norm_silu_ref(x, residual, weight, bias, groups, eps, silu, frames)
     expect_dtypes("add_group_norm_silu", x, residual)
     return add_group_norm_silu_triton(x, residual, weight, bias, groups, eps, silu, frames)

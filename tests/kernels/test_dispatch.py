@@ -67,11 +67,11 @@ def test_unknown_implementations(args, monkeypatch):
 class OnGPU:
     is_cuda, device = True, torch.device("cuda")
 
-    def __init__(self, size: int = 2, requires_grad: bool = False):
-        self.size, self.requires_grad = size, requires_grad
+    def __init__(self, dtype: torch.dtype = torch.float16, requires_grad: bool = False):
+        self.dtype, self.requires_grad = dtype, requires_grad
 
     def element_size(self) -> int:
-        return self.size
+        return self.dtype.itemsize
 
 
 def test_auto_is_triton_only_where_it_is_proven(monkeypatch):
@@ -81,11 +81,14 @@ def test_auto_is_triton_only_where_it_is_proven(monkeypatch):
     for proven, impl in ((set(), "torch"), ({"sm_80"}, "torch"), ({"sm_80", "sm_90"}, "triton")):
         monkeypatch.setitem(_dispatch.PROVEN, "group_norm_silu", frozenset(proven))
         assert _dispatch.pick("group_norm_silu", None, OnGPU()) == impl
-    # What a result proves: half precision, without gradients.
-    assert _dispatch.pick("group_norm_silu", None, OnGPU(size=4)) == "torch"
-    assert _dispatch.pick("group_norm_silu", None, OnGPU(requires_grad=True)) == "torch"
+    # What a result proves: one 16-bit dtype, no gradients, no autocast.
+    single, wanting = OnGPU(torch.float32), OnGPU(requires_grad=True)
+    for tensors in ((single,), (OnGPU(), single), (wanting,), (OnGPU(), None, wanting)):
+        assert _dispatch.pick("group_norm_silu", None, *tensors) == "torch"
     with torch.no_grad():
-        assert _dispatch.pick("group_norm_silu", None, OnGPU(requires_grad=True)) == "triton"
+        assert _dispatch.pick("group_norm_silu", None, OnGPU(), wanting) == "triton"
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    assert _dispatch.pick("group_norm_silu", None, OnGPU()) == "torch"
 
 
 @pytest.mark.parametrize("setting, impls", [
@@ -144,3 +147,20 @@ with torch.no_grad():
 def test_torch_compile_sees_ops_and_not_what_is_in_them():
     assert "minit2v.group_norm_silu.default" in (out := python("-W", "ignore", "-c", TRACE, TRITON_INTERPRET="0"))
     assert len(out.splitlines()) == 1 and "minit2v.geglu.default" in out
+
+
+@needs_triton
+def test_a_second_derivative_is_refused():
+    """`triton_op` gives a derivative of the reference, and no derivative of that."""
+    code = """
+import torch
+from minit2v_kernels import geglu
+x, w = torch.ones(3, 4, requires_grad=True), torch.ones(6, 4)
+y = geglu(x, w, w[:, 0], impl="triton")
+print(torch.autograd.grad(y.sum(), x, retain_graph=True)[0].shape)
+try:
+    torch.autograd.grad(y.sum(), x, create_graph=True)
+except RuntimeError as error:
+    print(error)
+"""
+    assert "geglu: its kernel has no second derivative" in python("-W", "ignore", "-c", code, TRITON_INTERPRET="1")
