@@ -371,13 +371,15 @@ def ratios(entry: dict) -> dict[str, float]:
 def resident(entry: dict) -> float | None:
     """GiB: UNet and VAE both there, a step with guidance in one batch, then one frame after the other decoded.
 
-    From the parts as measured: the larger of (step + the VAE's weights) and (decode + the UNet's weights).
+    From the parts as measured: the larger of (step + the VAE's weights) and (decode + what the UNet keeps): beside its
+    weights that is the memory of its graph, which nothing else may use.
     """
     step = entry.get("unet", {}).get("contenders", {}).get("ours, optimized", {})
     decode = entry.get("vae", {}).get("contenders", {}).get("ours, frame by frame", {})
     if "peak_gib" not in step or "peak_gib" not in decode:
         return None
-    return digits(max(step["peak_gib"] + decode["weights_gib"], decode["peak_gib"] + step["weights_gib"]))
+    kept = max(step["weights_gib"], step.get("reserved_gib", 0.0))
+    return digits(max(step["peak_gib"] + decode["weights_gib"], decode["peak_gib"] + kept))
 
 
 @torch.no_grad()
