@@ -256,6 +256,8 @@ def _to_diffusers(
         work.texts[INDEX] = json_text(index)
         others = [p for p in sorted(src.iterdir()) if p.is_dir() and p.name not in {*found, *NO_NETWORKS}]
         for file in (f for p in others for f in sorted(p.iterdir()) if f.is_file()):
+            if file.name.endswith(WEIGHTS):
+                raise ValueError(f"{file.parent} has weights, {file.name}, and no {CONFIG}")
             work.copies[f"{file.parent.name}/{file.name}"] = file
     elif "unet" in found and found["unet"].cls in FAMILIES and found.keys() & {"vae", "text_encoder"}:
         _add_pipeline(work, src, opened, found, tokenizer, config)

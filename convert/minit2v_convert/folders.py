@@ -24,6 +24,7 @@ NO_NETWORKS = {
     "feature_extractor": "prepares images for the safety checker",
     "image_encoder": "turns image prompts into vectors: nothing here can use it yet",
 }
+WEIGHTLESS = re.compile("Scheduler|Tokenizer|Processor|Extractor")  # in the names of classes
 INDEX, CONFIG = "model_index.json", "config.json"
 
 
@@ -50,6 +51,10 @@ def open_path(src: Path, variant: str | None = None) -> Opened:
         return Opened({"": (source, parse_json(src / CONFIG))}, notes)
     if (src / INDEX).is_file():
         opened = Opened({})
+        for name in networks(parse_json(src / INDEX)):
+            if not (src / name / CONFIG).is_file():
+                missing = f"{src / name} has no {CONFIG}" if (src / name).is_dir() else f"there is no {src / name}"
+                raise ValueError(f"{missing}, and {INDEX} names it")
         for part in sorted(p for p in src.iterdir() if (p / CONFIG).is_file()):
             if part.name in NO_NETWORKS:
                 opened.notes.append(f"{part.name} is left out: {NO_NETWORKS[part.name]}")
@@ -61,6 +66,13 @@ def open_path(src: Path, variant: str | None = None) -> Opened:
     if variant is not None:
         raise ValueError(f"{src} is no folder of diffusers: it has no variant {variant!r}")
     return _originals(src)
+
+
+def networks(index: Config) -> list[str]:
+    """The parts that a pipeline's index names and that have weights."""
+    classes = {name: str(value[-1]) for name, value in index.items()
+               if isinstance(value, list) and value and value[-1] and name not in NO_NETWORKS}  # fmt: skip
+    return [name for name, cls in classes.items() if not WEIGHTLESS.search(cls)]
 
 
 def is_original(path: str | Path) -> bool:
@@ -91,7 +103,11 @@ def _originals(src: Path) -> Opened:
     if not names:
         wanted = f"none of {', '.join(said.files.values())}" if said else "no weights"
         raise ValueError(f"{src} has {wanted}; the files there: {', '.join(sorted(os.listdir(src))) or 'none'}")
-    notes = [f"{n} is left out: {configuration.NAME} does not name it" for n in there if n not in names]
+    missing = {} if said is None else {c: n for c, n in said.files.items() if n not in there}
+    if "unet" in missing:
+        raise ValueError(f"{src} has no {missing['unet']}, which {configuration.NAME} names as the unet")
+    notes = [f"{configuration.NAME} names {n} as the {c}, and it is not there" for c, n in missing.items()]
+    notes += [f"{n} is left out: {configuration.NAME} does not name it" for n in there if n not in names]
     return Opened({n: (open_file(src / n), None) for n in names}, notes, said)
 
 

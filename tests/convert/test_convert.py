@@ -327,6 +327,34 @@ def test_a_folder_that_says_something_else_than_its_weights(image_model, tmp_pat
         convert(image_model, tmp_path / "x", config=image_model)
 
 
+def test_a_pipeline_that_lacks_a_network(image_model, tmp_path):
+    shutil.copytree(image_model, tmp_path / "f")
+    (tmp_path / "f/unet/config.json").unlink()
+    with pytest.raises(ValueError, match="f/unet has no config.json, and model_index.json names it"):
+        convert(tmp_path / "f", tmp_path / "x")
+    shutil.rmtree(tmp_path / "f/unet")
+    for to in ("diffusers", "single-file"):
+        with pytest.raises(ValueError, match="there is no .*f/unet, and model_index.json names it"):
+            convert(tmp_path / "f", tmp_path / "x", to)
+    shutil.copytree(image_model / "unet", tmp_path / "f/unet")
+    (tmp_path / "f/other").mkdir()
+    shutil.copy(tmp_path / "f/unet/diffusion_pytorch_model.safetensors", tmp_path / "f/other")
+    with pytest.raises(ValueError, match="f/other has weights, diffusion_pytorch_model.safetensors, and no config.js"):
+        convert(tmp_path / "f", tmp_path / "x")
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_modelscope_s_files_of_which_one_is_not_there(video_model, tmp_path):
+    convert(video_model, tmp_path / "o", to="original")
+    (tmp_path / "o/VQGAN_autoencoder.pth").unlink()
+    work = convert(tmp_path / "o", tmp_path / "x", "original", dry_run=True)
+    assert "configuration.json names VQGAN_autoencoder.pth as the vae, and it is not there" in work.notes
+    shutil.copy(next(video_model.glob("vae/*.safetensors")), tmp_path / "o/VQGAN_autoencoder.pth")
+    (tmp_path / "o/text2video_pytorch_model.pth").unlink()
+    with pytest.raises(ValueError, match="has no text2video_pytorch_model.pth, which configuration.json names as the"):
+        convert(tmp_path / "o", tmp_path / "x", config=video_model)
+
+
 def test_a_pipeline_in_another_dtype(video_model, tmp_path):
     convert(video_model, tmp_path / "half", dtype=torch.float16)
     for part in ("unet", "vae", "text_encoder"):
