@@ -9,7 +9,6 @@ in. float16, batch 2 (guidance), 77 text tokens.
 """
 
 import argparse
-import os
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minit2v import UNet3DConditionModel, UNetMotionModel
+from minit2v.bisect import kernels
 from minit2v.unet3d import UNet3DConfig
 from minit2v_kernels import _dispatch
 
@@ -69,18 +69,11 @@ class Forgotten(list):
 
 
 @contextmanager
-def kernels(impl: str) -> Iterator[None]:
+def recorded(impl: str) -> Iterator[None]:
     """The ops as references, or as kernels that allocate what they would and do not run."""
-    before = os.environ.get("MINIT2V_KERNELS")
-    os.environ["MINIT2V_KERNELS"] = impl
-    try:
-        with _dispatch.record():
-            _dispatch.recorded = Forgotten()
-            yield
-    finally:
-        os.environ.pop("MINIT2V_KERNELS")
-        if before is not None:
-            os.environ["MINIT2V_KERNELS"] = before
+    with kernels(impl), _dispatch.record():
+        _dispatch.recorded = Forgotten()
+        yield
 
 
 @contextmanager
@@ -125,7 +118,7 @@ def count(work: Workload, peer: bool = True) -> dict[str, Any]:
     context = torch.empty(work.batch, TEXT, work.config.cross_attention_dim, dtype=torch.half, device="meta")
     found: dict[str, Any] = {"workload": work.title, "weights": size(network)}
     for name, impl in (("torch", "torch"), ("kernels", "triton")):
-        with kernels(impl):
+        with recorded(impl):
             found[name] = peak(network, lambda: network(x, t, context))
     if not peer or find_spec("diffusers") is None:
         return found

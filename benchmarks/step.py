@@ -51,6 +51,7 @@ from measure import (
 from torch import Tensor, nn
 
 from minit2v import fast
+from minit2v.bisect import kernels
 from minit2v.config import config_fields
 from minit2v.unet3d import UNet3DConditionModel, UNet3DConfig
 from minit2v.unet_motion import UNetMotionModel
@@ -58,20 +59,6 @@ from minit2v.vae import AutoencoderKL
 
 GIB = 2**30
 NO_PEER = "diffusers is not installed: its columns are left out"
-
-
-@contextmanager
-def kernels(choice: str) -> Iterator[None]:
-    """$MINIT2V_KERNELS within."""
-    before = os.environ.get("MINIT2V_KERNELS")
-    os.environ["MINIT2V_KERNELS"] = choice
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["MINIT2V_KERNELS"]
-        else:
-            os.environ["MINIT2V_KERNELS"] = before
 
 
 @contextmanager
@@ -347,7 +334,9 @@ def prepare(
 @torch.no_grad()
 def time_all(ready: dict[str, Callable[[], Tensor]], device: torch.device, seconds: float, entry: dict) -> None:
     """Medians of all, in turns."""
-    timed = {name: Timed(lambda _, call=call: call(), 1, device, graph=False) for name, call in ready.items()}
+    timed = {
+        name: Timed(lambda _, call=call: call(), 1, device, graph=False, host=True) for name, call in ready.items()
+    }
     # On a CPU, where kernels are interpreted, once is enough: it is a dry run.
     in_turns(timed, seconds, *((3, 2) if device.type == "cuda" else (1, 1)))
     for name, clock in timed.items():
