@@ -1,7 +1,9 @@
 """`minit2v convert`, and what `minit2v inspect` says of a file."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
@@ -12,6 +14,12 @@ from minit2v_convert.modelscope_configuration import NAME
 from minit2v_convert.stream import open_file, size_of
 
 from . import hub
+from .clip import CLIPTextModel
+from .config import make_config
+from .unet2d import UNet2DConditionModel
+from .unet3d import UNet3DConditionModel
+from .unet_motion import MotionAdapter, UNetMotionModel
+from .vae import AutoencoderKL
 
 TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -31,8 +39,16 @@ def run(args: argparse.Namespace) -> list[str]:
 
         work = convert(src, dst, getattr(args, "to", LAYOUTS[0]), dtype, args.dry_run, ema=args.ema,
                        tokenizer=tokenizer, config=config, variant=getattr(args, "variant", None),
-                       safe_serialization=not args.bin, progress=show)
+                       safe_serialization=not args.bin, progress=show, check=_check)
     return _lines(work, args.dst, args.dry_run)
+
+
+def _check(cls: str, config: Mapping[str, Any]) -> None:
+    """ValueError where the network of this class does not take the config."""
+    for network in (UNet2DConditionModel, UNet3DConditionModel, UNetMotionModel, MotionAdapter, AutoencoderKL,
+                    CLIPTextModel):  # fmt: skip
+        if network.__name__ == cls:
+            make_config(network.Config, config)
 
 
 def _lines(work: Conversion, dst: str, dry_run: bool) -> list[str]:

@@ -185,15 +185,25 @@ def said(config: Config) -> Config:
     return found
 
 
+def told(config: Config) -> Config:
+    """The fields of a config read from shapes that these tell."""
+    kind = ("attention_head_dim",) * ("UNet3D" in str(config.get("_class_name")))
+    return {n: config[n] for n in (*SAID, *kind, "down_block_types", "up_block_types") if n in config}
+
+
 def unfit(config: Config) -> str:
-    """Why no network has this config, "" where one may: what a config read from shapes can be wrong in."""
-    widths = [config["hidden_size"]] if "hidden_size" in config else list(config["block_out_channels"])
+    """Why no network has these heads and groups, "" where one may."""
+    widths = [config["hidden_size"]] if "hidden_size" in config else list(config.get("block_out_channels", ()))
     kinds = config.get("down_block_types", ["CrossAttn"] * len(widths))
-    attending = [w for w, kind in zip(widths, kinds, strict=False) if kind.startswith("CrossAttn")] + widths[-1:]
+    attending = [w for w, kind in zip(widths, kinds, strict=False) if str(kind).startswith("CrossAttn")] + widths[-1:]
     for name, among in (("norm_num_groups", widths), ("motion_norm_num_groups", widths),
                         ("attention_head_dim", attending), ("num_attention_heads", attending),
                         ("motion_num_attention_heads", widths)):  # fmt: skip
-        if isinstance(n := config.get(name), int) and (odd := next((w for w in among if w % n), None)):
+        if not isinstance(n := config.get(name), int):
+            continue
+        if n < 1:
+            return f"{name} must be at least 1, not {n}"
+        if odd := next((w for w in among if w % n), None):
             return f"{name} {n} does not divide {odd}"
     return ""
 

@@ -28,6 +28,7 @@ from .shapes import Config
 from .stream import Source, json_text, made, parse_json, replacing, retyped, size_of, write_file
 
 LAYOUTS = ("diffusers", "original", "single-file")
+Check = Callable[[str, Config], Any]
 Progress = Callable[[str, int, int], Any]
 UNSAID = "shapes do not tell heads and groups, and the published ones do not fit: give a config (config=, --config)"
 VERSION = "0.30.0"  # of diffusers, whose layout it is, as its own files say
@@ -133,6 +134,7 @@ def convert(
     variant: str | None = None,
     safe_serialization: bool = True,
     progress: Progress | None = None,
+    check: Check | None = None,
 ) -> Conversion:
     """Convert a file, or a folder in the layout of diffusers or of ModelScope. Returns what was, or would be, written.
 
@@ -142,6 +144,7 @@ def convert(
     the layout of diffusers, or a config.json, for what an original does not say. variant: of a folder's weights.
     safe_serialization: whether diffusers' folders get `.safetensors`, else `.bin`.
     progress: told, after each tensor, the file, the tensor's bytes, and the bytes of all.
+    check: told the class of each network and its config, where one is given; raises ValueError on what does not load.
     Raises ValueError in one line, before anything is written, on what is not known or not complete; FileExistsError
     where `dst` is there already; OSError where it cannot be written.
     """
@@ -157,7 +160,7 @@ def convert(
         _check_free(dst)
     opened = open_path(src, variant)
     work = _to_original(src, opened, to) if to != "diffusers" else _to_diffusers(
-        src, opened, ema, tokenizer, config, safe_serialization)  # fmt: skip
+        src, opened, ema, tokenizer, config, safe_serialization, check)  # fmt: skip
     _check_all_taken(work)
     work.plans = {name: retyped(plan, dtype) for name, plan in work.plans.items()}
     if dst.suffix in WEIGHTS:
@@ -209,6 +212,7 @@ def _components(opened: Opened, ema: bool, config: str | Path | None) -> dict[st
             elif config is not None and not lora and (given := config_in(config, component)):
                 alone = not (Path(config) / component / CONFIG).is_file()  # the config of one network
                 if not alone or _class_of(given[0]) in ("", part.cls):
+                    given = {**configs.told(part.config or {}), **given[0]}, given[1]
                     part, unused = part.configured(*given), False
             found[component] = part
     if unused:
@@ -231,7 +235,13 @@ def config_in(config: str | Path, component: str) -> tuple[Config, str] | None:
 
 
 def _to_diffusers(
-    src: Path, opened: Opened, ema: bool, tokenizer: str | Path | None, config: str | Path | None, safe: bool
+    src: Path,
+    opened: Opened,
+    ema: bool,
+    tokenizer: str | Path | None,
+    config: str | Path | None,
+    safe: bool,
+    check: Check | None = None,
 ) -> Conversion:
     if config is not None and all(own is not None for _, own in opened.weights.values()):
         raise ValueError(f"config: {src} has a {CONFIG} of its own")
@@ -244,8 +254,14 @@ def _to_diffusers(
         name = f"{below}{stems.get(component, STEMS[0])}{'.safetensors' if safe else '.bin'}"
         work.plans[name], work.sources[name] = part.plan, {"": part.source}
         if part.config is not None:
-            if part.config is part.plan.config and (why := configs.unfit(part.config)):
-                raise ValueError(f"{part.source.path}: {why}; {UNSAID}")
+            if why := configs.unfit(part.config):
+                guess = f"; {UNSAID}" if part.config is part.plan.config else ", and its config says so"
+                raise ValueError(f"{part.source.path}: {why}{guess}")
+            if config is not None and check is not None:
+                try:
+                    check(part.cls, part.config)
+                except ValueError as error:
+                    raise ValueError(f"config: {config}: {error}") from None
             own = part.config if "_diffusers_version" in part.config or "_class_name" not in part.config else {
                 **part.config, "_diffusers_version": VERSION}  # fmt: skip
             work.texts[f"{below}{CONFIG}"] = json_text(own)

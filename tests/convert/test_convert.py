@@ -277,6 +277,32 @@ def test_a_pipeline_of_another_size(image_model, single, tmp_path):
         CLASSES[part].from_pretrained(tmp_path / "out" / part)
 
 
+@pytest.mark.parametrize("change, says", [
+    ({"norm_num_groups": 0}, "norm_num_groups must be at least 1, not 0"),
+    ({"norm_num_groups": 7}, "norm_num_groups 7 does not divide 8"),
+    ({"norm_num_groups": "4"}, "norm_num_groups must be int, not '4'"),
+    ({"act_fn": "relu"}, "only act_fn='silu' is supported, not 'relu'"),
+    ({"norm_groups": 4}, "has no field 'norm_groups'"),
+])  # fmt: skip
+def test_a_config_with_which_nothing_loads(image_model, tmp_path, capsys, change, says):
+    from minit2v import cli
+
+    content = json.loads((image_model / "vae/config.json").read_text())
+    content["block_out_channels"][0] == 8 or pytest.fail("the test's VAE has other widths")
+    (tmp_path / "vae.json").write_text(json.dumps({**content, **change}))
+    file = image_model / "vae/diffusion_pytorch_model.safetensors"
+    assert cli.main(["convert", str(file), str(tmp_path / "x"), f"--config={tmp_path / 'vae.json'}"]) == 1
+    assert says in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["vae.json"]
+
+
+def test_what_a_short_config_does_not_say_the_weights_do(image_model, tmp_path):
+    (tmp_path / "vae.json").write_text('{"_class_name": "AutoencoderKL", "norm_num_groups": 4}')
+    convert(image_model / "vae/diffusion_pytorch_model.safetensors", tmp_path / "x", config=tmp_path / "vae.json")
+    same(AutoencoderKL.from_pretrained(tmp_path / "x").state_dict(),
+         AutoencoderKL.from_pretrained(image_model / "vae").state_dict())  # fmt: skip
+
+
 def test_a_config_on_the_hub(image_model, single, tmp_path, monkeypatch):
     """Read from the hub's cache, since there is no hub here."""
     from huggingface_hub import constants
