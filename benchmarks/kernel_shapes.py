@@ -201,9 +201,9 @@ class GroupNorm(Shape):
         return args, {name: value[cut[name] :] if name in cut else value for name, value in kw.items()}
 
     def bytes(self, size: int = 2) -> int:
-        """x is read twice, for the statistics and for the result, unless what shares statistics fits into the cache."""
+        """x is read for the statistics and again for the result: all of it before any of it, so the whole must fit."""
         x = self.n * (self.c + self.c2) * self.h * self.w * size
-        return (3 if x // (self.n // self.frames) > CACHE else 2) * x
+        return (3 if x > CACHE else 2) * x
 
 
 @dataclass(frozen=True)
