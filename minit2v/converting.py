@@ -1,7 +1,10 @@
 """`minit2v convert`, and what `minit2v inspect` says of a file."""
 
 import argparse
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ def run(args: argparse.Namespace) -> list[str]:
     tokenizer = _tokenizer(args.tokenizer) if "tokenizer" in args else None
     config = _config(args.config) if "config" in args else None
     src, dst = _here(args.src), Path(args.dst).expanduser()
-    with tqdm(unit="B", unit_scale=True, dynamic_ncols=True, disable=args.dry_run) as bar:
+    with _stopped_by_signals(), tqdm(unit="B", unit_scale=True, dynamic_ncols=True, disable=args.dry_run) as bar:
 
         def show(file: str, n: int, total: int) -> None:
             bar.total = total
@@ -41,6 +44,26 @@ def run(args: argparse.Namespace) -> list[str]:
                        tokenizer=tokenizer, config=config, variant=getattr(args, "variant", None),
                        safe_serialization=not args.bin, progress=show, check=_check)
     return _lines(work, args.dst, args.dry_run)
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP are what Ctrl-C is, so that nothing half written is left."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):  # there is no SIGHUP on Windows; nohup has it ignored
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _check(cls: str, config: Mapping[str, Any]) -> None:

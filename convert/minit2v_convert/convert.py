@@ -10,7 +10,9 @@ What a file is, its content says (`detect`). Everything is checked before anythi
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -395,36 +397,44 @@ def _check_free(dst: Path) -> None:
 def _write(work: Conversion, dst: Path, progress: Progress | None) -> None:
     _check_free(dst)  # still
     parent = dst.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    size, free = sum(map(size_of, work.plans.values())), shutil.disk_usage(parent).free
-    if size > free:
-        raise OSError(f"{dst} takes {size:,} bytes, and there are {free:,}")
-
-    def write(path: Path, name: str) -> None:
-        def done(n: int) -> None:
-            if progress is not None:
-                progress(name, n, size)
-
-        write_file(path, work.plans[name], _reader(work.sources[name]), done)
-
-    if dst.suffix in WEIGHTS:
-        with replacing(dst) as temporary:
-            write(temporary, next(iter(work.plans)))
-        return
-    temporary = parent / f".{dst.name}.{os.getpid()}.tmp"
+    missing = [p for p in (parent, *parent.parents) if not p.exists()]
     try:
-        for name in [*work.plans, *work.texts, *work.copies]:
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            if name in work.plans:
-                write(temporary / name, name)
-            elif name in work.texts:
-                (temporary / name).write_text(work.texts[name], encoding="utf-8")
-            else:
-                shutil.copyfile(work.copies[name], temporary / name)
-        os.replace(temporary, dst)
+        parent.mkdir(parents=True, exist_ok=True)
+        size, free = sum(map(size_of, work.plans.values())), shutil.disk_usage(parent).free
+        if size > free:
+            raise OSError(f"{dst} takes {size:,} bytes, and there are {free:,}")
+        if dst.suffix in WEIGHTS:
+            with replacing(dst) as temporary:
+                _write_plan(work, next(iter(work.plans)), temporary, size, progress)
+        else:
+            _write_folder(work, dst, size, progress)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in missing:  # the innermost first
+            with suppress(OSError):
+                folder.rmdir()
         raise
+
+
+def _write_folder(work: Conversion, dst: Path, size: int, progress: Progress | None) -> None:
+    with tempfile.TemporaryDirectory(prefix=f".{dst.name}.", dir=dst.absolute().parent) as temporary:
+        new = Path(temporary) / dst.name  # since the temporary one is for nobody else to read
+        for name in [*work.plans, *work.texts, *work.copies]:
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            if name in work.plans:
+                _write_plan(work, name, new / name, size, progress)
+            elif name in work.texts:
+                (new / name).write_text(work.texts[name], encoding="utf-8")
+            else:
+                shutil.copyfile(work.copies[name], new / name)
+        os.replace(new, dst)
+
+
+def _write_plan(work: Conversion, name: str, path: Path, size: int, progress: Progress | None) -> None:
+    def done(n: int) -> None:
+        if progress is not None:
+            progress(name, n, size)
+
+    write_file(path, work.plans[name], _reader(work.sources[name]), done)
 
 
 def _reader(sources: Mapping[str, Source]) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -536,6 +537,38 @@ c.convert({str(src)!r}, {str(tmp_path / name)!r}, {to!r}, config={config and str
         process.send_signal(signal.SIGINT)
         assert b"KeyboardInterrupt" in process.stderr.read()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_at_the_command_line_leaves_nothing(image_model, tmp_path, number):
+    code = f"""
+import time
+from minit2v import cli
+from minit2v_convert import stream
+made = stream.made
+def slow(*a):
+    print("writing", flush=True); time.sleep(0.2); return made(*a)
+stream.made = slow
+raise SystemExit(cli.main(["convert", {str(image_model)!r}, {str(tmp_path / "a" / "b" / "out")!r}]))
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout.readline() == process.stdout.readline() == b"writing\n"
+        assert len(list((tmp_path / "a" / "b").iterdir())) == 1
+        process.send_signal(number)
+        assert process.wait(60) == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_another_run_has_left_is_not_taken(image_model, tmp_path):
+    stale = tmp_path / f".out.{os.getpid()}.tmp"
+    (stale / "unet").mkdir(parents=True)
+    (stale / "unet" / "stale.json").touch()
+    convert(image_model / "unet", tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json", "diffusion_pytorch_model.safetensors"]  # fmt: skip
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([stale.name, "out", "plain"])
 
 
 # A network of the published size in its heads and groups, so that a file says all of it.
