@@ -95,13 +95,15 @@ class Run:
         self.fresh = ["--fresh"] if options.fresh else []
         self.quick = ["--seconds", "0.002", "--least", "1"] if options.cpu else []
         self.notes: list[str] = []
+        self.parts: list[Part] = []
         self.workloads = options.workloads or (list(TINY) if options.cpu else list(STEPS))
 
     def say(self, text: str) -> None:
         print(f"[{self.total - self.budget.left:5.0f} s] {text}", flush=True)
 
     def part(self, name: str, *words: str) -> Part:
-        return Part(name, [*words, *self.common], self.logs / f"{name}.log")
+        self.parts.append(Part(name, [*words, *self.common], self.logs / f"{name}.log"))
+        return self.parts[-1]
 
     def prepare(self) -> dict[str, Part]:
         """All networks at once, as far as memory goes, and the kernels' code; ends with nothing running."""
@@ -202,7 +204,7 @@ class Run:
                 self.say("kernels: all shapes")
                 self.kernels("kernels", self.budget.left - 0.04 * self.total)
         finally:
-            for part in steps.values():
+            for part in self.parts:  # also those of a run that was ended from outside
                 part.stop()
         self.finish()
 
