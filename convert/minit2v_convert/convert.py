@@ -158,6 +158,8 @@ def convert(
     only = {"ema": ema, "tokenizer": tokenizer, "config": config, "safe_serialization": not safe_serialization}
     if to != "diffusers" and (what := [name for name, given in only.items() if given]):
         raise ValueError(f"{what[0]}: only a folder in the layout of diffusers has any use for it, not {to}")
+    if not safe_serialization and dst.suffix == ".safetensors":
+        raise ValueError(f"{dst}: .bin files are asked for, and this name is that of another kind")
     if not dry_run:
         _check_free(dst)
     opened = open_path(src, variant)
@@ -245,6 +247,8 @@ def _to_diffusers(
     safe: bool,
     check: Check | None = None,
 ) -> Conversion:
+    if tokenizer is not None and (src / INDEX).is_file():
+        raise ValueError(f"tokenizer: {src} is a pipeline, which has its own")
     if config is not None and all(own is not None for _, own in opened.weights.values()):
         raise ValueError(f"config: {src} has a {CONFIG} of its own")
     found = _components(opened, ema, config)

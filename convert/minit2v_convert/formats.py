@@ -258,6 +258,10 @@ def _ignored(component: str, plan: Plan) -> dict[str, str]:
 def _single_file(kinds: Mapping[str, Kind], plans: Mapping[str, dict[str, Plan]]) -> Plan:
     steps: list[Step] = []
     ignored: dict[str, str] = {}
+    there = [name for found in plans.values() for name in found]
+    if "unet" not in there and "vae" not in there:
+        raise ValueError(f"a single file without a UNet or a VAE is nothing that is read: here is "
+                         f"{' and '.join(there)}")  # fmt: skip
     for component, kind in kinds.items():
         (name, plan), *_ = plans[component].items()
         if name not in SINGLE_FILE or kind.layout.title != SINGLE_FILE[name][2] or _is_open_clip(kind):

@@ -485,6 +485,16 @@ def test_a_dry_run_writes_nothing_and_prints_each_tensor(tmp_path):
     assert all(name in text for name in manifest) and all(name in text for name in table.shapes)
 
 
+def test_what_nothing_would_read_is_not_written(image_model, tmp_path):
+    with pytest.raises(ValueError, match="a single file without a UNet or a VAE is nothing that is read: here is text"):
+        convert(image_model / "text_encoder", tmp_path / "x.safetensors", "single-file")
+    with pytest.raises(ValueError, match="tokenizer: .* is a pipeline, which has its own"):
+        convert(image_model, tmp_path / "x", tokenizer=image_model / "tokenizer")
+    with pytest.raises(ValueError, match="x.safetensors: .bin files are asked for"):
+        convert(image_model / "unet", tmp_path / "x.safetensors", safe_serialization=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_wrong_calls(single, image_model, tmp_path):
     for says, args in (
         ("no layout 'original-file'", (single, tmp_path / "x", "original-file")),
