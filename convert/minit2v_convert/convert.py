@@ -166,6 +166,7 @@ def convert(
     work = _to_original(src, opened, to) if to != "diffusers" else _to_diffusers(
         src, opened, ema, tokenizer, config, safe_serialization, check)  # fmt: skip
     _check_all_taken(work)
+    work.notes += [_metadata_left_out(source) for source, _ in opened.weights.values() if source.metadata]
     work.plans = {name: retyped(plan, dtype) for name, plan in work.plans.items()}
     if dst.suffix in WEIGHTS:
         if len(work.plans) > 1 or work.texts or work.copies:
@@ -341,6 +342,13 @@ def _left_out(part: Component) -> list[str]:
                     for name, why in (part.source.ignored or {}).items()]  # fmt: skip
 
 
+def _metadata_left_out(source: Source) -> str:
+    names = ", ".join(name if name.isidentifier() and len(name) < 100 else repr(name[:100])
+                      for name in source.metadata[:8])  # fmt: skip
+    more = f" and {len(source.metadata) - 8} more" if len(source.metadata) > 8 else ""
+    return f"{source.path.name}: of its metadata is left out {names}{more}"
+
+
 def _to_original(src: Path, opened: Opened, layout: str) -> Conversion:
     """From diffusers, or out of the same layout: then nothing is renamed."""
     sources = {component: source for component, (source, _) in opened.weights.items()}
@@ -370,6 +378,10 @@ def _to_original(src: Path, opened: Opened, layout: str) -> Conversion:
         content, unsaid = configuration.write({**configs.UNET3D, **unet}, parse_json(path) if path.is_file() else {})
         work.texts[configuration.NAME] = json.dumps(content, indent=2) + "\n"
         work.notes += unsaid
+    if (src / INDEX).is_file():
+        taken = {*sources, *NO_NETWORKS, *(["scheduler"] if configuration.NAME in work.texts else [])}
+        work.notes += [f"{name} is left out: an original has weights alone" for name, value in
+                       parse_json(src / INDEX).items() if isinstance(value, list) and any(value) and name not in taken]
     return work
 
 

@@ -157,4 +157,5 @@ def _joined(folder: Path, shards: list[Source]) -> Source:
                 raise ValueError(f"{shard.path} repeats {name!r}, which another shard has")
             where[name] = shard
     header = {name: source.header[name] for name, source in where.items()}
-    return Source(folder, header, lambda name: where[name].read(name))
+    metadata = tuple(dict.fromkeys(name for shard in shards for name in shard.metadata))
+    return Source(folder, header, lambda name: where[name].read(name), metadata=metadata)

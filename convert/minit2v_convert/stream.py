@@ -42,13 +42,17 @@ PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 @dataclass(frozen=True)
 class Source:
-    """An open file. `nest` and `ignored`: what a pickle has around its tensors (`containers`)."""
+    """An open file. `nest` and `ignored`: what a pickle has around its tensors (`containers`).
+
+    metadata: the names in a safetensors file's `__metadata__`, but for that of its framework.
+    """
 
     path: Path
     header: dict[str, tuple[tuple[int, ...], str]]
     read: Callable[[str], Tensor]
     nest: tuple[str, ...] = ()
     ignored: Mapping[str, str] | None = None
+    metadata: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -88,8 +92,9 @@ def _quote(text: object) -> str:
 # --------------------------------------------------------------------------------------------------------- safetensors
 
 
-def read_header(path: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], dict[str, int]]:
-    """{name: (shape, dtype)} and {name: where in the file it begins} of a `.safetensors` file, checked to the byte."""
+def read_header(path: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], dict[str, int], tuple[str, ...]]:
+    """{name: (shape, dtype)}, {name: where in the file it begins} and the names in the metadata of a `.safetensors`
+    file, checked to the byte."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -122,7 +127,8 @@ def read_header(path: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], dic
     if at != size - 8 - length:
         raise _broken(path, f"it is truncated, or no safetensors file: its tensors take {at} bytes, there are "
                             f"{size - 8 - length}")  # fmt: skip
-    return header, begins
+    metadata = entries.get("__metadata__")
+    return header, begins, tuple(n for n in metadata if n != "format") if isinstance(metadata, dict) else ()
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -156,7 +162,7 @@ def _checked(entry: Any) -> tuple[tuple[int, ...], str, int, int]:
 
 
 def _open_safetensors(path: Path) -> Source:
-    header, begins = read_header(path)
+    header, begins, metadata = read_header(path)
     with path.open("rb") as file:
         # A private map, because torch wants to be allowed to write; it takes memory only where it is written to.
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -168,7 +174,7 @@ def _open_safetensors(path: Path) -> Source:
             return torch.empty(shape, dtype=DTYPES[dtype])
         return torch.frombuffer(data, dtype=DTYPES[dtype], count=count, offset=begins[name]).reshape(shape)
 
-    return Source(path, header, read)
+    return Source(path, header, read, metadata=metadata)
 
 
 # ------------------------------------------------------------------------------------------------------------- pickles

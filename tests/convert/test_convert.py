@@ -485,6 +485,24 @@ def test_a_dry_run_writes_nothing_and_prints_each_tensor(tmp_path):
     assert all(name in text for name in manifest) and all(name in text for name in table.shapes)
 
 
+def test_what_a_file_cannot_hold_is_said(image_model, video_model, tmp_path):
+    work = convert(image_model, tmp_path / "x.safetensors", "single-file", dry_run=True)
+    for name in ("tokenizer", "scheduler"):
+        assert f"{name} is left out: an original has weights alone" in work.notes
+    notes = convert(video_model, tmp_path / "o", "original", dry_run=True).notes
+    assert any(n.startswith("tokenizer is left out: ") for n in notes)
+    assert not any(n.startswith("scheduler is left out") for n in notes)  # which configuration.json has
+
+
+def test_metadata_that_is_left_out_is_said(image_model, tmp_path):
+    metadata = {"format": "pt", **{f"ss_{n}": "1" for n in range(9)}}
+    save_file(weights(image_model / "unet"), tmp_path / "unet.safetensors", metadata)
+    work = convert(tmp_path / "unet.safetensors", tmp_path / "x", config=image_model / "unet", dry_run=True)
+    (note,) = [note for note in work.notes if "metadata" in note]
+    assert note.startswith("unet.safetensors: of its metadata is left out ss_") and note.endswith(" and 1 more")
+    assert not any("metadata" in note for note in convert(image_model, tmp_path / "x", dry_run=True).notes)
+
+
 def test_what_nothing_would_read_is_not_written(image_model, tmp_path):
     with pytest.raises(ValueError, match="a single file without a UNet or a VAE is nothing that is read: here is text"):
         convert(image_model / "text_encoder", tmp_path / "x.safetensors", "single-file")
