@@ -130,8 +130,9 @@ class Fast:
         """`UNet.predict`, as a graph where there may be one."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self.run(x, t, context)
-        if self.sign() != self.signature:
-            self.renew()
+        with self.lock:
+            if self.sign() != self.signature:
+                self.renew()
         # A graph would not call the hooks of the parts; those of the whole are not its business.
         if not self.use_graphs or any(map(is_watched, self.parts)) or not can_capture(x):
             return self.run(x, t, context)
@@ -149,7 +150,7 @@ class Fast:
                 other = next((graph.captured for graph in self.graphs.values()), None)
                 self.graphs[key] = Graph(self.run, x, t, context, other)
             y = self.graphs[key](x, t, context)
-            if x.is_cuda and torch.cuda.is_available():
+            if x.is_cuda:
                 self.done = torch.cuda.Event()
                 self.done.record()
         return y
