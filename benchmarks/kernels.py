@@ -18,12 +18,10 @@ Contenders, each on the memory layout that suits it:
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +43,7 @@ from measure import (
     Budget,
     Results,
     Timed,
+    begin,
     ceilings,
     default_folder,
     digits,
@@ -564,13 +563,7 @@ def warm(wanted: list[Shape], options: argparse.Namespace, device: torch.device,
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    if options.cpu and find_spec("triton"):
-        os.environ["TRITON_INTERPRET"] = "1"
-    if not options.cpu and not torch.cuda.is_available():
-        raise SystemExit("no GPU is visible: --cpu makes a dry run without one")
-    device = torch.device("cpu" if options.cpu else "cuda")
-    dtype = getattr(torch, options.dtype or ("float32" if options.cpu else "float16"))
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    device, dtype = begin(options.cpu, options.dtype)
     order = in_order(options.workloads, options.only)
     wanted = {shape.name: shape for shape in order}  # what PROVEN asks for: the goals alone prove nothing
     if options.goals:

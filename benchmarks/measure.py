@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,19 @@ class Budget:
     @property
     def left(self) -> float:
         return self.end - time.monotonic()
+
+
+def begin(cpu: bool, dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    """What a benchmark runs on, and in: a GPU, float16 and no TF32, or for a dry run the CPU and Triton's interpreter.
+
+    Before Triton is imported, which then decides whether it interprets. SystemExit where no GPU is visible.
+    """
+    if cpu and find_spec("triton"):
+        os.environ["TRITON_INTERPRET"] = "1"
+    if not cpu and not torch.cuda.is_available():
+        raise SystemExit("no GPU is visible: --cpu makes a dry run without one")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return torch.device("cpu" if cpu else "cuda"), getattr(torch, dtype or ("float32" if cpu else "float16"))
 
 
 def synchronize(device: torch.device) -> None:

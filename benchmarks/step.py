@@ -24,7 +24,6 @@ AnimateDiff runs in compat="diffusers", so that both compute the same.
 import argparse
 import gc
 import logging
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +39,7 @@ from measure import (
     Budget,
     Results,
     Timed,
+    begin,
     default_folder,
     digits,
     in_turns,
@@ -481,13 +481,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
-    if options.cpu and find_spec("triton"):
-        os.environ["TRITON_INTERPRET"] = "1"
-    if not options.cpu and not torch.cuda.is_available():
-        raise SystemExit("no GPU is visible: --cpu makes a dry run without one")
-    device = torch.device("cpu" if options.cpu else "cuda")
-    dtype = getattr(torch, options.dtype or ("float32" if options.cpu else "float16"))
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    device, dtype = begin(options.cpu, options.dtype)
     for name in options.workloads:
         if options.warm:
             warm((WORKLOADS | TINY)[name], device, dtype, options)
