@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from minit2v import UNet3DConditionModel, UNetMotionModel
-from minit2v.bisect import kernels
-from minit2v.unet3d import UNet3DConfig
+from minit2v.fast.bisect import kernels
+from minit2v.models.unet3d import UNet3DConfig
 from minit2v_kernels import _dispatch
 
 GIB = 2**30

@@ -48,9 +48,9 @@ from torch import Tensor
 
 import minit2v_kernels
 from minit2v import fast
-from minit2v.unet3d import UNet3DConditionModel, UNet3DConfig
-from minit2v.unet_motion import UNetMotionModel
-from minit2v.vae import AutoencoderKL, AutoencoderKLConfig
+from minit2v.models.unet3d import UNet3DConditionModel, UNet3DConfig
+from minit2v.models.unet_motion import UNetMotionModel
+from minit2v.models.vae import AutoencoderKL, AutoencoderKLConfig
 from minit2v_kernels._dispatch import record
 
 TABLE = Path(__file__).parent / "results" / "kernel_resources.csv"

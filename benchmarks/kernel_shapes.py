@@ -18,9 +18,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from minit2v.unet3d import UNet3DConfig
-from minit2v.unet_motion import UNetMotionConfig
-from minit2v.vae import AutoencoderKLConfig
+from minit2v.models.unet3d import UNet3DConfig
+from minit2v.models.unet_motion import UNetMotionConfig
+from minit2v.models.vae import AutoencoderKLConfig
 
 TEXT = 77
 CACHE = 40_000_000  # bytes that a second reading may find in the L2 cache: an A100's is 40 MB, an H100's 50 MB

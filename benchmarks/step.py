@@ -51,11 +51,11 @@ from measure import (
 from torch import Tensor, nn
 
 from minit2v import fast
-from minit2v.bisect import kernels
-from minit2v.config import config_fields
-from minit2v.unet3d import UNet3DConditionModel, UNet3DConfig
-from minit2v.unet_motion import UNetMotionModel
-from minit2v.vae import AutoencoderKL
+from minit2v.fast.bisect import kernels
+from minit2v.files.config import config_fields
+from minit2v.models.unet3d import UNet3DConditionModel, UNet3DConfig
+from minit2v.models.unet_motion import UNetMotionModel
+from minit2v.models.vae import AutoencoderKL
 
 GIB = 2**30
 NO_PEER = "diffusers is not installed: its columns are left out"

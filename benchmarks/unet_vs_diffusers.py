@@ -69,7 +69,7 @@ def unet(rounds: int) -> dict:
     import torch
     from diffusers import UNet3DConditionModel as Peer
 
-    from minit2v.unet3d import UNet3DConditionModel
+    from minit2v.models.unet3d import UNet3DConditionModel
 
     torch.manual_seed(0)
     peer = Peer(**HALF).eval()
@@ -95,7 +95,7 @@ def motion(rounds: int) -> dict:
     import torch
     from diffusers import UNetMotionModel as Peer
 
-    from minit2v.unet_motion import UNetMotionModel
+    from minit2v.models.unet_motion import UNetMotionModel
 
     torch.manual_seed(0)
     config = {**HALF, "cross_attention_dim": 768}
@@ -123,7 +123,7 @@ def vae(rounds: int) -> dict:
     import torch
     from diffusers import AutoencoderKL as Peer
 
-    from minit2v.vae import AutoencoderKL
+    from minit2v.models.vae import AutoencoderKL
 
     torch.manual_seed(0)
     peer = Peer(**VAE).eval()

@@ -19,10 +19,10 @@ import pytest
 import torch
 
 import minit2v_kernels
-from minit2v import blocks, layers, vae
-from minit2v.unet3d import UNet3DConditionModel, UNet3DConfig
-from minit2v.unet_motion import UNetMotionModel
-from minit2v.vae import AutoencoderKL
+from minit2v.models import blocks, layers, vae
+from minit2v.models.unet3d import UNet3DConditionModel, UNet3DConfig
+from minit2v.models.unet_motion import UNetMotionModel
+from minit2v.models.vae import AutoencoderKL
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks"

@@ -9,7 +9,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from minit2v import bisect, cli
+from minit2v import cli
+from minit2v.fast import bisect
 from minit2v_kernels import _dispatch
 
 needs_triton = pytest.mark.skipif(

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minit2v import cli, schedulers
-from minit2v.video import export_to_video, load_video, read_metadata
+from minit2v.files.video import export_to_video, load_video, read_metadata
 
 FAST = ["--num-frames", "3", "--steps", "2"]
 RESTYLED = ["--steps", "4", "--strength", "0.5"]
@@ -277,13 +277,13 @@ def test_unwritable_outputs_fail_before_the_work(run, model, monkeypatch):
 
 
 def test_a_disk_that_fills_up(run, model, monkeypatch):
-    import minit2v.video
+    import minit2v.files.video
 
     def full(command, frames, path, log):
         Path(command[-1]).write_bytes(b"half")
         raise OSError(28, "no space left on the disk", str(path))
 
-    monkeypatch.setattr(minit2v.video, "_encode", full)
+    monkeypatch.setattr(minit2v.files.video, "_encode", full)
     fails(run("generate", "a cat", "--model", model, *FAST, "-o", "a.mp4"), "a.mp4: no space left on the disk")
     assert os.listdir() == []
 
@@ -788,7 +788,8 @@ def test_inspect_a_hub_id_reads_headers_only(run, model, tmp_path, monkeypatch):
     import huggingface_hub
     from huggingface_hub import constants
 
-    from minit2v import hub, inspection
+    from minit2v.cli import inspect as inspection
+    from minit2v.files import hub
 
     read = []
 

@@ -1,7 +1,7 @@
 import torch
 from pytest import fixture, mark, raises
 
-from minit2v.clip import CLIPTextConfig, CLIPTextModel
+from minit2v.models.clip import CLIPTextConfig, CLIPTextModel
 
 TINY = {
     "vocab_size": 29,

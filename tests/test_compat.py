@@ -6,10 +6,10 @@ import pytest
 
 import minit2v.schedulers as schedulers
 from minit2v.compat import DEVIATIONS, compat_fields
+from minit2v.models.unet_motion import MotionAdapter, UNetMotionModel
 from minit2v.pipelines.animatediff import AnimateDiffPipeline, AnimateDiffVideoToVideoPipeline
 from minit2v.pipelines.text_to_video import TextToVideoSDPipeline
 from minit2v.pipelines.video_to_video import VideoToVideoSDPipeline
-from minit2v.unet_motion import MotionAdapter, UNetMotionModel
 
 PIPELINES = {
     cls.__name__: cls

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from minit2v import fast
-from minit2v.layers import Attention
-from minit2v.unet import UNet
-from minit2v.unet3d import UNet3DConditionModel
-from minit2v.unet_motion import MotionAdapter, UNetMotionModel
-from minit2v.vae import AutoencoderKL
+from minit2v.models.layers import Attention
+from minit2v.models.unet import UNet
+from minit2v.models.unet3d import UNet3DConditionModel
+from minit2v.models.unet_motion import MotionAdapter, UNetMotionModel
+from minit2v.models.vae import AutoencoderKL
 
 SHARED = {
     "block_out_channels": (16, 32),
@@ -117,8 +117,8 @@ def test_the_same_numbers(unet, dtype):
 @torch.no_grad()
 def test_less_is_launched(unet, monkeypatch):
     """Else the rest of this file could compare the plain path with itself."""
-    from minit2v import layers
-    from minit2v import unet as unets
+    from minit2v.models import layers
+    from minit2v.models import unet as unets
 
     products = []
 
@@ -126,7 +126,7 @@ def test_less_is_launched(unet, monkeypatch):
         products.append(weight.shape)
         return torch.nn.functional.linear(x, weight, bias)
 
-    for module in (layers, unets, __import__("minit2v.blocks", fromlist=["linear"])):
+    for module in (layers, unets, __import__("minit2v.models.blocks", fromlist=["linear"])):
         monkeypatch.setattr(module, "linear", count)
     unet(*inputs())
     plain = len(products)

@@ -22,13 +22,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minit2v.clip import CLIPTextModel
-from minit2v.config import config_fields, make_config, pick_dtype
-from minit2v.hub import Network, find_folder, first_nonfinite, read_json
-from minit2v.unet2d import UNet2DConditionModel
-from minit2v.unet3d import UNet3DConditionModel
-from minit2v.unet_motion import MotionAdapter
-from minit2v.vae import AutoencoderKL
+from minit2v.files.config import config_fields, make_config, pick_dtype
+from minit2v.files.hub import find_folder, read_json
+from minit2v.files.weights import first_nonfinite
+from minit2v.models.clip import CLIPTextModel
+from minit2v.models.network import Network
+from minit2v.models.unet2d import UNet2DConditionModel
+from minit2v.models.unet3d import UNet3DConditionModel
+from minit2v.models.unet_motion import MotionAdapter
+from minit2v.models.vae import AutoencoderKL
 from minit2v_convert.rename import Layout
 from minit2v_convert.sparse import write_sparse_bin, write_sparse_safetensors
 
@@ -223,11 +225,11 @@ FULL_SIZE = [
 
 LOADER = """
 import json, sys, time, torch
-from minit2v.clip import CLIPTextModel
-from minit2v.unet2d import UNet2DConditionModel
-from minit2v.unet3d import UNet3DConditionModel
-from minit2v.unet_motion import MotionAdapter
-from minit2v.vae import AutoencoderKL
+from minit2v.models.clip import CLIPTextModel
+from minit2v.models.unet2d import UNet2DConditionModel
+from minit2v.models.unet3d import UNet3DConditionModel
+from minit2v.models.unet_motion import MotionAdapter
+from minit2v.models.vae import AutoencoderKL
 
 def peak():  # in MiB; getrusage would count what the parent had when it forked
     with open("/proc/self/status") as file:
@@ -914,7 +916,7 @@ def test_a_local_folder_wins_over_the_hub(hub, repository, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("layers", [10**30, [1, 10**9]])
 def test_a_wild_number_of_layers_is_refused_before_they_are_made(layers):
-    from minit2v.unet_motion import MotionAdapter
+    from minit2v.models.unet_motion import MotionAdapter
 
     with pytest.raises(ValueError, match="motion_transformer_layers_per_block must be at most 64"):
         MotionAdapter.from_config({"motion_transformer_layers_per_block": layers})

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from pytest import fixture, mark, param, raises, skip, warns
 
-from minit2v.tokenizer import BOS, END, EOS, CLIPTokenizer, byte_symbols
+from minit2v.models.tokenizer import BOS, END, EOS, CLIPTokenizer, byte_symbols
 
 CASES = json.loads(gzip.decompress((Path(__file__).parent / "data/clip_tokenizer_cases.json.gz").read_bytes()))["cases"]
 CAPTIONS = [f"a {color} {shape} moves {where}, it's over!" for color in ("red", "green") for shape in ("circle", "star")
@@ -296,5 +296,6 @@ def test_missing_and_broken_files_are_named(published, tmp_path):
 
 
 def test_importing_it_does_not_import_the_library():
-    code = "import sys, minit2v.tokenizer, minit2v.clip; print({'tokenizers', 'huggingface_hub'} & {*sys.modules})"
+    code = ("import sys, minit2v.models.clip, minit2v.models.tokenizer; "
+            "print({'tokenizers', 'huggingface_hub'} & {*sys.modules})")
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minit2v.unet2d import UNet2DConditionModel, UNet2DConfig
+from minit2v.models.unet2d import UNet2DConditionModel, UNet2DConfig
 
 SMALL = {
     "block_out_channels": (16, 32),

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from minit2v.layers import FeedForward
-from minit2v.unet3d import UNet3DConditionModel, UNet3DConfig
+from minit2v.models.layers import FeedForward
+from minit2v.models.unet3d import UNet3DConditionModel, UNet3DConfig
 from minit2v_convert.diffusers_unet3d import LAYOUT
 from minit2v_convert.rename import rename_one
 
@@ -192,7 +192,7 @@ def test_gradient_checkpointing(unet):
 @pytest.mark.parametrize("size, channels_last", [((2, 64, 5, 11), False), ((2, 64, 8, 9), True)])
 def test_convolutions_compute_the_same_in_either_layout(size, channels_last):
     """The CPU's choice, made without gradients, against the layout that it keeps to with them."""
-    from minit2v.blocks import ResBlock, conv_layout
+    from minit2v.models.blocks import ResBlock, conv_layout
 
     torch.manual_seed(0)
     block, x, emb = ResBlock(64, 32, 16, 8).double(), torch.randn(size).double(), torch.randn(1, 32).double()
@@ -207,7 +207,7 @@ def test_convolutions_compute_the_same_in_either_layout(size, channels_last):
 
 def test_onednn_linear_is_linear():
     """The CPU's fast path of layers.Linear, with and without a bias, against nn.Linear; and the path with gradients."""
-    from minit2v.layers import Linear
+    from minit2v.models.layers import Linear
     from minit2v_kernels.geglu import ONEDNN
 
     assert ONEDNN or not torch.backends.mkldnn.is_available(), "torch has dropped the op: find its successor"

@@ -6,10 +6,10 @@ import logging
 import pytest
 import torch
 
-from minit2v.blocks import MotionModule
-from minit2v.layers import FeedForward
-from minit2v.unet2d import UNet2DConditionModel
-from minit2v.unet_motion import MotionAdapter, MotionAdapterConfig, UNetMotionModel
+from minit2v.models.blocks import MotionModule
+from minit2v.models.layers import FeedForward
+from minit2v.models.unet2d import UNet2DConditionModel
+from minit2v.models.unet_motion import MotionAdapter, MotionAdapterConfig, UNetMotionModel
 
 IMAGE = {
     "block_out_channels": (16, 32),

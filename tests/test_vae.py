@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minit2v.vae import AutoencoderKL, AutoencoderKLConfig, DiagonalGaussian, Upsample
+from minit2v.models.vae import AutoencoderKL, AutoencoderKLConfig, DiagonalGaussian, Upsample
 from minit2v_convert.diffusers_vae import LAYOUT
 from minit2v_convert.rename import rename_one
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
+from minit2v.files.video import _ffmpeg, read_metadata
 from minit2v.utils import export_to_gif, export_to_video, load_video
-from minit2v.video import _ffmpeg, read_metadata
 
 COLOURS = np.array([(0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255), (10, 100, 200), (250, 120, 30)],
                    np.uint8)
@@ -281,7 +281,7 @@ def test_encoder_failure_is_told_and_leaves_nothing(tmp_path, monkeypatch):
                          ("head -c 1000 >/dev/null; exit 5", "exit code 5")]:
         fake.write_text(f"#!/bin/sh\n{script}\n")
         fake.chmod(0o755)
-        monkeypatch.setattr("minit2v.video._ffmpeg", lambda: str(fake))
+        monkeypatch.setattr("minit2v.files.video._ffmpeg", lambda: str(fake))
         with pytest.raises(RuntimeError, match=said):
             export_to_video(noise, path)
         assert path.read_text() == "old" and sorted(os.listdir(tmp_path)) == ["a.mp4", "ffmpeg"]
@@ -305,8 +305,8 @@ def test_interrupt_kills_the_encoder_and_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("minit2v.video.subprocess.Popen", spy)
-    monkeypatch.setattr("minit2v.video.np.ascontiguousarray", interrupt)
+    monkeypatch.setattr("minit2v.files.video.subprocess.Popen", spy)
+    monkeypatch.setattr("minit2v.files.video.np.ascontiguousarray", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_to_video(solid(8, 8), tmp_path / "a.mp4")
     assert os.listdir(tmp_path) == [] and started[0].poll() == -9

@@ -17,16 +17,16 @@ import facts
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from minit2v.blocks import MotionModule, ResBlock, SpatialTransformer, TemporalConv, TemporalTransformer
-from minit2v.clip import CLIPTextModel
+from minit2v.files.video import export_to_video
+from minit2v.models.blocks import MotionModule, ResBlock, SpatialTransformer, TemporalConv, TemporalTransformer
+from minit2v.models.clip import CLIPTextModel
+from minit2v.models.tokenizer import CLIPTokenizer
+from minit2v.models.unet import UNet
+from minit2v.models.vae import AutoencoderKL
 from minit2v.pipelines import DiffusionPipeline, TextToVideoSDPipeline
 from minit2v.schedulers.base import randn
 from minit2v.schedulers.ddim import DDIMScheduler
-from minit2v.tokenizer import CLIPTokenizer
 from minit2v.training import world
-from minit2v.unet import UNet
-from minit2v.vae import AutoencoderKL
-from minit2v.video import export_to_video
 
 HERE = Path(__file__).resolve().parent
 INK, SOFT, LINE = "#1f2933", "#5a6672", "#8793a0"

@@ -16,15 +16,15 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from minit2v.blocks import MotionModule, ResBlock, SpatialTransformer, TemporalConv, TemporalTransformer
-from minit2v.clip import CLIPTextModel
-from minit2v.hub import Network
+from minit2v.models.blocks import MotionModule, ResBlock, SpatialTransformer, TemporalConv, TemporalTransformer
+from minit2v.models.clip import CLIPTextModel
+from minit2v.models.network import Network
+from minit2v.models.unet import UNet
+from minit2v.models.unet2d import UNet2DConditionModel
+from minit2v.models.unet3d import UNet3DConditionModel
+from minit2v.models.unet_motion import MotionAdapter, UNetMotionModel, known_resnet_norms
+from minit2v.models.vae import AutoencoderKL
 from minit2v.training import shapes
-from minit2v.unet import UNet
-from minit2v.unet2d import UNet2DConditionModel
-from minit2v.unet3d import UNet3DConditionModel
-from minit2v.unet_motion import MotionAdapter, UNetMotionModel, known_resnet_norms
-from minit2v.vae import AutoencoderKL
 
 KINDS = (ResBlock, TemporalConv, SpatialTransformer, TemporalTransformer, MotionModule)
 TIME = (TemporalConv, TemporalTransformer)

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..models.unet2d import UNet2DConditionModel
+from ..models.unet_motion import MotionAdapter, UNetMotionModel
 from ..schedulers.base import randn
 from ..techniques.free_init import NoisedVideo
-from ..unet2d import UNet2DConditionModel
-from ..unet_motion import MotionAdapter, UNetMotionModel
 from . import source
 from .base import DiffusionPipeline, PipelineOutput, StepCallbacks
 from .checks import Generators, check_count, check_generator, check_latents, check_number, check_size

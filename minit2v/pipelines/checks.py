@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..hub import first_nonfinite
+from ..files.weights import first_nonfinite
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 

@@ -10,7 +10,8 @@ import torch
 from minit2v_convert.convert import FAMILIES, components, schedule_of
 from minit2v_convert.rename import nearest
 
-from .. import hub
+from ..files import hub
+from ..files.config import pick_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -19,14 +20,14 @@ FIELDS_KEY = "_minit2v"  # our own fields in the index; the reference passes ove
 
 # Published class name -> module. Schedulers are looked up in `minit2v.schedulers`.
 CLASSES = {
-    "AutoencoderKL": "vae",
-    "CLIPTextModel": "clip",
-    "CLIPTokenizer": "tokenizer",
-    "CLIPTokenizerFast": "tokenizer",
-    "MotionAdapter": "unet_motion",
-    "UNet2DConditionModel": "unet2d",
-    "UNet3DConditionModel": "unet3d",
-    "UNetMotionModel": "unet_motion",
+    "AutoencoderKL": "models.vae",
+    "CLIPTextModel": "models.clip",
+    "CLIPTokenizer": "models.tokenizer",
+    "CLIPTokenizerFast": "models.tokenizer",
+    "MotionAdapter": "models.unet_motion",
+    "UNet2DConditionModel": "models.unet2d",
+    "UNet3DConditionModel": "models.unet3d",
+    "UNetMotionModel": "models.unet_motion",
 }
 
 NOTHING = ([None, None], ["null", None])  # how indexes say that a component was None
@@ -63,7 +64,7 @@ def component_dtypes(torch_dtype: Any, dtype: Any, names: Any) -> dict[str, torc
         if name not in names and name != "default":
             raise ValueError(f"dtype for {name!r}, which is no component{nearest(name, [*names, 'default'])}")
     default = given.pop("default", None)
-    return {name: hub.pick_dtype(given.get(name, default)) for name in names}
+    return {name: pick_dtype(given.get(name, default)) for name in names}
 
 
 def load_components(

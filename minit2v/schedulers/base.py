@@ -257,7 +257,7 @@ class Scheduler:
         **overrides: Any,
     ) -> Self:
         """From a folder that holds scheduler_config.json, from that file itself, or from a repository on the hub."""
-        from ..hub import parse_json, read_json
+        from ..files.hub import parse_json, read_json
 
         if Path(path_or_id).is_file():
             config = parse_json(Path(path_or_id))
@@ -276,7 +276,7 @@ class Scheduler:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write scheduler_config.json. In the file every field counts as set."""
-        from ..hub import write_json
+        from ..files.hub import write_json
 
         values = {k: v for k, v in self.config.items() if k != "_use_default_values"}
         values["_class_name"] = type(self).__name__

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hub import DIFFUSERS_VERSION, write_json
+from ..files.hub import DIFFUSERS_VERSION, write_json
+from ..models.tokenizer import CLIPTokenizer
+from ..models.unet2d import UNet2DConditionModel
+from ..models.unet_motion import MotionAdapter, UNetMotionModel
+from ..models.vae import AutoencoderKL
 from ..pipelines.animatediff import AnimateDiffPipeline
 from ..pipelines.text_to_video import TextToVideoSDPipeline
-from ..tokenizer import CLIPTokenizer
-from ..unet2d import UNet2DConditionModel
-from ..unet_motion import MotionAdapter, UNetMotionModel
-from ..vae import AutoencoderKL
 from . import world
 from .shapes import (
     Painter,

@@ -24,13 +24,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..clip import CLIPTextModel
+from ..models.clip import CLIPTextModel
+from ..models.tokenizer import CLIPTokenizer
+from ..models.unet3d import UNet3DConditionModel
+from ..models.vae import AutoencoderKL
 from ..pipelines.base import DiffusionPipeline
 from ..pipelines.text_to_video import TextToVideoSDPipeline
 from ..schedulers.dpm_multistep import DPMSolverMultistepScheduler
-from ..tokenizer import CLIPTokenizer
-from ..unet3d import UNet3DConditionModel
-from ..vae import AutoencoderKL
 from . import world
 
 VAE = {

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minit2v import DDIMScheduler, DiffusionPipeline, TextToVideoSDPipeline, UNet3DConditionModel
-from minit2v.inspection import report
+from minit2v.cli.inspect import report
 from minit2v_convert import configs, modelscope
 from minit2v_convert import convert as module
 from minit2v_convert import modelscope_configuration as configuration
@@ -227,7 +227,7 @@ def test_it_is_inspected(original, tmp_path):
 def test_it_is_run(folder, original, tmp_path, monkeypatch):
     """The same frames as from the folder, in Python and by the command; only the tokenizer is another's."""
     from minit2v import cli
-    from minit2v.video import load_video
+    from minit2v.files.video import load_video
 
     want = TextToVideoSDPipeline.from_pretrained(folder)
     have = DiffusionPipeline.from_pretrained(original, tokenizer=want.tokenizer)

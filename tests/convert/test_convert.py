@@ -652,7 +652,7 @@ def test_a_pipeline_around_modelscope_s_unet(video_model, tmp_path):
 def test_the_command_line_takes_files_too(tmp_path, make_official_folder, monkeypatch):
     """An image model and a motion module as they are published; only the tokenizer is another's."""
     from minit2v import cli
-    from minit2v.video import read_metadata
+    from minit2v.files.video import read_metadata
 
     folder = make_official_folder(tmp_path / "folder", repo="sd15", small=True, unet=WHOLE,
                                   vae={"block_out_channels": [32, 32], "norm_num_groups": 32})  # fmt: skip

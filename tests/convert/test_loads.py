@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from minit2v import AutoencoderKL, CLIPTextModel, MotionAdapter, UNet2DConditionModel, UNet3DConditionModel
-from minit2v.unet_motion import UNetMotionModel
+from minit2v.models.unet_motion import UNetMotionModel
 from minit2v_convert import animatediff, configs, detect, shapes
 from minit2v_convert.convert import components, convert
 from minit2v_convert.sparse import Manifest, write_sparse_safetensors

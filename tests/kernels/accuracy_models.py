@@ -8,9 +8,9 @@ import torch
 from judge import DEVICE, relative
 
 from minit2v import fast
-from minit2v.unet3d import UNet3DConditionModel
-from minit2v.unet_motion import UNetMotionModel
-from minit2v.vae import AutoencoderKL
+from minit2v.models.unet3d import UNet3DConditionModel
+from minit2v.models.unet_motion import UNetMotionModel
+from minit2v.models.vae import AutoencoderKL
 from minit2v_kernels import _dispatch
 
 SHARED = {"block_out_channels": (16,), "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 16}

@@ -5,7 +5,7 @@ import torch
 from transformers import CLIPTextConfig as PeerConfig
 from transformers import CLIPTextModel as Peer
 
-from minit2v.clip import CLIPTextModel
+from minit2v.models.clip import CLIPTextModel
 
 FIELDS = {
     "vocab_size": 37,

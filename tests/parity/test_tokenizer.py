@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import CLIPTokenizer as Peer
 
-from minit2v.tokenizer import BOS, EOS, CLIPTokenizer
+from minit2v.models.tokenizer import BOS, EOS, CLIPTokenizer
 
 DATA = Path(__file__).parents[1] / "data"
 CASES = json.loads(gzip.decompress((DATA / "clip_tokenizer_cases.json.gz").read_bytes()))["cases"]

@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel as PeerUNet
 from torch import Tensor
 
-from minit2v.unet2d import UNet2DConditionModel, UNet2DConfig
+from minit2v.models.unet2d import UNet2DConditionModel, UNet2DConfig
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}

@@ -10,9 +10,9 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
 from torch import Tensor, nn
 
-from minit2v.blocks import ResBlock, SpatialTransformer, TemporalConv, TemporalTransformer, Upsample
-from minit2v.layers import TransformerBlock, timestep_embedding
-from minit2v.unet3d import UNet3DConditionModel
+from minit2v.models.blocks import ResBlock, SpatialTransformer, TemporalConv, TemporalTransformer, Upsample
+from minit2v.models.layers import TransformerBlock, timestep_embedding
+from minit2v.models.unet3d import UNet3DConditionModel
 from minit2v_convert.diffusers_unet3d import RES, SKIP, TRANSFORMER
 from minit2v_convert.rename import Rules, rename
 

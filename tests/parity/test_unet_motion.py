@@ -14,10 +14,10 @@ from diffusers import UNetMotionModel as PeerUNet
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import Tensor, nn
 
-from minit2v.blocks import MotionModule
-from minit2v.layers import sinusoids
-from minit2v.unet2d import UNet2DConditionModel
-from minit2v.unet_motion import MotionAdapter, UNetMotionModel
+from minit2v.models.blocks import MotionModule
+from minit2v.models.layers import sinusoids
+from minit2v.models.unet2d import UNet2DConditionModel
+from minit2v.models.unet_motion import MotionAdapter, UNetMotionModel
 from minit2v_convert.diffusers_motion import MODULE
 from minit2v_convert.rename import rename
 

@@ -9,7 +9,7 @@ from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minit2v.vae import AutoencoderKL, DiagonalGaussian, Downsample, PixelAttention, ResBlock, Upsample
+from minit2v.models.vae import AutoencoderKL, DiagonalGaussian, Downsample, PixelAttention, ResBlock, Upsample
 from minit2v_convert.diffusers_vae import ATTENTION, RES
 from minit2v_convert.rename import Rules, rename
 

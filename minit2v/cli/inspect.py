@@ -15,13 +15,13 @@ from torch import Tensor
 
 from minit2v_convert.folders import is_original, variants
 from minit2v_convert.rename import nearest
-from minit2v_convert.stream import DTYPES, open_file
+from minit2v_convert.stream import DTYPES, first_line, open_file, parse_json
 
-from . import hub
-from .pipelines import files as pipeline_files
-from .pipelines.base import DiffusionPipeline
-from .unet_motion import known_resnet_norms
-from .weights import Weightless
+from ..files import hub
+from ..files.weights import Weightless
+from ..models.unet_motion import known_resnet_norms
+from ..pipelines import files as pipeline_files
+from ..pipelines.base import DiffusionPipeline
 
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pth", ".pt", ".msgpack", ".onnx")
 IMAGES = "StableDiffusionPipeline"  # no pipeline of this package, but one half of AnimateDiff's
@@ -49,7 +49,7 @@ class Folder:
         return {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.is_file()} if folder.is_dir() else {}
 
     def json(self, part: str, name: str) -> dict[str, Any]:
-        return hub.parse_json(self.root / part / name)
+        return parse_json(self.root / part / name)
 
     def tensors(self, part: str, name: str) -> dict[str, Tensor]:
         path = self.root / part / name
@@ -66,7 +66,7 @@ class Repository:
         try:
             info = self.api.model_info(repo, revision=revision, files_metadata=True)
         except Exception as e:  # the hub's library has had three HTTP libraries, each with its own exceptions
-            raise OSError(f"{repo}: the hub does not say what is in it: {hub.first_line(e)}") from None
+            raise OSError(f"{repo}: the hub does not say what is in it: {first_line(e)}") from None
         self.files = {s.rfilename: s.size or 0 for s in info.siblings or ()}
 
     def sizes(self, part: str) -> dict[str, int]:
@@ -84,7 +84,7 @@ class Repository:
         try:
             header = self.api.parse_safetensors_file_metadata(self.repo, path, revision=self.revision).tensors
         except Exception as e:
-            raise OSError(f"the header of {name} cannot be read: {hub.first_line(e)}") from None
+            raise OSError(f"the header of {name} cannot be read: {first_line(e)}") from None
         return {n: _meta(name, n, t.dtype, t.shape) for n, t in header.items()}
 
 
@@ -101,8 +101,8 @@ def report(model: str, revision: str | None = None, variant: str | None = None) 
     """The lines of the report on a folder, a file or a hub id, and whether everything in it fits."""
     path = Path(model).expanduser()
     if is_original(path):
-        from .converting import report as report_file
-        from .converting import report_folder
+        from .convert import report as report_file
+        from .convert import report_folder
 
         return report_folder(path) if path.is_dir() else report_file(path)
     source = Folder(path) if path.is_dir() else _repository(model, revision)
@@ -180,7 +180,7 @@ def _inspect(
         getattr(schedulers, cls).from_config(source.json(part, "scheduler_config.json"))
         return shown, 0, []
     except (ValueError, OSError) as e:
-        return (part, cls or "", "", "", "", _files(sizes)), 0, [hub.first_line(e)]
+        return (part, cls or "", "", "", "", _files(sizes)), 0, [first_line(e)]
 
 
 def _inspect_network(
@@ -207,7 +207,7 @@ def _inspect_network(
     except FileNotFoundError as e:
         unreadable = f"no {e}"
     except (ValueError, OSError) as e:
-        unreadable = hub.first_line(e)
+        unreadable = first_line(e)
     with torch.device("meta"), Weightless():
         model = network.from_config(network.config_of(config, [tensors]))
     count = sum(p.numel() for p in model.parameters())

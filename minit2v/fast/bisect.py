@@ -15,9 +15,9 @@ from torch import Tensor
 
 from minit2v_kernels._dispatch import PROVEN, record
 
-from .pipelines.files import CLASSES, read_index
-from .unet import UNet
-from .unet2d import UNet2DConditionModel
+from ..models.unet import UNet
+from ..models.unet2d import UNet2DConditionModel
+from ..pipelines.files import CLASSES, read_index
 
 SLACK = 1.5  # times PyTorch's error: on a random input two ways of rounding differ by less
 FACTOR = 8  # pixels per latent, in every published model

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from minit2v_convert.transformers_clip import LAYOUT
 
-from .hub import Network
+from .network import Network
 
 
 def quick_gelu(x: Tensor) -> Tensor:

@@ -14,22 +14,22 @@ from minit2v_convert.convert import LAYOUTS, Conversion, components, convert
 from minit2v_convert.detect import detect
 from minit2v_convert.folders import CONFIG, INDEX, open_path
 from minit2v_convert.modelscope_configuration import NAME
-from minit2v_convert.stream import open_file, size_of
+from minit2v_convert.stream import open_file, parse_json, size_of
 
-from . import hub
-from .clip import CLIPTextModel
-from .config import make_config
-from .unet2d import UNet2DConditionModel
-from .unet3d import UNet3DConditionModel
-from .unet_motion import MotionAdapter, UNetMotionModel
-from .vae import AutoencoderKL
+from ..files import hub
+from ..files.config import make_config, pick_dtype
+from ..models.clip import CLIPTextModel
+from ..models.unet2d import UNet2DConditionModel
+from ..models.unet3d import UNet3DConditionModel
+from ..models.unet_motion import MotionAdapter, UNetMotionModel
+from ..models.vae import AutoencoderKL
 
 TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 def run(args: argparse.Namespace) -> list[str]:
     """The lines to print."""
-    dtype = hub.pick_dtype(args.dtype) if "dtype" in args else None
+    dtype = pick_dtype(args.dtype) if "dtype" in args else None
     tokenizer = _tokenizer(args.tokenizer) if "tokenizer" in args else None
     config = _config(args.config) if "config" in args else None
     src, dst = _here(args.src), Path(args.dst).expanduser()
@@ -83,7 +83,7 @@ def _lines(work: Conversion, dst: str, dry_run: bool) -> list[str]:
 
 def _here(path_or_id: str) -> Path:
     """A path as it is, or the folder of a model of this package."""
-    from .cli import ASSETS, EMBEDDED_NAMES
+    from . import ASSETS, EMBEDDED_NAMES
 
     path = Path(path_or_id).expanduser()
     return ASSETS / path_or_id if path_or_id in EMBEDDED_NAMES and not path.exists() else path
@@ -110,7 +110,7 @@ def _config(path_or_id: str) -> Path:
         return here
     root, names = hub.find_folder(path_or_id, None, lambda names: [n for n in names if n in (CONFIG, INDEX)])
     if INDEX in names:
-        index = hub.parse_json(root / INDEX)
+        index = parse_json(root / INDEX)
         for part in ("unet", "vae", "text_encoder", "motion_adapter", "scheduler", "tokenizer"):
             if isinstance(index.get(part), list) and index[part][-1]:
                 hub.find_folder(path_or_id, part)

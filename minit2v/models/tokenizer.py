@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minit2v_convert.rename import nearest
 
-from .hub import find_folder, parse_json, replacing, write_json
+from ..files.hub import find_folder, parse_json, replacing, write_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

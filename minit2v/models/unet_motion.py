@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from minit2v_convert import diffusers_motion
 
+from ..files.weights import Weightless
 from .blocks import MotionModule
-from .hub import Network
+from .network import Network
 from .unet import KeysValues, UNet, check_levels, per_level
 from .unet2d import Block, UNet2DConditionModel, check_heads
-from .weights import Weightless
 
 logger = logging.getLogger(__name__)
 

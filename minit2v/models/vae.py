@@ -16,8 +16,8 @@ from minit2v_convert.diffusers_vae import LAYOUT
 from minit2v_kernels._dispatch import pick
 
 from .blocks import to_image, to_tokens
-from .hub import Network
 from .layers import GroupNorm
+from .network import Network
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 from minit2v_kernels import linear
 
+from ..techniques.free_u import FreeU
 from .blocks import Upsample, conv_layout
-from .hub import Network
 from .layers import Context, FeedForward, GroupNorm, Linear, timestep_embedding
-from .techniques.free_u import FreeU
+from .network import Network
 
 
 def per_level(value: int | tuple[int, ...], levels: int) -> tuple[int, ...]:

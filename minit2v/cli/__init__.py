@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from minit2v_convert.rename import nearest
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parent.parent / "assets"
 # The models that come with the package: what each command takes where no other is given.
 EMBEDDED = {
     "generate": {"model": "shapes"},
@@ -127,7 +127,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _parser() -> Parser:
-    from . import __version__
+    from .. import __version__
 
     parser = Parser(prog="minit2v", description="Text-to-video diffusion.")
     parser.add_argument("--version", action="version", version=f"minit2v {__version__}")
@@ -284,7 +284,7 @@ def _said_in_one_line() -> Iterator[None]:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from .inspection import report
+    from .inspect import report
 
     lines, good = report(_find_model(args.model), revision=getattr(args, "revision", None),
                          variant=getattr(args, "variant", None))
@@ -293,7 +293,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from .converting import run
+    from .convert import run
 
     print("\n".join(run(args)))
     return 0
@@ -305,8 +305,8 @@ def _bisect(args: argparse.Namespace) -> int:
     device, path = _device(args.device), _find_model(args.model)
     if device.type != "cuda":
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
-    from . import bisect
-    from .pipelines.checks import check_pixels
+    from ..fast import bisect
+    from ..pipelines.checks import check_pixels
 
     check_pixels("--height", args.height, bisect.FACTOR)
     check_pixels("--width", args.width, bisect.FACTOR)
@@ -405,7 +405,7 @@ def _run(pipe: Any, call: dict[str, Any], prompt: str, seed: int, video: Any) ->
 
 
 def _write(frames: Any, path: Path, fps: float, about: dict[str, Any]) -> None:
-    from .video import export_to_gif, export_to_video
+    from ..files.video import export_to_gif, export_to_video
 
     export = export_to_gif if path.suffix.lower() == ".gif" else export_to_video
     export(frames, path, fps=fps, metadata=about)
@@ -419,8 +419,8 @@ def _load(command: str, settings: dict[str, Any], from_video: bool) -> tuple[Any
 
     from minit2v_convert.folders import is_original
 
-    from . import pipelines, schedulers
-    from .pipelines.checks import check_size
+    from .. import pipelines, schedulers
+    from ..pipelines.checks import check_size
 
     solver = _scheduler_class(settings["scheduler"], schedulers) if settings.get("scheduler") else None
     device = _device(settings.get("device", "auto"))
@@ -468,8 +468,8 @@ def _schedule_of_motion(path: str, settings: dict[str, Any], where: dict[str, An
     """The fields of the noise schedule in which motion modules differ from the image model, which gets an adapter."""
     from minit2v_convert.folders import is_original
 
-    from .hub import read_json
-    from .pipelines.files import read_index
+    from ..files.hub import read_json
+    from ..pipelines.files import read_index
 
     if is_file := is_original(path):
         unet, own = _family_of_file(path)
@@ -497,7 +497,7 @@ def _family_of_file(path: str) -> tuple[str, dict[str, Any]]:
 
 
 def _load_adapter(name: str, weights: dict[str, Any]) -> Any:
-    from .unet_motion import MotionAdapter
+    from ..models.unet_motion import MotionAdapter
 
     path = _find_model(name)
     try:
@@ -550,7 +550,7 @@ def _device(name: str) -> Any:
 def _versions() -> dict[str, str]:
     import torch
 
-    from . import __version__
+    from .. import __version__
 
     return {"minit2v": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
@@ -604,7 +604,7 @@ def _read_source(path: str, wanted: str | None) -> tuple[list, dict[str, Any], d
     """
     import hashlib
 
-    from .video import load_video
+    from ..files.video import load_video
 
     frames, fps = load_video(path, return_fps=True)
     digest = hashlib.sha256(b"".join(f.tobytes() for f in frames)).hexdigest()
@@ -622,7 +622,7 @@ def _option(name: str, value: Any) -> str:
 
 def _replay(args: argparse.Namespace, parser: Parser) -> tuple[argparse.Namespace, str | None]:
     """The arguments that made a video, under those given now; and the digest of the video that it began with."""
-    from .video import read_metadata
+    from ..files.video import read_metadata
 
     stored = read_metadata(args.replay)
     command, source = stored.get("minit2v"), stored.get("video")

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from minit2v_kernels._dispatch import pick, register_all
 
-from .layers import Attention, Linear
-from .unet import KeysValues, UNet
-from .vae import AutoencoderKL
+from ..models.layers import Attention, Linear
+from ..models.unet import KeysValues, UNet
+from ..models.vae import AutoencoderKL
 
 Network = UNet | AutoencoderKL
 MOST_GRAPHS = 4  # of one network: a new shape of its input takes one, and the oldest gives way

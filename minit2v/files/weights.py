@@ -16,7 +16,7 @@ from minit2v_convert.rename import nearest
 from minit2v_convert.stream import cast, open_file
 
 if TYPE_CHECKING:
-    from .hub import Network
+    from ..models.network import Network
 
 
 def open_weights(path: Path) -> dict[str, Tensor]:

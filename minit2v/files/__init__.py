@@ -1,0 +1,1 @@
+"""Where files come from and how they are read and written: hub, configs, weights, videos."""

@@ -1,0 +1,200 @@
+"""Where files come from: a local folder, or a repository of the hub.
+
+Bad content raises ValueError, a file that is missing FileNotFoundError, a file that cannot be written or fetched
+OSError: each in one line that names the file.
+"""
+
+import glob
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minit2v_convert.stream import first_line, json_text, parse_json, replacing
+
+DIFFUSERS_VERSION = "0.30.0"  # the version whose file layout we write, as its own files say
+Choose = Callable[[Sequence[str]], Sequence[str]]  # the names of the files in a folder -> those that are needed
+
+
+def find_folder(
+    path_or_id: str | Path,
+    subfolder: str | None = None,
+    choose: Choose | None = None,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    force_download: bool = False,
+) -> tuple[Path, list[str]]:
+    """A folder on this machine that has the files which `choose` picks, and their names.
+
+    A local folder wins; anything else is a hub id, of which only the chosen files are fetched. Without `choose`: the
+    small files (.json, .txt). `choose` raises FileNotFoundError when what it needs is not there.
+    """
+    choose = choose or (lambda names: [n for n in names if n.endswith((".json", ".txt"))])
+    repo, here = str(path_or_id), Path(path_or_id).expanduser()
+    label = f"{repo.rstrip('/')}/{subfolder}" if subfolder else repo
+    if here.is_dir():
+        return _choose_in(here, subfolder, choose, label)
+    if here.is_file():
+        raise ValueError(f"{repo} is a file: from_pretrained reads a folder or a hub id")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
+        raise FileNotFoundError(f"there is no folder {repo!r}, and a hub id is 'owner/name'")
+
+    import huggingface_hub as hf
+    from huggingface_hub import constants  # no attribute of `hf` before somebody has imported it
+
+    offline = "local_files_only" if local_files_only else "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else ""
+    if not offline:
+        try:
+            info = hf.HfApi(token=token).model_info(repo, revision=revision)
+        except Exception as error:
+            _raise_refusal(error, repo, revision)
+            offline = first_line(error)
+            warnings.warn(f"the hub cannot be reached ({offline}): {repo} is read from the cache", stacklevel=3)
+    if offline:
+        cached = _cached_snapshot(hf, repo, revision, cache_dir)
+        if cached is None:
+            raise FileNotFoundError(f"{repo} is not in the cache, and the hub is not asked: {offline}")
+        return _choose_in(cached, subfolder, choose, f"the cached copy of {label}")
+
+    prefix = f"{subfolder}/" if subfolder else ""
+    files = [s.rfilename for s in info.siblings or ()]
+    names = [f.removeprefix(prefix) for f in files if f.startswith(prefix)]
+    if not names:
+        raise _no_folder(label, {f.split("/")[0] for f in files if "/" in f})
+    wanted = _named(choose, [n for n in names if "/" not in n], label)
+    try:
+        root = Path(
+            hf.snapshot_download(
+                repo,
+                revision=revision,
+                cache_dir=cache_dir,
+                token=token,
+                force_download=force_download,
+                allow_patterns=[glob.escape(prefix + n) for n in wanted],
+            )
+        )
+    except Exception as error:
+        _raise_refusal(error, repo, revision)
+        raise OSError(f"fetching {label} failed: {first_line(error)}") from error
+    if absent := [n for n in wanted if not (root / prefix / n).is_file()]:  # its answer when the line breaks down
+        raise OSError(f"fetching {label} failed: {', '.join(absent)} did not come")
+    return root / prefix, wanted
+
+
+def _raise_refusal(error: Exception, repo: str, revision: str | None) -> None:
+    """Says in a line what the hub will not give. Other errors pass: the hub's library has had three HTTP libraries
+    below it, each with its own."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        raise OSError(f"{repo} is gated: accept its terms on its page, and log in or pass token=") from None
+    if isinstance(error, errors.RepositoryNotFoundError):
+        raise FileNotFoundError(
+            f"there is no folder {repo!r}, and the hub has no repository of that name (a private one needs token=)"
+        ) from None
+    if isinstance(error, errors.RevisionNotFoundError):
+        raise FileNotFoundError(f"{repo} has no revision {revision!r}") from None
+    if isinstance(error, errors.HFValidationError):
+        raise ValueError(f"{repo!r} is no folder and no hub id: {first_line(error)}") from None
+
+
+def _no_folder(label: str, there: Iterable[str]) -> FileNotFoundError:
+    return FileNotFoundError(f"{label} does not exist; the folders there: {', '.join(sorted(there)) or 'none'}")
+
+
+def _choose_in(root: Path, subfolder: str | None, choose: Choose, label: str) -> tuple[Path, list[str]]:
+    folder = root / (subfolder or "")
+    if not folder.is_dir():
+        raise _no_folder(label, (p.name for p in root.iterdir() if p.is_dir()))
+    return folder, _named(choose, sorted(p.name for p in folder.iterdir() if p.is_file()), label)
+
+
+def _named(choose: Choose, names: Sequence[str], label: str) -> list[str]:
+    try:
+        return list(choose(names))
+    except FileNotFoundError as error:
+        if "model_index.json" in names:
+            raise FileNotFoundError(f"{label} is a whole pipeline: pass subfolder= for one of its parts") from None
+        raise FileNotFoundError(f"{label} has no {error}") from None
+
+
+def _cached_snapshot(hf: Any, repo: str, revision: str | None, cache_dir: str | Path | None) -> Path | None:
+    """The folder of the cache that holds this revision: <cache>/models--owner--name/snapshots/<commit>."""
+    folder = Path(cache_dir or hf.constants.HF_HUB_CACHE) / ("models--" + repo.replace("/", "--"))
+    ref = folder / "refs" / (revision or "main")
+    snapshot = folder / "snapshots" / (ref.read_text() if ref.is_file() else revision or "main")
+    return snapshot if snapshot.is_dir() else None
+
+
+def need(*wanted: str) -> Choose:
+    """Chooses exactly these files."""
+
+    def choose(names: Sequence[str]) -> Sequence[str]:
+        for name in wanted:
+            if name not in names:
+                raise FileNotFoundError(f"{name}; the files there: {', '.join(names) or 'none'}")
+        return wanted
+
+    return choose
+
+
+def choose_weights(stem: str, variant: str | None, use_safetensors: bool | None) -> Choose:
+    """config.json and the weights: `.safetensors` before `.bin`, one file before shards."""
+    v = f".{variant}" if variant else ""
+    kinds = [(stem, "safetensors"), ("pytorch_model" if stem == "model" else stem, "bin")]
+    if use_safetensors is not None:
+        kinds = kinds[:1] if use_safetensors else kinds[1:]
+
+    def choose(names: Sequence[str]) -> Sequence[str]:
+        config = need("config.json")(names)
+        for stem, kind in kinds:
+            if f"{stem}{v}.{kind}" in names:
+                return [*config, f"{stem}{v}.{kind}"]
+            # The variant stands before the number, in files of before 2025 behind it.
+            number, v_ = r"-(\d{5})-of-(\d{5})", re.escape(v)
+            shard = re.compile(rf"{re.escape(stem)}(?:{v_}{number}|{number}{v_})\.{kind}")
+            if shards := sorted((n, m) for n in names if (m := shard.fullmatch(n))):
+                count = int(shards[0][1][2] or shards[0][1][4])
+                if len(shards) != count:
+                    raise FileNotFoundError(f"more than {len(shards)} of the {count} shards of {stem}{v}.{kind}")
+                return [*config, *(n for n, _ in shards)]
+        there = [n for n in names if n.endswith((".safetensors", ".bin", ".ckpt", ".pth", ".pt", ".msgpack"))]
+        wanted = " or ".join(f"{stem}{v}.{kind}" for stem, kind in kinds)
+        raise FileNotFoundError(f"{wanted}; the weights there: {', '.join(there) or 'none'}")
+
+    return choose
+
+
+def read_json(path_or_id: str | Path, name: str, *, subfolder: str | None = None, **where: Any) -> dict[str, Any]:
+    """The object in a JSON file of a folder or hub repository; `where` as in `find_folder`."""
+    folder, _ = find_folder(path_or_id, subfolder, need(name), **where)
+    return parse_json(folder / name)
+
+
+def find_config(config: str | Path | Mapping[str, Any], component: str, **where: Any) -> tuple[dict[str, Any], str]:
+    """The config.json of a component, and where it is: of a pipeline's folder or hub id, of its own, or that file.
+
+    A dictionary is itself; `where` as in `find_folder`.
+    """
+    from minit2v_convert.convert import config_in
+
+    if isinstance(config, Mapping):
+        return dict(config), "config"
+    here = Path(config).expanduser()
+    if here.exists():
+        if (found := config_in(here, component)) is None:
+            raise FileNotFoundError(f"{config} has no config.json for the {component}")
+        return dict(found[0]), found[1]
+    try:
+        return read_json(config, "config.json", subfolder=component, **where), f"{config}/{component}/config.json"
+    except FileNotFoundError:
+        return read_json(config, "config.json", **where), f"{config}/config.json"
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json_text(content), encoding="utf-8")
