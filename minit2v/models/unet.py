@@ -72,8 +72,6 @@ class UNet(Network):
     Its config has the published fields and `attention`, per level, finest first: whether its blocks see the text.
     """
 
-    temporal_in: TemporalTransformer | None = None  # behind the first convolution; UNet3D has one
-
     def __init__(self, config: Any = None, **fields: Any):
         super().__init__(config, **fields)
         config = self.config
@@ -83,6 +81,7 @@ class UNet(Network):
         levels = list(enumerate(zip(channels, layers, config.attention, strict=True)))
         self.time_mlp = nn.Sequential(nn.Linear(base, 4 * base), nn.SiLU(), nn.Linear(4 * base, 4 * base))
         self.conv_in = nn.Conv2d(config.in_channels, base, 3, padding=1)
+        self.temporal_in: TemporalTransformer | None = None  # UNet3D has one
 
         self.down, skips, c = nn.ModuleList(), [base], base  # skips: channels of what the way up will pop
         for i, (c_out, count, attention) in levels:

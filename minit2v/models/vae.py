@@ -241,11 +241,8 @@ class AutoencoderKL(Network):
 
     def encode(self, x: Tensor, chunk_size: int | None = None) -> DiagonalGaussian:
         """x (n 3 h w) in [-1, 1] -> distribution of the latents (n c h//8 w//8); `chunk_size` frames at a time."""
-        factor = self.config.factor
-        self.check("x", x, self.config.in_channels)
-        if min(x.shape[2:]) < factor:
-            raise ValueError(f"x must be at least {factor} x {factor} pixels, not {x.shape[2]} x {x.shape[3]}")
-        return DiagonalGaussian(self.in_pieces(self.encode_frames, x, chunk_size, factor, 1))
+        self.check("x", x, self.config.in_channels, self.config.factor)
+        return DiagonalGaussian(self.in_pieces(self.encode_frames, x, chunk_size, self.config.factor, 1))
 
     def decode(self, z: Tensor, chunk_size: int | None = None) -> Tensor:
         """z (n c h w) -> pixels (n 3 8h 8w), about [-1, 1]; `chunk_size` frames at a time."""
@@ -260,9 +257,11 @@ class AutoencoderKL(Network):
         """z (n c h w) -> pixels (n 3 8h 8w)."""
         return self.decoder(self.post_quant_conv(z))
 
-    def check(self, name: str, x: Tensor, channels: int) -> None:
+    def check(self, name: str, x: Tensor, channels: int, least: int = 1) -> None:
         if x.ndim != 4 or x.shape[1] != channels:
             raise ValueError(f"{name} must be (frames, {channels} channels, height, width), not {tuple(x.shape)}")
+        if min(x.shape[2:]) < least:
+            raise ValueError(f"{name} must be at least {least} x {least} pixels, not {x.shape[2]} x {x.shape[3]}")
 
     def in_pieces(
         self, half: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int | None, unit: int, unit_out: int
