@@ -531,13 +531,12 @@ class DiffusionPipeline:
         positive text, and the prediction goes `guidance_scale` times the way from the one to the other.
         """
         warm_up = len(timesteps) - steps * self.scheduler.order  # solver calls that make no step of their own (PNDM)
-        done, context = 0, None
+        done = 0
         with self._placed("unet") as unet:
             predict = fast.door(unet)  # the same numbers, computed faster where nothing of the UNet was changed
+            context = _join(negative, text).to(unet.dtype)
             for i, t in enumerate(timesteps):
-                if context is None:
-                    context = (text if negative is None else torch.cat([negative, text])).to(unet.dtype)
-                batch = self.scheduler.scale_model_input(x if negative is None else torch.cat([x, x]), t)
+                batch = self.scheduler.scale_model_input(x.repeat(len(context) // len(x), 1, 1, 1, 1), t)
                 eps = predict(batch.to(unet.dtype), t, context)
                 if negative is not None:
                     eps_negative, eps_text = eps.chunk(2)
@@ -553,7 +552,7 @@ class DiffusionPipeline:
                     before = text, negative
                     x, text, negative = callbacks(self, done, t, x, text, negative)
                     if callbacks.show_text or text is not before[0] or negative is not before[1]:
-                        context = None
+                        context = _join(negative, text).to(unet.dtype)
                     done += 1
                     bar.update()
         return x
@@ -620,3 +619,8 @@ class DiffusionPipeline:
         if negatives not in (1, batch):
             raise ValueError(f"{negatives} negative prompts for {batch} prompts: give one, or one for each")
         return batch
+
+
+def _join(negative: Tensor | None, text: Tensor) -> Tensor:
+    """The texts (b l d) of one prediction: with guidance the negative ones (b l d) first."""
+    return text if negative is None else torch.cat([negative, text])
