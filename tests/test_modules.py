@@ -1,0 +1,243 @@
+"""The plain networks behave as any PyTorch module does: under hooks, compilers, transforms, wrappers and copies.
+
+A network is small here, and every parameter random: a branch that starts as zero would hide what it is given.
+"""
+
+import copy
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, jvp, stack_module_state, vmap
+
+from minit2v import (
+    AutoencoderKL,
+    CLIPTextModel,
+    MotionAdapter,
+    UNet2DConditionModel,
+    UNet3DConditionModel,
+    UNetMotionModel,
+)
+
+SHARED = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 8}
+
+
+def blocks(kind: str) -> dict:
+    return {
+        "down_block_types": (f"CrossAttnDownBlock{kind}", f"DownBlock{kind}"),
+        "up_block_types": (f"UpBlock{kind}", f"CrossAttnUpBlock{kind}"),
+    }
+
+
+VAE = {
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 2,
+    "up_block_types": ("UpDecoderBlock2D",) * 2,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "sample_size": 16,
+}
+CLIP = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 50,
+    "max_position_embeddings": 7,
+}
+ADAPTER = {
+    "block_out_channels": (8, 16),
+    "motion_layers_per_block": 1,
+    "motion_num_attention_heads": 2,
+    "motion_norm_num_groups": 4,
+}
+MAKE = {
+    "unet3d": lambda: UNet3DConditionModel(**SHARED, **blocks("3D"), attention_head_dim=4),
+    "unet2d": lambda: UNet2DConditionModel(**SHARED, **blocks("2D"), attention_head_dim=2),
+    "motion": lambda: UNetMotionModel(
+        **SHARED, **blocks("Motion"), num_attention_heads=2, motion_num_attention_heads=2
+    ),
+    "motion, norms over the video": lambda: UNetMotionModel(
+        **SHARED, **blocks("Motion"), num_attention_heads=2, motion_num_attention_heads=2,
+        motion_norms="video", resnet_norms="video",
+    ),
+    "vae": lambda: WholeVAE(**VAE),
+    "clip": lambda: CLIPTextModel(**CLIP),
+}  # fmt: skip
+UNETS = [name for name in MAKE if name not in ("vae", "clip")]
+COMPILER = "inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
+
+
+class WholeVAE(AutoencoderKL):
+    """The VAE as one call, for what looks at a module's `forward`: there and back."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.decode(self.encode(x).mode())
+
+
+@pytest.fixture(params=MAKE)
+def case(request, randomize_):
+    """(the network, its arguments of batch 2)"""
+    return randomize_(MAKE[request.param]()).eval(), inputs(request.param)
+
+
+@pytest.fixture(params=UNETS)
+def unet_case(request, randomize_):
+    return randomize_(MAKE[request.param]()).eval(), inputs(request.param)
+
+
+def inputs(name: str, b: int = 2) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    if name == "clip":
+        return (torch.randint(0, 50, (b, 7)),)
+    if name == "vae":
+        return (torch.randn(b, 3, 8, 6),)
+    x = torch.randn(b, 4, 6, 4) if name == "unet2d" else torch.randn(b, 4, 3, 6, 4)
+    return x, torch.tensor([981, 3])[:b], torch.randn(b, 5, 8)
+
+
+def everything(network: nn.Module, args: tuple) -> list[torch.Tensor]:
+    """The output and the gradient of every parameter."""
+    network.zero_grad()
+    y = network(*args)
+    y.square().sum().backward()
+    return [y.detach(), *(p.grad.clone() for p in network.parameters())]
+
+
+def close(a: list[torch.Tensor], b: list[torch.Tensor], tolerance: float = 1e-4) -> None:
+    for x, y in zip(a, b, strict=True):
+        assert (x - y).norm() <= tolerance * y.norm() + 1e-6
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
+def test_no_output_changes_after_it_was_returned(case, gradients):
+    network, args = case
+    seen, called = [], set()
+
+    def keep(module, args, y):
+        called.add(module)
+        seen.append((module, y, y.clone()))
+
+    for module in network.modules():
+        module.register_forward_hook(keep)
+    with torch.set_grad_enabled(gradients):
+        y = network(*args)
+    if gradients:
+        y.square().sum().backward()
+    containers = (nn.ModuleList, nn.ModuleDict)
+    never = {m for m in network.modules() if not isinstance(m, containers)} - called
+    assert {type(m).__name__ for m in never} <= {"Level"}  # which holds blocks, and computes nothing
+    assert [type(m).__name__ for m, y, before in seen if not torch.equal(y, before)] == []
+
+
+def test_inputs_stay_as_they_were(case):
+    network, args = case
+    before = [x.clone() for x in args]
+    with torch.no_grad():
+        network(*args)
+    assert all(map(torch.equal, args, before))
+
+
+def test_autocast(case):
+    network, args = case
+    with torch.no_grad():
+        exact = network(*args)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rough = network(*args)
+    assert 0 < (rough - exact).norm() < 0.1 * exact.norm()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        everything(network, args)
+    assert all(p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_compiled_without_a_break(case):
+    """One graph, for inference and for training."""
+    network, args = case
+    torch.compiler.reset()
+    compiled = torch.compile(network, fullgraph=True, backend=COMPILER)
+    with torch.no_grad():
+        close([compiled(*args)], [network(*args)])
+    network.train()
+    close(everything(compiled, args), everything(network, args))
+
+
+def test_exported(case):
+    network, args = case
+    program = torch.export.export(network, args)
+    with torch.no_grad():
+        assert torch.equal(program.module()(*args), network(*args))
+
+
+def test_functional_call(case):
+    network, args = case
+    other = {name: p * 0.5 for name, p in network.named_parameters()}
+    with torch.no_grad():
+        y = functional_call(network, other, args)
+        half = copy.deepcopy(network)
+        half.load_state_dict(other, strict=False)
+        assert torch.equal(y, half(*args))
+
+
+def test_gradients_of_a_function(case):
+    """torch.func.grad, and the product with a direction by jvp, agree with backward."""
+    network, args = case
+    parameters = dict(network.named_parameters())
+
+    def loss(parameters):
+        return functional_call(network, parameters, args).square().sum()
+
+    gradients = grad(loss)(parameters)
+    close(list(gradients.values()), everything(network, args)[1:])
+    direction = {name: torch.randn_like(p) for name, p in parameters.items()}
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # the fused one has no forward mode
+        _, forward = jvp(loss, ({n: p.detach() for n, p in parameters.items()},), (direction,))
+    by_hand = sum((direction[name] * gradients[name]).sum() for name in gradients)
+    assert torch.allclose(forward, by_hand, rtol=1e-3)
+
+
+def test_vmap_over_an_ensemble(case, randomize_):
+    network, args = case
+    other = randomize_(copy.deepcopy(network), seed=1)
+    parameters, buffers = stack_module_state([network, other])
+    with torch.no_grad():
+        both = vmap(lambda p, b: functional_call(network, (p, b), args))(parameters, buffers)
+        close([*both], [network(*args), other(*args)])
+
+
+def test_vmap_over_videos(unet_case):
+    network, (x, t, context) = unet_case
+    with torch.no_grad():
+        each = vmap(lambda x, t, c: network(x[None], t, c[None])[0])(x, t, context)
+        close([each], [network(x, t, context)])
+
+
+def test_gradient_checkpointing(unet_case):
+    network, args = unet_case
+    exact = everything(network, args)
+    network.enable_gradient_checkpointing()
+    assert all(map(torch.equal, everything(network, args), exact))
+
+
+@pytest.mark.parametrize("copied", [
+    copy.deepcopy,
+    lambda m: pickle.loads(pickle.dumps(m)),
+    lambda m: m,
+], ids=["deepcopy", "pickle", "save"])  # fmt: skip
+def test_copies(case, copied, tmp_path, request):
+    network, args = case
+    if "save" in request.node.callspec.id:
+        torch.save(network, tmp_path / "network.pt")
+        new = torch.load(tmp_path / "network.pt", weights_only=False)
+    else:
+        new = copied(network)
+    assert type(new) is type(network) and new.config == network.config
+    with torch.no_grad():
+        assert torch.equal(new(*args), network(*args))
+        next(new.parameters()).add_(1)
+        assert not torch.equal(new(*args), network(*args))  # nothing is shared
