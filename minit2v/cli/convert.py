@@ -82,8 +82,7 @@ def _lines(work: Conversion, dst: str, dry_run: bool) -> list[str]:
 
 def _here(path_or_id: str) -> Path:
     """A path as it is, or the folder of a model of this package."""
-    path = Path(path_or_id).expanduser()
-    return path if path.exists() else embedded.find(path_or_id) or path
+    return embedded.find(path_or_id) or Path(path_or_id).expanduser()
 
 
 def _tokenizer(path_or_id: str) -> Path:

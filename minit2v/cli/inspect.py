@@ -21,12 +21,11 @@ from minit2v_convert.modelscope_configuration import NAME
 from minit2v_convert.rename import nearest
 from minit2v_convert.stream import DTYPES, first_line, open_file, parse_json
 
-from ..files import hub
+from ..files import embedded, hub
 from ..files.weights import Weightless
 from ..models.unet_motion import known_resnet_norms
 from ..pipelines import files as pipeline_files
 from ..pipelines.base import DiffusionPipeline
-from .loading import find_model
 
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pth", ".pt", ".msgpack", ".onnx")
 IMAGES = "StableDiffusionPipeline"  # no pipeline of this package, but one half of AnimateDiff's
@@ -104,7 +103,7 @@ def _meta(file: str, name: str, dtype: str, shape: Sequence[int]) -> Tensor:
 
 def run(args: argparse.Namespace) -> int:
     """The exit code: 1 where something in the model does not fit."""
-    lines, good = report(find_model(args.model), revision=getattr(args, "revision", None),
+    lines, good = report(args.model, revision=getattr(args, "revision", None),
                          variant=getattr(args, "variant", None))
     print("\n".join(lines))
     return 0 if good else 1
@@ -112,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
 
 def report(model: str, revision: str | None = None, variant: str | None = None) -> tuple[list[str], bool]:
     """The lines of the report on a folder, a file or a hub id, and whether everything in it fits."""
-    path = Path(model).expanduser()
+    path = embedded.find(model) or Path(model).expanduser()
     if is_original(path):
         return _report_folder(path) if path.is_dir() else _report_file(path)
     source = Folder(path) if path.is_dir() else _repository(model, revision)
@@ -137,6 +136,7 @@ def report(model: str, revision: str | None = None, variant: str | None = None) 
 
 def _repository(repo: str, revision: str | None) -> Source:
     """What the hub has; where it cannot be asked, what the cache has of it."""
+    hub.check_hub_id(repo)
     try:
         return Repository(repo, revision)
     except OSError as e:

@@ -1,9 +1,7 @@
 """The pipeline that the options ask for, on the device that they ask for."""
 
-import errno
 import inspect
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +40,21 @@ def load(command: str, settings: dict[str, Any], from_video: bool) -> tuple[Any,
     where = {"revision": settings.get("revision")}
     weights = {"variant": settings.get("variant"), "dtype": getattr(torch, dtype), "compat": settings.get("compat")}
     main = settings.get("model") or settings["base"]
-    path = find_model(main)
-    schedule = _schedule_of_motion(path, settings, where) if command == "animate" else {}
+    schedule = _schedule_of_motion(main, settings, where) if command == "animate" else {}
     if schedule and solver is None:
         solver = schedulers.DDIMScheduler
     say(f"loading {main}" + (f" with {settings['adapter']}" if "adapter" in settings else ""))
     parts: dict[str, Any] = {}
     if solver is not None:
         known = {k: v for k, v in schedule.items() if k in solver.field_defaults()}
-        if is_original(path):
-            parts["scheduler"] = solver.from_config(_family_of_file(path)[1], **known)
+        if is_original(main):
+            parts["scheduler"] = solver.from_config(_family_of_file(main)[1], **known)
         else:
-            parts["scheduler"] = solver.from_pretrained(path, subfolder="scheduler", **where, **known)
+            parts["scheduler"] = solver.from_pretrained(main, subfolder="scheduler", **where, **known)
     if "adapter" in settings:
         parts["motion_adapter"] = _load_adapter(settings["adapter"], weights)
     cls = getattr(pipelines, PIPELINES[command, from_video])
-    pipe = cls.from_pretrained(path, **where, **weights, **parts).to(device)
+    pipe = cls.from_pretrained(main, **where, **weights, **parts).to(device)
     if settings.get("free_init"):
         pipe.enable_free_init()
     if settings.get("optimize"):
@@ -71,7 +68,7 @@ def load(command: str, settings: dict[str, Any], from_video: bool) -> tuple[Any,
     defaults = inspect.signature(cls.__call__).parameters
     call = {argument: settings.setdefault(name, defaults[argument].default) for name, argument in names.items()}
     for name in settings.keys() & {"model", "base", "adapter"}:
-        if settings[name] not in embedded.NAMES and Path(settings[name]).exists():
+        if embedded.find(settings[name]) is None and Path(settings[name]).exists():
             settings[name] = os.path.abspath(settings[name])  # to be found from other folders, too
     settings |= {"scheduler": type(pipe.scheduler).__name__, "device": str(device),
                  "kernels": os.environ.get("MINIT2V_KERNELS") or "auto"}
@@ -104,24 +101,13 @@ def _family_of_file(path: str) -> tuple[str, dict[str, Any]]:
 
 
 def _load_adapter(name: str, weights: dict[str, Any]) -> Any:
-    path = find_model(name)
     try:
-        return MotionAdapter.from_pretrained(path, **weights)
+        return MotionAdapter.from_pretrained(name, **weights)
     except FileNotFoundError:
         if weights["variant"] is None:
             raise
         say(f"{name} has no variant {weights['variant']}: its other weights are read")
-        return MotionAdapter.from_pretrained(path, **{**weights, "variant": None})
-
-
-def find_model(model: str) -> str:
-    """A folder, a file or a hub id."""
-    if (folder := embedded.find(model)) is not None:
-        return str(folder)
-    if not Path(model).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        near = nearest(model, embedded.NAMES)
-        raise FileNotFoundError(errno.ENOENT, f"no such folder, and no hub id (owner/name){near}", model)
-    return model
+        return MotionAdapter.from_pretrained(name, **{**weights, "variant": None})
 
 
 def find_scheduler(name: str) -> type:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..files import embedded
 from .arguments import SUFFIXES, Parser
 from .messages import one_line, say
 
@@ -57,7 +58,8 @@ def run(args: argparse.Namespace, parser: Parser) -> int:
     if "kernels" in args:
         os.environ["MINIT2V_KERNELS"] = args.kernels
     given = models | given
-    preset = PRESETS.get(given.get("model") or given["base"], {})
+    main = given.get("model") or given["base"]
+    preset = PRESETS[main] if embedded.find(main) else {}
     settings = {"seed": secrets.randbelow(2**32), "fps": 8.0, **preset}
     paths = _output_paths(getattr(args, "output", None), prompts, given.get("seed", settings["seed"]))
     if video is not None:
