@@ -28,6 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 from . import convert
 
                 return convert.run(args)
+            if args.command == "blank":
+                from . import blank
+
+                return blank.run(args)
             if args.command == "bisect":
                 from . import bisect
 

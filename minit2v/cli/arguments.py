@@ -158,6 +158,12 @@ def make_parser() -> Parser:
     convert.add_argument("--ema", action="store_true", default=False, help="take a single file's moving average")
     convert.add_argument("--dry-run", action="store_true", default=False, help="print the mapping and write nothing")
 
+    blank = commands.add_parser("blank", help="write the folder of a published model, of full size, with zeros for its "
+                                "weights: to test and measure without a download")
+    blank.add_argument("model", metavar="MODEL", help="ms-1.7b, zeroscope-v2-576w, zeroscope-v2-xl, sd-1.5, "
+                       "motion-v1-5-2, ..., or a hub id")
+    blank.add_argument("dst", metavar="DIR", help="a folder that is not there or empty")
+
     bisect = commands.add_parser("bisect", help="run a step with each fused operation in turn as a Triton kernel, and "
                                  "say how far each is from float64")
     bisect.add_argument("model", nargs="?", default="shapes", help="a folder or a hub id: shapes")
@@ -167,6 +173,6 @@ def make_parser() -> Parser:
     bisect.add_argument("--height", type=_whole, default=32, metavar="PIXELS", help="32")
     bisect.add_argument("--width", type=_whole, default=32, metavar="PIXELS", help="32")
 
-    for sub in (generate, restyle, animate, inspect, convert, bisect):
+    for sub in (generate, restyle, animate, inspect, convert, blank, bisect):
         sub.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
     return parser
