@@ -6,17 +6,13 @@ Bad content raises ValueError in one line that names the file.
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minit2v_convert.rename import nearest
+from minit2v_convert.rename import Layout, nearest
 from minit2v_convert.stream import cast, open_file
-
-if TYPE_CHECKING:
-    from ..models.network import Network
 
 
 def open_weights(path: Path) -> dict[str, Tensor]:
@@ -27,13 +23,18 @@ def open_weights(path: Path) -> dict[str, Tensor]:
     return open_file(path).tensors
 
 
-def fill(model: "Network", files: Sequence[Path], dtype: torch.dtype) -> None:
-    """Give a model on `meta` the weights of `files`, strictly. ValueError in one line where they do not fit it."""
+def fill(model: nn.Module, layout: Layout, files: Sequence[Path], dtype: torch.dtype) -> None:
+    """Give a model on `meta` the weights of `files`, strictly. ValueError in one line where they do not fit it.
+
+    layout: from the names in the files to the model's own.
+    """
     label = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-    fill_from(model, label, lambda: _open_all(files), dtype)
+    fill_from(model, layout, label, lambda: _open_all(files), dtype)
 
 
-def fill_from(model: "Network", label: str, open_all: Callable[[], dict[str, Tensor]], dtype: torch.dtype) -> None:
+def fill_from(
+    model: nn.Module, layout: Layout, label: str, open_all: Callable[[], dict[str, Tensor]], dtype: torch.dtype
+) -> None:
     """`fill` with the tensors that `open_all` gives, mapped anew each time; label: where they are from.
 
     Tensors that have `dtype` stay mapped. The others are cast one by one, and what has been read for that is let go
@@ -42,14 +43,14 @@ def fill_from(model: "Network", label: str, open_all: Callable[[], dict[str, Ten
     tensors = open_all()
     expected = model.state_dict()
     try:
-        found, unknown = model.layout.match(tensors)
+        found, unknown = layout.match(tensors)
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from None
-    missing = list(model.layout.to_published({name: None for name in expected if name not in found}))
+    missing = list(layout.to_published({name: None for name in expected if name not in found}))
     unknown = sorted(unknown + [published for name, published in found.items() if name not in expected])
     shapes = []
     for name, published in found.items():
-        have = model.layout.squeeze(name, tensors[published])
+        have = layout.squeeze(name, tensors[published])
         if name in expected and have.shape != expected[name].shape:
             shapes.append(f"{published!r} is {tuple(have.shape)}, not {tuple(expected[name].shape)}")
     if missing or unknown or shapes:
@@ -63,7 +64,7 @@ def fill_from(model: "Network", label: str, open_all: Callable[[], dict[str, Ten
     ready = {}
     unreleased = 0
     for name, published in found.items():
-        x = model.layout.squeeze(name, tensors[published])
+        x = layout.squeeze(name, tensors[published])
         if x.dtype == dtype:
             ready[name] = x
             continue

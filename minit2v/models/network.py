@@ -130,7 +130,7 @@ class Network(nn.Module):
                 model = cls.from_config(config, compat=compat, **config_overrides)
         except ValueError as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from None
-        fill(model, files, dtype)
+        fill(model, cls.layout, files, dtype)
         return model.eval()
 
     @classmethod
@@ -180,7 +180,7 @@ class Network(nn.Module):
         except ValueError as error:
             hint = f"; {UNSAID}, or the fields" if part.guessed else ""
             raise ValueError(f"{label}: {error}{hint}") from None
-        fill_from(model, label, part.tensors, dtype)
+        fill_from(model, cls.layout, label, part.tensors, dtype)
         return model.eval()
 
     @classmethod
