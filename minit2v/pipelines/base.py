@@ -112,6 +112,9 @@ class DiffusionPipeline:
         for name in self.FIELDS:
             setattr(self, name, defaults[name] if fields.get(name) is None else fields[name])
         for name in self.COMPONENTS:
+            if isinstance(components[name], type):
+                raise TypeError(f"{name} must be a component, not the class {components[name].__name__}: only "
+                                "from_pretrained and from_single_file load one")  # fmt: skip
             setattr(self, name, components[name])
         self._offload_to: torch.device | None = None
         self._free_init: FreeInit | None = None
@@ -178,7 +181,9 @@ class DiffusionPipeline:
 
         Called on `DiffusionPipeline`, model_index.json names the class. `torch_dtype` and `dtype` are one argument
         under its old and new name; None is float32, and a dictionary {component: dtype, "default": dtype} gives each
-        its own. Components given by name (`vae=...`, `scheduler=...`) are used in place of the folder's, also None.
+        its own. Components given by name (`vae=...`, `scheduler=...`) are used in place of the folder's, also None; a
+        class (`unet=MyUNet`, `scheduler=MyScheduler`) loads the folder's with that class. No file makes anything be
+        imported: a pipeline that was saved with a class of your own has to be told it.
         A file in place of the folder is read as by `from_single_file`, and so is a folder of ModelScope's files.
         """
         if subfolder is None and is_original(path_or_id):
