@@ -118,6 +118,7 @@ class UNet2DConditionModel(UNet):
     """The image model. Keyword arguments are the fields of UNet2DConfig."""
 
     Config = UNet2DConfig
+    config: UNet2DConfig
     layout = diffusers_unet2d.LAYOUT
 
     def make_block(self, c_in: int, c_out: int, attention: bool) -> Block:

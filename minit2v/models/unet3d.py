@@ -82,6 +82,7 @@ class UNet3DConditionModel(UNet):
     """The whole network. Keyword arguments are the fields of UNet3DConfig."""
 
     Config = UNet3DConfig
+    config: UNet3DConfig
     layout = diffusers_unet3d.LAYOUT
 
     def __init__(self, config: UNet3DConfig | None = None, **fields: Any):

@@ -73,6 +73,7 @@ class MotionAdapter(Network):
     """The motion modules of every level, to be put into an image model by `UNetMotionModel.from_unet2d`."""
 
     Config = MotionAdapterConfig
+    config: MotionAdapterConfig
     layout = diffusers_motion.ADAPTER
 
     def __init__(self, config: MotionAdapterConfig | None = None, **fields: Any):
@@ -216,6 +217,7 @@ class UNetMotionModel(UNet):
     """The image model with its motion modules. Keyword arguments are the fields of UNetMotionConfig."""
 
     Config = UNetMotionConfig
+    config: UNetMotionConfig
     layout = diffusers_motion.UNET
 
     def __init__(self, config: UNetMotionConfig | None = None, **fields: Any):

@@ -238,6 +238,7 @@ class AutoencoderKL(Network):
     """
 
     Config = AutoencoderKLConfig
+    config: AutoencoderKLConfig
     layout = LAYOUT
 
     def __init__(self, config: AutoencoderKLConfig | None = None, **fields: Any):
