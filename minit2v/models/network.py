@@ -24,6 +24,7 @@ class Network(nn.Module):
     """Base of the networks: configuration, strict loading, saving."""
 
     Config: ClassVar[type]
+    config: Any  # in every class: an object of its Config
     layout: ClassVar[Layout]
     weights_name: ClassVar[str] = "diffusion_pytorch_model"  # "model": the file names are transformers'
     # What a config.json says about itself; None: diffusers' `_class_name`.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from einops import rearrange
@@ -22,6 +22,10 @@ from minit2v_convert.folders import is_original
 from minit2v_convert.rename import nearest
 
 from ..compat import compat_fields
+from ..models.clip import CLIPTextModel
+from ..models.tokenizer import CLIPTokenizer
+from ..models.unet import UNet
+from ..models.vae import AutoencoderKL
 from ..techniques.free_init import FREQUENCIES, METHODS, NOISES, FreeInit, NoisedVideo, Rounds
 from . import files, frames
 from .checks import Generators, check_count, check_generator, check_latents, check_number, check_result, check_text
@@ -98,6 +102,14 @@ class DiffusionPipeline:
     STEP_AXES: ClassVar[str] = "(b f) c h w"  # how the scheduler sees the latents: it draws its noise in this shape
     HINTS: ClassVar[dict[str, str]] = {}  # arguments of other pipelines -> what to do instead
     CLASSES: ClassVar[dict[str, type["DiffusionPipeline"]]] = {}
+
+    # Each may be None, in a pipeline for one half of the work: what needs it then says so in one line.
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    unet: UNet
+    if TYPE_CHECKING:  # what each class defines, with arguments of its own
+        __call__: Callable[..., Any]
 
     def __init_subclass__(cls, **kw: Any):
         super().__init_subclass__(**kw)

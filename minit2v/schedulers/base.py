@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 
 from minit2v_convert.rename import nearest
 
+from .fields import describe, signature
 from .grids import BETA_SCHEDULES, beta_sigmas, exponential_sigmas, karras_sigmas, zero_terminal_snr
 
 CONFIG_NAME = "scheduler_config.json"
@@ -147,6 +148,11 @@ class Scheduler:
     # What zero terminal SNR ends at. Solvers in sigma cannot do with 0, and put the smallest number of float16 instead.
     smallest_alpha_bar: ClassVar[float] = 0.0
     order: ClassVar[int] = 1
+
+    def __init_subclass__(cls, **kw: Any):
+        super().__init_subclass__(**kw)
+        cls.__doc__ = describe(vars(cls).get("__doc__") or "", cls.field_defaults(), cls.choices)
+        cls.__signature__ = signature(cls.field_defaults())
 
     def __init__(self, *args: Any, compat: str | None = None, **values: Any):
         """Fields of `Fields`, by position or by name. compat: None or "diffusers" (see minit2v/compat.py).
