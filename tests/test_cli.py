@@ -780,7 +780,7 @@ def test_inspect_what_is_no_model(run, copy):
     Path("empty").mkdir()
     fails(run("inspect", "empty"), "neither model_index.json nor config.json")
     fails(run("inspect", copy / "model_index.json"), "neither a safetensors file nor one of torch.save")
-    fails(run("inspect", "gone"), "no such folder")
+    fails(run("inspect", "gone"), "no folder .gone.")
     (copy / "unet/config.json").write_text('{"_class_name": "UNet2DModel"}')
     code, out, _ = run("inspect", copy / "unet")
     assert code == 1 and "'UNet2DModel', which is not here" in out[-1]

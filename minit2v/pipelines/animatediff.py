@@ -48,6 +48,9 @@ class AnimateDiffPipeline(DiffusionPipeline):
     OPTIONAL = ("motion_adapter", "feature_extractor", "image_encoder")
     IDLE = ("motion_adapter",)  # the UNet has a copy
     FIELDS = ("clip_skip_negative",)
+    unet: UNetMotionModel
+    motion_adapter: MotionAdapter | None
+    clip_skip_negative: bool
     STEP_AXES = "b c f h w"
     HINTS = {
         "video": "; a video is continued by AnimateDiffVideoToVideoPipeline.from_pipe(pipe)",
