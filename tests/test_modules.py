@@ -4,7 +4,6 @@ A network is small here, and every parameter random: a branch that starts as zer
 """
 
 import copy
-import os
 import pickle
 import shutil
 import subprocess
@@ -17,9 +16,12 @@ from torch import nn
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 
 from minit2v import (
+    AnimateDiffPipeline,
     AutoencoderKL,
     CLIPTextModel,
+    DiffusionPipeline,
     MotionAdapter,
+    TextToVideoSDPipeline,
     UNet2DConditionModel,
     UNet3DConditionModel,
     UNetMotionModel,
@@ -50,12 +52,6 @@ CLIP = {
     "num_attention_heads": 2,
     "vocab_size": 50,
     "max_position_embeddings": 7,
-}
-ADAPTER = {
-    "block_out_channels": (8, 16),
-    "motion_layers_per_block": 1,
-    "motion_num_attention_heads": 2,
-    "motion_norm_num_groups": 4,
 }
 MAKE = {
     "unet3d": lambda: UNet3DConditionModel(**SHARED, **blocks("3D"), attention_head_dim=4),
@@ -241,3 +237,114 @@ def test_copies(case, copied, tmp_path, request):
         assert torch.equal(new(*args), network(*args))
         next(new.parameters()).add_(1)
         assert not torch.equal(new(*args), network(*args))  # nothing is shared
+
+
+WRAPPED = """
+import torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)
+mesh = dist.init_device_mesh("cpu", (1,))
+for name in names:
+    network, args = randomize_(MAKE[name]()).eval(), inputs(name)
+    exact = everything(network, args)
+    ddp = DistributedDataParallel(copy.deepcopy(network))
+    close(everything(ddp, args), exact)
+    shards = copy.deepcopy(network)
+    for m in shards.modules():
+        if type(m).__name__ in ("Block", "EncoderLayer", "Mid"):
+            fully_shard(m, mesh=mesh)
+    fully_shard(shards, mesh=mesh)
+    y = shards(*args)
+    y.square().sum().backward()
+    close([y.detach(), *(p.grad.full_tensor() for p in shards.parameters())], exact)
+    print(name, "is as it was")
+dist.destroy_process_group()
+"""
+
+
+def test_distributed(tmp_path):
+    """DDP and FSDP2 around a network, and FSDP2 around its blocks, in one process of gloo."""
+    names = ["unet3d", "motion, norms over the video", "vae", "clip"]
+    start = f"""
+import importlib.util, sys
+def load(name, path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+globals().update(vars(load("modules", {__file__!r})))
+randomize_ = load("conftest", {str(Path(__file__).with_name("conftest.py"))!r})._randomize
+folder, names = {str(tmp_path)!r}, {names!r}
+"""
+    ran = subprocess.run([sys.executable, "-c", start + WRAPPED], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.count("is as it was") == len(names)
+
+
+# ---------------------------------------------------------------------------------------------------- inside a pipeline
+
+
+CALL = dict(num_inference_steps=2, num_frames=3, height=16, width=16, guidance_scale=3.0, output_type="latent")
+
+
+@pytest.fixture
+def pipe(tmp_path, make_official_folder):
+    pipe = DiffusionPipeline.from_pretrained(make_official_folder(tmp_path, small=True))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample(pipe, **call) -> torch.Tensor:
+    return pipe("a cat", **{**CALL, **call}, generator=torch.Generator().manual_seed(0)).frames
+
+
+def test_a_compiled_unet_in_a_pipeline(pipe, tmp_path):
+    exact, state = sample(pipe), {name: x.clone() for name, x in pipe.unet.state_dict().items()}
+    unet = pipe.unet
+    torch.compiler.reset()
+    pipe.unet = torch.compile(unet, backend="aot_eager")
+    pipe.vae = torch.compile(pipe.vae, backend="aot_eager")
+    pipe.text_encoder = torch.compile(pipe.text_encoder, backend="aot_eager")
+    assert torch.allclose(sample(pipe), exact, atol=1e-4)
+    assert pipe.dtype == torch.float32 and pipe.to(torch.float32) is pipe
+    assert sample(pipe, output_type="pt").shape == (1, 3, 3, 16, 16)
+    assert torch.allclose(sample(TextToVideoSDPipeline.from_pipe(pipe)), exact, atol=1e-4)
+
+    pipe.save_pretrained(tmp_path / "saved")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    assert type(again.unet) is type(unet)
+    assert all(torch.equal(x, state[name]) for name, x in again.unet.state_dict().items())
+    with torch.no_grad():
+        unet.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="its parameter 'conv_out.bias' holds some"):
+        sample(pipe)
+
+
+def test_compiled_motion_modules_in_a_pipeline(tmp_path, make_official_folder, make_adapter_folder):
+    adapter = MotionAdapter.from_pretrained(make_adapter_folder(tmp_path, "v1-5-2"))
+    folder = make_official_folder(tmp_path / "images", "sd15", small=True)
+    pipe = AnimateDiffPipeline.from_pretrained(folder, motion_adapter=adapter)
+    exact = sample(pipe)
+    torch.compiler.reset()
+    pipe.unet = torch.compile(pipe.unet, backend="aot_eager")
+    assert torch.allclose(sample(pipe), exact, atol=1e-4)
+    new = AnimateDiffPipeline.from_pipe(pipe)
+    assert new.unet is pipe.unet
+    assert type(AnimateDiffPipeline.from_pipe(pipe, compat="diffusers").unet) is UNetMotionModel
+
+
+def test_ddp_in_a_pipeline(pipe, monkeypatch, tmp_path):
+    """What a training script holds: the pipeline takes the network out of it, and can be saved."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", Wrapper)  # the real one needs a process group
+    exact, unet = sample(pipe), pipe.unet
+    pipe.unet = nn.parallel.DistributedDataParallel(unet)
+    assert pipe.unet is unet and torch.equal(sample(pipe), exact)
+    assert TextToVideoSDPipeline(**{**pipe.components, "unet": Wrapper(unet)}).unet is unet
