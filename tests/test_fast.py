@@ -42,7 +42,7 @@ VAE = {
 MODELS = {
     "3d": lambda: UNet3DConditionModel(**SHARED, **UNET3D),
     "motion": lambda: UNetMotionModel(**SHARED, **MOTION),
-    "motion, clip norms": lambda: UNetMotionModel(**SHARED, **MOTION, resnet_norms="clip", motion_norms="clip"),
+    "motion, clip norms": lambda: UNetMotionModel(**SHARED, **MOTION, resnet_norms="video", motion_norms="video"),
 }
 
 

@@ -21,12 +21,12 @@ from minit2v_convert import diffusers_motion
 from ..files.weights import Weightless
 from .blocks import MotionModule
 from .network import Network
-from .unet import KeysValues, UNet, check_levels, per_level
+from .unet import Place, UNet, check_levels, per_level
 from .unet2d import Block, UNet2DConditionModel, check_heads
 
 logger = logging.getLogger(__name__)
 
-Span = Literal["frame", "clip"]  # what the statistics of a norm are taken over; diffusers' choice is in compat.py
+Span = Literal["frame", "video"]  # what the statistics of a norm are taken over; diffusers' choice is in compat.py
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class MotionAdapterConfig:
     motion_max_seq_length: int = 32  # frames; v1 was trained with 24
     use_motion_mid_block: bool = True  # v2 has one, v1 and v3 have none
     motion_norms: Span = "frame"  # of the motion modules
-    resnet_norms: Span | None = None  # of the image model's ResBlocks and last norm; "clip" for v1; None: not known
+    resnet_norms: Span | None = None  # of the image model's ResBlocks and last norm; "video" for v1; None: not known
 
     FIXED: ClassVar[dict[str, Any]] = {
         "conv_in_channels": None,
@@ -120,7 +120,7 @@ def known_resnet_norms(config: Any, name: str = "") -> Span | None:
     if config.use_motion_mid_block:  # version 2
         return "frame"
     if config.motion_max_seq_length == 24 or re.search("-v1-[45]$", name):  # version 1
-        return "clip"
+        return "video"
     return "frame" if name.endswith("-v1-5-3") else None
 
 
@@ -132,7 +132,7 @@ def settle_resnet_norms(config: Any, name: str = "") -> Any:
     if span is None:
         logger.warning(
             "These motion modules may be AnimateDiff's version 1 or 3, which normalise differently: they are run as "
-            'version 3. resnet_norms="clip" says that they are version 1, resnet_norms="frame" that they are not.'
+            'version 3. resnet_norms="video" says that they are version 1, resnet_norms="frame" that they are not.'
         )
     return replace(config, resnet_norms=span or "frame")
 
@@ -224,12 +224,10 @@ class UNetMotionModel(UNet):
         super().__init__(config, **fields)
         self.install(MotionAdapter(self.config.adapter()))
 
-    def make_block(self, c_in: int, c_out: int, attention: bool) -> Block:
+    def make_block(self, c_in: int, c_out: int, attention: bool, place: Place) -> nn.Module:
         return Block(self.config, c_in, c_out, attention)
 
-    def check(
-        self, x: Tensor, t: int | float | Tensor, context: Tensor | KeysValues
-    ) -> tuple[Tensor, Tensor | KeysValues]:
+    def check(self, x: Tensor, t: int | float | Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         t, context = super().check(x, t, context)
         if x.shape[2] > (most := self.config.motion_max_seq_length):
             raise ValueError(f"x has {x.shape[2]} frames, and the motion modules know {most} positions")
@@ -338,12 +336,12 @@ class UNetMotionModel(UNet):
 
     def apply_norms(self) -> Self:
         """Have the norms span what the config says."""
-        self.clip_norms = (self.config.resnet_norms or known_resnet_norms(self.config)) == "clip"
+        self.norm_over_video = (self.config.resnet_norms or known_resnet_norms(self.config)) == "video"
         for module in self.modules():
             if isinstance(module, Block):
-                module.clip_norms = self.clip_norms
+                module.norm_over_video = self.norm_over_video
             elif isinstance(module, MotionModule):
-                module.clip_norm = self.config.motion_norms == "clip"
+                module.norm_over_video = self.config.motion_norms == "video"
         return self
 
 
