@@ -44,14 +44,17 @@ channels: int = pipe.unet.config.in_channels
 factor: int = pipe.vae.config.factor + pipe.text_encoder.config.hidden_size
 ids = pipe.tokenizer(["a"], max_length=4)
 mine: MyUNet = MyUNet.from_pretrained("shapes", subfolder="unet", strict=False)
+scheduler: DDIMScheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
 vae: AutoencoderKL = AutoencoderKL.from_pretrained("shapes", subfolder="vae").eval()
 text: CLIPTextModel = CLIPTextModel.from_config(pipe.text_encoder.config)
 adapter = MotionAdapter.from_pretrained("shapes-motion")
 motion = AnimateDiffPipeline.from_pretrained("shapes-image", motion_adapter=adapter)
+video = motion("a red circle").frames[0]
+(latents,) = pipe("a red circle", output_type="latent", return_dict=False)
+sample = scheduler.step(latents, 1, latents).prev_sample
 positions: int = motion.unet.config.motion_max_seq_length
 some = DiffusionPipeline.from_pretrained("shapes")
 frames = some("a red circle", num_frames=8).frames
-scheduler: DDIMScheduler = DDIMScheduler.from_config(some.scheduler.config)
 """
 # Each line by itself is an error.
 BAD = {

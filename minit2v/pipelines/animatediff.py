@@ -121,7 +121,7 @@ class AnimateDiffPipeline(DiffusionPipeline):
         callback: Callable[[int, Tensor, Tensor], None] | None = None,
         callback_steps: int = 1,
         **unknown: Any,
-    ) -> AnimateDiffPipelineOutput | tuple[Any]:
+    ) -> AnimateDiffPipelineOutput:
         """`num_videos_per_prompt` videos for each prompt, those of one prompt one after the other.
 
         num_frames: at most as many as the motion adapter has positions, 32 or 24. height, width: in pixels, multiples
@@ -241,7 +241,7 @@ class AnimateDiffVideoToVideoPipeline(AnimateDiffPipeline):
         callback: Callable[[int, Tensor, Tensor], None] | None = None,
         callback_steps: int = 1,
         **unknown: Any,
-    ) -> AnimateDiffPipelineOutput | tuple[Any]:
+    ) -> AnimateDiffPipelineOutput:
         """`num_videos_per_prompt` new videos for each video and prompt; one of them serves a batch of the other.
 
         video: PIL images, arrays or tensors (`frames.FORMS`), resized to height and width, or to the UNet's own size;

@@ -37,7 +37,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class PipelineOutput:
-    """What a pipeline returns: `frames` by name, `output[0]` or `output["frames"]`. `frames[i]` is the i-th video."""
+    """What a pipeline returns: `frames` by name, `output[0]` or `output["frames"]`. `frames[i]` is the i-th video.
+
+    With return_dict=False a call returns `to_tuple()` of it, for which it stands in annotations.
+    """
 
     frames: Any
 

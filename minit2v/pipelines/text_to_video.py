@@ -68,7 +68,7 @@ class TextToVideoSDPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         decode_chunk_size: int | None = None,
         **unknown: Any,
-    ) -> TextToVideoSDPipelineOutput | tuple[Any]:
+    ) -> TextToVideoSDPipelineOutput:
         """One video for each prompt.
 
         height, width: in pixels, multiples of the VAE's factor (8); the UNet's own size where not given.

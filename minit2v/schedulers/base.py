@@ -4,7 +4,7 @@ x_t = alpha_t x_0 + sigma_t eps, with alpha_t**2 + sigma_t**2 = 1. The tables ar
 wider and returns the dtype of the sample it was given.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -122,13 +122,19 @@ class NoiseSchedule:
 
 @dataclass
 class SchedulerOutput:
-    """prev_sample: the sample one step further. pred_original_sample: the guess at x_0, where the solver makes one."""
+    """prev_sample: the sample one step further. pred_original_sample: the guess at x_0, where the solver makes one.
+
+    With return_dict=False a step returns `to_tuple()` of it, for which it stands in annotations.
+    """
 
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
 
     def to_tuple(self) -> tuple[Tensor, ...]:
         return tuple(v for v in (self.prev_sample, self.pred_original_sample) if v is not None)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.to_tuple())
 
     def __getitem__(self, key: int | slice | str) -> Any:
         return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
