@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")], key=lambda path: path.as_posix())
@@ -113,6 +114,17 @@ def test_examples_run(page):
         result = runner.run(doctest.DocTestParser().get_doctest(code, {}, f"{page.name}, {number}", str(page), 0))
         assert result.failed == 0, "see the captured output"
     assert runner.tries > 0
+
+
+EXTENDING = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "extending.md").read_text(), re.M | re.S)
+
+
+@pytest.mark.parametrize("code", EXTENDING, ids=[f"example-{n}" for n in range(1, len(EXTENDING) + 1)])
+def test_examples_of_extending_run(code, tmp_path, monkeypatch):
+    """Each by itself, as somebody would who has copied it into a file."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    exec(compile(code, "extending.md", "exec"), {"__name__": "__main__"})
 
 
 def test_tables_are_those_of_the_code(facts, full, motion):
