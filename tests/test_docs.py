@@ -141,8 +141,10 @@ def test_tables_of_bytes_are_those_that_are_counted(kernel_facts):
 
 def test_figures_are_drawn(facts, kernel_facts, full, motion, tmp_path):
     import draw
+    import draw_attention
 
-    drawn = [*draw.draw_all(tmp_path, full, motion), *kernel_facts.draw_all(tmp_path)]
+    drawn = [*draw.draw_all(tmp_path, full, motion), *kernel_facts.draw_all(tmp_path),
+             draw_attention.draw_attention(tmp_path / "attention.png")]  # fmt: skip
     assert {path.name for path in drawn} == {path.name for path in FIGURES.glob("*.png")}
     for path in drawn:
         assert path.stat().st_size > 30_000
