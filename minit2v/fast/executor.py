@@ -210,7 +210,11 @@ class UNetExecutor(Executor):
         run = Run(self.ops, self.known, x.shape[2], context=context, texts=texts, compiled=self.compiled)
         modules.times_of(run, self.network, t, self.times)
         run.emb = run.emb.expand(len(x), -1).repeat_interleave(run.f, dim=0)
-        return modules.unet(run, self.network, x)
+        if not self.compiled:
+            return modules.unet(run, self.network, x)
+        # Blocks are one piece of code, of which PyTorch compiles 8 variants and then gives up.
+        with torch._dynamo.config.patch(cache_size_limit=2 * len(self.compiled)):
+            return modules.unet(run, self.network, x)
 
     def renew(self) -> None:
         super().renew()
