@@ -350,7 +350,7 @@ def test_bad_settings_are_one_line(run, model):
     fails(run(*base, "--device", "xpu:9"), "'xpu:9' is not here")
     fails(run(*base, "--width", 17), "width must be a multiple of 2", "nearest")
     fails(run(*base, "--variant", "fp15"), "fp15")
-    fails(run(*base, "--revision", "nowhere", "--model", "shape"), "no such folder", "nearest: 'shapes'")
+    fails(run(*base, "--revision", "nowhere", "--model", "shape"), "no folder .shape.", "nearest: 'shapes'")
     fails(run(*base, "--model", "gone/folder/of/mine"), "gone/folder/of/mine")
     fails(run(*base, "--kernels", "triton"), "triton")
     assert os.listdir() == []
@@ -561,7 +561,7 @@ def test_animate_a_whole_model(run, images, adapter, tmp_path):
 def test_animate_what_does_not_fit(run, model, images, adapter, make_adapter_folder, tmp_path):
     base = ["animate", "a cat", "--steps", 1, "--base"]
     fails(run(*base, model), "UNet3DConditionModel")
-    fails(run(*base, images, "--adapter", "gone"), "gone: no such folder")
+    fails(run(*base, images, "--adapter", "gone"), "no folder .gone.")
     fails(run(*base, images, "--adapter", adapter, "--num-frames", 33), "33 frames are too many.* 32")
     wide = make_adapter_folder(tmp_path, "v1-5-3", block_out_channels=[32, 96])
     fails(run(*base, images, "--adapter", wide), "does not fit the UNet")
@@ -780,7 +780,7 @@ def test_inspect_what_is_no_model(run, copy):
     Path("empty").mkdir()
     fails(run("inspect", "empty"), "neither model_index.json nor config.json")
     fails(run("inspect", copy / "model_index.json"), "neither a safetensors file nor one of torch.save")
-    fails(run("inspect", "gone"), "no such folder")
+    fails(run("inspect", "gone"), "no folder .gone.")
     (copy / "unet/config.json").write_text('{"_class_name": "UNet2DModel"}')
     code, out, _ = run("inspect", copy / "unet")
     assert code == 1 and "'UNet2DModel', which is not here" in out[-1]

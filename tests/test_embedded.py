@@ -1,7 +1,9 @@
 """The models of the package by their names, from Python."""
 
 import logging
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +12,22 @@ import minit2v
 from minit2v import AnimateDiffPipeline, AutoencoderKL, DiffusionPipeline, MotionAdapter, UNet3DConditionModel
 from minit2v.files import embedded
 from minit2v.files.hub import find_folder
+from minit2v.utils import load_video
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     embedded._tell.cache_clear()
+
+
+def test_the_first_example_of_the_readme(tmp_path):
+    code = re.search(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)[1]
+    assert "num_inference_steps=25" in code and 'from_pretrained("shapes")' in code
+    exec(code.replace("num_inference_steps=25", "num_inference_steps=1"), {})
+    assert len(load_video(str(tmp_path / "circle.mp4"))) == 16
 
 
 def test_a_pipeline_by_name():

@@ -246,7 +246,7 @@ def _version(config: Any, name: str) -> str:
     frames = config.motion_max_seq_length
     if config.use_motion_mid_block:
         return f" (v2: {frames} positions, a mid block)"
-    version = {"clip": "1", "frame": "3", None: "1 or 3"}[config.resnet_norms or known_resnet_norms(config, name)]
+    version = {"video": "1", "frame": "3", None: "1 or 3"}[config.resnet_norms or known_resnet_norms(config, name)]
     return f" (v{version}: {frames} positions, no mid block)"
 
 

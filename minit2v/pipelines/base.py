@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from einops import rearrange
@@ -24,6 +24,10 @@ from minit2v_convert.rename import nearest
 
 from .. import fast
 from ..compat import compat_fields
+from ..models.clip import CLIPTextModel
+from ..models.tokenizer import CLIPTokenizer
+from ..models.unet import UNet
+from ..models.vae import AutoencoderKL
 from ..techniques.free_init import FREQUENCIES, METHODS, NOISES, FreeInit, FreeInitRounds, NoisedVideo
 from . import files, frames
 from .checks import Generators, check_count, check_generator, check_latents, check_number, check_result, check_text
@@ -33,7 +37,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class PipelineOutput:
-    """What a pipeline returns: `frames` by name, `output[0]` or `output["frames"]`. `frames[i]` is the i-th video."""
+    """What a pipeline returns: `frames` by name, `output[0]` or `output["frames"]`. `frames[i]` is the i-th video.
+
+    With return_dict=False a call returns `to_tuple()` of it, for which it stands in annotations.
+    """
 
     frames: Any
 
@@ -101,6 +108,14 @@ class DiffusionPipeline:
     HINTS: ClassVar[dict[str, str]] = {}  # arguments of other pipelines -> what to do instead
     CLASSES: ClassVar[dict[str, type["DiffusionPipeline"]]] = {}
 
+    # Each may be None, in a pipeline for one half of the work: what needs it then says so in one line.
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    unet: UNet
+    if TYPE_CHECKING:  # what each class defines, with arguments of its own
+        __call__: Callable[..., Any]
+
     def __init_subclass__(cls, **kw: Any):
         super().__init_subclass__(**kw)
         DiffusionPipeline.CLASSES[cls.__name__] = cls
@@ -114,6 +129,9 @@ class DiffusionPipeline:
         for name in self.FIELDS:
             setattr(self, name, defaults[name] if fields.get(name) is None else fields[name])
         for name in self.COMPONENTS:
+            if isinstance(components[name], type):
+                raise TypeError(f"{name} must be a component, not the class {components[name].__name__}: only "
+                                "from_pretrained and from_single_file load one")  # fmt: skip
             setattr(self, name, components[name])
         self._offload_to: torch.device | None = None
         self._free_init: FreeInit | None = None
@@ -180,7 +198,9 @@ class DiffusionPipeline:
 
         Called on `DiffusionPipeline`, model_index.json names the class. `torch_dtype` and `dtype` are one argument
         under its old and new name; None is float32, and a dictionary {component: dtype, "default": dtype} gives each
-        its own. Components given by name (`vae=...`, `scheduler=...`) are used in place of the folder's, also None.
+        its own. Components given by name (`vae=...`, `scheduler=...`) are used in place of the folder's, also None; a
+        class (`unet=MyUNet`, `scheduler=MyScheduler`) loads the folder's with that class. No file makes anything be
+        imported: a pipeline that was saved with a class of your own has to be told it.
         A file in place of the folder is read as by `from_single_file`, and so is a folder of ModelScope's files.
         """
         if subfolder is None and is_original(path_or_id):

@@ -4,7 +4,7 @@ x_t = alpha_t x_0 + sigma_t eps, with alpha_t**2 + sigma_t**2 = 1. The tables ar
 wider and returns the dtype of the sample it was given.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from pathlib import Path
@@ -16,9 +16,11 @@ from torch import Generator, Tensor
 
 from minit2v_convert.rename import nearest
 
+from .fields import describe, signature
 from .grids import BETA_SCHEDULES, beta_sigmas, exponential_sigmas, karras_sigmas, zero_terminal_snr
 
 CONFIG_NAME = "scheduler_config.json"
+OWN_FIELDS = "_own_fields"  # in a config: the fields of a class of the user's own, which others keep and hand on
 
 # Every field that some published scheduler takes. Folders name one class and hold fields of others (ModelScope's DDIM
 # file has PNDM's `skip_prk_steps`), so all of these are kept and handed on; anything else is a spelling mistake.
@@ -120,13 +122,19 @@ class NoiseSchedule:
 
 @dataclass
 class SchedulerOutput:
-    """prev_sample: the sample one step further. pred_original_sample: the guess at x_0, where the solver makes one."""
+    """prev_sample: the sample one step further. pred_original_sample: the guess at x_0, where the solver makes one.
+
+    With return_dict=False a step returns `to_tuple()` of it, for which it stands in annotations.
+    """
 
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
 
     def to_tuple(self) -> tuple[Tensor, ...]:
         return tuple(v for v in (self.prev_sample, self.pred_original_sample) if v is not None)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.to_tuple())
 
     def __getitem__(self, key: int | slice | str) -> Any:
         return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
@@ -146,6 +154,11 @@ class Scheduler:
     # What zero terminal SNR ends at. Solvers in sigma cannot do with 0, and put the smallest number of float16 instead.
     smallest_alpha_bar: ClassVar[float] = 0.0
     order: ClassVar[int] = 1
+
+    def __init_subclass__(cls, **kw: Any):
+        super().__init_subclass__(**kw)
+        cls.__doc__ = describe(vars(cls).get("__doc__") or "", cls.field_defaults(), cls.choices)
+        cls.__signature__ = signature(cls.field_defaults())
 
     def __init__(self, *args: Any, compat: str | None = None, **values: Any):
         """Fields of `Fields`, by position or by name. compat: None or "diffusers" (see minit2v/compat.py).
@@ -197,6 +210,8 @@ class Scheduler:
             values["trained_betas"] = values["trained_betas"].tolist()
         if unset := [name for name in self.field_defaults() if name not in given]:
             values["_use_default_values"] = unset
+        if own := sorted(self.field_defaults().keys() - PUBLISHED_FIELDS - _EXTRA_FIELDS):
+            values[OWN_FIELDS] = own
         self._config = SchedulerConfig(values, explicit)
 
     @property
@@ -216,8 +231,9 @@ class Scheduler:
         cls._check_fields(overrides)
         own = cls.field_defaults()
         unset = config.get("_use_default_values", ())
+        of_users = config.get(OWN_FIELDS, ())
         values = {k: v for k, v in config.items() if k not in unset and k != "_use_default_values"}
-        known = PUBLISHED_FIELDS | own.keys() | _EXTRA_FIELDS
+        known = PUBLISHED_FIELDS | own.keys() | _EXTRA_FIELDS | {*of_users}
         for name in values:
             if name not in known and not name.startswith("_"):
                 raise ValueError(f"scheduler config: unknown field {name!r}{nearest(name, sorted(known))}")
@@ -229,7 +245,10 @@ class Scheduler:
             hidden["_class_name"] = cls.__name__
 
         new = cls(**given)
-        new._config = SchedulerConfig(hidden | new.config, explicit)
+        merged = hidden | new.config
+        if of_users:
+            merged[OWN_FIELDS] = sorted({*of_users, *new.config.get(OWN_FIELDS, ())})
+        new._config = SchedulerConfig(merged, explicit)
         return new
 
     def with_compat(self, compat: str | None) -> Self:
@@ -493,6 +512,7 @@ _EXTRA_FIELDS = frozenset({"previous_timestep", "sde_third_order", "average"})
 def _compat_fields(cls: type[Scheduler], compat: str | None) -> dict[str, Any]:
     if compat is None:
         return {}
-    from minit2v.compat import compat_fields
+    from ..compat import compat_fields
 
-    return compat_fields(cls.__name__, compat)
+    # A class of the user's own deviates as the one that it is made from.
+    return {k: v for c in reversed(cls.__mro__) for k, v in compat_fields(c.__name__, compat).items()}

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ class DDIMScheduler(Scheduler):
         "previous_timestep": ("grid", "ratio"),
     }
 
-    def __init__(self, *args, **values):
+    def __init__(self, *args: Any, **values: Any):
         super().__init__(*args, **values)
         if self.config.timestep_spacing != "leading":
             self._check_terminal(self.config.num_train_timesteps - 1)
@@ -85,7 +86,7 @@ class DDIMScheduler(Scheduler):
         generator: Generator | list[Generator] | None = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
+    ) -> SchedulerOutput:
         """x_t (b, ...) -> x_s, equations (12) and (16) of the paper; eta = 0 is deterministic, 1 is DDPM.
 
         use_clipped_model_output: the noise is worked out again from the clipped x_0. variance_noise: instead of

@@ -1,6 +1,7 @@
 """DPM-Solver and DPM-Solver++, multistep."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
         "solver_type": {"logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"},
     }
 
-    def __init__(self, *args, **values):
+    def __init__(self, *args: Any, **values: Any):
         super().__init__(*args, **values)
         c = self.config
         if not c.algorithm_type.endswith("++") and c.final_sigmas_type == "zero":
@@ -139,7 +140,7 @@ class DPMSolverMultistepScheduler(SigmaScheduler):
         generator: Generator | list[Generator] | None = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor]:
+    ) -> SchedulerOutput:
         """x_t (b, ...) -> x_s: algorithm 2 of arXiv:2211.01095, its first and third orders, its stochastic form.
 
         With h the step in lambda = log(alpha / sigma), the solution is a linear part plus an exponentially weighted

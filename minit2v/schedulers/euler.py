@@ -3,6 +3,7 @@
 import math
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ GRIDS = {"linspace": linspace, "leading": leading, "trailing": trailing}
 class _Euler(SigmaScheduler):
     """What both share: x = x_0 + sigma eps, which grows with sigma, and of which the network sees a scaled copy."""
 
-    def __init__(self, *args, **values):
+    def __init__(self, *args: Any, **values: Any):
         super().__init__(*args, **values)
         self._scaled = False
 
@@ -79,7 +80,7 @@ class EulerDiscreteScheduler(_Euler):
     }
     aliases = {"prediction_type": {"original_sample": "sample"}}
 
-    def __init__(self, *args, **values):
+    def __init__(self, *args: Any, **values: Any):
         super().__init__(*args, **values)
         # What the network is told: the timestep, or, for models trained so, log(sigma) / 4.
         self._continuous = self.config.timestep_type == "continuous" and self.config.prediction_type == "v_prediction"
@@ -136,7 +137,7 @@ class EulerDiscreteScheduler(_Euler):
         s_noise: float = 1.0,
         generator: Generator | list[Generator] | None = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
+    ) -> SchedulerOutput:
         """x (b, ...) from one sigma to the next. s_churn > 0 first adds noise where s_tmin <= sigma <= s_tmax.
 
         As published, the noise is added after the network has seen x, and only epsilon is then read at the new level.
@@ -185,7 +186,7 @@ class EulerAncestralDiscreteScheduler(_Euler):
         sample: Tensor,
         generator: Generator | list[Generator] | None = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
+    ) -> SchedulerOutput:
         """x (b, ...) from one sigma to the next: up**2 + down**2 = target**2, with up as in DDPM's posterior."""
         out, x = self._widen(model_output, sample)
         sigma, target = self._begin(timestep)

@@ -3,6 +3,7 @@
 import math
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ class PNDMScheduler(Scheduler):
         "average": ("epsilon", "prediction"),
     }
 
-    def __init__(self, *args, **values):
+    def __init__(self, *args: Any, **values: Any):
         super().__init__(*args, **values)
         self.final_alpha_cumprod = torch.ones((), dtype=torch.float64)
         if not self.config.set_alpha_to_one:
@@ -84,7 +85,7 @@ class PNDMScheduler(Scheduler):
 
     def step(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
-    ) -> SchedulerOutput | tuple[Tensor]:
+    ) -> SchedulerOutput:
         """x_t (b, ...) -> the next sample at which the network is to be asked; equations (12) and (13) of the paper."""
         out, x = self._widen(model_output, sample)
         t, by_ratio = int(timestep), self.config.previous_timestep == "ratio"
