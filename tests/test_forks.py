@@ -223,6 +223,26 @@ def test_every_network_can_be_extended(folder, adapter_folder, motion_folder, tm
     one_line(error, f"load it with the class {cls.__name__}")
 
 
+def test_an_image_model_becomes_a_fork(motion_folder):
+    from minit2v import UNet2DConditionModel
+
+    @dataclass(frozen=True)
+    class ImageConfig(UNet2DConditionModel.Config):
+        tint: int = 1
+
+    class Image(UNet2DConditionModel):
+        Config = ImageConfig
+
+    image = Image.from_pretrained(motion_folder.parent, subfolder="unet", dtype="bf16")
+    mine = MyMotion.from_unet2d(image)
+    assert mine.extra.weight.abs().sum() > 0 and {p.dtype for p in mine.parameters()} == {torch.bfloat16}
+    assert torch.equal(mine.conv_in.weight, image.conv_in.weight)
+    image.extra = nn.Linear(3, 3)
+    with pytest.raises(ValueError) as error:
+        UNetMotionModel.from_unet2d(image)
+    one_line(error, "Image has tensors for which UNetMotionModel has no place: extra.weight, extra.bias")
+
+
 def test_a_single_file(folder, caplog):
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     with pytest.raises(ValueError) as error:

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from ..models.vae import AutoencoderKL
-from .executor import UNETS, Executor, UNetExecutor, VAEExecutor
+from .executor import UNETS, Door, Executor, UNetExecutor, VAEExecutor
 
 logger = logging.getLogger(__name__)
 
@@ -27,16 +27,19 @@ executors: "WeakKeyDictionary[nn.Module, Executor | None]" = WeakKeyDictionary()
 
 
 def door(network: Any) -> Any:
-    """What computes as the network does, faster where it can: an executor, or the network itself.
+    """What computes as the network does, faster where it can, for one run: to be called as it is.
 
-    The network itself: for a class that the fast path does not know, after `restore`, and with MINIT2V_OPTIMIZE=0.
+    The network itself for a class that the fast path does not know, after `restore`, and with MINIT2V_OPTIMIZE=0.
     """
     known = type(network) in (*UNETS, AutoencoderKL)
     if not known or not is_on():
         return network
     if network not in executors:
         executors[network] = VAEExecutor(network) if isinstance(network, AutoencoderKL) else UNetExecutor(network)
-    return executors[network] or network
+    executor = executors[network]
+    if executor is None:
+        return network
+    return Door(executor) if isinstance(executor, UNetExecutor) else executor
 
 
 def is_on() -> bool:
@@ -48,7 +51,7 @@ def is_on() -> bool:
 
 
 def optimize(network: Any, *, graphs: bool = False, compile: bool = False) -> Any:
-    """The network's executor, for which its weights are laid out in memory: called as the network, faster.
+    """Lay the network's weights out for speed, once or anew. Returns its `door`.
 
     graphs: launch a UNet's predictions on CUDA as CUDA graphs; their memory stays taken until `restore`.
     compile: torch.compile each block of a UNet as it is written, at its first call.
@@ -64,7 +67,7 @@ def optimize(network: Any, *, graphs: bool = False, compile: bool = False) -> An
     else:
         executors[network] = UNetExecutor(network, True, graphs, compile)
     executors[network].refresh()
-    return executors[network]
+    return door(network)
 
 
 def restore(network: Any) -> None:

@@ -3,7 +3,7 @@
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -44,6 +44,7 @@ class Executor:
         self.places = Places(network) if lay_out else None
         self.lock = threading.RLock()
         self.state: State | None = None
+        self.plans = 0  # how many were made
 
     @property
     def network(self) -> Any:
@@ -69,6 +70,7 @@ class Executor:
             if self.state is None or not self.state.holds():
                 self.renew()
                 self.state = State(self.network)
+                self.plans += 1
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -79,7 +81,7 @@ class Executor:
         self.known = frozenset(m for m in self.network.modules() if is_known(m))
         self.ops = ops_for(next(self.network.parameters()))
         for m in self.known:
-            if isinstance(m, modules.Attention) and m.to_q.in_features == m.to_k.in_features:
+            if isinstance(m, modules.Attention) and m.to_q.bias is m.to_k.bias is m.to_v.bias is None:
                 weight = laid_together([m.to_q.weight, m.to_k.weight, m.to_v.weight])
                 if weight is not None:
                     self.ops.together[m] = weight
@@ -110,9 +112,9 @@ class State:
     """What a plan depends on: the modules, where every weight is, who is touched, which kernels are asked for."""
 
     def __init__(self, network: nn.Module):
-        self.modules = list(network.modules())
+        self.modules = list(network.modules())[1:]  # not the network, which is to be freed when it is dropped
         self.types = list(map(type, self.modules))
-        self.own = [m.__dict__ for m in self.modules]
+        self.own = [m.__dict__ for m in (network, *self.modules)]
         self.children = list(chain.from_iterable(d["_modules"].values() for d in self.own))
         self.hooks = [d[name] for d in self.own for name in ("_forward_hooks", "_forward_pre_hooks")]
         self.weights = self.now_weights()
@@ -184,71 +186,48 @@ class UNetExecutor(Executor):
         super().__init__(network, lay_out)
         self.graphs = Graphs() if graphs else None
         self.compile = compile
-        self.compiled: dict[nn.Module, Any] = {}
-        self.last_text: tuple[Any, int, dict[nn.Module, tuple[Tensor, Tensor]]] | None = None
 
-    def __call__(self, x: Tensor, t: int | float | Tensor, context: Tensor) -> Tensor:
-        """As UNet.forward."""
-        unet = self.network
-        if not self.applies(x):
-            return unet(x, t, context)
-        if isinstance(unet, UNet2DConditionModel):
-            if x.ndim != 4:
-                return unet(x, t, context)  # which says what is wrong
-            return self.predict(x[:, :, None], t, context)[:, :, 0]
-        return self.predict(x, t, context)
-
-    def predict(self, x: Tensor, t: int | float | Tensor, context: Tensor) -> Tensor:
+    def predict(self, x: Tensor, t: int | float | Tensor, context: Tensor, texts: "Texts") -> Tensor:
         """x (b c f h w), t a number or (b,), context (b l d) or (b f l d) -> the prediction (b c f h w)."""
         unet = self.network
         one = not isinstance(t, Tensor) or t.numel() == 1
-        ts, flat = unet.check(x, t, context)
+        t, flat = unet.check(x, t, context)
+        t = t[:1] if one else t  # one timestep for all videos is projected once
         self.refresh()
-        texts = self.texts(context, flat)
-        ts = ts[:1] if one else ts
-        if self.graphs is None or not can_capture(x) or any(map(is_touched, self.modules)):
-            return self.run(x, ts, flat, texts)
-        names, pairs = list(texts), [y for pair in texts.values() for y in pair]
+        of_text = texts.of(self, context, flat)
+        if self.graphs is None or not can_capture(x) or any(map(is_touched, self.state.modules)):
+            return self.run(x, t, flat, of_text)
+        names, pairs = list(of_text), [y for pair in of_text.values() for y in pair]
 
         def run(x: Tensor, t: Tensor, context: Tensor, *pairs: Tensor) -> Tensor:
             return self.run(x, t, context, dict(zip(names, zip(pairs[::2], pairs[1::2], strict=True), strict=True)))
 
         key = repr(unet.config), unet.chunking, unet.free_u
-        return self.graphs.run(key, run, [x, ts, flat, *pairs])
+        return self.graphs.run(key, run, [x, t, flat, *pairs])
 
     def run(self, x: Tensor, t: Tensor, context: Tensor, texts: dict[nn.Module, tuple[Tensor, Tensor]]) -> Tensor:
-        unet = self.network
+        """x (b c f h w), t (1,) or (b,), context (b l d) or ((b f) l d), all checked."""
         run = Run(self.ops, self.known, x.shape[2], context=context, texts=texts, compiled=self.compiled)
-        modules.times_of(run, unet, t, self.times)
-        if not run.emb.shape[0] == x.shape[0] * run.f:
-            run.emb = run.emb.expand(x.shape[0], -1) if len(run.emb) == 1 else run.emb
-            run.emb = run.emb.repeat_interleave(run.f, dim=0)
-        return modules.unet(run, unet, x)
-
-    def texts(self, context: Tensor, flat: Tensor) -> dict[nn.Module, tuple[Tensor, Tensor]]:
-        """Keys and values of the context, computed once as long as it is the same tensor and nobody writes into it."""
-        if context.is_inference():  # nobody counts what is written into it
-            return modules.texts_of(Run(self.ops, self.known), self.network, flat)
-        last = self.last_text
-        if last is None or last[0]() is not context or last[1] != context._version:
-            made = modules.texts_of(Run(self.ops, self.known), self.network, flat)
-            last = self.last_text = weakref.ref(context), context._version, made
-        return last[2]
+        modules.times_of(run, self.network, t, self.times)
+        run.emb = run.emb.expand(len(x), -1).repeat_interleave(run.f, dim=0)
+        if not self.compiled:
+            return modules.unet(run, self.network, x)
+        # Blocks are one piece of code, of which PyTorch compiles 8 variants and then gives up.
+        with torch._dynamo.config.patch(cache_size_limit=2 * len(self.compiled)):
+            return modules.unet(run, self.network, x)
 
     def renew(self) -> None:
         super().renew()
-        self.last_text = None
         unet = self.network
-        self.modules = list(unet.modules())[1:]
+        self.compiled: dict[nn.Module, Any] = {}
+        if self.compile:
+            self.compiled = {block: torch.compile(block, dynamic=False) for block in unet.blocks()}
+            self.known -= self.compiled.keys()
         parts = [p.res for p in unet.blocks() if p in self.known and p.res in self.known]
         joined = [laid_together(each) for each in of_times(parts)] if parts else [None]
         self.times = None if any(x is None for x in joined) else tuple(joined)
         if self.graphs is not None:
             self.graphs.clear()
-        self.compiled = {}
-        if self.compile:
-            self.compiled = {block: torch.compile(block, dynamic=False) for block in unet.blocks()}
-            self.known -= self.compiled.keys()
 
     def lay_out(self) -> None:
         super().lay_out()
@@ -266,6 +245,49 @@ class UNetExecutor(Executor):
 def of_times(parts: list[Any]) -> list[list[nn.Parameter]]:
     """What all ResBlocks have for the timestep: weights, biases, and the biases of their first convolutions."""
     return [[p.emb.weight for p in parts], [p.emb.bias for p in parts], [p.conv1.bias for p in parts]]
+
+
+class Texts:
+    """Keys and values of a text, computed once as long as it is the same tensor and nobody writes into it."""
+
+    def __init__(self) -> None:
+        self.last: tuple[Any, list[int], dict[nn.Module, tuple[Tensor, Tensor]]] | None = None
+
+    def of(self, executor: UNetExecutor, context: Tensor, flat: Tensor) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+        """context, and the same as (n l d) -> for each attention to the text its keys and values (n l h d)."""
+        if not context.is_inference() and self.last is not None and self.last[0]() is context:
+            if self.last[1] == versions(executor, context, self.last[2]):
+                return self.last[2]
+        made = modules.texts_of(Run(executor.ops, executor.known), executor.network, flat)
+        self.last = None if context.is_inference() else (weakref.ref(context), versions(executor, context, made), made)
+        return made
+
+
+def versions(executor: UNetExecutor, context: Tensor, attentions: Iterable[Any]) -> list[int]:
+    """How often the text and the weights that read it were written into; inference tensors do not count that."""
+    weights = (p for m in attentions for p in (m.to_k.weight, m.to_v.weight) if not p.is_inference())
+    return [executor.plans, context._version, *(p._version for p in weights)]
+
+
+class Door:
+    """A UNet's executor for one run, the steps of which have the same texts. Called as the UNet.
+
+    Keys and values of a text are made once. They are made anew when the text or the weights that read it are changed,
+    except by way of `.data`, which PyTorch does not count: open another door after that.
+    """
+
+    def __init__(self, executor: UNetExecutor):
+        self.executor, self.network, self.texts = executor, executor.network, Texts()
+
+    def __call__(self, x: Tensor, t: int | float | Tensor, context: Tensor) -> Tensor:
+        unet = self.network
+        if not self.executor.applies(x):
+            return unet(x, t, context)
+        if isinstance(unet, UNet2DConditionModel):
+            if x.ndim != 4:
+                return unet(x, t, context)  # which says what is wrong
+            return self.executor.predict(x[:, :, None], t, context, self.texts)[:, :, 0]
+        return self.executor.predict(x, t, context, self.texts)
 
 
 class VAEExecutor(Executor):

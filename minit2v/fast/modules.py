@@ -266,10 +266,8 @@ def times_of(run: Run, m: UNet, t: Tensor, together: tuple[Tensor, Tensor, Tenso
 
     together: the weights, the biases and the convolutions' biases of all ResBlocks in one, where they lie so.
     """
-    emb = timestep_embedding(t, m.config.block_out_channels[0]).to(m.conv_in.weight.dtype)
-    first, act, second = m.time_mlp
-    emb = m.time_mlp(emb) if not run.knows(first) else run.ops.linear(second, act(run.ops.linear(first, emb)))
-    run.emb, emb = emb, F.silu(emb)
+    run.emb = m.time_mlp(timestep_embedding(t, m.config.block_out_channels[0]).to(m.dtype))
+    emb = F.silu(run.emb)
     parts = [part.res for part in m.blocks() if run.knows(part) and run.knows(part.res)]
     if together is None:
         run.times = {p: F.linear(emb, p.emb.weight, p.emb.bias + p.conv1.bias) for p in parts}

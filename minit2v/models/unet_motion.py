@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -256,7 +256,7 @@ class UNetMotionModel(UNet):
         """
         if not isinstance(unet, UNet2DConditionModel):
             raise TypeError(f"unet must be a UNet2DConditionModel, not a {type(unet).__name__}")
-        image = asdict(unet.config)
+        image = {f.name: getattr(unet.config, f.name) for f in fields(UNet2DConditionModel.Config)}
         image["num_attention_heads"] = image.pop("attention_head_dim")
         for name in ("down_block_types", "up_block_types"):
             image[name] = tuple(kind.replace("2D", "Motion") for kind in image[name])
@@ -267,11 +267,16 @@ class UNetMotionModel(UNet):
             new = cls(config)
             new.explicit = motion_adapter.explicit
             return new.set_compat(compat)
-        with torch.device("meta"), Weightless():
-            new = cls(config, compat=compat)
+        new = cls._empty(config, compat, {}, strict=cls is UNetMotionModel)  # what a subclass adds has initial values
         for block in new.blocks():
             block.motion = None
-        new.load_state_dict({name: value.detach().clone() for name, value in unet.state_dict().items()}, assign=True)
+        values, image_values = new.state_dict(), unet.state_dict()
+        if unknown := [name for name in image_values if name not in values]:
+            raise ValueError(f"{type(unet).__name__} has tensors for which {cls.__name__} has no place: "
+                             f"{', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}")  # fmt: skip
+        values |= {name: value.detach().clone() for name, value in image_values.items()}
+        new.load_state_dict(values, assign=True)
+        new.to(unet.device, unet.dtype)
         new.load_motion_modules(motion_adapter)
         return new.train(unet.training)
 
