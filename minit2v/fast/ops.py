@@ -45,6 +45,13 @@ class Ops:
         # PyTorch's attention across frames moves nothing if q, k and v are three tensors. The kernel can read one.
         self.reads_fused = chosen["temporal_attention"]
 
+    def kept_bytes(self) -> int:
+        """What copies of weights in another form take."""
+        return 0
+
+    def check_kept(self) -> None:
+        """Drop copies whose weights were changed without notice."""
+
     def channels_last(self, x: Tensor) -> Tensor:
         """x (n c h w) in channels-last memory, in which tokens are views."""
         return x.contiguous(memory_format=torch.channels_last)
@@ -111,15 +118,3 @@ def add_layer_norm(
 
 def attend_frames(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int) -> Tensor:
     return temporal_attention_ref(q, k, v)
-
-
-class CPUOps(Ops):
-    """Float32 on a CPU, through oneDNN and MKL."""
-
-    def image_layout(self, x: Tensor) -> Tensor:
-        return self.channels_last(x)
-
-
-def ops_for(x: Tensor) -> Ops:
-    """The operations for a network of x's device and dtype."""
-    return CPUOps(x) if x.is_cpu and x.dtype == torch.float32 else Ops(x)
