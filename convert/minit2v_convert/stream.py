@@ -13,11 +13,13 @@ import json
 import math
 import mmap
 import os
-import re
+import secrets
+import signal
+import threading
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -78,6 +80,11 @@ def open_file(path: str | Path) -> Source:
 def first_line(error: BaseException) -> str:
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line if len(line) <= 300 else line[:297] + "..."
+
+
+def shown(text: object) -> str:
+    """For messages: line breaks, control characters and what is no character at all, escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def _broken(path: Path, why: str) -> ValueError:
@@ -315,27 +322,78 @@ def json_text(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
+class _Ended(BaseException):
+    """A signal that ends the process has come."""
+
+
+@contextmanager
+def ended_cleanly() -> Iterator[None]:
+    """SIGTERM and SIGHUP leave the block as an exception, so that it cleans up; then they end the process as always.
+
+    Nothing changes outside the main thread, and where the program has a handler of its own or ignores them (nohup).
+    """
+    came: list[int] = []
+
+    def end(number: int, frame: Any) -> None:
+        if not came:  # a second one must not interrupt the cleaning up
+            came.append(number)
+            raise _Ended
+
+    before: list[int] = []
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):  # there is no SIGHUP on Windows
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, end)
+                before.append(number)
+    try:
+        yield
+    finally:
+        for number in before:
+            signal.signal(number, signal.SIG_DFL)
+        if came:
+            os.kill(os.getpid(), came[0])
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """An empty file beside `path` that takes its place if all goes well, and is removed if not. OSErrors pass.
+
+    Its name cannot be guessed, so nobody can put a link there before; threads and machines that share a folder do not
+    meet. It has the ending of `path`, by which libraries know what to write.
+    """
+    ending = path.suffix if len(path.suffix) < 20 else ""
+    temporary = path.with_name(f".{path.stem[:30]}-{secrets.token_hex(16)}{ending}")
+    with ended_cleanly():
+        try:
+            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
+            descriptor = os.open(temporary, flags, 0o666)
+            mode = os.fstat(descriptor).st_mode  # the umask's; safetensors writes files that nobody else can read
+            os.close(descriptor)
+            yield temporary
+            temporary.chmod(mode)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`, that takes its place if all goes well and is removed if not: OSError.
+    """`beside` in a folder that is made where it is missing; whatever goes wrong is an OSError that names `path`.
 
     A ValueError is about what should be written, and passes.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode  # the umask's; safetensors writes files that nobody else can read
-        yield temporary
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    except BaseException as error:
-        if path.parent.is_dir():
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, Exception) and not isinstance(error, ValueError):  # each library that writes has its own
-            raise OSError(f"cannot write {path}: {first_line(error)}") from error
+        with beside(path) as temporary:
+            yield temporary
+    except ValueError:
         raise
+    except Exception as error:  # each library that writes has its own
+        raise OSError(f"cannot write {shown(path)}: {first_line(error)}") from error
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -381,8 +439,7 @@ def write_file(
     read(step, source name) -> tensor. done: told the bytes of each tensor that is written. Written to `path` itself;
     `replacing` gives it a temporary one.
     """
-    pickled = re.sub(r"\.\d+\.tmp$", "", path.name).endswith(PICKLES)
-    (_write_pickle if pickled else _write_safetensors)(path, plan, lambda step: made(step, read), done)
+    (_write_pickle if path.suffix in PICKLES else _write_safetensors)(path, plan, lambda step: made(step, read), done)
 
 
 def _bytes(x: Tensor) -> memoryview:
