@@ -261,8 +261,11 @@ def _encode(command: list[str], frames: list[np.ndarray], path: Path, log: Path)
         said = _said(log)
         if any("No space left" in line for line in said):
             raise OSError(errno.ENOSPC, "no space left on the disk", str(path))
-        ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        raise RuntimeError(f"{shown(path)}: the video encoder failed: {said[0] if said else ended}")
+        raise RuntimeError(f"{shown(path)}: the video encoder failed: {said[0] if said else _ended(code)}")
+
+
+def _ended(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def _said(log: Path) -> list[str]:
@@ -453,16 +456,18 @@ def _load_animation(path: Path, max_pixels: float) -> tuple[list, float | None]:
 
 
 @contextmanager
-def _ffmpeg_reads(path: Path, scratch: Path, *output: str, max_pixels: float = math.inf) -> Iterator[IO[bytes]]:
-    """What ffmpeg writes to "pipe:1". ValueError where it says that anything is wrong with the file.
+def _ffmpeg_reads(
+    path: Path, scratch: Path, *output: str, max_pixels: float = math.inf, strict: bool = True
+) -> Iterator[IO[bytes]]:
+    """What ffmpeg writes to "pipe:1". `strict`: ValueError where it says that anything is wrong with the file.
 
     max_pixels: of one frame, before there is memory for it.
     """
     log, largest = scratch / "messages", str(int(min(max_pixels, 2**31 - 1)))
     with open(path, "rb") as file, open(log, "wb") as messages:
         # Only errors are logged: what ffmpeg else says repeats what the file says, and that may look like an error.
-        process = subprocess.Popen([_ffmpeg(), "-nostdin", "-y", "-v", "error", "-xerror", "-max_pixels", largest,
-                                    "-protocol_whitelist", "fd", "-fd", "0", "-i", "fd:", *output],
+        options = ["-nostdin", "-y", "-v", "error", *["-xerror"] * strict, "-max_pixels", largest]
+        process = subprocess.Popen([_ffmpeg(), *options, "-protocol_whitelist", "fd", "-fd", "0", "-i", "fd:", *output],
                                    stdin=file, stdout=subprocess.PIPE, stderr=messages, cwd=scratch)  # fmt: skip
         try:
             yield process.stdout
@@ -472,14 +477,16 @@ def _ffmpeg_reads(path: Path, scratch: Path, *output: str, max_pixels: float = m
             process.wait()
             process.stdout.close()
     said = _said(log)
-    if code or said:
-        raise ValueError(f"{shown(path)}: not a video, or damaged ({said[0] if said else 'the decoder failed'})")
+    if strict and (code or said):
+        raise ValueError(f"{shown(path)}: not a video, or damaged ({said[0] if said else _ended(code)})")
 
 
 @dataclass(frozen=True)
 class _Packets:
-    """Of a video, without decoding it. tick: the unit of its times, and last: how long its last frame is shown, in
-    seconds; 0 where it does not say."""
+    """Of a video, without decoding it; of a damaged one as far as it goes.
+
+    tick: the unit of its times, last: how long its last frame is shown, in seconds; 0 where it does not say.
+    """
 
     count: int
     width: int
@@ -491,7 +498,7 @@ class _Packets:
 def _packets(path: Path, scratch: Path, max_pixels: float) -> _Packets:
     count, size, tick, latest = 0, (0, 0), 0.001, (-math.inf, 0)
     with _ffmpeg_reads(path, scratch, "-map", "0:V:0", "-c", "copy", "-f", "framecrc", "pipe:1",
-                       max_pixels=max_pixels) as lines:  # fmt: skip
+                       max_pixels=max_pixels, strict=False) as lines:  # fmt: skip
         for line in lines:  # "0, when decoded, when shown, for how long, bytes, checksum"
             if line.startswith(b"#"):
                 if found := re.match(rb"#(dimensions|tb) 0: (\d+)[x/](\d+)", line):
@@ -499,15 +506,16 @@ def _packets(path: Path, scratch: Path, max_pixels: float) -> _Packets:
                     size, tick = (pair, tick) if found[1] == b"dimensions" else (size, pair[0] / max(1, pair[1]))
                 continue
             count += 1
-            _, _, at, duration, *_ = map(int, line.split(b",")[:4])
-            latest = max(latest, (at, duration))
+            _, _, at, duration = map(int, line.split(b",")[:4])
+            latest = max(latest, (at, duration) if at > -(2**63) else (-math.inf, 0))  # which stands for no time
     return _Packets(count, *size, tick, max(0, latest[1]) * tick)
 
 
 def _decode(path: Path, scratch: Path, max_pixels: float) -> tuple[list, float | None]:
     """Every frame once, in the stream's own size: as PPM images, whose headers say that size.
 
-    Two files tell the rest: the time of each frame, and the rate that ffmpeg takes the video to have.
+    Two files tell the rest: the time of each frame, and the rate that ffmpeg takes the video to have. Once a frame's
+    time is noted it gets another, since images may not come out at the same time.
     """
     from PIL import Image
 
@@ -516,7 +524,7 @@ def _decode(path: Path, scratch: Path, max_pixels: float) -> tuple[list, float |
     frames, pixels, whole = [], 0, True
     with _ffmpeg_reads(
         path, scratch, "-map", "0:V:0", "-fps_mode", "passthrough",
-        "-vf", f"settb=1/{NANO},metadata=add:key=t:value=0,metadata=print:key=t:file=times",
+        "-vf", f"settb=1/{NANO},metadata=add:key=t:value=0,metadata=print:key=t:file=times,setpts=100*N/TB",
         "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "pipe:1",
         "-map", "0:V:0", "-frames:v", "1", "-pix_fmt", "gray", "-strict", "-1", "-f", "yuv4mpegpipe", "rate",
         max_pixels=max_pixels) as stream:  # fmt: skip
@@ -542,7 +550,7 @@ def _decode(path: Path, scratch: Path, max_pixels: float) -> tuple[list, float |
     said = re.findall(r"^frame:\d+ +pts:(-?\d+|NOPTS)", (scratch / "times").read_text(), re.M)
     if len(said) != len(frames) or "NOPTS" in said:
         warnings.warn(f"{shown(path)}: it does not say when its frames are shown: they are taken as "
-                      f"{declared or 25:g} fps", stacklevel=4)  # fmt: skip
+                      f"{declared or 25:g} fps", stacklevel=3)  # fmt: skip
         return frames, declared or 25
     times = [(int(t) - int(said[0])) / NANO for t in said]
     usual = sorted(b - a for a, b in itertools.pairwise(times))[(len(times) - 1) // 2] if len(times) > 1 else 0
@@ -561,13 +569,11 @@ def _on_grid(
     tick: what times were rounded to. declared: the rate that the file seems to have.
     """
     chosen, rate, exact = _even(times, tick, declared)
-    nice = Fraction(rate).limit_denominator(1001)
-    rate = float(nice) if abs(nice - rate) <= 1e-6 * rate else rate
     if not exact:
         lost = len(frames) - len(set(chosen))
         warnings.warn(f"{shown(path)}: its frames are shown for unequal times that fit no even rate: at {rate:.5g} fps "
                       f"{lost} of its {len(frames)} frames are left out, and {len(chosen) - len(set(chosen))} "
-                      "repeated", stacklevel=5)  # fmt: skip
+                      "repeated", stacklevel=4)  # fmt: skip
     if len(chosen) > len(frames):
         _check_pixels(path, len(chosen), *frames[0].size, max_pixels)
     if chosen == list(range(len(frames))):
@@ -576,38 +582,54 @@ def _on_grid(
 
 
 def _even(times: list[float], tick: float, declared: float | None) -> tuple[list[int], float, bool]:
-    """(which frame is shown at each point of an even grid, the points per second, whether all is as the file says)."""
+    """(which frame is shown at each point of an even grid, the points per second, whether all is as the file says).
+
+    A time may be off by half a tick (rounded) or a whole one (cut off), or by what nobody sees: a tenth of a frame and
+    at most 10 ms.
+    """
     times = list(itertools.accumulate(times, max))
     n, total = len(times) - 1, max(times[-1], tick)
+    # Each frame once: every time says between which lengths the frames' own must be. The end is often only guessed.
+    end = max(tick / 2, 0.1 * total, 0.25 * total / n) if n > 1 else tick / 2
+    for before, after in ((tick / 2, tick / 2), (0, 0.999 * tick)):
+        inner = list(enumerate(times[:-1]))[1:]
+        low = max([(total - end) / n, *(min((t - before) / i, max(t / (i + 0.1), (t - 0.01) / i)) for i, t in inner)])
+        high = min([(total + end) / n, *(max((t + after) / i, min(t / (i - 0.1), (t + 0.01) / i)) for i, t in inner)])
+        if 0 < low <= high:
+            usual = inner[-1][0] / inner[-1][1] if inner and declared else n / total
+            return list(range(n)), _plain(1 / high, 1 / low, usual, declared), True
+    # Some several times. More than twice as many frames are too many, unless there are few a second.
     lengths = [b - a for a, b in itertools.pairwise(times) if b > a] or [total]
-
-    def fit(rate: float, tolerance: float) -> list[int] | None:
-        """For each point of the grid the frame that begins there or before; None where one begins beside a point."""
-        for shift in (0, tick / 2):  # times may have been rounded, or cut off
-            points = [round((t + shift) * rate) for t in times[:-1]]
-            if all(a < b for a, b in itertools.pairwise(points)) and all(
-                    abs(t + shift - p / rate) <= tolerance for t, p in zip(times, points, strict=False)):
-                ends = [*points[1:], max(round(total * rate), points[-1] + 1)]
-                return [i for i, (a, b) in enumerate(zip(points, ends, strict=True)) for _ in range(b - a)]
-        return None
-
-    for rate in [*([declared] if declared else []), n / total, *([(n - 1) / times[-2]] if n > 1 and times[-2] else [])]:
-        found = fit(rate, max(0.6 * tick, 0.1 / rate))  # a tenth of a frame nobody sees
-        if found and len(found) == n:
-            return found, rate, True
     ticks = math.gcd(*(round(x / tick) for x in lengths))
-    rates = [m / min(lengths) for m in (1, 2, 3, 4)] + [24, 25, 30, 50, 60] + [declared or 30]
-    for rate in sorted([*rates, *([1 / (ticks * tick)] if ticks else [])]):
-        if total * rate <= max(2 * n, 30.5 * total) + 1:  # more are frames that nothing needs
-            found = fit(rate, min(max(0.6 * tick, 0.1 / rate), 0.25 / rate))
-            if found:
-                return found, rate, True
+    rates = [24, 25, 30, 50, 60, declared or 30, 1 / (max(1, ticks) * tick), *(m / min(lengths) for m in (1, 2, 3, 4))]
+    for rate in sorted(r for r in rates if total * r <= max(2 * n, 30.5 * total) + 1):
+        for shift in (0, tick / 2):
+            points = [round((t + shift) * rate) for t in times[:-1]]
+            near = min(max((0.499 if shift else 0.6) * tick, min(0.1 / rate, 0.01)), 0.25 / rate)
+            last = max(round(total * rate), points[-1] + 1)
+            if (all(a < b for a, b in itertools.pairwise(points))
+                    and all(abs(t + shift - p / rate) <= near for t, p in zip(times[:-1], points, strict=True))
+                    and abs(last / rate - total) <= max(0.25 / rate, 0.1 * total)):  # fmt: skip
+                pairs = zip(points, [*points[1:], last], strict=True)
+                error = 1 + tick / total / 2
+                return ([i for i, (a, b) in enumerate(pairs) for _ in range(b - a)],
+                        _plain(rate / error, rate * error, rate, declared), True)  # fmt: skip
+    # As near as it can be: the frame that is shown in the middle between two points.
     mean = declared if declared and abs(declared * total / n - 1) < 0.03 else n / total
     for rate in (mean, max(mean, min(30, 1 / min(lengths)))):
         found = [min(bisect.bisect(times, (k + 0.5) / rate) - 1, n - 1) for k in range(max(1, round(total * rate)))]
         if len(set(found)) == n:
             break
     return found, rate, False
+
+
+def _plain(low: float, high: float, near: float, declared: float | None) -> float:
+    """The declared rate where it may be that, else the simplest fraction."""
+    low, high = low * (1 - 1e-7), high * (1 + 1e-7)
+    near = min(max(near, low), high)
+    fractions = (Fraction(round(near * d), d) for d in range(1, 1002))
+    return next((float(r) for r in ([declared] if declared else []) if low <= r <= high),
+                float(next((r for r in fractions if low <= r <= high), near)))
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
