@@ -174,7 +174,7 @@ def convert(
         raise ValueError(f"{dst}: .bin files are asked for, and this name is that of another kind")
     target = _target(dst)
     if not dry_run:
-        _check_free(target)
+        _check_free(target, dst)
     opened = open_path(src, variant)
     work = _to_original(src, opened, to) if to != "diffusers" else _to_diffusers(
         src, opened, ema, tokenizer, config, safe_serialization, check)  # fmt: skip
@@ -426,17 +426,17 @@ def _target(dst: Path) -> Path:
         raise FileExistsError(f"{shown(dst)} is a link that leads nowhere: {first_line(error)}") from None
 
 
-def _check_free(dst: Path) -> None:
-    """Errors where nothing can be put in the place of `dst`, which is no link."""
-    if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
+def _check_free(target: Path, dst: Path) -> None:
+    """FileExistsError where nothing can be put in the place of `target`, to which `dst` leads."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"{shown(dst)} is there already: nothing is replaced")
-    if dst.is_dir() and (os.path.ismount(dst) or dst == Path.cwd()):
-        what = "the current folder" if dst == Path.cwd() else "where a disk begins"
-        raise FileExistsError(f"{shown(dst)} is {what}, which cannot be replaced by a new folder: give a name in it")
+    if target.is_dir() and (os.path.ismount(target) or target == Path.cwd()):
+        what = "the current folder" if target == Path.cwd() else "where a disk begins"
+        raise FileExistsError(f"{shown(dst)} is {what}, which a new folder cannot replace: give a name in it")
 
 
 def _write(work: Conversion, dst: Path, progress: Progress | None) -> None:
-    _check_free(dst)  # still
+    _check_free(dst, dst)  # still
     parent = dst.parent
     missing = [p for p in (parent, *parent.parents) if not p.exists()]
     with ended_cleanly():
