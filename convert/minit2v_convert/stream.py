@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -323,8 +323,7 @@ def _check_legacy(path: Path) -> set[str]:
         return set().union(*(_check_operations(file) for _ in range(4)))
 
 
-@dataclass(frozen=True)
-class _Thing:
+class _Thing(NamedTuple):
     """What is known of an object in a pickle: how much is in it, and what it is, where that is a text, the name of
     something that is imported, or a tuple of things."""
 
