@@ -557,7 +557,7 @@ def test_videos_whose_frames_last_unequally(suffix, tmp_path):
     frames, fps, warned = make("testsrc=s=16x16:r=30:d=1", "select=mod(n\\,3)")  # each third is missing
     assert len(frames) in (29, 30) and fps == pytest.approx(30) and not warned
     frames, fps, warned = make("testsrc=s=16x16:r=10:d=2", "settb=1/1000,setpts=PTS+70*mod(N*N\\,7)/6")
-    assert len(frames) in (19, 20, 21) and fps == pytest.approx(10, rel=0.05)
+    assert len(frames) / fps == pytest.approx(2, rel=0.1) and 9 < fps < 31
     assert len(warned) == 1 and warned[0].filename == __file__ and "\n" not in str(warned[0].message)
 
 
@@ -602,8 +602,8 @@ def test_a_limit_of_pixels(tmp_path, monkeypatch):
     monkeypatch.undo()
     for path in paths:
         assert len(load_video(path, max_pixels=7 * 64 * 64)) == len(load_video(path, max_pixels=float("inf"))) == 7
-    with pytest.raises(ValueError, match="36,001 frames of 8x8 .*max_pixels"):  # as many as its times ask for
-        load_video(animated(tmp_path / "b.png", 10**7, 10**7 * 2, 10**6 * 6 + 10 ** 3), max_pixels=2 * 10**6)
+    with pytest.raises(ValueError, match="1,461 frames of 8x8 .*max_pixels"):  # as many as its times ask for
+        load_video(animated(tmp_path / "b.png", 60_000, 50_000, 36_100), max_pixels=1460 * 64)
 
 
 def test_a_video_that_unfolds_is_refused_at_once(tmp_path):
@@ -622,7 +622,7 @@ def test_a_video_that_unfolds_is_refused_at_once(tmp_path):
         print(max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
     """), path], capture_output=True, text=True, check=True).stdout.splitlines()
     assert "150 frames of 1920x1080 are 311,040,000 pixels, and max_pixels is 268,435,456" in run[0]
-    assert int(run[1]) < 700_000  # KiB: the interpreter with torch
+    assert int(run[1]) < 900_000  # KiB, the interpreter with torch included: its frames would take 1,215,000
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif"])

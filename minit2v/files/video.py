@@ -131,8 +131,8 @@ def _replacing(path: Path) -> Iterator[Path]:
         with beside(path) as temp:
             yield temp
     except OSError as e:
-        if e.filename not in (None, str(temp), str(path)) and temp is not None:
-            raise  # another file's
+        if temp is not None and e.filename not in (None, str(temp)):
+            raise  # another file's, or it names this one already
         raise type(e)(e.errno, f"cannot write here ({e.strerror or e})", str(path)) from e
 
 
