@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from minit2v_kernels import _dispatch
 from minit2v_kernels.attention import run_temporal_attention, temporal_attention_ref
 from minit2v_kernels.conv import run_temporal_conv, temporal_conv_ref
-from minit2v_kernels.geglu import geglu_ref, run_geglu
-from minit2v_kernels.layer_norm import layer_norm_ref, run_add_layer_norm, run_layer_norm
+from minit2v_kernels.feed_forward import geglu_ref, run_geglu
+from minit2v_kernels.layer_norms import layer_norm_ref, run_add_layer_norm, run_layer_norm
 from minit2v_kernels.norm import group_norm_silu_ref, run_group_norm_silu
 
 from ..models.layers import Attention

@@ -8,7 +8,7 @@ from judge import DEVICE, DTYPES, check, randn
 
 from minit2v_kernels import add_layer_norm, add_layer_norm_ref, layer_norm, layer_norm_ref
 from minit2v_kernels._dispatch import interpreting, launch, record
-from minit2v_kernels.layer_norm import layer_norm_kernel, tile
+from minit2v_kernels.layer_norms import layer_norm_kernel, tile
 
 SHAPES = [  # (b f ... d)
     pytest.param((2, 3, 5, 320), id="d320"),
