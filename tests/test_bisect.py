@@ -46,7 +46,8 @@ class Broken:
         return self
 
     def __call__(self, x, t, context):
-        chosen = [op for op, impl in _dispatch.choices(os.environ.get("MINIT2V_KERNELS", "torch")).items() if impl == "triton"]
+        choices = _dispatch.choices(os.environ.get("MINIT2V_KERNELS", "torch"))
+        chosen = [op for op, impl in choices.items() if impl == "triton"]
         chosen = [op for op in chosen if op != "temporal_conv"]
         if _dispatch.recorded is not None:
             _dispatch.recorded.extend(chosen)
