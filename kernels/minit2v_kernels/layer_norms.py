@@ -180,9 +180,23 @@ def run_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, position
 def run_add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, positions: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    return add_and_norm(x, residual, weight, bias, eps, positions, False)
+
+
+def run_add_layer_norm_into(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, positions: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same with the sum in x's memory, if x is contiguous and of the sum's dtype: every number has one reader."""
+    return add_and_norm(x, residual, weight, bias, eps, positions, True)
+
+
+def add_and_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, positions: Tensor | None, into: bool
+) -> tuple[Tensor, Tensor]:
     shape, x, device = sizes(x), x.contiguous(), x.device
     dtype, grid, numbers, constants = plan(shape, x.dtype, residual.dtype, True, positions is not None)
-    s, y = torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
+    y = torch.empty(shape, dtype=dtype, device=device)
+    s = x if into and x.dtype == dtype else torch.empty(shape, dtype=dtype, device=device)
     p = x if positions is None else positions.contiguous()
     launch(
         layer_norm_kernel(), grid, x, residual.contiguous(), weight.contiguous(), bias.contiguous(), p, s, y,
