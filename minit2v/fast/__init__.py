@@ -39,6 +39,8 @@ def door(network: Any) -> Any:
     executor = executors[network]
     if executor is None:
         return network
+    if executor.state is not None:
+        executor.ops.check_kept()
     return Door(executor) if isinstance(executor, UNetExecutor) else executor
 
 

@@ -18,10 +18,11 @@ from ..models.unet3d import UNet3DConditionModel
 from ..models.unet_motion import UNetMotionModel
 from ..models.vae import AutoencoderKL, DiagonalGaussian
 from . import modules
+from .cpu import CPUOps
 from .graphs import Graphs, can_capture
 from .layout import Places, laid_together, lay_together
 from .modules import PARTS, Run
-from .ops import ops_for
+from .ops import Ops
 
 UNETS = (UNet3DConditionModel, UNet2DConditionModel, UNetMotionModel)
 # The methods of the classes that modules.py stands for, as they are written.
@@ -79,7 +80,9 @@ class Executor:
         if self.places is not None:
             self.lay_out()
         self.known = frozenset(m for m in self.network.modules() if is_known(m))
-        self.ops = ops_for(next(self.network.parameters()))
+        weight = next(self.network.parameters())
+        on_cpu = weight.is_cpu and weight.dtype == torch.float32
+        self.ops = CPUOps(weight, self.network) if on_cpu else Ops(weight)
         for m in self.known:
             if isinstance(m, modules.Attention) and m.to_q.bias is m.to_k.bias is m.to_v.bias is None:
                 weight = laid_together([m.to_q.weight, m.to_k.weight, m.to_v.weight])
