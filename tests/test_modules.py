@@ -131,7 +131,7 @@ def everything(network: nn.Module, args: tuple) -> list[torch.Tensor]:
 
 
 def close(a: list[torch.Tensor], b: list[torch.Tensor], tolerance: float = 1e-4) -> None:
-    """Each to `tolerance` of its size, or to a hundredth of that of the largest: some gradients are nothing but noise."""
+    """Each to `tolerance` of its size, or of a hundredth of the largest's: some gradients are nothing but noise."""
     largest = max(y.norm() for y in b)
     for x, y in zip(a, b, strict=True):
         assert (x - y).norm() <= tolerance * max(y.norm(), 1e-2 * largest)
