@@ -74,7 +74,7 @@ def plain(shape: Shape) -> tuple[tuple[str, int], ...]:
     """What diffusers' calls move for this op, kernel by kernel."""
     if isinstance(shape, kernel_shapes.TemporalAttention):
         # It permutes a temporal transformer's tokens, not q, k and v: three copies around two attentions. The first
-        # makes the clip contiguous for GroupNorm, the others turn frames of pixels into pixels of frames and back.
+        # makes the video contiguous for GroupNorm, the others turn frames of pixels into pixels of frames and back.
         return ("copies", 3 * shape.bytes() // 4), ("attention", shape.bytes())
     contender = kernels.contenders(shape, compiled=False)["eager"]
     args, kw = contender.prepare(shape, *shape.make("meta"))
@@ -106,7 +106,7 @@ def examples(workload: str = WORKLOAD) -> dict[str, Shape]:
     motion = calls("animatediff")
     norm = first("group_norm_silu", emb=1, c=320)
     return {
-        "norm over the clip": first("group_norm_silu", frames=24, c=320, silu=True),
+        "norm over the video": first("group_norm_silu", frames=24, c=320, silu=True),
         "norm with the timestep": norm,
         "norm of x and skip": replace(norm, emb=0, c2=320, calls=2),
         "temporal attention": first("temporal_attention", h=5),
