@@ -750,9 +750,9 @@ def test_inspect_truncated_weights(run, copy):
 
 
 def test_convert_and_inspect_what_came(run, tmp_path):
-    shapes, out = embedded.ASSETS / "shapes", tmp_path / "original"
-    assert run("convert", shapes, out, "--to", "original", "--dry-run")[0] == 0 and not out.exists()
-    code, lines, _ = run("convert", shapes, out, "--to=original")
+    shapes, out = embedded.ASSETS / "shapes", tmp_path / "authors"
+    assert run("convert", shapes, out, "--to", "authors", "--dry-run")[0] == 0 and not out.exists()
+    code, lines, _ = run("convert", shapes, out, "--to=authors")
     assert code == 0 and "text_encoder is left out: open_clip_pytorch_model.bin cannot be made" in lines[0]
     file = out / "text2video_pytorch_model.pth"
     code, lines, _ = run("inspect", file)
@@ -766,9 +766,10 @@ def test_convert_and_inspect_what_came(run, tmp_path):
     assert code == 0 and all(torch.equal(after[n], x.float()) for n, x in before.items()) and len(after) == len(before)
     assert (tmp_path / "folder/tokenizer/vocab.json").is_file()
 
-    fails(run("convert", file, out), "original is there already")
+    fails(run("convert", file, out), "authors is there already")
     fails(run("convert", tmp_path / "gone", "x"), "gone: No such file")
     fails(run("convert", file, "x", "--to=civitai"), "invalid choice", code=2)
+    fails(run("convert", file, "x", "--to=original"), "authors", code=2)  # its name before
     save_file({**before, "spare": torch.zeros(1)}, tmp_path / "more.safetensors")
     fails(run("convert", tmp_path / "more.safetensors", "x"), "more.safetensors: .*1 unknown: 'spare'")
     code, lines, _ = run("inspect", tmp_path / "more.safetensors")

@@ -485,7 +485,7 @@ def test_numbers_of_numpy_are_numbers(pipe):
 
 @pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
 def test_bad_weights_are_named(pipe, part):
-    parameters = getattr(pipe, part).published_state_dict()  # of the same memory as the weights
+    parameters = getattr(pipe, part).diffusers_state_dict()  # of the same memory as the weights
     name = [n for n in parameters if n.startswith("decoder") or part != "vae"][-1]
     parameters[name].view(-1)[0] = torch.nan
     with pytest.raises(FloatingPointError, match=name.replace(".", r"\.")):

@@ -144,21 +144,21 @@ def make_parser() -> Parser:
     inspect.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub")
     inspect.add_argument("--variant", metavar="NAME", help="variant of the weights' files: fp16")
 
-    convert = commands.add_parser("convert", help="from one published layout to another: .ckpt, .pth, .safetensors, "
+    convert = commands.add_parser("convert", help="from one layout to another: .ckpt, .pth, .safetensors, "
                                   "folders")
     convert.add_argument("src", metavar="SRC", help="a file of weights, or a folder")
     convert.add_argument("dst", metavar="DST", help="what to write; nothing is replaced")
-    convert.add_argument("--to", choices=("diffusers", "original", "single-file"), help="the layout: diffusers")
+    convert.add_argument("--to", choices=("diffusers", "authors", "single-file"), help="the layout: diffusers")
     convert.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="of the weights, if not as they are")
-    convert.add_argument("--tokenizer", metavar="MODEL", help="a folder or a hub id that has one; originals have none")
-    convert.add_argument("--config", metavar="MODEL", help="a folder, hub id or config.json for what an original does "
-                         "not say")
+    convert.add_argument("--tokenizer", metavar="MODEL", help="a folder or hub id that has one; authors' files do not")
+    convert.add_argument("--config", metavar="MODEL", help="a folder, hub id or config.json for what authors' "
+                         "files do not say")
     convert.add_argument("--variant", metavar="NAME", help="variant of a folder's weights: fp16")
     convert.add_argument("--bin", action="store_true", default=False, help="weights in .bin files, not .safetensors")
     convert.add_argument("--ema", action="store_true", default=False, help="take a single file's moving average")
     convert.add_argument("--dry-run", action="store_true", default=False, help="print the mapping and write nothing")
 
-    blank = commands.add_parser("blank", help="write the folder of a published model, of full size, with zeros for its "
+    blank = commands.add_parser("blank", help="write the folder of an official model, of full size, with zeros for its "
                                 "weights: to test and measure without a download")
     blank.add_argument("model", metavar="MODEL", help="ms-1.7b, zeroscope-v2-576w, zeroscope-v2-xl, sd-1.5, "
                        "motion-v1-5-2, ..., or a hub id")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from minit2v_convert.convert import FAMILIES, components, schedule_of
-from minit2v_convert.folders import is_original
+from minit2v_convert.folders import is_authors_layout
 from minit2v_convert.rename import nearest
 
 from .. import pipelines, schedulers
@@ -47,7 +47,7 @@ def load(command: str, settings: dict[str, Any], from_video: bool) -> tuple[Any,
     parts: dict[str, Any] = {}
     if solver is not None:
         known = {k: v for k, v in schedule.items() if k in solver.field_defaults()}
-        if is_original(main):
+        if is_authors_layout(main):
             parts["scheduler"] = solver.from_config(_family_of_file(main)[1], **known)
         else:
             parts["scheduler"] = solver.from_pretrained(main, subfolder="scheduler", **where, **known)
@@ -77,7 +77,7 @@ def load(command: str, settings: dict[str, Any], from_video: bool) -> tuple[Any,
 
 def _schedule_of_motion(path: str, settings: dict[str, Any], where: dict[str, Any]) -> dict[str, Any]:
     """The fields of the noise schedule in which motion modules differ from the image model, which gets an adapter."""
-    if is_file := is_original(path):
+    if is_file := is_authors_layout(path):
         unet, own = _family_of_file(path)
     else:
         unet = (read_index(path, None, where).get("unet") or [None])[-1]
@@ -93,7 +93,7 @@ def _schedule_of_motion(path: str, settings: dict[str, Any], where: dict[str, An
 
 
 def _family_of_file(path: str) -> tuple[str, dict[str, Any]]:
-    """The class of the UNet in an original, and its scheduler's config: the published one, where none is said."""
+    """The class of the UNet in authors' files, and its scheduler's config: the published one, where none is said."""
     unet = components(path).get("unet")
     if unet is None or unet.cls not in FAMILIES:
         raise ValueError(f"{path} has no UNet of {' or '.join(FAMILIES)}: it is no model")

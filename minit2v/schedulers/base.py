@@ -24,7 +24,7 @@ OWN_FIELDS = "_own_fields"  # in a config: the fields of a class of the user's o
 
 # Every field that some published scheduler takes. Folders name one class and hold fields of others (ModelScope's DDIM
 # file has PNDM's `skip_prk_steps`), so all of these are kept and handed on; anything else is a spelling mistake.
-PUBLISHED_FIELDS = frozenset(
+DIFFUSERS_FIELDS = frozenset(
     """
     algorithm_type alpha_cum_end alpha_cum_start base_image_seq_len base_shift beta_end beta_max beta_min beta_schedule
     beta_start block_length clip_denoised clip_sample clip_sample_range correct_steps corrector_k corrector_order
@@ -210,7 +210,7 @@ class Scheduler:
             values["trained_betas"] = values["trained_betas"].tolist()
         if unset := [name for name in self.field_defaults() if name not in given]:
             values["_use_default_values"] = unset
-        if own := sorted(self.field_defaults().keys() - PUBLISHED_FIELDS - _EXTRA_FIELDS):
+        if own := sorted(self.field_defaults().keys() - DIFFUSERS_FIELDS - _EXTRA_FIELDS):
             values[OWN_FIELDS] = own
         self._config = SchedulerConfig(values, explicit)
 
@@ -233,7 +233,7 @@ class Scheduler:
         unset = config.get("_use_default_values", ())
         of_users = config.get(OWN_FIELDS, ())
         values = {k: v for k, v in config.items() if k not in unset and k != "_use_default_values"}
-        known = PUBLISHED_FIELDS | own.keys() | _EXTRA_FIELDS | {*of_users}
+        known = DIFFUSERS_FIELDS | own.keys() | _EXTRA_FIELDS | {*of_users}
         for name in values:
             if name not in known and not name.startswith("_"):
                 raise ValueError(f"scheduler config: unknown field {name!r}{nearest(name, sorted(known))}")
