@@ -122,8 +122,12 @@ def test_higher_orders_of_dpm(algorithm, prediction):
     third = make(DPMSolverMultistepScheduler, **fields, solver_order=3)
     heun = make(DPMSolverMultistepScheduler, **fields, solver_type="heun")
     assert order(second) > 1.9 and order(heun) > 1.9
-    # Its own order is hidden behind that of its first two steps; that it is better is not.
-    assert error(third, 20) < error(second, 20) / 3 and error(third, 40) < error(second, 40) / 2
+    # Its own order is hidden behind that of its first two steps; that it is better is not. The published one's is not.
+    assert error(third, 20) < error(second, 20) / 2.5 and error(third, 40) < error(second, 40) / 4
+    even = fields | {"solver_order": 3, "use_karras_sigmas": False, "use_lu_lambdas": True}
+    assert order(make(DPMSolverMultistepScheduler, **even), (40, 80)) > 2.8
+    published = make(DPMSolverMultistepScheduler, **even, third_order="published")
+    assert order(published, (40, 80, 160)) < 2.2
 
 
 def test_a_repeated_sigma_is_no_step():
@@ -187,7 +191,7 @@ def test_third_order_of_the_sde_solver():
     corrected = [miss(n, solver_order=3) for n in (80, 160)]
     assert corrected[0] < miss(80, solver_order=2) / 1.5 and corrected[1] < miss(160, solver_order=2) / 2.5
     assert corrected[0] / corrected[1] > 5
-    assert miss(160, solver_order=3, sde_third_order="published") > 10 * corrected[1]
+    assert miss(160, solver_order=3, third_order="published") > 10 * corrected[1]
 
 
 @pytest.mark.parametrize(
@@ -521,7 +525,7 @@ BAD = [
     (DPMSolverMultistepScheduler, {"variance_type": "learned"}, ValueError, "variance_type must be one of None"),
     (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver"}, ValueError, "needs final_sigmas_type='sigma_min'"),
     (EulerDiscreteScheduler, {"use_karras_sigmas": True, "use_beta_sigmas": True}, ValueError, "choose one of"),
-    (PNDMScheduler, {"prediction_type": "sample"}, ValueError, "prediction_type must be one of"),
+    (PNDMScheduler, {"average": "eps"}, ValueError, "average must be one of"),
 ]
 
 
@@ -609,8 +613,8 @@ def test_fields_by_position():
         PNDMScheduler(*range(40))
 
 
-def test_pndm_says_that_it_has_no_zero_snr():
-    pndm = PNDMScheduler.from_config(EulerDiscreteScheduler(**ZERO).config)
+def test_pndm_says_that_it_ignores_zero_snr():
+    pndm = PNDMScheduler.from_config(EulerDiscreteScheduler(**ZERO).config, compat="diffusers")
     with pytest.warns(UserWarning, match="rescale_betas_zero_snr"):
         pndm.set_timesteps(5)
 
