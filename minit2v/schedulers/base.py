@@ -520,8 +520,8 @@ def _fits(value: Any, default: Any) -> bool:
 
 # Fields that we add to the published ones (minit2v/compat.py lists them with their reasons).
 _EXTRA_FIELDS = frozenset(
-    "average final_level last_noise noise_path noised_at previous_timestep spaced_timesteps third_order zero_snr"
-    .split()
+    "average final_level history last_noise noise_path noised_at previous_timestep spaced_timesteps third_order"
+    " zero_snr".split()
 )
 
 

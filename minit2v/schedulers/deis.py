@@ -26,7 +26,9 @@ class DEISMultistepScheduler(DPMSolverMultistepScheduler):
 
     choices = {"solver_order": (1, 2, 3), "algorithm_type": ("deis",), "solver_type": ("logrho",)}
     aliases = {
-        "algorithm_type": {"dpmsolver": "deis", "dpmsolver++": "deis"},
+        "algorithm_type": dict.fromkeys(
+            (*DPMSolverMultistepScheduler.choices["algorithm_type"], "data_prediction", "noise_prediction"), "deis"
+        ),
         "solver_type": {"midpoint": "logrho", "heun": "logrho", "bh1": "logrho", "bh2": "logrho"},
     }
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from .base import Generators, Stepped, Timestep, declare, randn
 from .exponential import ExponentialScheduler
 
-# DEIS and UniPC have fields of the same names.
+# DEIS, UniPC and SA-Solver have fields of the same names.
 ALIASES = {
-    "algorithm_type": {"deis": "dpmsolver++"},
+    "algorithm_type": dict.fromkeys(("deis", "data_prediction", "noise_prediction"), "dpmsolver++"),
     "solver_type": {"logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"},
 }
 

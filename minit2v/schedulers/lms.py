@@ -9,13 +9,19 @@ from .sigma import ExplodingScheduler
 
 
 class LMSDiscreteScheduler(ExplodingScheduler):
-    """k-diffusion's lms: the last four predictions of eps = dx / dsigma, joined by a polynomial in sigma."""
+    """k-diffusion's lms: the last four predictions of eps = dx / dsigma, joined by a polynomial in sigma.
+
+    history: the weights are those of the predictions that there are ("known"), or, as published, of as many as the
+    place in the grid allows ("counted"): a run that begins in the middle then drops weights, and what they carry.
+    """
 
     Fields = declare(
         use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False, prediction_type="epsilon",
         timestep_spacing="linspace", steps_offset=0, rescale_betas_zero_snr=False, zero_snr="honoured",
-        noised_at="timestep",
+        noised_at="timestep", history="known",
     )  # fmt: skip
+
+    choices = {"history": ("known", "counted")}
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Device = None, timesteps: list[float] | None = None,
@@ -33,8 +39,9 @@ class LMSDiscreteScheduler(ExplodingScheduler):
         i = self._begin(timestep)
         x0 = self._x0(out, x, self._sigmas[i])
         self.derivatives = [(x - x0) / self._sigmas[i], *self.derivatives][:order]
-        known = [self._sigmas[i - k] for k in range(len(self.derivatives))]
-        for weight, derivative in zip(adams(known, self._sigmas[i + 1]), self.derivatives, strict=True):
+        n = min(i + 1, order) if self.config.history == "counted" else len(self.derivatives)
+        weights = adams([self._sigmas[i - k] for k in range(n)], self._sigmas[i + 1])
+        for weight, derivative in zip(weights, self.derivatives, strict=False):
             x = x + weight * derivative
         return self._end(x, sample.dtype, return_dict, x0)
 

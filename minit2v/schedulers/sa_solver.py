@@ -22,13 +22,18 @@ class SASolverScheduler(ExponentialScheduler):
         lower_order_final=True, use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False,
         use_flow_sigmas=False, flow_shift=1.0, lambda_min_clipped=-float("inf"), variance_type=None,
         timestep_spacing="linspace", steps_offset=0, rescale_betas_zero_snr=False, zero_snr="honoured",
-        noised_at="timestep", spaced_timesteps="exact", final_sigmas_type="zero",
+        spaced_timesteps="exact", final_sigmas_type="zero",
     )  # fmt: skip
 
     choices = {
         "predictor_order": (1, 2, 3, 4),
         "corrector_order": (1, 2, 3, 4),
         "algorithm_type": ("data_prediction", "noise_prediction"),
+    }
+
+    aliases = {
+        "algorithm_type": dict.fromkeys(("deis", "dpmsolver", "sde-dpmsolver"), "noise_prediction")
+        | dict.fromkeys(("dpmsolver++", "sde-dpmsolver++"), "data_prediction")
     }
 
     def set_timesteps(self, *args: Any, **values: Any) -> None:

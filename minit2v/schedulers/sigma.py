@@ -116,7 +116,7 @@ class SigmaScheduler(Scheduler):
         """Where the grid has a timestep, None where it does not; first of all the place where the solver stands."""
         if self.begin_index is not None:
             at = self.begin_index if self.step_index is None else self.step_index
-            if self.config.noised_at == "counter" or (at < len(self._grid) and self._grid[at] == t):
+            if self._own("noised_at") == "counter" or (at < len(self._grid) and self._grid[at] == t):
                 return at
         return self.index_for_timestep(t) if t in self._grid else None
 
