@@ -20,7 +20,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,7 +96,7 @@ def level(scheduler: Scheduler, i: int) -> tuple[float, float]:
 
 def run(scheduler: Scheduler, x0_of: Callable[..., Tensor], x: Tensor, dtype: torch.dtype = torch.float64,
         start: int = 0, **step: Any) -> Tensor:  # fmt: skip
-    """From x = x_0 + sigma eps (b ...) at the first level down the grid that is set; what comes out is of that kind, too.
+    """From x = x_0 + sigma eps (b ...) at the first level down the grid that is set; of that kind is what comes out.
 
     x0_of(x, alpha, sigma) says E[x_0 | x]; it is told to the solver as its prediction_type wants it.
     """
@@ -122,14 +121,9 @@ def ready(name: str, n: int, **fields: Any) -> Scheduler:
     fields |= {k: v for k, v in {"final_sigmas_type": "sigma_min"}.items() if k in own}
     scheduler = type(scheduler).from_config(scheduler.config, **fields)
     steps = max(1, round((n + 1) / 2)) if scheduler.order == 2 else n
-    if name in ("lcm",) or name == "tcd":
-        scheduler.set_timesteps(min(steps, 50))
-    elif "timestep_spacing" in own and name in ("ddim", "ddpm", "plms"):
-        scheduler.set_timesteps(max(1, steps - (name == "plms")))
-    elif name == "plms":
-        scheduler.set_timesteps(max(1, steps - 1))
-    else:
-        scheduler.set_timesteps(steps)
+    if name in ("lcm", "tcd"):
+        steps = min(steps, scheduler.config.original_inference_steps)
+    scheduler.set_timesteps(max(1, steps - (name == "plms")))  # PLMS asks once more
     return scheduler
 
 
@@ -237,7 +231,7 @@ COLOURS = ("#3b78b5", "#e07b27", "#3c8f5c", "#b3423a", "#8c6bb1", "#8a6d3b", "#d
            "#1f2933")  # fmt: skip
 
 
-def draw(curves: dict[str, Any], titles: dict[str, tuple[str, str]], path: Path, footer: str, logy: bool = True) -> None:
+def draw(curves: dict[str, Any], titles: dict[str, tuple], path: Path, footer: str, logy: bool = True) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

@@ -56,7 +56,7 @@ DEVIATIONS: tuple[Deviation, ...] = (
     ),
     Deviation(
         "DPMSolverSinglestepScheduler", "third_order", "corrected", "published",
-        "one constant of the third-order rule of sde-dpmsolver++ has the wrong sign",
+        "one constant of the third-order rule of sde-dpmsolver++ has the wrong sign: the result is noise",
         "scheduling_dpmsolver_singlestep.py: singlestep_dpm_solver_third_order_update",
     ),
     Deviation(

@@ -348,6 +348,8 @@ class Scheduler:
         from ..files.hub import write_json
 
         values = {k: v for k, v in self.config.items() if k != "_use_default_values"}
+        if functions := [name for name, value in values.items() if callable(value)]:
+            raise ValueError(f"{type(self).__name__}: {functions[0]} is a function, which no file can hold")
         values["_class_name"] = type(self).__name__
         write_json(Path(folder) / CONFIG_NAME, values)
 

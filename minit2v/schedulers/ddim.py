@@ -85,8 +85,6 @@ class DDIMInverseScheduler(Scheduler):
         timestep_spacing="leading", rescale_betas_zero_snr=False, previous_timestep="grid",
     )  # fmt: skip
 
-    choices = {"timestep_spacing": ("leading", "trailing")}
-
     def __init__(self, *args, **values):
         super().__init__(*args, **values)
         self._put_timesteps(range(self.config.num_train_timesteps))
@@ -94,7 +92,7 @@ class DDIMInverseScheduler(Scheduler):
     def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
         """Lay the grid, which rises. Raises ValueError where it does not fit the training timesteps."""
         c, n = self.config, self._count(num_inference_steps)
-        grid = self._in_range(GRIDS[c.timestep_spacing](c.num_train_timesteps, n, c.steps_offset))
+        grid = self._in_range(GRIDS[c.timestep_spacing](c.num_train_timesteps, n, c.steps_offset).round())
         self.num_inference_steps = n
         self._put_timesteps(grid[::-1].astype(int), device)
 

@@ -76,10 +76,12 @@ class DPMSolverSDEScheduler(TwoStageScheduler):
 
     choices = {"noise_path": ("exact", "published")}
 
+    _seeds: list[int] | None = None
+
     def set_timesteps(self, *args: Any, **values: Any) -> None:
         """Lay the grid, as TwoStageScheduler.set_timesteps; the next step begins another path."""
         super().set_timesteps(*args, **values)
-        self._seeds: list[int] | None = None
+        self._seeds = None
         self._cached_path: Any = None
 
     def step(
