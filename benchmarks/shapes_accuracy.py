@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from minit2v import AnimateDiffPipeline, DiffusionPipeline, MotionAdapter, __version__
-from minit2v.cli import PRESETS
+from minit2v.cli.videos import PRESETS
 from minit2v.training import world
 
 NAMES = ("colour", "shape", "motion")

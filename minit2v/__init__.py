@@ -1,22 +1,55 @@
-"""Text-to-video UNets by hand: ModelScope, Zeroscope and what they need, in plain PyTorch."""
+"""Text-to-video UNets by hand: ModelScope, Zeroscope and what they need, in plain PyTorch.
 
-from .models.clip import CLIPTextModel as CLIPTextModel
-from .models.tokenizer import CLIPTokenizer as CLIPTokenizer
-from .models.unet2d import UNet2DConditionModel as UNet2DConditionModel
-from .models.unet3d import UNet3DConditionModel as UNet3DConditionModel
-from .models.unet_motion import MotionAdapter as MotionAdapter
-from .models.unet_motion import UNetMotionModel as UNetMotionModel
-from .models.vae import AutoencoderKL as AutoencoderKL
-from .pipelines import AnimateDiffPipeline as AnimateDiffPipeline
-from .pipelines import AnimateDiffPipelineOutput as AnimateDiffPipelineOutput
-from .pipelines import AnimateDiffVideoToVideoPipeline as AnimateDiffVideoToVideoPipeline
-from .pipelines import DiffusionPipeline as DiffusionPipeline
-from .pipelines import TextToVideoSDPipeline as TextToVideoSDPipeline
-from .pipelines import VideoToVideoSDPipeline as VideoToVideoSDPipeline
-from .schedulers import DDIMScheduler as DDIMScheduler
-from .schedulers import DPMSolverMultistepScheduler as DPMSolverMultistepScheduler
-from .schedulers import EulerAncestralDiscreteScheduler as EulerAncestralDiscreteScheduler
-from .schedulers import EulerDiscreteScheduler as EulerDiscreteScheduler
-from .schedulers import PNDMScheduler as PNDMScheduler
+Each name is imported when it is first used: `import minit2v` costs next to nothing.
+"""
+
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:  # the same list twice: here for type checkers, below for Python (a test compares them)
+    from .models.clip import CLIPTextModel as CLIPTextModel
+    from .models.tokenizer import CLIPTokenizer as CLIPTokenizer
+    from .models.unet2d import UNet2DConditionModel as UNet2DConditionModel
+    from .models.unet3d import UNet3DConditionModel as UNet3DConditionModel
+    from .models.unet_motion import MotionAdapter as MotionAdapter
+    from .models.unet_motion import UNetMotionModel as UNetMotionModel
+    from .models.vae import AutoencoderKL as AutoencoderKL
+    from .pipelines.animatediff import AnimateDiffPipeline as AnimateDiffPipeline
+    from .pipelines.animatediff import AnimateDiffPipelineOutput as AnimateDiffPipelineOutput
+    from .pipelines.animatediff import AnimateDiffVideoToVideoPipeline as AnimateDiffVideoToVideoPipeline
+    from .pipelines.base import DiffusionPipeline as DiffusionPipeline
+    from .pipelines.text_to_video import TextToVideoSDPipeline as TextToVideoSDPipeline
+    from .pipelines.text_to_video import TextToVideoSDPipelineOutput as TextToVideoSDPipelineOutput
+    from .pipelines.video_to_video import VideoToVideoSDPipeline as VideoToVideoSDPipeline
+    from .schedulers.ddim import DDIMScheduler as DDIMScheduler
+    from .schedulers.dpm_multistep import DPMSolverMultistepScheduler as DPMSolverMultistepScheduler
+    from .schedulers.euler import EulerAncestralDiscreteScheduler as EulerAncestralDiscreteScheduler
+    from .schedulers.euler import EulerDiscreteScheduler as EulerDiscreteScheduler
+    from .schedulers.pndm import PNDMScheduler as PNDMScheduler
+else:
+    from .lazy import lazily
+
+    _MODULE_OF = {
+        "AnimateDiffPipeline": "pipelines",
+        "AnimateDiffPipelineOutput": "pipelines",
+        "AnimateDiffVideoToVideoPipeline": "pipelines",
+        "AutoencoderKL": "models.vae",
+        "CLIPTextModel": "models.clip",
+        "CLIPTokenizer": "models.tokenizer",
+        "DDIMScheduler": "schedulers",
+        "DPMSolverMultistepScheduler": "schedulers",
+        "DiffusionPipeline": "pipelines",
+        "EulerAncestralDiscreteScheduler": "schedulers",
+        "EulerDiscreteScheduler": "schedulers",
+        "MotionAdapter": "models.unet_motion",
+        "PNDMScheduler": "schedulers",
+        "TextToVideoSDPipeline": "pipelines",
+        "TextToVideoSDPipelineOutput": "pipelines",
+        "UNet2DConditionModel": "models.unet2d",
+        "UNet3DConditionModel": "models.unet3d",
+        "UNetMotionModel": "models.unet_motion",
+        "VideoToVideoSDPipeline": "pipelines",
+    }
+    __all__ = [*_MODULE_OF]
+    __getattr__, __dir__ = lazily(__name__, _MODULE_OF)

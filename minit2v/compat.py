@@ -130,8 +130,8 @@ DEVIATIONS: tuple[Deviation, ...] = (
     ),
     *(
         Deviation(
-            network, "motion_norms", "frame", "clip",
-            "the authors normalise each frame by itself; pooled over the clip, the residual is off by 4 to 48 %",
+            network, "motion_norms", "frame", "video",
+            "the authors normalise each frame by itself; pooled over the video, the residual is off by 4 to 48 %",
             "huggingface/diffusers#5881, unet_motion_model.py: AnimateDiffTransformer3D",
         )
         for network in ("MotionAdapter", "UNetMotionModel")
@@ -139,7 +139,7 @@ DEVIATIONS: tuple[Deviation, ...] = (
     *(
         Deviation(
             network, "resnet_norms", None, "frame",
-            "version 1 was trained with norms of the image model that span the clip; None: known by its positions",
+            "version 1 was trained with norms of the image model that span the video; None: known by its positions",
             "huggingface/diffusers#5881; guoyww's inference-v1.yaml: use_inflated_groupnorm false",
         )
         for network in ("MotionAdapter", "UNetMotionModel")

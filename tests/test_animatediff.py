@@ -557,18 +557,18 @@ def norms(pipe):
 
 
 def test_compat_reaches_the_networks(pipe, base, adapter, tmp_path):
-    assert norms(pipe) == ("frame", "clip")  # version 1
+    assert norms(pipe) == ("frame", "video")  # version 1
     theirs = AnimateDiffPipeline.from_pretrained(base, motion_adapter=adapter, compat="diffusers")
-    assert norms(theirs) == ("clip", "frame") and not theirs.clip_skip_negative
+    assert norms(theirs) == ("video", "frame") and not theirs.clip_skip_negative
     assert adapter.config.motion_norms == "frame"  # as it was given
     assert theirs.scheduler.config.previous_timestep == "ratio"
 
-    for p, want in ((pipe, ("frame", "clip")), (theirs, ("clip", "frame"))):
+    for p, want in ((pipe, ("frame", "video")), (theirs, ("video", "frame"))):
         p.save_pretrained(tmp_path / want[0])
         again = DiffusionPipeline.from_pretrained(tmp_path / want[0])
         assert norms(again) == want and again.compat == p.compat
     turned = DiffusionPipeline.from_pretrained(tmp_path / "frame", compat="diffusers")
-    assert norms(turned) == ("clip", "frame")
+    assert norms(turned) == ("video", "frame")
     unet = UNetMotionModel.from_pretrained(tmp_path / "frame/unet", motion_norms="frame")  # said in code
     assert norms(AnimateDiffPipeline(**pipe.components | {"unet": unet}, compat="diffusers")) == ("frame", "frame")
 
@@ -607,6 +607,6 @@ def test_another_mode_leaves_the_pipeline_it_was_made_from_as_it_was():
         before = unet(x, 500, context)
         assert (theirs.unet(x, 500, context) - before).abs().max() > 1e-3
     assert ours.unet is unet and unet.compat is None and unet.config.motion_norms == "frame"
-    assert theirs.unet.config.motion_norms == "clip"
+    assert theirs.unet.config.motion_norms == "video"
     shared = {p.data_ptr() for p in unet.parameters()}
     assert all(p.data_ptr() in shared for p in theirs.unet.parameters())

@@ -73,7 +73,7 @@ def build(
         motion_max_seq_length=rows or (24 if version == "v1" else 32),
         use_motion_mid_block=version == "v2",
         motion_layers_per_block=layers,
-        **({"resnet_norms": "clip" if version == "v1" else "frame"} if adapter_options is None else adapter_options),
+        **({"resnet_norms": "video" if version == "v1" else "frame"} if adapter_options is None else adapter_options),
     )
     model = UNetMotionModel.from_unet2d(unet, adapter, **({} if compat is None else {"compat": compat})).double()
     with torch.no_grad():

@@ -18,7 +18,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minit2v import cli, schedulers
+from minit2v import cli
+from minit2v.cli import arguments, loading, messages, videos
+from minit2v.files import embedded
 from minit2v.files.video import export_to_video, load_video, read_metadata
 
 FAST = ["--num-frames", "3", "--steps", "2"]
@@ -142,11 +144,11 @@ def test_the_seed_is_drawn_said_and_stored(run, model):
 
 
 def test_without_a_model_the_embedded_one_and_its_settings(run, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "ASSETS", tmp_path / "assets")
+    monkeypatch.setattr(embedded, "ASSETS", tmp_path / "assets")
     fails(run("generate", "a cat"), "assets/shapes: the model of this package is not in this installation")
     shutil.copytree(model, tmp_path / "assets" / "shapes")
     code, out, err = run("generate", "a cat", "--steps", 1, "-o", "a.gif")
-    guidance = f"guidance {cli.PRESETS['shapes']['guidance_scale']:g}"
+    guidance = f"guidance {videos.PRESETS['shapes']['guidance_scale']:g}"
     assert code == 0 and any("16 frames" in line and guidance in line for line in err)
     assert read_metadata("a.gif")["model"] == "shapes"
     assert run("generate", "--replay", "a.gif", "-o", "b.gif")[0] == 0
@@ -155,10 +157,10 @@ def test_without_a_model_the_embedded_one_and_its_settings(run, model, tmp_path,
     assert run("inspect", "shapes")[0] == 0
 
 
-@pytest.mark.parametrize("name,cls", [*cli.SCHEDULERS.items(), ("DDIMScheduler", "DDIMScheduler"),
+@pytest.mark.parametrize("name,cls", [*arguments.SCHEDULERS.items(), ("DDIMScheduler", "DDIMScheduler"),
                                       ("Euler", "EulerDiscreteScheduler")])
 def test_schedulers_by_name(name, cls):
-    assert cli._scheduler_class(name, schedulers).__name__ == cls
+    assert loading.find_scheduler(name).__name__ == cls
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif"])
@@ -267,7 +269,7 @@ def test_unusual_prompts(run, model, prompt, name):
 
 def test_unwritable_outputs_fail_before_the_work(run, model, monkeypatch):
     Path("file").write_text("")
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("loaded the model"))
+    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("loaded the model"))
     fails(run("generate", "a cat", "--model", model, "-o", "file/a.mp4"), "file", "Not a directory|File exists")
     if Path("/proc").is_dir():  # where not even root may write
         fails(run("generate", "a cat", "--model", model, "-o", "/proc/a.mp4"), "/proc: cannot write here")
@@ -337,7 +339,7 @@ def test_version_and_help(capsys):
     assert re.fullmatch(r"minit2v \d+\.\d+\S*\n", capsys.readouterr().out)
     assert cli.main(["generate", "--help"]) == cli.main(["animate", "--help"]) == 0
     said = capsys.readouterr().out
-    for name in (*cli.SETTINGS, "replay", "prompts", "output", "debug"):
+    for name in (*videos.SETTINGS, "replay", "prompts", "output", "debug"):
         assert f"--{name.replace('_', '-')}" in said
 
 
@@ -348,7 +350,7 @@ def test_bad_settings_are_one_line(run, model):
     fails(run(*base, "--device", "xpu:9"), "'xpu:9' is not here")
     fails(run(*base, "--width", 17), "width must be a multiple of 2", "nearest")
     fails(run(*base, "--variant", "fp15"), "fp15")
-    fails(run(*base, "--revision", "nowhere", "--model", "shape"), "no such folder", "nearest: 'shapes'")
+    fails(run(*base, "--revision", "nowhere", "--model", "shape"), "no folder .shape.", "nearest: 'shapes'")
     fails(run(*base, "--model", "gone/folder/of/mine"), "gone/folder/of/mine")
     fails(run(*base, "--kernels", "triton"), "triton")
     assert os.listdir() == []
@@ -360,10 +362,10 @@ def test_debug_shows_where(model):
 
 
 def test_the_message_of_an_error():
-    assert cli._one_line(OSError(28, "no space", "a.mp4")) == "a.mp4: no space"
-    assert cli._one_line(KeyError("two\n  lines")) == "two lines"
-    assert cli._one_line(RuntimeError()) == "RuntimeError"
-    assert "--dtype float16" in cli._one_line(torch.OutOfMemoryError("CUDA out of memory. Tried"))
+    assert messages.one_line(OSError(28, "no space", "a.mp4")) == "a.mp4: no space"
+    assert messages.one_line(KeyError("two\n  lines")) == "two lines"
+    assert messages.one_line(RuntimeError()) == "RuntimeError"
+    assert "--dtype float16" in messages.one_line(torch.OutOfMemoryError("CUDA out of memory. Tried"))
 
 
 def spoil(folder, part, change):
@@ -499,7 +501,7 @@ def test_animate_on_the_schedule_of_the_adapters(images, adapter, tmp_path):
 
     def scheduler(**settings):
         settings = {"base": str(copy), "adapter": str(adapter), "device": "cpu", **settings}
-        return cli._load("animate", settings, False)[0].scheduler
+        return loading.load("animate", settings, False)[0].scheduler
 
     for name, cls in (({}, "DDIMScheduler"), ({"scheduler": "euler"}, "EulerDiscreteScheduler")):
         made = scheduler(**name)
@@ -517,20 +519,20 @@ def test_animate_on_the_schedule_of_the_adapters(images, adapter, tmp_path):
 
 
 def test_animate_without_an_adapter_takes_the_published_one(run, images, adapter, monkeypatch):
-    assert cli.ADAPTER == "guoyww/animatediff-motion-adapter-v1-5-2"
-    monkeypatch.setattr(cli, "ADAPTER", str(adapter))
+    assert loading.ADAPTER == "guoyww/animatediff-motion-adapter-v1-5-2"
+    monkeypatch.setattr(loading, "ADAPTER", str(adapter))
     code, out, err = run("animate", "a cat", "--base", images, *FAST, "-o", "a.gif")
     assert code == 0 and err[0].endswith(f"with {adapter}") and read_metadata("a.gif")["adapter"] == str(adapter)
 
 
 def test_animate_without_a_base_takes_the_embedded_models(run, images, adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "ASSETS", tmp_path / "assets")
+    monkeypatch.setattr(embedded, "ASSETS", tmp_path / "assets")
     fails(run("animate", "a cat"), "assets/shapes-image: the model of this package is not in this installation")
     shutil.copytree(images, tmp_path / "assets/shapes-image")
     fails(run("animate", "a cat"), "assets/shapes-motion: the model of this package is not in this installation")
     shutil.copytree(adapter, tmp_path / "assets/shapes-motion")
     code, out, err = run("animate", "a cat", "--steps", 1, "-o", "a.gif")
-    guidance = f"guidance {cli.PRESETS['shapes-image']['guidance_scale']:g}"
+    guidance = f"guidance {videos.PRESETS['shapes-image']['guidance_scale']:g}"
     assert code == 0 and any("16 frames" in line and guidance in line for line in err)
     stored = read_metadata("a.gif")
     assert (stored["base"], stored["adapter"]) == ("shapes-image", "shapes-motion")
@@ -541,7 +543,7 @@ def test_animate_a_whole_model(run, images, adapter, tmp_path):
     from minit2v import AnimateDiffPipeline, DDIMScheduler, MotionAdapter
 
     pipe = AnimateDiffPipeline.from_pretrained(images, motion_adapter=MotionAdapter.from_pretrained(adapter))
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **cli.MOTION_SCHEDULE)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **loading.MOTION_SCHEDULE)
     pipe.save_pretrained(tmp_path / "whole")
     code, out, err = run("animate", "a cat", "--base", tmp_path / "whole", *FAST, "--seed", 7, "-o", "whole.gif")
     assert code == 0 and "adapter" not in read_metadata("whole.gif")
@@ -559,7 +561,7 @@ def test_animate_a_whole_model(run, images, adapter, tmp_path):
 def test_animate_what_does_not_fit(run, model, images, adapter, make_adapter_folder, tmp_path):
     base = ["animate", "a cat", "--steps", 1, "--base"]
     fails(run(*base, model), "UNet3DConditionModel")
-    fails(run(*base, images, "--adapter", "gone"), "gone: no such folder")
+    fails(run(*base, images, "--adapter", "gone"), "no folder .gone.")
     fails(run(*base, images, "--adapter", adapter, "--num-frames", 33), "33 frames are too many.* 32")
     wide = make_adapter_folder(tmp_path, "v1-5-3", block_out_channels=[32, 96])
     fails(run(*base, images, "--adapter", wide), "does not fit the UNet")
@@ -748,7 +750,7 @@ def test_inspect_truncated_weights(run, copy):
 
 
 def test_convert_and_inspect_what_came(run, tmp_path):
-    shapes, out = cli.ASSETS / "shapes", tmp_path / "original"
+    shapes, out = embedded.ASSETS / "shapes", tmp_path / "original"
     assert run("convert", shapes, out, "--to", "original", "--dry-run")[0] == 0 and not out.exists()
     code, lines, _ = run("convert", shapes, out, "--to=original")
     assert code == 0 and "text_encoder is left out: open_clip_pytorch_model.bin cannot be made" in lines[0]
@@ -778,7 +780,7 @@ def test_inspect_what_is_no_model(run, copy):
     Path("empty").mkdir()
     fails(run("inspect", "empty"), "neither model_index.json nor config.json")
     fails(run("inspect", copy / "model_index.json"), "neither a safetensors file nor one of torch.save")
-    fails(run("inspect", "gone"), "no such folder")
+    fails(run("inspect", "gone"), "no folder .gone.")
     (copy / "unet/config.json").write_text('{"_class_name": "UNet2DModel"}')
     code, out, _ = run("inspect", copy / "unet")
     assert code == 1 and "'UNet2DModel', which is not here" in out[-1]

@@ -819,7 +819,7 @@ def test_animatediff_of_two_repositories(hub, tmp_path, make_official_folder, ma
     hub.sent.clear()
     pipe = AnimateDiffPipeline.from_pretrained("owner/image-model", motion_adapter=adapter)
     assert set(hub.sent) == wanted and len(hub.sent) == len(wanted)
-    assert adapter.config.resnet_norms == pipe.unet.config.resnet_norms == "clip"
+    assert adapter.config.resnet_norms == pipe.unet.config.resnet_norms == "video"
     local = AnimateDiffPipeline.from_pretrained(base, motion_adapter=MotionAdapter.from_pretrained(hub.repos[name]))
     assert all(same(getattr(pipe, part), getattr(local, part)) for part in NETWORKS)
 

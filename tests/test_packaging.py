@@ -61,6 +61,63 @@ def test_who_imports_whom(package):
             assert found <= ALLOWED[package], f"{path} imports {found - ALLOWED[package]}"
 
 
+def modules() -> dict[str, Path]:
+    """Every module of minit2v by its name."""
+    names = {}
+    for path in PACKAGES["minit2v"].rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+def inner_imports(name: str, known: dict[str, Path]) -> set[str]:
+    """The modules of minit2v that one imports: also inside functions, and for type checkers."""
+    path, found = known[name], set()
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            found |= {f"{base}.{a.name}" if f"{base}.{a.name}" in known else base for a in node.names}
+    return found & known.keys() - {name}
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    known = modules()
+    edges = {name: inner_imports(name, known) for name in known}
+    assert edges["minit2v.cli.videos"] >= {"minit2v.cli.loading", "minit2v.files.video"}
+    waiting, done = set(), set()
+
+    def visit(name: str, path: list[str]) -> None:
+        assert name not in waiting, " imports ".join([*path[path.index(name) :], name])
+        if name not in done:
+            waiting.add(name)
+            for other in sorted(edges[name]):
+                visit(other, [*path, name])
+            waiting.remove(name)
+            done.add(name)
+
+    for name in sorted(edges):
+        visit(name, [])
+
+
+def test_nothing_imports_the_command_line_or_the_trainers():
+    known = modules()
+    for name in known:
+        for room in ("cli", "training"):
+            if not name.startswith((f"minit2v.{room}", "minit2v.__main__")):
+                assert not [n for n in inner_imports(name, known) if n.startswith(f"minit2v.{room}")], name
+
+
+def test_every_folder_says_what_belongs_in_it():
+    for name, path in modules().items():
+        if path.name == "__init__.py":
+            text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            assert len(" ".join(text.split())) > 100, f"{name} does not say what belongs in it"
+
+
 def test_no_hidden_buffers():
     """Loading on `meta` leaves them empty, and strict loading does not notice."""
     for path in PACKAGES["minit2v"].rglob("*.py"):
@@ -111,6 +168,42 @@ def test_importing_is_light():
     assert min(t["cpu"] for t in tries) < (1.0 if os.environ.get("CI") else 0.3)
 
 
+@pytest.mark.parametrize("code,most", [("import minit2v", 0.1), ("from minit2v.cli import main; main(['--help'])", 0.3),
+                                       ("from minit2v.cli import main; main(['generate', '--sed', '1'])", 0.3)])
+def test_what_needs_no_torch_answers_at_once(code, most):
+    """Seconds of CPU, the best of five."""
+    measure = ("import json, sys, time; from contextlib import redirect_stdout as say\nstart = time.process_time()\n"
+               f"with say(sys.stderr):\n    {code}\nprint(json.dumps([time.process_time() - start, *sys.modules]))")
+    seconds, *loaded = run(measure)
+    assert not {"torch", "numpy"} & {*loaded}
+    for _ in range(4):
+        seconds = seconds if seconds < most else min(seconds, run(measure)[0])
+    assert seconds < most * (3 if os.environ.get("CI") else 1)
+
+
+def test_the_lazy_names_are_those_that_type_checkers_see():
+    import minit2v
+
+    seen = {}
+    for node in ast.walk(ast.parse(Path(minit2v.__file__).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level and node.module != "lazy":
+            seen |= {alias.asname: f"minit2v.{node.module}" for alias in node.names}
+    assert [*seen] != [] and sorted(seen) == sorted(minit2v.__all__)
+    for name, module in seen.items():
+        assert getattr(minit2v, name).__module__ == module and name in dir(minit2v), name
+    assert minit2v.fast.optimize and minit2v.schedulers.DDIMScheduler is minit2v.DDIMScheduler
+
+
+def test_a_misspelled_name_gets_the_nearest():
+    import minit2v
+
+    with pytest.raises(ImportError, match="no 'UNet3DConditonModel' .*'UNet3DConditionModel'"):
+        from minit2v import UNet3DConditonModel  # noqa: F401
+    with pytest.raises(AttributeError, match="no 'DDIMSheduler' .*'DDIMScheduler'"):
+        minit2v.DDIMSheduler  # noqa: B018
+    assert not hasattr(minit2v, "_nothing")
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> tuple[Path, Path]:
     """The source distribution, and the wheel that is built from it."""
@@ -145,6 +238,6 @@ def test_the_wheel_holds_the_three_packages_and_no_more(built):
 def test_the_source_distribution_builds_and_tests(built):
     with tarfile.open(built[0]) as sdist:
         names = {n.partition("/")[2] for n in sdist.getnames()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "minit2v/hub.py", "tests/conftest.py",
+    assert {"pyproject.toml", "README.md", "LICENSE", "minit2v/files/hub.py", "tests/conftest.py",
             "tests/data/manifests.json.gz", "kernels/minit2v_kernels/__init__.py"} <= names  # fmt: skip
     assert not [n for n in names if n.startswith(("dist/", "runs/")) or "__pycache__" in n]

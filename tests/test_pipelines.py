@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from minit2v import fast
+from minit2v.fast import modules
 from minit2v.pipelines import DiffusionPipeline, TextToVideoSDPipeline, VideoToVideoSDPipeline
 from minit2v.schedulers import (
     DDIMScheduler,
@@ -195,16 +197,16 @@ def test_keys_and_values_of_the_text_are_made_once(pipe, change, shown, times, m
     steps = FAST | {"num_inference_steps": 3, "output_type": "latent"}
     arguments = {**steps, "callback_on_step_end": lambda pipe, i, t, tensors: change(tensors),
                  "callback_on_step_end_tensor_inputs": [shown]}
-    made, keys_values = [], pipe.unet.keys_values
+    made, texts_of = [], modules.texts_of
 
-    def count(context):
+    def count(run, unet, context):
         made.append(context.shape)
-        return keys_values(context)
+        return texts_of(run, unet, context)
 
-    monkeypatch.setattr(pipe.unet, "keys_values", count)
+    monkeypatch.setattr(modules, "texts_of", count)
     got = pipe("a cat", **arguments, generator=seeded(0)).frames
     assert made == [(2, 77, 24)] * times
-    monkeypatch.setattr(pipe.unet, "keys_values", lambda context: context)
+    monkeypatch.setenv("MINIT2V_OPTIMIZE", "0")
     want = pipe("a cat", **arguments, generator=seeded(0)).frames
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     plain = pipe("a cat", **steps, generator=seeded(0)).frames
@@ -216,11 +218,11 @@ def test_optimize_and_restore(pipe, v2v):
     places = {name: (value.stride(), value.clone()) for name, value in state.items()}
     with pytest.raises(ValueError, match="graphs=True: a CUDA graph needs the UNet on CUDA, and it is on cpu"):
         pipe.optimize(graphs=True)
-    assert pipe.unet.fast is None
-    assert pipe.optimize() is pipe and pipe.unet.fast is not None and v2v.unet.fast is pipe.unet.fast
-    assert not pipe.unet.fast.use_graphs
+    assert pipe.unet.state_dict()["conv_in.weight"].data_ptr() == state["conv_in.weight"].data_ptr()
+    assert pipe.optimize() is pipe and fast.door(v2v.unet).executor is fast.door(pipe.unet).executor
+    assert fast.door(pipe.unet).executor.graphs is None
     assert np.abs(pipe("a cat", **FAST, generator=seeded(0)).frames - want).max() < 1e-4
-    assert pipe.restore() is pipe and pipe.unet.fast is None and pipe.vae.fast is None
+    assert pipe.restore() is pipe and fast.door(v2v.unet) is v2v.unet and fast.door(pipe.vae) is pipe.vae
     for name, value in pipe.unet.state_dict().items():
         assert value.stride() == places[name][0] and torch.equal(value, places[name][1])
     assert np.array_equal(pipe("a cat", **FAST, generator=seeded(0)).frames, want)

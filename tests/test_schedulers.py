@@ -695,3 +695,21 @@ def test_every_device_goes_the_same_way(cls):
         return x.cpu()
 
     torch.testing.assert_close(run("cuda"), run("cpu"), rtol=1e-5, atol=1e-4)
+
+
+def test_help_lists_the_fields_with_what_they_mean():
+    import pydoc
+
+    from minit2v import schedulers
+    from minit2v.schedulers.fields import MEANINGS
+
+    classes = [getattr(schedulers, name) for name in schedulers.__all__]
+    for cls in classes:
+        shown = pydoc.render_doc(cls, renderer=pydoc.plaintext)
+        for name, default in cls.field_defaults().items():
+            assert f"{name}={default!r}: {MEANINGS[name]}"[:60] in shown, (cls, name)
+    assert {name for cls in classes for name in cls.field_defaults()} == MEANINGS.keys()
+    text = " ".join(inspect.getdoc(schedulers.DDIMScheduler).split())
+    assert "timestep_spacing='leading': " in text and "One of 'leading', 'linspace', 'trailing'." in text
+    assert "arXiv:2010.02502" in text and "clip_sample: bool" not in text
+    assert inspect.signature(schedulers.DDIMScheduler).parameters["timestep_spacing"].default == "leading"

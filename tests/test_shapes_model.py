@@ -8,7 +8,8 @@ import torch
 
 import minit2v
 from minit2v import AnimateDiffPipeline, DiffusionPipeline, MotionAdapter
-from minit2v.cli import PRESETS, main
+from minit2v.cli import main
+from minit2v.cli.videos import PRESETS
 from minit2v.training import animate, shapes, world
 from minit2v.utils import load_video
 

@@ -179,8 +179,9 @@ def test_stochastic_solvers_make_the_data(name, fields, step, bench):
     assert abs(found.mean() - 0.1) < 0.045
     width = math.sqrt(0.3**2 + 0.8**2)
     assert abs(found.std() - width) < 0.03
-    fourth = ((found - 0.1) ** 4).mean() / width**4
-    assert abs(fourth - (0.8**4 + 6 * 0.8**2 * 0.3**2 + 3 * 0.3**4) / width**4) < {"tcd": 0.2, "dpm++-sde": 0.14, "dpm++-2s": 0.14}.get(name, 0.08)
+    fourth, true = ((found - 0.1) ** 4).mean() / width**4, 0.8**4 + 6 * 0.8**2 * 0.3**2 + 3 * 0.3**4
+    allowed = {"tcd": 0.2, "dpm++-sde": 0.14, "dpm++-2s": 0.14}.get(name, 0.08)  # their bias falls as the step
+    assert abs(fourth - true / width**4) < allowed
 
 
 def with_generator(scheduler, generator):

@@ -1,6 +1,5 @@
 import gzip
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -8,9 +7,9 @@ import warnings
 from pathlib import Path
 
 import torch
-from pytest import fixture, mark, param, raises, skip, warns
+from pytest import fixture, mark, param, raises, warns
 
-from minit2v.models.tokenizer import BOS, END, EOS, CLIPTokenizer, byte_symbols
+from minit2v.models.tokenizer import BOS, EOS, CLIPTokenizer, byte_symbols
 
 CASES = json.loads(gzip.decompress((Path(__file__).parent / "data/clip_tokenizer_cases.json.gz").read_bytes()))["cases"]
 CAPTIONS = [f"a {color} {shape} moves {where}, it's over!" for color in ("red", "green") for shape in ("circle", "star")
@@ -25,17 +24,8 @@ def small():
 
 @fixture(scope="module")
 def real():
-    """family -> tokenizer with CLIP's own vocabulary, which is not ours to publish."""
-    beside = Path(__file__).parents[2] / "shared/data/bpe_simple_vocab_16e6.txt.gz"
-    file = Path(os.environ.get("MINIT2V_CLIP_BPE", beside))
-    if not file.is_file():
-        skip("CLIP's bpe_simple_vocab_16e6.txt.gz is neither at $MINIT2V_CLIP_BPE nor at ../shared/data")
-    lines = gzip.decompress(file.read_bytes()).decode().split("\n")
-    merges = [tuple(line.split()) for line in lines[1 : 49408 - 514 + 1]]
-    symbols = byte_symbols()
-    tokens = [*symbols, *(s + END for s in symbols), *map("".join, merges), BOS, EOS]
-    vocab = {token: n for n, token in enumerate(tokens)}
-    return {family: CLIPTokenizer(vocab, merges, pad_token=pad) for family, pad in PADS.items()}
+    """family -> tokenizer with CLIP's own vocabulary."""
+    return {family: CLIPTokenizer.clip(pad) for family, pad in PADS.items()}
 
 
 @mark.parametrize("family", PADS)

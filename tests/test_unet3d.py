@@ -116,8 +116,8 @@ def test_videos_of_a_batch_are_independent(unet):
 def test_memory_layout_of_the_input_does_not_matter(unet):
     x, t, context = inputs()
     y = unet(x, t, context)
-    assert y.is_contiguous()
-    assert torch.equal(unet(x.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3), t, context), y)
+    other = unet(x.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3), t, context)
+    torch.testing.assert_close(other, y, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("size, dim", [(None, 0), (2, 0), (None, 1), (4, 1), (1000, 1)])
@@ -130,7 +130,7 @@ def test_forward_chunking(unet, size, dim):
 
     def record(_, args):
         nonlocal largest
-        largest = max(largest, args[0].shape[dim])
+        largest = max(largest, args[0].shape[dim - 3])  # of (... frames pixels d)
 
     hooks = [m.proj_out.register_forward_pre_hook(record) for m in unet.modules() if isinstance(m, FeedForward)]
     torch.testing.assert_close(unet(x, t, context), want, rtol=1e-12, atol=1e-12)
@@ -146,21 +146,6 @@ def test_forward_chunking_errors(unet):
         unet.enable_forward_chunking(1, dim=2)
     with pytest.raises(ValueError, match="chunk_size"):
         unet.enable_forward_chunking(-1)
-
-
-@torch.no_grad()
-def test_attention_of_more_heads_than_a_grid_has_room_for(unet, monkeypatch):
-    x, t, context = inputs()
-    want, attention, calls = unet(x, t, context), torch.nn.functional.scaled_dot_product_attention, []
-
-    def count(q, k, v, **mask):
-        calls.append(q.shape[1])
-        return attention(q, k, v, **mask)
-
-    monkeypatch.setattr("minit2v_kernels.attention.MAX_HEADS", 7)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count)
-    torch.testing.assert_close(unet(x, t, context), want, rtol=1e-12, atol=1e-12)
-    assert max(calls) == 7
 
 
 def test_gradient_checkpointing(unet):
@@ -187,39 +172,6 @@ def test_gradient_checkpointing(unet):
     assert few_kept < 0.5 * all_kept == 0.5 * again_all_kept
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("size, channels_last", [((2, 64, 5, 11), False), ((2, 64, 8, 9), True)])
-def test_convolutions_compute_the_same_in_either_layout(size, channels_last):
-    """The CPU's choice, made without gradients, against the layout that it keeps to with them."""
-    from minit2v.models.blocks import ResBlock, conv_layout
-
-    torch.manual_seed(0)
-    block, x, emb = ResBlock(64, 32, 16, 8).double(), torch.randn(size).double(), torch.randn(1, 32).double()
-    with torch.no_grad():
-        assert conv_layout(x).is_contiguous(memory_format=torch.channels_last) == channels_last
-    assert conv_layout(x).is_contiguous()
-    for f in (1, 2):
-        with torch.no_grad():
-            y = block(x, emb, f)
-        torch.testing.assert_close(y, block(x, emb, f), rtol=1e-12, atol=1e-12)
-
-
-def test_onednn_linear_is_linear():
-    """The CPU's fast path of layers.Linear, with and without a bias, against nn.Linear; and the path with gradients."""
-    from minit2v.models.layers import Linear
-    from minit2v_kernels.geglu import ONEDNN
-
-    assert ONEDNN or not torch.backends.mkldnn.is_available(), "torch has dropped the op: find its successor"
-    torch.manual_seed(0)
-    for bias in (True, False):
-        linear = Linear(24, 40, bias=bias)
-        x = torch.randn(2, 7, 3, 24).transpose(1, 2)
-        want = torch.nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
-        with torch.no_grad():
-            torch.testing.assert_close(linear(x).double(), want, rtol=1e-5, atol=1e-5)
-        assert linear(x).requires_grad
-        torch.testing.assert_close(linear(x).double(), want, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeVar
@@ -92,10 +92,15 @@ class Layout:
     squeezed: Sequence[str] = ()
     conv1x1: Sequence[str] = ()
 
-    def match(self, names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    def own(self, names: Iterable[str]) -> set[str]:
+        """Those of our names that no rule knows: of what a network has beyond the published one."""
+        rules = inverse(self.rules)
+        return {name for name in names if rename_one(name, rules) is None}
+
+    def match(self, names: Iterable[str], own: Collection[str] = ()) -> tuple[dict[str, str], list[str]]:
         """({our name: published name}, published names that no rule knows); names without meaning are in neither.
 
-        Raises ValueError on two names for one target.
+        own: names that stand for themselves where no rule knows them. Raises ValueError on two names for one target.
         """
         spelled = {}
         for name in names:
@@ -106,6 +111,8 @@ class Layout:
         unknown = []
         for name, spelling in spelled.items():
             hit = rename_one(spelling, self.rules)
+            if hit is None and name in own:
+                hit = name, -1
             if hit is None:
                 unknown.append(name)
             elif found.setdefault(hit[0], name) != name:
@@ -119,15 +126,22 @@ class Layout:
             raise KeyError(_no_rule(unknown))
         return {ours: self.squeeze(ours, state[published]) for ours, published in found.items()}
 
-    def to_published(self, state: Mapping[str, V]) -> dict[str, V]:
-        """Our names -> published names."""
+    def to_published(self, state: Mapping[str, V], own: Collection[str] = ()) -> dict[str, V]:
+        """Our names -> published names; those of `own` stay as they are.
+
+        Raises KeyError on another name that no rule knows, ValueError where one of `own` means something else there.
+        """
         convs = [_compile(c) for c in self.conv1x1]
         shaped = {
             name: value[:, :, None, None] if getattr(value, "ndim", 0) == 2 and any(c.fullmatch(name) for c in convs)
             else value
             for name, value in state.items()
         }
-        return rename(shaped, inverse(self.rules))
+        published = rename({name: x for name, x in shaped.items() if name not in own}, inverse(self.rules))
+        for name in own:
+            if name in published or rename_one(name, [*self.aliases, *self.rules]) is not None:
+                raise ValueError(f"{name!r} is the name of another tensor in the files of this network: choose another")
+        return published | {name: shaped[name] for name in own if name in shaped}
 
     def squeeze(self, name: str, value: Any) -> Any:
         """`value` without the trailing axes of size 1 that our name does not have."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -271,8 +272,9 @@ def unet_rows(unets: list[UNet]) -> list[str]:
     for unet in unets:
         block = next(b for b in unet.blocks() if b.attention)
         parts = ", ".join(f"`{type(part).__name__}`" for part in block.children())
-        file = type(unet).__module__.removeprefix("minit2v.") + ".py"
-        rows.append(row(f"`{type(unet).__name__}`", f"[{file}](../minit2v/{file})", parts, parameters(unet)))
+        file = type(unet).__module__.replace(".", "/") + ".py"
+        link = f"[{Path(file).name}](../{file})"
+        rows.append(row(f"`{type(unet).__name__}`", link, parts, parameters(unet)))
     return rows
 
 

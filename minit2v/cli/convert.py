@@ -1,4 +1,4 @@
-"""`minit2v convert`, and what `minit2v inspect` says of a file."""
+"""`minit2v convert`: from one layout to another."""
 
 import argparse
 import signal
@@ -10,13 +10,11 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from minit2v_convert.convert import LAYOUTS, Conversion, components, convert
-from minit2v_convert.detect import detect
-from minit2v_convert.folders import CONFIG, INDEX, open_path
-from minit2v_convert.modelscope_configuration import NAME
-from minit2v_convert.stream import open_file, parse_json, size_of
+from minit2v_convert.convert import LAYOUTS, Conversion, convert
+from minit2v_convert.folders import CONFIG, INDEX
+from minit2v_convert.stream import parse_json, size_of
 
-from ..files import hub
+from ..files import embedded, hub
 from ..files.config import make_config, pick_dtype
 from ..models.clip import CLIPTextModel
 from ..models.unet2d import UNet2DConditionModel
@@ -27,8 +25,8 @@ from ..models.vae import AutoencoderKL
 TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
-def run(args: argparse.Namespace) -> list[str]:
-    """The lines to print."""
+def run(args: argparse.Namespace) -> int:
+    """The exit code; an error is raised."""
     dtype = pick_dtype(args.dtype) if "dtype" in args else None
     tokenizer = _tokenizer(args.tokenizer) if "tokenizer" in args else None
     config = _config(args.config) if "config" in args else None
@@ -43,7 +41,8 @@ def run(args: argparse.Namespace) -> list[str]:
         work = convert(src, dst, getattr(args, "to", LAYOUTS[0]), dtype, args.dry_run, ema=args.ema,
                        tokenizer=tokenizer, config=config, variant=getattr(args, "variant", None),
                        safe_serialization=not args.bin, progress=show, check=_check)
-    return _lines(work, args.dst, args.dry_run)
+    print("\n".join(_lines(work, args.dst, args.dry_run)))
+    return 0
 
 
 @contextmanager
@@ -83,10 +82,7 @@ def _lines(work: Conversion, dst: str, dry_run: bool) -> list[str]:
 
 def _here(path_or_id: str) -> Path:
     """A path as it is, or the folder of a model of this package."""
-    from . import ASSETS, EMBEDDED_NAMES
-
-    path = Path(path_or_id).expanduser()
-    return ASSETS / path_or_id if path_or_id in EMBEDDED_NAMES and not path.exists() else path
+    return embedded.find(path_or_id) or Path(path_or_id).expanduser()
 
 
 def _tokenizer(path_or_id: str) -> Path:
@@ -115,45 +111,3 @@ def _config(path_or_id: str) -> Path:
             if isinstance(index.get(part), list) and index[part][-1]:
                 hub.find_folder(path_or_id, part)
     return root
-
-
-def report_folder(folder: Path) -> tuple[list[str], bool]:
-    """What ModelScope's files in a folder are, and whether they are complete and fit each other."""
-    try:
-        opened = open_path(folder)
-    except ValueError as error:
-        return [str(error)], False
-    lines, whole = [f"{folder}: original files", *opened.notes], True
-    for source, _ in opened.weights.values():
-        more, good = report(source.path)
-        lines, whole = [*lines, "", *more], whole and good
-    lines.append("")
-    try:
-        components(folder)
-    except ValueError as error:
-        if whole:
-            lines.append(f"wrong: {error}")
-        whole = False
-    if said := opened.configuration:
-        missing = [n for n in said.files.values() if not (folder / n).is_file()]
-        lines += [f"{NAME}: {n} is not there" for n in missing]
-        fields = ", ".join(f"{name} {value}" for name, value in said.scheduler.items())
-        lines.append(f"{NAME}: {fields}")
-        whole = whole and not missing
-    return lines, whole
-
-
-def report(path: Path) -> tuple[list[str], bool]:
-    """What a file of weights is, from its header, and whether it is complete."""
-    source = open_file(path)
-    try:
-        kind = detect(source.header)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    lines = [f"{path}: {path.stat().st_size:,} bytes", *kind.describe()]
-    if source.nest:
-        lines.insert(2, f"below {'.'.join(source.nest)}")
-    lines += [f"not converted: {name}, {why}" for name, why in (source.ignored or {}).items()]
-    if kind.layout.refused:
-        lines.append(kind.layout.refused)
-    return [*lines, "complete" if kind.complete else "not complete"], kind.complete

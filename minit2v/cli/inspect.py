@@ -1,5 +1,6 @@
-"""What is in a model's folder or hub repository, from its configs and the headers of its weights' files alone."""
+"""`minit2v inspect`: what is in a model, from its configs and the headers of its weights' files alone."""
 
+import argparse
 import importlib
 import math
 import os
@@ -13,11 +14,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from minit2v_convert.folders import is_original, variants
+from minit2v_convert.convert import components
+from minit2v_convert.detect import detect
+from minit2v_convert.folders import is_original, open_path, variants
+from minit2v_convert.modelscope_configuration import NAME
 from minit2v_convert.rename import nearest
 from minit2v_convert.stream import DTYPES, first_line, open_file, parse_json
 
-from ..files import hub
+from ..files import embedded, hub
 from ..files.weights import Weightless
 from ..models.unet_motion import known_resnet_norms
 from ..pipelines import files as pipeline_files
@@ -97,14 +101,19 @@ def _meta(file: str, name: str, dtype: str, shape: Sequence[int]) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- report
 
 
+def run(args: argparse.Namespace) -> int:
+    """The exit code: 1 where something in the model does not fit."""
+    lines, good = report(args.model, revision=getattr(args, "revision", None),
+                         variant=getattr(args, "variant", None))
+    print("\n".join(lines))
+    return 0 if good else 1
+
+
 def report(model: str, revision: str | None = None, variant: str | None = None) -> tuple[list[str], bool]:
     """The lines of the report on a folder, a file or a hub id, and whether everything in it fits."""
-    path = Path(model).expanduser()
+    path = embedded.find(model) or Path(model).expanduser()
     if is_original(path):
-        from .convert import report as report_file
-        from .convert import report_folder
-
-        return report_folder(path) if path.is_dir() else report_file(path)
+        return _report_folder(path) if path.is_dir() else _report_file(path)
     source = Folder(path) if path.is_dir() else _repository(model, revision)
     there = source.sizes("")
     if pipeline_files.INDEX in there:
@@ -127,6 +136,7 @@ def report(model: str, revision: str | None = None, variant: str | None = None) 
 
 def _repository(repo: str, revision: str | None) -> Source:
     """What the hub has; where it cannot be asked, what the cache has of it."""
+    hub.check_hub_id(repo)
     try:
         return Repository(repo, revision)
     except OSError as e:
@@ -236,7 +246,7 @@ def _version(config: Any, name: str) -> str:
     frames = config.motion_max_seq_length
     if config.use_motion_mid_block:
         return f" (v2: {frames} positions, a mid block)"
-    version = {"clip": "1", "frame": "3", None: "1 or 3"}[config.resnet_norms or known_resnet_norms(config, name)]
+    version = {"video": "1", "frame": "3", None: "1 or 3"}[config.resnet_norms or known_resnet_norms(config, name)]
     return f" (v{version}: {frames} positions, no mid block)"
 
 
@@ -262,3 +272,48 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[n]) for row in rows) for n in range(len(head))]
     return ["  ".join(f"{cell:>{w}}" if n == 2 else f"{cell:<{w}}" for n, (cell, w) in
                       enumerate(zip(row, widths, strict=True))) for row in rows]
+
+
+# ------------------------------------------------------------------------------------------------- the authors' files
+
+
+def _report_folder(folder: Path) -> tuple[list[str], bool]:
+    """What ModelScope's files in a folder are, and whether they are complete and fit each other."""
+    try:
+        opened = open_path(folder)
+    except ValueError as error:
+        return [str(error)], False
+    lines, whole = [f"{folder}: original files", *opened.notes], True
+    for source, _ in opened.weights.values():
+        more, good = _report_file(source.path)
+        lines, whole = [*lines, "", *more], whole and good
+    lines.append("")
+    try:
+        components(folder)
+    except ValueError as error:
+        if whole:
+            lines.append(f"wrong: {error}")
+        whole = False
+    if said := opened.configuration:
+        missing = [n for n in said.files.values() if not (folder / n).is_file()]
+        lines += [f"{NAME}: {n} is not there" for n in missing]
+        fields = ", ".join(f"{name} {value}" for name, value in said.scheduler.items())
+        lines.append(f"{NAME}: {fields}")
+        whole = whole and not missing
+    return lines, whole
+
+
+def _report_file(path: Path) -> tuple[list[str], bool]:
+    """What a file of weights is, from its header, and whether it is complete."""
+    source = open_file(path)
+    try:
+        kind = detect(source.header)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    lines = [f"{path}: {path.stat().st_size:,} bytes", *kind.describe()]
+    if source.nest:
+        lines.insert(2, f"below {'.'.join(source.nest)}")
+    lines += [f"not converted: {name}, {why}" for name, why in (source.ignored or {}).items()]
+    if kind.layout.refused:
+        lines.append(kind.layout.refused)
+    return [*lines, "complete" if kind.complete else "not complete"], kind.complete

@@ -27,6 +27,8 @@ MOST_LAYERS = 64  # of anything: no published network has more, and a file with 
 
 def make_config(cls: type, values: Mapping[str, Any]) -> Any:
     """An instance of the frozen dataclass `cls` from the fields of a config file. Raises ValueError on unknown ones."""
+    if "__dataclass_fields__" not in vars(cls):
+        raise ValueError(f"{cls.__name__} has no fields of its own without @dataclass(frozen=True) above it")
     hints = typing.get_type_hints(cls)
     known = [f.name for f in dataclass_fields(cls)]
     kept = {}

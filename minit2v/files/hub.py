@@ -1,4 +1,4 @@
-"""Where files come from: a local folder, or a repository of the hub.
+"""Where files come from: a local folder, a model of this package, or a repository of the hub.
 
 Bad content raises ValueError, a file that is missing FileNotFoundError, a file that cannot be written or fetched
 OSError: each in one line that names the file.
@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from minit2v_convert.rename import nearest
 from minit2v_convert.stream import first_line, json_text, parse_json, replacing
+
+from . import embedded
 
 DIFFUSERS_VERSION = "0.30.0"  # the version whose file layout we write, as its own files say
 Choose = Callable[[Sequence[str]], Sequence[str]]  # the names of the files in a folder -> those that are needed
@@ -30,18 +33,18 @@ def find_folder(
 ) -> tuple[Path, list[str]]:
     """A folder on this machine that has the files which `choose` picks, and their names.
 
-    A local folder wins; anything else is a hub id, of which only the chosen files are fetched. Without `choose`: the
-    small files (.json, .txt). `choose` raises FileNotFoundError when what it needs is not there.
+    A local folder wins, then the name of an embedded model (`shapes`); anything else is a hub id, of which only the
+    chosen files are fetched. Without `choose`: the small files (.json, .txt). `choose` raises FileNotFoundError when
+    what it needs is not there.
     """
     choose = choose or (lambda names: [n for n in names if n.endswith((".json", ".txt"))])
-    repo, here = str(path_or_id), Path(path_or_id).expanduser()
+    repo, here = str(path_or_id), embedded.find(path_or_id) or Path(path_or_id).expanduser()
     label = f"{repo.rstrip('/')}/{subfolder}" if subfolder else repo
     if here.is_dir():
         return _choose_in(here, subfolder, choose, label)
     if here.is_file():
         raise ValueError(f"{repo} is a file: from_pretrained reads a folder or a hub id")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repo):
-        raise FileNotFoundError(f"there is no folder {repo!r}, and a hub id is 'owner/name'")
+    check_hub_id(repo)
 
     import huggingface_hub as hf
     from huggingface_hub import constants  # no attribute of `hf` before somebody has imported it
@@ -83,6 +86,15 @@ def find_folder(
     if absent := [n for n in wanted if not (root / prefix / n).is_file()]:  # its answer when the line breaks down
         raise OSError(f"fetching {label} failed: {', '.join(absent)} did not come")
     return root / prefix, wanted
+
+
+def check_hub_id(name: str) -> None:
+    """FileNotFoundError where this cannot be a repository of the hub: it was meant to be a folder, or a model here."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        near = nearest(name, embedded.NAMES)
+        if not near and "/" not in name:
+            near = f"; models of this package: {', '.join(embedded.NAMES)}"
+        raise FileNotFoundError(f"there is no folder {name!r}, and a hub id is 'owner/name'{near}")
 
 
 def _raise_refusal(error: Exception, repo: str, revision: str | None) -> None:

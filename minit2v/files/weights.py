@@ -3,20 +3,19 @@
 Bad content raises ValueError in one line that names the file.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minit2v_convert.rename import nearest
+from minit2v_convert.rename import Layout, nearest
 from minit2v_convert.stream import cast, open_file
 
-if TYPE_CHECKING:
-    from ..models.network import Network
+logger = logging.getLogger(__name__)
 
 
 def open_weights(path: Path) -> dict[str, Tensor]:
@@ -27,13 +26,24 @@ def open_weights(path: Path) -> dict[str, Tensor]:
     return open_file(path).tensors
 
 
-def fill(model: "Network", files: Sequence[Path], dtype: torch.dtype) -> None:
-    """Give a model on `meta` the weights of `files`, strictly. ValueError in one line where they do not fit it."""
+def fill(model: nn.Module, layout: Layout, files: Sequence[Path], dtype: torch.dtype, strict: bool = True) -> None:
+    """Give a model on `meta` the weights of `files`, strictly. ValueError in one line where they do not fit it.
+
+    layout: from the names in the files to the model's own. strict: False for a model that has its initial values, and
+    keeps those of parameters that the files lack: the log names them. What the model does not know stays an error.
+    """
     label = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-    fill_from(model, label, lambda: _open_all(files), dtype)
+    fill_from(model, layout, label, lambda: _open_all(files), dtype, strict)
 
 
-def fill_from(model: "Network", label: str, open_all: Callable[[], dict[str, Tensor]], dtype: torch.dtype) -> None:
+def fill_from(
+    model: nn.Module,
+    layout: Layout,
+    label: str,
+    open_all: Callable[[], dict[str, Tensor]],
+    dtype: torch.dtype,
+    strict: bool = True,
+) -> None:
     """`fill` with the tensors that `open_all` gives, mapped anew each time; label: where they are from.
 
     Tensors that have `dtype` stay mapped. The others are cast one by one, and what has been read for that is let go
@@ -41,30 +51,34 @@ def fill_from(model: "Network", label: str, open_all: Callable[[], dict[str, Ten
     """
     tensors = open_all()
     expected = model.state_dict()
+    own = layout.own(expected)
     try:
-        found, unknown = model.layout.match(tensors)
+        found, unknown = layout.match(tensors, own)
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from None
-    missing = list(model.layout.to_published({name: None for name in expected if name not in found}))
+    lacking = [name for name in expected if name not in found]
+    missing = list(layout.to_published({name: None for name in lacking}, own))
     unknown = sorted(unknown + [published for name, published in found.items() if name not in expected])
     shapes = []
     for name, published in found.items():
-        have = model.layout.squeeze(name, tensors[published])
+        have = layout.squeeze(name, tensors[published])
         if name in expected and have.shape != expected[name].shape:
             shapes.append(f"{published!r} is {tuple(have.shape)}, not {tuple(expected[name].shape)}")
-    if missing or unknown or shapes:
+    if (missing and strict) or unknown or shapes:
         faults = [
             _list_some(len(missing), "missing", map(repr, missing)),
             _list_some(len(unknown), "unknown", (repr(n) + nearest(n, missing) for n in unknown)),
             _list_some(len(shapes), "of another shape", shapes),
         ]
-        raise ValueError(f"{label} does not fit {type(model).__name__}: {'; '.join(f for f in faults if f)}")
+        a_fork = bool(own.intersection(lacking)) or "layout" not in vars(type(model))
+        hint = "; with strict=False they would keep their initialisation" * (a_fork and not unknown and not shapes)
+        raise ValueError(f"{label} does not fit {type(model).__name__}: {'; '.join(f for f in faults if f)}{hint}")
 
-    ready = {}
+    ready = {name: x.to(dtype) if x.is_floating_point() else x for name, x in expected.items() if name in lacking}
     unreleased = 0
     for name, published in found.items():
-        x = model.layout.squeeze(name, tensors[published])
-        if x.dtype == dtype:
+        x = layout.squeeze(name, tensors[published])
+        if x.dtype == dtype or (name in own and not expected[name].is_floating_point()):
             ready[name] = x
             continue
         try:
@@ -79,6 +93,10 @@ def fill_from(model: "Network", label: str, open_all: Callable[[], dict[str, Ten
     for name, value in chain(model.named_parameters(), model.named_buffers()):
         if value.is_meta:
             raise RuntimeError(f"{type(model).__name__}: {name} has no values after loading; is it a hidden buffer?")
+    if missing:
+        more = f" and {len(missing) - 20} more" if len(missing) > 20 else ""
+        logger.warning("%s lacks %d tensors of %s, which keep their initialisation: %s%s", label, len(missing),
+                       type(model).__name__, ", ".join(missing[:20]), more)  # fmt: skip
 
 
 class Weightless(TorchFunctionMode):
@@ -114,5 +132,5 @@ def first_nonfinite(model: nn.Module) -> str | None:
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             layout = getattr(model, "layout", None)
-            return next(iter(layout.to_published({name: None}))) if layout else name
+            return next(iter(layout.to_published({name: None}, layout.own([name])))) if layout else name
     return None

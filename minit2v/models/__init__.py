@@ -1,4 +1,5 @@
-"""The networks, in plain PyTorch.
+"""The networks, each with its config, in plain PyTorch: equations, and nothing that only speed or files need.
 
-Read them in this order: layers, blocks, unet, unet3d, unet2d, unet_motion, vae, clip.
+What loads, saves and configures them is `network`. Read the others in this order: layers, blocks, unet, unet3d, unet2d,
+unet_motion, vae, clip.
 """

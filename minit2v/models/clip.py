@@ -119,6 +119,7 @@ class CLIPTextModel(Network):
     """Token ids to one vector per token, the `context` of the UNet's cross-attention."""
 
     Config = CLIPTextConfig
+    config: CLIPTextConfig
     layout = LAYOUT
     weights_name = "model"
     head = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}

@@ -24,6 +24,7 @@ class Network(nn.Module):
     """Base of the networks: configuration, strict loading, saving."""
 
     Config: ClassVar[type]
+    config: Any  # in every class: an object of its Config
     layout: ClassVar[Layout]
     weights_name: ClassVar[str] = "diffusion_pytorch_model"  # "model": the file names are transformers'
     # What a config.json says about itself; None: diffusers' `_class_name`.
@@ -35,10 +36,11 @@ class Network(nn.Module):
         Raises ValueError on a field that does not exist.
         """
         super().__init__()
-        if config is not None and not isinstance(config, self.Config):
+        if config is not None and not self._is_config(config):
             raise ValueError(f"config must be a {self.Config.__name__}; a dict goes through from_config")
-        given = {f.name: getattr(config, f.name) for f in dataclass_fields(self.Config)} if config is not None else {}
-        self.config = make_config(self.Config, {**given, **fields}) if fields or config is None else config
+        given = {f.name: getattr(config, f.name) for f in dataclass_fields(config)} if config is not None else {}
+        whole = not fields and isinstance(config, self.Config)
+        self.config = config if whole else make_config(self.Config, {**given, **fields})
         self.explicit = frozenset(fields)  # passed in code: `set_compat` leaves them alone
         self.compat: str | None = None
         self.set_compat(compat)
@@ -57,25 +59,39 @@ class Network(nn.Module):
         None changes nothing. Raises ValueError on an unknown mode.
         """
         if compat is not None:
-            forced = compat_fields(type(self).__name__, compat)
+            forced: dict[str, Any] = {}
+            for name in self.class_names():  # a class of the user's own deviates as the one that it is made from
+                forced |= compat_fields(name, compat)
             self.config = replace(self.config, **{n: v for n, v in forced.items() if n not in self.explicit})
             self.compat = compat
         return self
 
+    @classmethod
+    def class_names(cls) -> list[str]:
+        """The names under which files may speak of this class: its own, and those of the networks that it extends."""
+        return [c.__name__ for c in cls.__mro__ if issubclass(c, Network)]
+
+    @classmethod
+    def _is_config(cls, config: Any) -> bool:
+        """Whether this is a Config of the class, or of one that it extends."""
+        return isinstance(config, tuple(c.Config for c in cls.__mro__ if "Config" in vars(c)))
+
     def published_state_dict(self) -> dict[str, Tensor]:
-        """The parameters under the names of the published checkpoints."""
-        return self.layout.to_published(self.state_dict())
+        """The parameters under the names of the published checkpoints; those that no such file has under our own."""
+        state = self.state_dict()
+        return self.layout.to_published(state, self.layout.own(state))
 
     @classmethod
     def from_config(cls, config: Any, *, compat: str | None = None, **overrides: Any) -> Self:
         """A network with random weights from a config.json's content or a Config, with some fields changed."""
-        if isinstance(config, cls.Config):
+        if cls._is_config(config):
             return cls(config, compat=compat, **overrides)
         if not isinstance(config, Mapping):
             raise ValueError(f"config must be a dict or a {cls.Config.__name__}, not a {type(config).__name__}")
         published = config.get("_class_name") or (config.get("architectures") or [cls.__name__])[0]
-        if published != cls.__name__:
-            raise ValueError(f"the config is that of a {published}, not of a {cls.__name__}")
+        if published not in cls.class_names():
+            wanted = f"the config is that of a {published}, not of a {cls.__name__}"
+            raise ValueError(f"{wanted}: load it with the class {published}")
         network = cls(**{**config, **overrides})
         network.explicit = frozenset(overrides)
         return network.set_compat(compat)
@@ -96,13 +112,16 @@ class Network(nn.Module):
         cache_dir: str | Path | None = None,
         force_download: bool = False,
         compat: str | None = None,
+        strict: bool = True,
         **config_overrides: Any,
     ) -> Self:
         """The network of a local folder or a hub id, ready to run (`eval`).
 
         variant: "fp16" reads the files with that infix. torch_dtype or dtype: what the weights are cast to, float32 if
-        not given; where the file has it already they stay memory-mapped. compat: as in `set_compat`. Other keywords
-        change fields of the config.
+        not given; where the file has it already they stay memory-mapped. compat: as in `set_compat`. strict: False lets
+        parameters that the file lacks keep their initialisation, and logs their names; the network is then first made
+        with all its initial values, which takes its memory once more. Other keywords change fields of the config.
+        A subclass reads the files of the classes that it extends: fields of its own have their defaults then.
         A file in place of the folder is read as by `from_single_file`, and so is a folder of ModelScope's files.
         Raises FileNotFoundError on what is missing, ValueError on weights that do not fit, TypeError on an unknown
         argument, in one line each.
@@ -112,7 +131,7 @@ class Network(nn.Module):
         if subfolder is None and is_original(path_or_id):
             if variant is not None:
                 raise ValueError(f"{path_or_id} is an original: it has no variant {variant!r}")
-            return cls.from_single_file(path_or_id, dtype=dtype, compat=compat, **config_overrides)
+            return cls.from_single_file(path_or_id, dtype=dtype, compat=compat, strict=strict, **config_overrides)
         folder, names = find_folder(
             path_or_id,
             subfolder,
@@ -126,11 +145,10 @@ class Network(nn.Module):
         files = [folder / name for name in names if name != "config.json"]
         config = cls.config_of(parse_json(folder / "config.json"), (open_weights(path) for path in files))
         try:
-            with torch.device("meta"), Weightless():
-                model = cls.from_config(config, compat=compat, **config_overrides)
+            model = cls._empty(config, compat, config_overrides, strict)
         except ValueError as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from None
-        fill(model, files, dtype)
+        fill(model, cls.layout, files, dtype, strict)
         return model.eval()
 
     @classmethod
@@ -143,6 +161,7 @@ class Network(nn.Module):
         ema: bool = False,
         config: str | Path | Mapping[str, Any] | None = None,
         compat: str | None = None,
+        strict: bool = True,
         **config_overrides: Any,
     ) -> Self:
         """The network out of a `.safetensors`, `.ckpt`, `.pth` or `.bin` file in any published layout.
@@ -150,7 +169,7 @@ class Network(nn.Module):
         What the shapes do not say (heads, groups) is as in the published model, or as `config` has it: a config.json,
         its content, or a folder or hub id that has one; keywords change fields of it.
         ema: take the moving average of the UNet, where the file has one. Nothing is written, and what has the dtype
-        already stays memory-mapped. Errors as of `from_pretrained`.
+        already stays memory-mapped. `strict` and errors as of `from_pretrained`.
         """
         from minit2v_convert.convert import components
 
@@ -158,30 +177,39 @@ class Network(nn.Module):
         dtype = pick_dtype(torch_dtype, dtype)
         path = Path(path).expanduser()
         found = components(path, ema)
-        name, part = next(((n, p) for n, p in found.items() if p.cls == cls.__name__), ("", None))
+        name, part = next(((n, p) for n, p in found.items() if p.cls in cls.class_names()), ("", None))
         if part is None:
             there = ", ".join(part.cls or name for name, part in found.items())
             raise ValueError(f"{path} is {next(iter(found.values())).title}: in it {there}, no {cls.__name__}")
         if config is not None:
             part = part.configured(*find_config(config, name))
-        return cls.from_component(part, str(path), dtype, compat, config_overrides)
+        return cls.from_component(part, str(path), dtype, compat, config_overrides, strict)
 
     @classmethod
     def from_component(
-        cls, part: Any, label: str, dtype: torch.dtype, compat: str | None, overrides: Mapping[str, Any]
+        cls, part: Any, label: str, dtype: torch.dtype, compat: str | None, overrides: Mapping[str, Any],
+        strict: bool = True,
     ) -> Self:
         """The network of a part of a file (`minit2v_convert.convert.components`); label: the file's name."""
         from minit2v_convert.convert import UNSAID
 
         config = cls.config_of(dict(part.config), [part.tensors()])
         try:
-            with torch.device("meta"), Weightless():
-                model = cls.from_config(config, compat=compat, **overrides)
+            model = cls._empty(config, compat, overrides, strict)
         except ValueError as error:
             hint = f"; {UNSAID}, or the fields" if part.guessed else ""
             raise ValueError(f"{label}: {error}{hint}") from None
-        fill_from(model, label, part.tensors, dtype)
+        fill_from(model, cls.layout, label, part.tensors, dtype, strict)
         return model.eval()
+
+    @classmethod
+    def _empty(cls, config: Any, compat: str | None, overrides: Mapping[str, Any], strict: bool) -> Self:
+        """A network to be filled: without values on `meta`; where it may keep some, with its initial ones."""
+        if not strict:
+            with torch.device("cpu"):
+                return cls.from_config(config, compat=compat, **overrides)
+        with torch.device("meta"), Weightless():
+            return cls.from_config(config, compat=compat, **overrides)
 
     @classmethod
     def _check_fields(cls, method: str, given: Iterable[str]) -> None:
@@ -214,5 +242,8 @@ class Network(nn.Module):
                 save_file(state, temporary, metadata={"format": "pt"})
             else:
                 torch.save(state, temporary)
-        head = self.head or {"_class_name": type(self).__name__, "_diffusers_version": DIFFUSERS_VERSION}
+        name = type(self).__name__
+        head = {"_class_name": name, "_diffusers_version": DIFFUSERS_VERSION}
+        if self.head is not None:
+            head = {**self.head, "architectures": [name]}
         write_json(Path(folder) / "config.json", {**head, **config_fields(self.config)})

@@ -8,6 +8,7 @@ Ids are those of transformers' fast tokenizer, to the letter. That includes one 
 makes every `!` of a prompt a special token of its own, id 0, neither merged nor ended as in other models.
 """
 
+import gzip
 import json
 import warnings
 from collections import Counter
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from minit2v_convert.rename import nearest
 
+from ..files.embedded import ASSETS
 from ..files.hub import find_folder, parse_json, replacing, write_json
 
 if TYPE_CHECKING:
@@ -227,6 +229,15 @@ class CLIPTokenizer:
         tokens = dict.fromkeys([*symbols, *(a + b for a, b in merges), BOS, EOS])
         vocab = {token: n for n, token in enumerate(tokens)}
         return cls(vocab, merges, pad_token=pad_token, model_max_length=model_max_length)
+
+    @classmethod
+    def clip(cls, pad_token: str = EOS) -> Self:
+        """CLIP's own, as Stable Diffusion 1.5 has it; ModelScope pads with "!". The merges are in the package."""
+        text = gzip.decompress((ASSETS / "clip" / "merges.txt.gz").read_bytes()).decode()
+        merges = [(first, second) for first, second in map(str.split, text.splitlines())]
+        symbols = byte_symbols()
+        tokens = [*symbols, *(s + END for s in symbols), *map("".join, merges), BOS, EOS]
+        return cls({token: n for n, token in enumerate(tokens)}, merges, pad_token=pad_token)
 
     @classmethod
     def from_pretrained(

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from minit2v_convert import diffusers_unet2d
 
 from .blocks import MotionModule, ResBlock, SpatialTransformer
-from .layers import Context
-from .unet import KeysValues, UNet, check_levels
+from .unet import Place, UNet, check_levels
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,6 @@ def check_heads(name: str, heads: int, channels: tuple[int, ...]) -> None:
 class Block(nn.Module):
     """ResBlock [-> SpatialTransformer] [-> MotionModule]: an image model has none of the last, AnimateDiff adds it."""
 
-    motion: MotionModule | None
-
     def __init__(self, config: Any, c_in: int, c_out: int, attention: bool):
         super().__init__()
         heads, groups = config.heads, config.norm_num_groups
@@ -102,13 +99,12 @@ class Block(nn.Module):
         self.attention = attention
         if attention:
             self.spatial = SpatialTransformer(c_out, heads, c_out // heads, config.cross_attention_dim, groups)
-        self.register_module("motion", None)
-        self.clip_norms = False  # whether the ResBlock's norms span all frames of a video, as AnimateDiff v1's do
+        self.motion: MotionModule | None = None
+        self.norm_over_video = False  # whether the ResBlock's norms span all frames, as AnimateDiff v1's do
 
-    def forward(self, x: Tensor, emb: Tensor, context: Context, f: int, skip: Tensor | None = None) -> Tensor:
-        """x ((b f) c h w), emb (m c_out), context (b l d) or ((b f) l d) or its keys and values, skip ((b f) c2 h w)
-        -> ((b f) c_out h w)."""
-        x = self.res(x, emb, f if self.clip_norms else 1, skip)
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor, f: int) -> Tensor:
+        """x ((b f) c h w), emb ((b f) d), context (b l d) or ((b f) l d) -> ((b f) c_out h w)."""
+        x = self.res(x, emb, f if self.norm_over_video else 1)
         if self.attention:
             x = self.spatial(x, context)
         return x if self.motion is None else self.motion(x, f)
@@ -118,14 +114,14 @@ class UNet2DConditionModel(UNet):
     """The image model. Keyword arguments are the fields of UNet2DConfig."""
 
     Config = UNet2DConfig
+    config: UNet2DConfig
     layout = diffusers_unet2d.LAYOUT
 
-    def make_block(self, c_in: int, c_out: int, attention: bool) -> Block:
+    def make_block(self, c_in: int, c_out: int, attention: bool, place: Place) -> nn.Module:
         return Block(self.config, c_in, c_out, attention)
 
-    def forward(self, x: Tensor, t: int | float | Tensor, context: Tensor | KeysValues) -> Tensor:
-        """x (b c h w), t a number or (b,), context (b l d) or its `keys_values`
-        -> the prediction, noise or v (b c h w)."""
+    def forward(self, x: Tensor, t: int | float | Tensor, context: Tensor) -> Tensor:
+        """x (b c h w), t a number or (b,), context (b l d) -> the prediction, noise or v (b c h w)."""
         c = self.config.in_channels
         if x.ndim != 4 or x.shape[1] != c:
             raise ValueError(f"x must be (batch, {c} channels, height, width), not {tuple(x.shape)}")

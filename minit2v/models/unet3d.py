@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from minit2v_convert import diffusers_unet3d
 
 from .blocks import ResBlock, SpatialTransformer, TemporalConv, TemporalTransformer
-from .layers import Context
-from .unet import UNet, check_levels
+from .unet import Place, UNet, check_levels
 
 
 @dataclass(frozen=True)
@@ -61,18 +60,16 @@ class Block(nn.Module):
     def __init__(self, config: UNet3DConfig, c_in: int, c_out: int, attention: bool):
         super().__init__()
         groups, head_dim = config.norm_num_groups, config.attention_head_dim
+        heads, self.attention = c_out // head_dim, attention
         self.res = ResBlock(c_in, c_out, 4 * config.block_out_channels[0], groups)
         self.temporal_conv = TemporalConv(c_out, groups)
-        self.attention = attention
         if attention:
-            heads = c_out // head_dim
             self.spatial = SpatialTransformer(c_out, heads, head_dim, config.cross_attention_dim, groups)
             self.temporal = TemporalTransformer(c_out, heads, head_dim, groups)
 
-    def forward(self, x: Tensor, emb: Tensor, context: Context, f: int, skip: Tensor | None = None) -> Tensor:
-        """x ((b f) c h w), emb (m c_out), context (b l d) or its keys and values, skip ((b f) c2 h w)
-        -> ((b f) c_out h w)."""
-        x = self.temporal_conv(self.res(x, emb, skip=skip), f)
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor, f: int) -> Tensor:
+        """x ((b f) c h w), emb ((b f) d), context (b l d) or ((b f) l d) -> ((b f) c_out h w)."""
+        x = self.temporal_conv(self.res(x, emb), f)
         if self.attention:
             x = self.temporal(self.spatial(x, context), f)
         return x
@@ -82,18 +79,13 @@ class UNet3DConditionModel(UNet):
     """The whole network. Keyword arguments are the fields of UNet3DConfig."""
 
     Config = UNet3DConfig
+    config: UNet3DConfig
     layout = diffusers_unet3d.LAYOUT
 
     def __init__(self, config: UNet3DConfig | None = None, **fields: Any):
         super().__init__(config, **fields)
-        config = self.config
-        self.temporal_in = TemporalTransformer(
-            config.block_out_channels[0], 8, config.attention_head_dim, config.norm_num_groups
-        )
+        c = self.config
+        self.temporal_in = TemporalTransformer(c.block_out_channels[0], 8, c.attention_head_dim, c.norm_num_groups)
 
-    def make_block(self, c_in: int, c_out: int, attention: bool) -> Block:
+    def make_block(self, c_in: int, c_out: int, attention: bool, place: Place) -> nn.Module:
         return Block(self.config, c_in, c_out, attention)
-
-    def stem(self, x: Tensor, f: int) -> Tensor:
-        """x ((b f) c_in h w) -> ((b f) c h w)."""
-        return self.temporal_in(self.conv_in(x), f)

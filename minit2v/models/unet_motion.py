@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -21,12 +21,12 @@ from minit2v_convert import diffusers_motion
 from ..files.weights import Weightless
 from .blocks import MotionModule
 from .network import Network
-from .unet import KeysValues, UNet, check_levels, per_level
+from .unet import Place, UNet, check_levels, per_level
 from .unet2d import Block, UNet2DConditionModel, check_heads
 
 logger = logging.getLogger(__name__)
 
-Span = Literal["frame", "clip"]  # what the statistics of a norm are taken over; diffusers' choice is in compat.py
+Span = Literal["frame", "video"]  # what the statistics of a norm are taken over; diffusers' choice is in compat.py
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class MotionAdapterConfig:
     motion_max_seq_length: int = 32  # frames; v1 was trained with 24
     use_motion_mid_block: bool = True  # v2 has one, v1 and v3 have none
     motion_norms: Span = "frame"  # of the motion modules
-    resnet_norms: Span | None = None  # of the image model's ResBlocks and last norm; "clip" for v1; None: not known
+    resnet_norms: Span | None = None  # of the image model's ResBlocks and last norm; "video" for v1; None: not known
 
     FIXED: ClassVar[dict[str, Any]] = {
         "conv_in_channels": None,
@@ -73,6 +73,7 @@ class MotionAdapter(Network):
     """The motion modules of every level, to be put into an image model by `UNetMotionModel.from_unet2d`."""
 
     Config = MotionAdapterConfig
+    config: MotionAdapterConfig
     layout = diffusers_motion.ADAPTER
 
     def __init__(self, config: MotionAdapterConfig | None = None, **fields: Any):
@@ -119,7 +120,7 @@ def known_resnet_norms(config: Any, name: str = "") -> Span | None:
     if config.use_motion_mid_block:  # version 2
         return "frame"
     if config.motion_max_seq_length == 24 or re.search("-v1-[45]$", name):  # version 1
-        return "clip"
+        return "video"
     return "frame" if name.endswith("-v1-5-3") else None
 
 
@@ -131,7 +132,7 @@ def settle_resnet_norms(config: Any, name: str = "") -> Any:
     if span is None:
         logger.warning(
             "These motion modules may be AnimateDiff's version 1 or 3, which normalise differently: they are run as "
-            'version 3. resnet_norms="clip" says that they are version 1, resnet_norms="frame" that they are not.'
+            'version 3. resnet_norms="video" says that they are version 1, resnet_norms="frame" that they are not.'
         )
     return replace(config, resnet_norms=span or "frame")
 
@@ -216,18 +217,17 @@ class UNetMotionModel(UNet):
     """The image model with its motion modules. Keyword arguments are the fields of UNetMotionConfig."""
 
     Config = UNetMotionConfig
+    config: UNetMotionConfig
     layout = diffusers_motion.UNET
 
     def __init__(self, config: UNetMotionConfig | None = None, **fields: Any):
         super().__init__(config, **fields)
         self.install(MotionAdapter(self.config.adapter()))
 
-    def make_block(self, c_in: int, c_out: int, attention: bool) -> Block:
+    def make_block(self, c_in: int, c_out: int, attention: bool, place: Place) -> nn.Module:
         return Block(self.config, c_in, c_out, attention)
 
-    def check(
-        self, x: Tensor, t: int | float | Tensor, context: Tensor | KeysValues
-    ) -> tuple[Tensor, Tensor | KeysValues]:
+    def check(self, x: Tensor, t: int | float | Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         t, context = super().check(x, t, context)
         if x.shape[2] > (most := self.config.motion_max_seq_length):
             raise ValueError(f"x has {x.shape[2]} frames, and the motion modules know {most} positions")
@@ -256,7 +256,7 @@ class UNetMotionModel(UNet):
         """
         if not isinstance(unet, UNet2DConditionModel):
             raise TypeError(f"unet must be a UNet2DConditionModel, not a {type(unet).__name__}")
-        image = asdict(unet.config)
+        image = {f.name: getattr(unet.config, f.name) for f in fields(UNet2DConditionModel.Config)}
         image["num_attention_heads"] = image.pop("attention_head_dim")
         for name in ("down_block_types", "up_block_types"):
             image[name] = tuple(kind.replace("2D", "Motion") for kind in image[name])
@@ -267,11 +267,16 @@ class UNetMotionModel(UNet):
             new = cls(config)
             new.explicit = motion_adapter.explicit
             return new.set_compat(compat)
-        with torch.device("meta"), Weightless():
-            new = cls(config, compat=compat)
+        new = cls._empty(config, compat, {}, strict=cls is UNetMotionModel)  # what a subclass adds has initial values
         for block in new.blocks():
             block.motion = None
-        new.load_state_dict({name: value.detach().clone() for name, value in unet.state_dict().items()}, assign=True)
+        values, image_values = new.state_dict(), unet.state_dict()
+        if unknown := [name for name in image_values if name not in values]:
+            raise ValueError(f"{type(unet).__name__} has tensors for which {cls.__name__} has no place: "
+                             f"{', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}")  # fmt: skip
+        values |= {name: value.detach().clone() for name, value in image_values.items()}
+        new.load_state_dict(values, assign=True)
+        new.to(unet.device, unet.dtype)
         new.load_motion_modules(motion_adapter)
         return new.train(unet.training)
 
@@ -336,12 +341,12 @@ class UNetMotionModel(UNet):
 
     def apply_norms(self) -> Self:
         """Have the norms span what the config says."""
-        self.clip_norms = (self.config.resnet_norms or known_resnet_norms(self.config)) == "clip"
+        self.norm_over_video = (self.config.resnet_norms or known_resnet_norms(self.config)) == "video"
         for module in self.modules():
             if isinstance(module, Block):
-                module.clip_norms = self.clip_norms
+                module.norm_over_video = self.norm_over_video
             elif isinstance(module, MotionModule):
-                module.clip_norm = self.config.motion_norms == "clip"
+                module.norm_over_video = self.config.motion_norms == "video"
         return self
 
 

@@ -10,13 +10,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from minit2v_convert.diffusers_vae import LAYOUT
-from minit2v_kernels._dispatch import pick
 
-from .blocks import to_image, to_tokens
-from .layers import GroupNorm
 from .network import Network
 
 
@@ -72,17 +70,17 @@ class ResBlock(nn.Module):
 
     def __init__(self, c_in: int, c_out: int, groups: int):
         super().__init__()
-        self.norm1 = GroupNorm(groups, c_in, eps=1e-6)
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2 = GroupNorm(groups, c_out, eps=1e-6)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """x (n c h w) -> (n c_out h w)."""
-        h = self.conv2(self.norm2(self.conv1(self.norm1(x, silu=True)), silu=True))
-        h += self.skip(x)  # in place: at full resolution every tensor counts
-        return h
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.skip(x) + h
 
 
 class PixelAttention(nn.Module):
@@ -90,16 +88,14 @@ class PixelAttention(nn.Module):
 
     def __init__(self, c: int, groups: int):
         super().__init__()
-        self.norm = GroupNorm(groups, c, eps=1e-6)
+        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(c, c) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (n c h w) -> same."""
-        h = to_tokens(self.norm(x))
-        # A head axis of 1: with it the attention goes through in blocks, and never stores all pairs of pixels.
-        q, k, v = (proj(h)[:, None] for proj in (self.to_q, self.to_k, self.to_v))
-        h = F.scaled_dot_product_attention(q, k, v)[:, 0]
-        return x + to_image(self.to_out(h), x.shape[2])
+        h = rearrange(self.norm(x), "n c h w -> n 1 (h w) c")  # one head: PyTorch's attention by blocks wants the axis
+        h = self.to_out(F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h)))
+        return x + rearrange(h, "n 1 (h w) c -> n c h w", h=x.shape[2])
 
 
 class Downsample(nn.Conv2d):
@@ -121,14 +117,7 @@ class Upsample(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (n c h w) -> (n c 2h 2w)."""
-        # Measured on the CPU only; in half precision the summed weights below would be rounded a second time.
-        if not x.is_cpu or x.element_size() < 4:
-            return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        # Doubling is a transposed convolution with a 2x2 kernel of ones, so the two in one are a transposed convolution
-        # whose 4x4 kernel is the 3x3 one, flipped, summed over 2x2 windows: 16 products for 4 pixels instead of 36.
-        windows = self.weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
-        kernel = torch.einsum("ya,xb,oiab->ioyx", windows, windows, self.weight)
-        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class Mid(nn.Module):
@@ -163,7 +152,7 @@ class Encoder(nn.Module):
             self.levels.append(Level(blocks, None if last else Downsample(c_out)))
             c = c_out
         self.mid = Mid(c, groups)
-        self.norm_out = GroupNorm(groups, c, eps=1e-6)
+        self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
         self.conv_out = nn.Conv2d(c, 2 * cfg.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -174,7 +163,7 @@ class Encoder(nn.Module):
                 x = block(x)
             if level.resample is not None:
                 x = level.resample(x)
-        return self.conv_out(self.norm_out(self.mid(x), silu=True))
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
 class Decoder(nn.Module):
@@ -188,7 +177,7 @@ class Decoder(nn.Module):
             blocks = [ResBlock(c if j == 0 else c_out, c_out, groups) for j in range(cfg.layers_per_block + 1)]
             self.levels.append(Level(blocks, None if i == 0 else Upsample(c_out)))
             c = c_out
-        self.norm_out = GroupNorm(groups, c, eps=1e-6)
+        self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
         self.conv_out = nn.Conv2d(c, cfg.out_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -199,7 +188,7 @@ class Decoder(nn.Module):
                 x = block(x)
             if level.resample is not None:
                 x = level.resample(x)
-        return self.conv_out(self.norm_out(x, silu=True))
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class DiagonalGaussian:
@@ -238,6 +227,7 @@ class AutoencoderKL(Network):
     """
 
     Config = AutoencoderKLConfig
+    config: AutoencoderKLConfig
     layout = LAYOUT
 
     def __init__(self, config: AutoencoderKLConfig | None = None, **fields: Any):
@@ -247,39 +237,42 @@ class AutoencoderKL(Network):
         self.quant_conv = nn.Conv2d(2 * cfg.latent_channels, 2 * cfg.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(cfg.latent_channels, cfg.latent_channels, 1)
         self.slicing = False
-        self.fast: Any = None  # what fast.py has done
         self.tiling: tuple[int, int] | None = None  # size of a tile and distance from tile to tile, in latents
 
     def encode(self, x: Tensor, chunk_size: int | None = None) -> DiagonalGaussian:
         """x (n 3 h w) in [-1, 1] -> distribution of the latents (n c h//8 w//8); `chunk_size` frames at a time."""
-        factor = self.config.factor
-        self.check("x", x, self.config.in_channels)
-        if min(x.shape[2:]) < factor:
-            raise ValueError(f"x must be at least {factor} x {factor} pixels, not {x.shape[2]} x {x.shape[3]}")
-        return DiagonalGaussian(self.run(lambda x: self.quant_conv(self.encoder(x)), x, chunk_size, factor, 1))
+        self.check("x", x, self.config.in_channels, self.config.factor)
+        return DiagonalGaussian(self.in_pieces(self.encode_frames, x, chunk_size, self.config.factor, 1))
 
     def decode(self, z: Tensor, chunk_size: int | None = None) -> Tensor:
         """z (n c h w) -> pixels (n 3 8h 8w), about [-1, 1]; `chunk_size` frames at a time."""
         self.check("z", z, self.config.latent_channels)
-        return self.run(lambda z: self.decoder(self.post_quant_conv(z)), z, chunk_size, 1, self.config.factor)
+        return self.in_pieces(self.decode_frames, z, chunk_size, 1, self.config.factor)
 
-    def check(self, name: str, x: Tensor, channels: int) -> None:
+    def encode_frames(self, x: Tensor) -> Tensor:
+        """x (n 3 h w) -> mean and log variance (n 2c h//8 w//8)."""
+        return self.quant_conv(self.encoder(x))
+
+    def decode_frames(self, z: Tensor) -> Tensor:
+        """z (n c h w) -> pixels (n 3 8h 8w)."""
+        return self.decoder(self.post_quant_conv(z))
+
+    def check(self, name: str, x: Tensor, channels: int, least: int = 1) -> None:
         if x.ndim != 4 or x.shape[1] != channels:
             raise ValueError(f"{name} must be (frames, {channels} channels, height, width), not {tuple(x.shape)}")
+        if min(x.shape[2:]) < least:
+            raise ValueError(f"{name} must be at least {least} x {least} pixels, not {x.shape[2]} x {x.shape[3]}")
 
-    def run(
+    def in_pieces(
         self, half: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int | None, unit: int, unit_out: int
     ) -> Tensor:
         """half(x) in chunks of frames, and in tiles where x is larger than one; units: pixels per latent in and out."""
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, not {chunk_size!r}")
-        # Faster on the CPU, and where GroupNorm is a kernel. CUDA's own would copy it back each time.
-        if x.is_cpu or pick("group_norm_silu", None, x) == "triton":
-            x = x.contiguous(memory_format=torch.channels_last)
         chunks = x.split(1 if self.slicing else chunk_size or max(1, len(x)))
         tiled = self.tiling is not None and max(x.shape[2:]) > self.tiling[0] * unit
         pieces = [self.run_tiles(half, c, unit, unit_out) if tiled else half(c) for c in chunks]
-        return torch.cat(pieces).contiguous()
+        return torch.cat(pieces)
 
     def run_tiles(self, half: Callable[[Tensor], Tensor], x: Tensor, unit: int, unit_out: int) -> Tensor:
         """half(x) tile by tile, from the top left; each fades over from the ones above and left of it."""

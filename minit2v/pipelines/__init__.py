@@ -1,4 +1,7 @@
-"""Pipelines: what a user calls."""
+"""Pipelines: what a user calls, from a text to frames, and the files of a whole pipeline.
+
+A pipeline puts networks and a scheduler together; what changes the loop from outside goes to `techniques`.
+"""
 
 from .animatediff import AnimateDiffPipeline, AnimateDiffPipelineOutput, AnimateDiffVideoToVideoPipeline
 from .base import DiffusionPipeline

@@ -48,6 +48,9 @@ class AnimateDiffPipeline(DiffusionPipeline):
     OPTIONAL = ("motion_adapter", "feature_extractor", "image_encoder")
     IDLE = ("motion_adapter",)  # the UNet has a copy
     FIELDS = ("clip_skip_negative",)
+    unet: UNetMotionModel
+    motion_adapter: MotionAdapter | None
+    clip_skip_negative: bool
     STEP_AXES = "b c f h w"
     HINTS = {
         "video": "; a video is continued by AnimateDiffVideoToVideoPipeline.from_pipe(pipe)",
@@ -116,7 +119,7 @@ class AnimateDiffPipeline(DiffusionPipeline):
         callback: Callable[[int, Tensor, Tensor], None] | None = None,
         callback_steps: int = 1,
         **unknown: Any,
-    ) -> AnimateDiffPipelineOutput | tuple[Any]:
+    ) -> AnimateDiffPipelineOutput:
         """`num_videos_per_prompt` videos for each prompt, those of one prompt one after the other.
 
         num_frames: at most as many as the motion adapter has positions, 32 or 24. height, width: in pixels, multiples
@@ -236,7 +239,7 @@ class AnimateDiffVideoToVideoPipeline(AnimateDiffPipeline):
         callback: Callable[[int, Tensor, Tensor], None] | None = None,
         callback_steps: int = 1,
         **unknown: Any,
-    ) -> AnimateDiffPipelineOutput | tuple[Any]:
+    ) -> AnimateDiffPipelineOutput:
         """`num_videos_per_prompt` new videos for each video and prompt; one of them serves a batch of the other.
 
         video: PIL images, arrays or tensors (`frames.FORMS`), resized to height and width, or to the UNet's own size;

@@ -11,8 +11,9 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from einops import rearrange
@@ -21,8 +22,13 @@ from torch import Tensor, nn
 from minit2v_convert.folders import is_original
 from minit2v_convert.rename import nearest
 
+from .. import fast
 from ..compat import compat_fields
-from ..techniques.free_init import FREQUENCIES, METHODS, NOISES, FreeInit, NoisedVideo, Rounds
+from ..models.clip import CLIPTextModel
+from ..models.tokenizer import CLIPTokenizer
+from ..models.unet import UNet
+from ..models.vae import AutoencoderKL
+from ..techniques.free_init import FREQUENCIES, METHODS, NOISES, FreeInit, FreeInitRounds, NoisedVideo
 from . import files, frames
 from .checks import Generators, check_count, check_generator, check_latents, check_number, check_result, check_text
 
@@ -31,7 +37,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class PipelineOutput:
-    """What a pipeline returns: `frames` by name, `output[0]` or `output["frames"]`. `frames[i]` is the i-th video."""
+    """What a pipeline returns: `frames` by name, `output[0]` or `output["frames"]`. `frames[i]` is the i-th video.
+
+    With return_dict=False a call returns `to_tuple()` of it, for which it stands in annotations.
+    """
 
     frames: Any
 
@@ -99,6 +108,14 @@ class DiffusionPipeline:
     HINTS: ClassVar[dict[str, str]] = {}  # arguments of other pipelines -> what to do instead
     CLASSES: ClassVar[dict[str, type["DiffusionPipeline"]]] = {}
 
+    # Each may be None, in a pipeline for one half of the work: what needs it then says so in one line.
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    unet: UNet
+    if TYPE_CHECKING:  # what each class defines, with arguments of its own
+        __call__: Callable[..., Any]
+
     def __init_subclass__(cls, **kw: Any):
         super().__init_subclass__(**kw)
         DiffusionPipeline.CLASSES[cls.__name__] = cls
@@ -112,6 +129,9 @@ class DiffusionPipeline:
         for name in self.FIELDS:
             setattr(self, name, defaults[name] if fields.get(name) is None else fields[name])
         for name in self.COMPONENTS:
+            if isinstance(components[name], type):
+                raise TypeError(f"{name} must be a component, not the class {components[name].__name__}: only "
+                                "from_pretrained and from_single_file load one")  # fmt: skip
             setattr(self, name, components[name])
         self._offload_to: torch.device | None = None
         self._free_init: FreeInit | None = None
@@ -178,7 +198,9 @@ class DiffusionPipeline:
 
         Called on `DiffusionPipeline`, model_index.json names the class. `torch_dtype` and `dtype` are one argument
         under its old and new name; None is float32, and a dictionary {component: dtype, "default": dtype} gives each
-        its own. Components given by name (`vae=...`, `scheduler=...`) are used in place of the folder's, also None.
+        its own. Components given by name (`vae=...`, `scheduler=...`) are used in place of the folder's, also None; a
+        class (`unet=MyUNet`, `scheduler=MyScheduler`) loads the folder's with that class. No file makes anything be
+        imported: a pipeline that was saved with a class of your own has to be told it.
         A file in place of the folder is read as by `from_single_file`, and so is a folder of ModelScope's files.
         """
         if subfolder is None and is_original(path_or_id):
@@ -332,15 +354,13 @@ class DiffusionPipeline:
     # Speed -----------------------------------------------------------------------------------------------------------
 
     def optimize(self, *, graphs: bool | None = None, compile: bool = False) -> Self:
-        """Lay the weights out for speed, and launch the UNet as a CUDA graph (fast.py). Returns the pipeline.
+        """Lay the weights out for speed, and launch the UNet as a CUDA graph (minit2v/fast). Returns the pipeline.
 
         graphs: None is yes where the UNet is on CUDA. The first step of every new shape then takes a few times as long,
         and the graph's memory stays taken. compile: torch.compile the UNet's blocks, which takes minutes at the first
         step. Call it after `.to(...)`. It holds for every pipeline that shares the networks, until `restore()`.
         ValueError where a graph is asked for and the UNet is not on CUDA.
         """
-        from .. import fast
-
         if self.unet is None:
             raise ValueError("optimize() needs the pipeline's unet, which is None")
         on_cuda = self.unet.device.type == "cuda"
@@ -352,9 +372,10 @@ class DiffusionPipeline:
         return self
 
     def restore(self) -> Self:
-        """Undo `optimize()`: the same weights in the memory layouts of before. Returns the pipeline."""
-        from .. import fast
+        """Run the networks as they are written, their weights where they were before `optimize()`.
 
+        It holds for every pipeline that shares the networks, until `optimize()`. Returns the pipeline.
+        """
         for network in (self.unet, self.vae):
             if network is not None:
                 fast.restore(network)
@@ -498,60 +519,62 @@ class DiffusionPipeline:
         video: what x was made of, where it is not noise alone. Every round of FreeInit begins with the texts of the
         call, and the callbacks count its steps from 0.
         """
-        if self._free_init is not None:
-            check_generator(self._free_init.generator, len(x), x.device)
-        rounds = Rounds(self._free_init, self.scheduler, x, timesteps, steps, video, generator)
-        step_arguments = self._step_arguments(eta, generator)
-        with self._placed("unet") as unet, self.progress_bar(total=sum(r.steps for r in rounds.plan)) as bar:
+        once = partial(self._denoise_once, text=text, negative=negative, guidance_scale=guidance_scale,
+                       step_arguments=self._step_arguments(eta, generator), callbacks=callbacks)
+        if self._free_init is None:
+            with self.progress_bar(total=steps) as bar:
+                return once(x, timesteps, steps, bar)
+        check_generator(self._free_init.generator, len(x), x.device)
+        rounds = FreeInitRounds(self._free_init, self.scheduler, x, timesteps, steps, video, generator)
+        with self.progress_bar(total=sum(r.steps for r in rounds.plan)) as bar:
             for i, r in enumerate(rounds.plan):
                 x, timesteps = rounds.begin(i, x)
-                x = self._denoise(unet, x, timesteps, r.steps, text, negative, guidance_scale, step_arguments,
-                                  callbacks, bar)
+                x = once(x, timesteps, r.steps, bar)
         return x
 
-    def _denoise(
+    def _denoise_once(
         self,
-        unet: nn.Module,
         x: Tensor,
         timesteps: Tensor,
         steps: int,
+        bar: Any,
+        *,
         text: Tensor,
         negative: Tensor | None,
         guidance_scale: float,
         step_arguments: dict[str, Any],
         callbacks: StepCallbacks,
-        bar: Any,
     ) -> Tensor:
-        """One way down: x (b c f h w) at the noise of timesteps[0] -> clean latents (b c f h w).
+        """x (b c f h w) at the noise of timesteps[0] -> clean latents (b c f h w).
 
         Guidance (Ho and Salimans, arXiv:2207.12598): the UNet sees every video twice, with the negative and with the
         positive text, and the prediction goes `guidance_scale` times the way from the one to the other.
         """
-        spare = len(timesteps) - steps * self.scheduler.order  # solver calls that make no step of their own (PNDM)
-        done, context = 0, None
-        for i, t in enumerate(timesteps):
-            if context is None:  # once, for the text changes no more than a callback changes it
-                texts = text if negative is None else torch.cat([negative, text])
-                context = unet.keys_values(texts.to(unet.dtype))
-            batch = self.scheduler.scale_model_input(x if negative is None else torch.cat([x, x]), t)
-            eps = unet(batch.to(unet.dtype), t, context)
-            if negative is not None:
-                eps_negative, eps_text = eps.chunk(2)
-                eps = eps_negative + guidance_scale * (eps_text - eps_negative)
+        warm_up = len(timesteps) - steps * self.scheduler.order  # solver calls that make no step of their own (PNDM)
+        done = 0
+        with self._placed("unet") as unet:
+            predict = fast.door(unet)  # the same numbers, computed faster where nothing of the UNet was changed
+            context = _join(negative, text).to(unet.dtype)
+            for i, t in enumerate(timesteps):
+                batch = self.scheduler.scale_model_input(x.repeat(len(context) // len(x), 1, 1, 1, 1), t)
+                eps = predict(batch.to(unet.dtype), t, context)
+                if negative is not None:
+                    eps_negative, eps_text = eps.chunk(2)
+                    eps = eps_negative + guidance_scale * (eps_text - eps_negative)
 
-            flat_eps, flat_x = (rearrange(v, f"b c f h w -> {self.STEP_AXES}") for v in (eps, x))
-            flat_x = self.scheduler.step(flat_eps, t, flat_x, **step_arguments).prev_sample
-            x = rearrange(flat_x, f"{self.STEP_AXES} -> b c f h w", b=len(x))
+                flat_eps, flat_x = (rearrange(v, f"b c f h w -> {self.STEP_AXES}") for v in (eps, x))
+                flat_x = self.scheduler.step(flat_eps, t, flat_x, **step_arguments).prev_sample
+                x = rearrange(flat_x, f"{self.STEP_AXES} -> b c f h w", b=len(x))
 
-            if i in (0, len(timesteps) - 1):  # bad weights show at once, overflow at the end
-                check_result(x, unet, "the UNet")
-            if i + 1 == len(timesteps) or (i + 1 > spare and (i + 1) % self.scheduler.order == 0):
-                before = text, negative
-                x, text, negative = callbacks(self, done, t, x, text, negative)
-                if callbacks.show_text or text is not before[0] or negative is not before[1]:
-                    context = None
-                done += 1
-                bar.update()
+                if i in (0, len(timesteps) - 1):  # bad weights show at once, overflow at the end
+                    check_result(x, unet, "the UNet")
+                if i + 1 == len(timesteps) or (i + 1 > warm_up and (i + 1) % self.scheduler.order == 0):
+                    before = text, negative
+                    x, text, negative = callbacks(self, done, t, x, text, negative)
+                    if callbacks.show_text or text is not before[0] or negative is not before[1]:
+                        context = _join(negative, text).to(unet.dtype)
+                    done += 1
+                    bar.update()
         return x
 
     def _step_arguments(self, eta: float, generator: Generators) -> dict[str, Any]:
@@ -568,7 +591,7 @@ class DiffusionPipeline:
         """latents (b c f h w) -> pixels (b 3 f H W), float32, about [-1, 1]; `decode_chunk_size` frames at a time."""
         with self._placed("vae") as vae:
             z = rearrange(latents.to(vae.device, vae.dtype), "b c f h w -> (b f) c h w") / vae.config.scaling_factor
-            pixels = vae.decode(z, decode_chunk_size).float()
+            pixels = fast.door(vae).decode(z, decode_chunk_size).float()
             check_result(pixels, vae, "the VAE")
         return rearrange(pixels, "(b f) c h w -> b c f h w", b=latents.shape[0])
 
@@ -616,3 +639,8 @@ class DiffusionPipeline:
         if negatives not in (1, batch):
             raise ValueError(f"{negatives} negative prompts for {batch} prompts: give one, or one for each")
         return batch
+
+
+def _join(negative: Tensor | None, text: Tensor) -> Tensor:
+    """The texts (b l d) of one prediction: with guidance the negative ones (b l d) first."""
+    return text if negative is None else torch.cat([negative, text])

@@ -12,6 +12,9 @@ from minit2v_convert.rename import nearest
 
 from ..files import hub
 from ..files.config import pick_dtype
+from ..models.network import Network
+from ..models.tokenizer import CLIPTokenizer
+from ..schedulers.base import Scheduler
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +80,11 @@ def load_components(
     where: dict[str, Any],
     weights: dict[str, Any],
 ) -> dict[str, Any]:
-    """name -> component, each from its folder or from `overrides`; None where it is optional and not there."""
+    """name -> component, each from its folder or from `overrides`; None where it is optional and not there.
+
+    A class in `overrides` loads the folder's component in place of the class that the index names.
+    """
+    own, overrides = _split_classes(overrides, pipeline)
     for name in overrides:
         if name not in pipeline.COMPONENTS and name not in UNUSED:
             known = [*pipeline.COMPONENTS, *pipeline.FIELDS, "variant", "revision", "subfolder", "torch_dtype", "dtype",
@@ -95,17 +102,45 @@ def load_components(
         if name in overrides or name in UNUSED:
             continue
         if name in pipeline.OPTIONAL and entries.get(name) in (None, *NOTHING):
+            if name in own:
+                raise ValueError(f"{INDEX} has no {name!r} to be loaded with {own[name].__name__}")
             continue
         if name not in entries:
             raise ValueError(f"{INDEX} has no {name!r}, which {pipeline.__name__} needs; give it as {name}=...")
-        classes[name] = _component_class(name, entries[name], fitting, pipeline.__name__)
+        classes[name] = own.get(name) or _component_class(name, entries[name], fitting, pipeline.__name__)
     _check_motion(classes, overrides, pipeline)
     loaded = {}
     for name, cls in classes.items():
         part = f"{subfolder}/{name}" if subfolder else name
-        extra = dict(weights, dtype=dtypes[name]) if issubclass(cls, torch.nn.Module) else {}
-        loaded[name] = cls.from_pretrained(path_or_id, subfolder=part, **where, **extra)
+        loaded[name] = _load(cls, path_or_id, part, where, weights, dtypes[name])
     return {name: overrides.get(name, loaded.get(name)) for name in pipeline.COMPONENTS}
+
+
+def _split_classes(given: dict[str, Any], pipeline: type) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(components given as classes, which are to be loaded; the others). TypeError on a class that does not fit."""
+    classes = {name: value for name, value in given.items() if isinstance(value, type)}
+    for name, cls in classes.items():
+        fitting = pipeline.COMPONENTS.get(name) or ()
+        if name not in pipeline.COMPONENTS or not callable(getattr(cls, "from_pretrained", None)):
+            raise TypeError(f"{name}={cls.__name__}: no component that can be loaded, it has no from_pretrained")
+        ours = issubclass(cls, Network | Scheduler | CLIPTokenizer)
+        fits = {c.__name__ for c in cls.__mro__} & {*fitting} if fitting else issubclass(cls, Scheduler)
+        if ours and not fits:
+            wanted = " or ".join(fitting) or "a scheduler"
+            raise TypeError(f"{name}={cls.__name__}: {pipeline.__name__} takes {wanted}, or a class made from it")
+    return classes, {name: value for name, value in given.items() if name not in classes}
+
+
+def _load(
+    cls: Any, path_or_id: str | Path, part: str, where: dict[str, Any], weights: dict[str, Any], dtype: torch.dtype
+) -> Any:
+    """The component in the folder `part`. A class that is none of minit2v's gets the path of the folder alone."""
+    if issubclass(cls, Network):
+        return cls.from_pretrained(path_or_id, subfolder=part, **where, **weights, dtype=dtype)
+    if issubclass(cls, Scheduler | CLIPTokenizer):
+        return cls.from_pretrained(path_or_id, subfolder=part, **where)
+    component = cls.from_pretrained(hub.find_folder(path_or_id, part, lambda names: names, **where)[0])
+    return component.to(dtype) if isinstance(component, torch.nn.Module) else component
 
 
 # What a file alone makes, where the class does not say it.
@@ -138,7 +173,11 @@ def load_single_file(
         if name not in pipeline.COMPONENTS:
             known = [*pipeline.COMPONENTS, *pipeline.FIELDS, "config", "torch_dtype", "dtype", "compat"]
             raise TypeError(f"{pipeline.__name__}.from_single_file() has no argument {name!r}{nearest(name, known)}")
+    own, overrides = _split_classes(overrides, pipeline)
     found = components(path)
+    for name, cls in own.items():
+        if name in found and not issubclass(cls, Network):
+            raise TypeError(f"{name}={cls.__name__}: only networks of minit2v read a file of weights")
     unet = found["unet"].cls if "unet" in found else ""
     if unet not in pipeline.COMPONENTS["unet"] or unet not in FAMILIES:
         raise ValueError(f"{path} is {next(iter(found.values())).title}, without a UNet for {pipeline.__name__}")
@@ -159,28 +198,28 @@ def load_single_file(
     for name in wanted:
         fitting = pipeline.COMPONENTS[name]
         if name in found:
-            cls = _component_class(name, [None, found[name].cls], fitting, pipeline.__name__)
+            cls = own.get(name) or _component_class(name, [None, found[name].cls], fitting, pipeline.__name__)
             made[name] = cls.from_component(found[name], str(path), dtypes[name], compat, {})
         elif config is not None:
-            cls = _component_class(name, index[name], fitting, pipeline.__name__)
-            extra = dict(dtype=dtypes[name], compat=compat) if issubclass(cls, torch.nn.Module) else {}
-            made[name] = cls.from_pretrained(config, subfolder=name, **where, **extra)
+            cls = own.get(name) or _component_class(name, index[name], fitting, pipeline.__name__)
+            made[name] = _load(cls, config, name, where, dict(compat=compat), dtypes[name])
         elif name == "scheduler":
             schedule = schedule_of(path, unet)
-            made[name] = _component_class(name, [None, schedule["_class_name"]], (), "").from_config(schedule)
+            cls = own.get(name) or _component_class(name, [None, schedule["_class_name"]], (), "")
+            made[name] = cls.from_config(schedule)
         else:
-            cls = _component_class(name, [None, "CLIPTokenizer"], fitting, pipeline.__name__)
+            cls = own.get(name) or _component_class(name, [None, "CLIPTokenizer"], fitting, pipeline.__name__)
             made[name] = cls.from_pretrained(FAMILIES[unet].published, subfolder=name, **where)
     return {name: made.get(name) for name in pipeline.COMPONENTS}
 
 
 def _check_motion(classes: dict[str, type], overrides: dict[str, Any], pipeline: type) -> None:
     """An image model needs a motion adapter; a UNet that has motion modules does not take others in passing."""
-    kind = classes["unet"].__name__ if "unet" in classes else ""
-    if kind == "UNet2DConditionModel" and "motion_adapter" not in classes and not overrides.get("motion_adapter"):
+    kinds = [c.__name__ for c in classes["unet"].__mro__] if "unet" in classes else []
+    if "UNet2DConditionModel" in kinds and "motion_adapter" not in classes and not overrides.get("motion_adapter"):
         raise ValueError(f"{INDEX}: the unet is an image model, to which {pipeline.__name__} adds motion; "
                          "give motion_adapter=MotionAdapter.from_pretrained(...)")
-    if kind == "UNetMotionModel" and overrides.get("motion_adapter") is not None:
+    if "UNetMotionModel" in kinds and overrides.get("motion_adapter") is not None:
         logger.warning("The folder's unet has motion modules, and keeps them: the motion_adapter given is not used. "
                        "unet.load_motion_modules(motion_adapter) puts it in their place.")
 
@@ -194,13 +233,15 @@ def _component_class(name: str, entry: Any, fitting: tuple[str, ...], pipeline: 
     published = entry[1].removeprefix("Flax")
     if fitting:
         if published not in fitting:
-            raise ValueError(f"{INDEX}: {name!r} is a {published}, and {pipeline} takes {' or '.join(fitting)}")
+            own = "" if published in CLASSES else f"; if that is a class of your own, pass {name}={published}"
+            raise ValueError(f"{INDEX}: {name!r} is a {published}, and {pipeline} takes {' or '.join(fitting)}{own}")
         return getattr(importlib.import_module(f"minit2v.{CLASSES[published]}"), published.removesuffix("Fast"))
     schedulers = importlib.import_module("minit2v.schedulers")
     known = [n for n in dir(schedulers) if n.endswith("Scheduler")]
     if published not in known:
-        raise ValueError(f"{INDEX}: there is no scheduler {published!r}{nearest(published, known)}; "
-                         f"give one as scheduler=..., of {', '.join(known)}")
+        raise ValueError(f"{INDEX}: there is no scheduler {published!r}{nearest(published, known)}; give one as "
+                         f"scheduler=..., of {', '.join(known)}; or if it is a class of your own, as "
+                         f"scheduler={published}")
     return getattr(schedulers, published)
 
 
@@ -212,6 +253,9 @@ def save_components(
     missing = [name for name, component in components.items() if component is None and name not in pipeline.OPTIONAL]
     if missing:
         raise ValueError(f"a pipeline without {' and '.join(missing)} cannot be saved")
+    for name, component in components.items():
+        if component is not None and not callable(getattr(component, "save_pretrained", None)):
+            raise TypeError(f"{name}: a {type(component).__name__} has no save_pretrained, and cannot be saved")
     index: dict[str, Any] = {
         "_class_name": pipeline.__name__, "_diffusers_version": hub.DIFFUSERS_VERSION, FIELDS_KEY: fields,
     }  # fmt: skip
@@ -220,7 +264,9 @@ def save_components(
             index[name] = NOTHING[0]
             continue
         weights = dict(safe_serialization=safe_serialization, variant=variant)
-        component.save_pretrained(folder / name, **weights if isinstance(component, torch.nn.Module) else {})
+        component.save_pretrained(folder / name, **weights if isinstance(component, Network) else {})
         library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"
+        if not type(component).__module__.startswith("minit2v."):  # which nobody imports: it tells a reader whose it is
+            library = type(component).__module__
         index[name] = [library, type(component).__name__]
     hub.write_json(folder / INDEX, index)

@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from .. import fast
 from ..schedulers.base import randn
 from .checks import Generators, check_finite, check_latents, check_pixels, check_result
 from .frames import to_tensor
@@ -122,7 +123,7 @@ def encode_video(
         try:
             if upcast and vae.config.force_upcast:
                 vae.float()
-            gaussian = vae.encode(rearrange(x.to(vae.dtype), "b c f h w -> (b f) c h w"), chunk)
+            gaussian = fast.door(vae).encode(rearrange(x.to(vae.dtype), "b c f h w -> (b f) c h w"), chunk)
             check_result(gaussian.mean, vae, "the VAE")
         finally:
             vae.to(usual)

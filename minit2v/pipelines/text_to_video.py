@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..models.unet3d import UNet3DConditionModel
 from ..schedulers.base import randn
 from .base import DiffusionPipeline, PipelineOutput, StepCallbacks
 from .checks import Generators, check_count, check_generator, check_latents, check_number, check_size
@@ -29,6 +30,8 @@ class TextToVideoSDPipeline(DiffusionPipeline):
         "scheduler": (),
     }
     FIELDS = ("clip_skip_negative",)
+    unet: UNet3DConditionModel
+    clip_skip_negative: bool
     HINTS = {
         "video": "; a video is continued by VideoToVideoSDPipeline.from_pipe(pipe)",
         "strength": "; it belongs to VideoToVideoSDPipeline.from_pipe(pipe)",
@@ -65,7 +68,7 @@ class TextToVideoSDPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         decode_chunk_size: int | None = None,
         **unknown: Any,
-    ) -> TextToVideoSDPipelineOutput | tuple[Any]:
+    ) -> TextToVideoSDPipelineOutput:
         """One video for each prompt.
 
         height, width: in pixels, multiples of the VAE's factor (8); the UNet's own size where not given.

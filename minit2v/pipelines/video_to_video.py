@@ -48,7 +48,7 @@ class VideoToVideoSDPipeline(TextToVideoSDPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         decode_chunk_size: int | None = None,
         **unknown: Any,
-    ) -> TextToVideoSDPipelineOutput | tuple[Any]:
+    ) -> TextToVideoSDPipelineOutput:
         """A new video for each video and prompt; one of them serves a batch of the other.
 
         video: PIL images, arrays or tensors (`frames.FORMS`), resized to height and width where given; or latents, as

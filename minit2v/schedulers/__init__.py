@@ -1,4 +1,7 @@
-"""Schedulers: from a prediction of the network to the next sample."""
+"""Schedulers: from a prediction of the network to the next sample, a file for each family of solvers.
+
+What they share (noise, grids, the config) is in `base` and `grids`; none knows of guidance, frames or pipelines.
+"""
 
 from .consistency import LCMScheduler, TCDScheduler
 from .ddim import DDIMInverseScheduler, DDIMScheduler

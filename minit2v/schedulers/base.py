@@ -4,7 +4,7 @@ x_t = alpha_t x_0 + sigma_t eps, with alpha_t**2 + sigma_t**2 = 1. The tables ar
 wider and returns the dtype of the sample it was given.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -16,9 +16,11 @@ from torch import Generator, Tensor
 
 from minit2v_convert.rename import nearest
 
+from .fields import describe, signature
 from .grids import BETA_SCHEDULES, GRIDS, zero_terminal_snr
 
 CONFIG_NAME = "scheduler_config.json"
+OWN_FIELDS = "_own_fields"  # in a config: the fields of a class of the user's own, which others keep and hand on
 
 Generators = Generator | list[Generator] | None
 Device = torch.device | str | None
@@ -56,6 +58,8 @@ CHOICES: dict[str, tuple] = {
     "use_flow_sigmas": (False, None),
     "use_dynamic_shifting": (False, None),
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+    "solver_order": (1, 2, 3),
+    "third_order": ("corrected", "published"),
     # Our own fields: minit2v/compat.py says what the second value is for.
     "previous_timestep": ("grid", "ratio"),
     "noised_at": ("timestep", "counter"),
@@ -148,7 +152,10 @@ def declare(base: type = NoiseSchedule, **defaults: Any) -> type:
 
 @dataclass
 class SchedulerOutput:
-    """prev_sample: the sample one step further. pred_original_sample: the guess at x_0, where the solver makes one."""
+    """prev_sample: the sample one step further. pred_original_sample: the guess at x_0, where the solver makes one.
+
+    With return_dict=False a step returns `to_tuple()` of it, for which it stands in annotations.
+    """
 
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
@@ -156,11 +163,11 @@ class SchedulerOutput:
     def to_tuple(self) -> tuple[Tensor, ...]:
         return tuple(v for v in (self.prev_sample, self.pred_original_sample) if v is not None)
 
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.to_tuple())
+
     def __getitem__(self, key: int | slice | str) -> Any:
         return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
-
-
-Stepped = SchedulerOutput | tuple[Tensor, ...]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,6 +184,11 @@ class Scheduler:
     # What zero terminal SNR ends at. Solvers in sigma cannot do with 0, and put the smallest number of float16 instead.
     smallest_alpha_bar: ClassVar[float] = 0.0
     order: ClassVar[int] = 1
+
+    def __init_subclass__(cls, **kw: Any):
+        super().__init_subclass__(**kw)
+        cls.__doc__ = describe(vars(cls).get("__doc__") or "", cls.field_defaults(), CHOICES | cls.choices)
+        cls.__signature__ = signature(cls.field_defaults())
 
     def __init__(self, *args: Any, compat: str | None = None, **values: Any):
         """Fields of `Fields`, by position or by name. compat: None or "diffusers" (see minit2v/compat.py).
@@ -274,6 +286,8 @@ class Scheduler:
             values["trained_betas"] = values["trained_betas"].tolist()
         if unset := [name for name in self.field_defaults() if name not in given]:
             values["_use_default_values"] = unset
+        if own := sorted(self.field_defaults().keys() - PUBLISHED_FIELDS - _EXTRA_FIELDS):
+            values[OWN_FIELDS] = own
         self._config = SchedulerConfig(values, explicit)
 
     @property
@@ -293,8 +307,9 @@ class Scheduler:
         cls._check_fields(overrides)
         own = cls.field_defaults()
         unset = config.get("_use_default_values", ())
+        of_users = config.get(OWN_FIELDS, ())
         values = {k: v for k, v in config.items() if k not in unset and k != "_use_default_values"}
-        known = PUBLISHED_FIELDS | own.keys() | _EXTRA_FIELDS
+        known = PUBLISHED_FIELDS | own.keys() | _EXTRA_FIELDS | {*of_users}
         for name in values:
             if name not in known and not name.startswith("_"):
                 raise ValueError(f"scheduler config: unknown field {name!r}{nearest(name, sorted(known))}")
@@ -306,7 +321,10 @@ class Scheduler:
             hidden["_class_name"] = cls.__name__
 
         new = cls(**given)
-        new._config = SchedulerConfig(hidden | new.config, explicit)
+        merged = hidden | new.config
+        if of_users:
+            merged[OWN_FIELDS] = sorted({*of_users, *new.config.get(OWN_FIELDS, ())})
+        new._config = SchedulerConfig(merged, explicit)
         return new
 
     def with_compat(self, compat: str | None) -> Self:
@@ -412,6 +430,15 @@ class Scheduler:
             raise ValueError(f"{name} must be a list of falling numbers, not {values!r}")
         return chosen
 
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Device = None, timesteps: list[int] | None = None,
+    ) -> None:  # fmt: skip
+        """Lay the grid: so many steps, or these whole timesteps. Raises ValueError where the training has none such."""
+        grid = self._whole_grid(num_inference_steps, timesteps)
+        self._check_first(grid[0])
+        self.num_inference_steps = len(grid)
+        self._put_timesteps(grid, device)
+
     def _whole_grid(self, n: int | None, timesteps: Sequence[int] | None) -> list[int]:
         """The grid of solvers that know the table's levels alone: n timesteps by the config's rule, or these."""
         c = self.config
@@ -491,7 +518,7 @@ class Scheduler:
                 return out, (x - alpha * out) / sigma
             case "v_prediction":
                 return alpha * x - sigma * out, alpha * out + sigma * x
-        raise ValueError(f"{type(self).__name__}: unknown prediction_type {self.config.prediction_type!r}")
+        raise ValueError(f"unknown prediction_type {self.config.prediction_type!r}")
 
     def _clip(self, x0: Tensor) -> Tensor:
         """x_0 as the config wants it clipped."""
@@ -530,6 +557,7 @@ _EXTRA_FIELDS = frozenset(
 def _compat_fields(cls: type[Scheduler], compat: str | None) -> dict[str, Any]:
     if compat is None:
         return {}
-    from minit2v.compat import compat_fields
+    from ..compat import compat_fields
 
-    return compat_fields(cls.__name__, compat)
+    # A class of the user's own deviates as the one that it is made from.
+    return {k: v for c in reversed(cls.__mro__) for k, v in compat_fields(c.__name__, compat).items()}

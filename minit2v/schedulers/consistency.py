@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from .base import Device, Generators, Scheduler, SchedulerOutput, Stepped, Timestep, declare, randn
+from .base import Device, Generators, Scheduler, SchedulerOutput, Timestep, declare, randn
 
 
 class _Consistency(Scheduler):
@@ -58,7 +58,7 @@ class LCMScheduler(_Consistency):
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
-    ) -> Stepped:  # fmt: skip
+    ) -> SchedulerOutput:  # fmt: skip
         """x_t (b, ...) -> x_0, with the noise of the next timestep of the grid, if there is one."""
         out, x = self._widen(model_output, sample)
         t = int(self._number(timestep))
@@ -89,7 +89,7 @@ class TCDScheduler(_Consistency):
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, eta: float = 0.3, generator: Generators = None,
         return_dict: bool = True,
-    ) -> Stepped:  # fmt: skip
+    ) -> SchedulerOutput:  # fmt: skip
         """x_t (b, ...) -> the sample at the next timestep, by way of (1 - eta) of it: eta (gamma) 0 is DDIM, 1 is LCM.
 
         Beside it, the sample on that way. Raises ValueError where eta is not between 0 and 1.

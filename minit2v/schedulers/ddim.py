@@ -1,10 +1,11 @@
 """DDIM, and DDIM backwards."""
 
 import math
+from typing import Any
 
 from torch import Tensor
 
-from .base import Device, Generators, Scheduler, SchedulerOutput, Stepped, Timestep, declare, randn
+from .base import Device, Generators, Scheduler, SchedulerOutput, Timestep, declare, randn
 from .grids import GRIDS
 
 
@@ -22,25 +23,16 @@ class DDIMScheduler(Scheduler):
         rescale_betas_zero_snr=False, previous_timestep="grid",
     )  # fmt: skip
 
-    def __init__(self, *args, **values):
+    def __init__(self, *args: Any, **values: Any):
         super().__init__(*args, **values)
         if self.config.timestep_spacing != "leading":
             self._check_first(self.config.num_train_timesteps - 1)
-
-    def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Device = None, timesteps: list[int] | None = None,
-    ) -> None:  # fmt: skip
-        """Lay the grid: so many steps, or these timesteps. Raises ValueError where it does not fit the training."""
-        grid = self._whole_grid(num_inference_steps, timesteps)
-        self._check_first(grid[0])
-        self.num_inference_steps = len(grid)
-        self._put_timesteps(grid, device)
 
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, eta: float = 0.0,
         use_clipped_model_output: bool = False, generator: Generators = None, variance_noise: Tensor | None = None,
         return_dict: bool = True,
-    ) -> Stepped:  # fmt: skip
+    ) -> SchedulerOutput:  # fmt: skip
         """x_t (b, ...) -> x_s, equations (12) and (16) of the paper; eta = 0 is deterministic, 1 is DDPM.
 
         use_clipped_model_output: the noise is worked out again from the clipped x_0. variance_noise: instead of
@@ -85,7 +77,7 @@ class DDIMInverseScheduler(Scheduler):
         timestep_spacing="leading", rescale_betas_zero_snr=False, previous_timestep="grid",
     )  # fmt: skip
 
-    def __init__(self, *args, **values):
+    def __init__(self, *args: Any, **values: Any):
         super().__init__(*args, **values)
         self._put_timesteps(range(self.config.num_train_timesteps))
 
@@ -96,7 +88,9 @@ class DDIMInverseScheduler(Scheduler):
         self.num_inference_steps = n
         self._put_timesteps(grid[::-1].astype(int), device)
 
-    def step(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Stepped:
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True,
+    ) -> SchedulerOutput:  # fmt: skip
         """x_s (b, ...) -> x_t at this timestep: equation (12) of the paper, from the less noisy to the noisier."""
         out, x = self._widen(model_output, sample)
         t = int(self._number(timestep))

@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from .base import Device, Generators, Scheduler, SchedulerOutput, Stepped, Timestep, declare, randn
+from .base import Generators, Scheduler, SchedulerOutput, Timestep, declare, randn
 
 
 class DDPMScheduler(Scheduler):
@@ -25,19 +25,10 @@ class DDPMScheduler(Scheduler):
 
     choices = {"last_noise": ("none", "published")}
 
-    def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Device = None, timesteps: list[int] | None = None,
-    ) -> None:  # fmt: skip
-        """Lay the grid: so many steps, or these timesteps. Raises ValueError where it does not fit the training."""
-        grid = self._whole_grid(num_inference_steps, timesteps)
-        self._check_first(grid[0])
-        self.num_inference_steps = len(grid)
-        self._put_timesteps(grid, device)
-
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
-    ) -> Stepped:  # fmt: skip
+    ) -> SchedulerOutput:  # fmt: skip
         """x_t (b, ...) -> x_s, a sample of equation (6) of the paper, with x_0 as predicted in equation (15)."""
         out, x = self._widen(model_output, sample)
         t = int(self._number(timestep))

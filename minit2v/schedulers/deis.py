@@ -3,11 +3,12 @@
 
 from torch import Tensor
 
-from .base import Stepped, Timestep, declare
+from .base import SchedulerOutput, Timestep, declare
 from .dpm_multistep import DPMSolverMultistepScheduler
+from .exponential import MultistepScheduler
 
 
-class DEISMultistepScheduler(DPMSolverMultistepScheduler):
+class DEISMultistepScheduler(MultistepScheduler):
     """Diffusion exponential integrator: Zhang and Chen, arXiv:2204.13902, tAB-DEIS with the polynomial in log rho.
 
     That is a multistep DPM-Solver on the noise with the polynomial's integrals themselves.
@@ -24,7 +25,7 @@ class DEISMultistepScheduler(DPMSolverMultistepScheduler):
         spaced_timesteps="exact", final_sigmas_type="zero",
     )  # fmt: skip
 
-    choices = {"solver_order": (1, 2, 3), "algorithm_type": ("deis",), "solver_type": ("logrho",)}
+    choices = {"algorithm_type": ("deis",), "solver_type": ("logrho",)}
     aliases = {
         "algorithm_type": dict.fromkeys(
             (*DPMSolverMultistepScheduler.choices["algorithm_type"], "data_prediction", "noise_prediction"), "deis"
@@ -32,9 +33,8 @@ class DEISMultistepScheduler(DPMSolverMultistepScheduler):
         "solver_type": {"midpoint": "logrho", "heun": "logrho", "bh1": "logrho", "bh2": "logrho"},
     }
 
-    def __init__(self, *args, **values):
-        super(DPMSolverMultistepScheduler, self).__init__(*args, **values)
-
-    def step(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Stepped:
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True,
+    ) -> SchedulerOutput:  # fmt: skip
         """x_t (b, ...) -> x_s."""
         return self._multistep(model_output, timestep, sample, return_dict, data=False)

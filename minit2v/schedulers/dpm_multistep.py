@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import Generators, Stepped, Timestep, declare, randn
-from .exponential import ExponentialScheduler
+from .base import Generators, SchedulerOutput, Timestep, declare, randn
+from .exponential import MultistepScheduler
 
 # DEIS, UniPC and SA-Solver have fields of the same names.
 ALIASES = {
@@ -24,7 +25,7 @@ def second_order_rule(k: float, integrals: list[float], midpoint: bool, third: C
         integrals[2] = third(integrals[2])
 
 
-class DPMSolverMultistepScheduler(ExponentialScheduler):
+class DPMSolverMultistepScheduler(MultistepScheduler):
     """DPM-Solver++ (Lu et al., arXiv:2211.01095) and DPM-Solver (arXiv:2206.00927), multistep, orders 1 to 3.
 
     algorithm_type: "dpmsolver++" integrates the prediction of x_0, "dpmsolver" that of the noise; "sde-" in front adds
@@ -45,14 +46,12 @@ class DPMSolverMultistepScheduler(ExponentialScheduler):
     )  # fmt: skip
 
     choices = {
-        "solver_order": (1, 2, 3),
         "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "dpmsolver", "sde-dpmsolver"),
         "solver_type": ("midpoint", "heun"),
-        "third_order": ("corrected", "published"),
     }
     aliases = ALIASES
 
-    def __init__(self, *args, **values):
+    def __init__(self, *args: Any, **values: Any):
         super().__init__(*args, **values)
         c = self.config
         if not c.algorithm_type.endswith("++") and c.final_sigmas_type == "zero":
@@ -60,19 +59,10 @@ class DPMSolverMultistepScheduler(ExponentialScheduler):
         if c.algorithm_type == "sde-dpmsolver" and c.solver_order == 3:
             raise ValueError("algorithm_type 'sde-dpmsolver' has no third order: use solver_order=2")
 
-    def _order(self, i: int) -> int:
-        """The order of step i: as many predictions as there are, and fewer at the end, where high orders are rough."""
-        c, n = self.config, len(self._grid)
-        order = min(c.solver_order, len(self.model_outputs))
-        short = c.lower_order_final and n < 15
-        if i == n - 1 and (self._own("euler_at_final") or short or self._sigmas[n] == 0):
-            return 1
-        return min(order, 2) if i == n - 2 and short else order
-
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None,
         variance_noise: Tensor | None = None, return_dict: bool = True,
-    ) -> Stepped:  # fmt: skip
+    ) -> SchedulerOutput:  # fmt: skip
         """x_t (b, ...) -> x_s: algorithm 2 of arXiv:2211.01095, its first and third orders, its stochastic form."""
         c = self.config
         data, sde = c.algorithm_type.endswith("++"), c.algorithm_type.startswith("sde-")
@@ -82,15 +72,6 @@ class DPMSolverMultistepScheduler(ExponentialScheduler):
         rule = partial(second_order_rule, midpoint=c.solver_type == "midpoint", third=third)
         return self._multistep(model_output, timestep, sample, return_dict, data, rule,
                                float(sde), variance_noise if sde else None)  # fmt: skip
-
-    def _multistep(self, out, timestep, sample, return_dict, data, rule=None, tau=0.0, noise=None):
-        """A step through the last predictions, as many as the order asks for."""
-        out, x = self._widen(out, sample)
-        i = self._start(timestep)
-        self.model_outputs = [*self.model_outputs, self._read(out, x, i, data)][-self.config.solver_order :]
-        known = [(i - k, self.model_outputs[-1 - k]) for k in range(self._order(i))]
-        x = self._integrate(x, i, i + 1, known, data, rule, tau, noise)
-        return self._end(x, sample.dtype, return_dict)
 
 
 def _published_third(integral: float, sde: bool) -> float:

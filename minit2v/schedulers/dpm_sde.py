@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from .base import Generators, Stepped, Timestep, declare
+from .base import Generators, SchedulerOutput, Timestep, declare
 from .sigma import TwoStageScheduler
 
 
@@ -78,16 +78,15 @@ class DPMSolverSDEScheduler(TwoStageScheduler):
 
     _seeds: list[int] | None = None
 
-    def set_timesteps(self, *args: Any, **values: Any) -> None:
-        """Lay the grid, as TwoStageScheduler.set_timesteps; the next step begins another path."""
-        super().set_timesteps(*args, **values)
+    def _reset(self) -> None:
+        super()._reset()
         self._seeds = None
         self._cached_path: Any = None
 
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True, s_noise: float = 1.0,
         generator: Generators = None,
-    ) -> Stepped:  # fmt: skip
+    ) -> SchedulerOutput:  # fmt: skip
         """x (b, ...) from one call of the network to the next. s_noise: the share of the noise that is added."""
         if self._seeds is None:
             generators = list(generator) if isinstance(generator, list | tuple) else [generator]

@@ -1,10 +1,11 @@
 """DPM-Solver and DPM-Solver++, singlestep: each step of order n takes n calls and forgets what was before."""
 
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
-from .base import Generators, Stepped, Timestep, declare, randn
+from .base import Generators, SchedulerOutput, Timestep, declare, randn
 from .dpm_multistep import ALIASES, second_order_rule
 from .exponential import ExponentialScheduler
 
@@ -27,22 +28,20 @@ class DPMSolverSinglestepScheduler(ExponentialScheduler):
     )  # fmt: skip
 
     choices = {
-        "solver_order": (1, 2, 3),
         "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "dpmsolver"),
         "solver_type": ("midpoint", "heun"),
-        "third_order": ("corrected", "published"),
     }
     aliases = ALIASES
 
-    def __init__(self, *args, **values):
+    def __init__(self, *args: Any, **values: Any):
         super().__init__(*args, **values)
         c = self.config
         if c.algorithm_type == "dpmsolver" and c.final_sigmas_type == "zero":
             raise ValueError("algorithm_type 'dpmsolver' needs final_sigmas_type='sigma_min'")
 
-    def set_timesteps(self, *args, **values) -> None:
-        """Lay the grid, as ExponentialScheduler.set_timesteps, and share its calls out among steps."""
-        super().set_timesteps(*args, **values)
+    def _reset(self) -> None:
+        """Share the calls out among steps."""
+        super()._reset()
         c, n = self.config, len(self._grid)
         full, rest = divmod(n, c.solver_order)
         if c.solver_order > 1 and rest == 0 and (c.lower_order_final or self._sigmas[-1] == 0):
@@ -58,7 +57,7 @@ class DPMSolverSinglestepScheduler(ExponentialScheduler):
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
-    ) -> Stepped:  # fmt: skip
+    ) -> SchedulerOutput:  # fmt: skip
         """x (b, ...) from one call of the network to the next; the k-th of a step begins again at the step's start."""
         c, (out, x) = self.config, self._widen(model_output, sample)
         i = self._start(timestep)

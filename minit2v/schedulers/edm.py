@@ -11,6 +11,7 @@ from torch import Tensor
 from .base import Device, Timestep, declare
 from .dpm_multistep import ALIASES, DPMSolverMultistepScheduler
 from .euler import EulerDiscreteScheduler
+from .exponential import MultistepScheduler
 from .sigma import ExplodingScheduler
 
 
@@ -54,7 +55,6 @@ class _EDM(ExplodingScheduler):
         else:
             levels = self._custom(sigmas, "sigmas")
         self._set_grid(np.log(levels[:-1]) / 4, levels, device, torch.float32)
-        self.model_outputs: list[Tensor] = []
 
     @property
     def init_noise_sigma(self) -> float:
@@ -95,7 +95,7 @@ class EDMEulerScheduler(_EDM):
     step = EulerDiscreteScheduler.step
 
 
-class EDMDPMSolverMultistepScheduler(_EDM, DPMSolverMultistepScheduler):
+class EDMDPMSolverMultistepScheduler(_EDM, MultistepScheduler):
     """DPM-Solver++ multistep, as DPMSolverMultistepScheduler."""
 
     Fields = declare(
@@ -108,9 +108,8 @@ class EDMDPMSolverMultistepScheduler(_EDM, DPMSolverMultistepScheduler):
     choices = {
         "sigma_schedule": ("karras", "exponential"),
         "prediction_type": ("epsilon", "v_prediction"),
-        "solver_order": (1, 2, 3),
         "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
         "solver_type": ("midpoint", "heun"),
-        "third_order": ("corrected", "published"),
     }
     aliases = ALIASES
+    step = DPMSolverMultistepScheduler.step

@@ -1,10 +1,11 @@
 """Euler's method in sigma, plain and ancestral."""
 
 import math
+from typing import Any
 
 from torch import Tensor
 
-from .base import Generators, Stepped, Timestep, declare, randn
+from .base import Generators, SchedulerOutput, Timestep, declare, randn
 from .sigma import ExplodingScheduler
 
 
@@ -26,7 +27,7 @@ class EulerDiscreteScheduler(ExplodingScheduler):
     choices = {"interpolation_type": ("linear", "log_linear"), "timestep_type": ("discrete", "continuous")}
     aliases = {"prediction_type": {"original_sample": "sample"}}
 
-    def __init__(self, *args, **values):
+    def __init__(self, *args: Any, **values: Any):
         super().__init__(*args, **values)
         # What the network is told: the timestep, or, for models trained so, log(sigma) / 4.
         self._continuous = self.config.timestep_type == "continuous" and self.config.prediction_type == "v_prediction"
@@ -36,7 +37,7 @@ class EulerDiscreteScheduler(ExplodingScheduler):
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, s_churn: float = 0.0, s_tmin: float = 0.0,
         s_tmax: float = float("inf"), s_noise: float = 1.0, generator: Generators = None, return_dict: bool = True,
-    ) -> Stepped:  # fmt: skip
+    ) -> SchedulerOutput:  # fmt: skip
         """x (b, ...) from one sigma to the next. s_churn > 0 first adds noise where s_tmin <= sigma <= s_tmax.
 
         As published, the noise is added after the network has seen x, and only epsilon is then read at the new level.
@@ -65,7 +66,7 @@ class EulerAncestralDiscreteScheduler(ExplodingScheduler):
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
-    ) -> Stepped:  # fmt: skip
+    ) -> SchedulerOutput:  # fmt: skip
         """x (b, ...) from one sigma to the next: up**2 + down**2 = target**2, with up as in DDPM's posterior."""
         out, x = self._widen(model_output, sample)
         i = self._begin(timestep)

@@ -7,12 +7,13 @@ noise) is integrated against an exponential (Lu et al., arXiv:2206.00927, propos
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Device
+from .base import Device, SchedulerOutput
 from .grids import OPEN_GRIDS
 from .sigma import SPACINGS, SigmaScheduler
 
@@ -91,6 +92,8 @@ class ExponentialScheduler(SigmaScheduler):
                     raise ValueError(f"{n} steps repeat timesteps with timestep_spacing={spacing!r}; use fewer")
             levels = np.interp(grid, np.arange(len(table)), table)
         self._set_grid(grid, [*levels, last], device, kind)
+
+    def _reset(self) -> None:
         self.model_outputs: list[Tensor] = []  # newest last
 
     def _cut(self, n: int) -> np.ndarray:
@@ -147,3 +150,28 @@ class ExponentialScheduler(SigmaScheduler):
         for weight, (_, f) in zip(weights(nodes, integrals), known, strict=True):
             x = x + scale * weight * f
         return x if noise is None or std == 0 else x + std * noise
+
+
+class MultistepScheduler(ExponentialScheduler):
+    """Base of the solvers that join the last predictions, of places that they have passed (Adams-Bashforth)."""
+
+    def _order(self, i: int) -> int:
+        """The order of step i: as many predictions as there are, and fewer at the end, where high orders are rough."""
+        c, n = self.config, len(self._grid)
+        order = min(c.solver_order, len(self.model_outputs))
+        short = c.lower_order_final and n < 15
+        if i == n - 1 and (self._own("euler_at_final") or short or self._sigmas[n] == 0):
+            return 1
+        return min(order, 2) if i == n - 2 and short else order
+
+    def _multistep(
+        self, out: Tensor, timestep: Any, sample: Tensor, return_dict: bool, data: bool, rule: Rule | None = None,
+        tau: float = 0.0, noise: Tensor | None = None,
+    ) -> SchedulerOutput:  # fmt: skip
+        """A step through the last predictions, as many as the order asks for."""
+        out, x = self._widen(out, sample)
+        i = self._start(timestep)
+        self.model_outputs = [*self.model_outputs, self._read(out, x, i, data)][-self.config.solver_order :]
+        known = [(i - k, self.model_outputs[-1 - k]) for k in range(self._order(i))]
+        x = self._integrate(x, i, i + 1, known, data, rule, tau, noise)
+        return self._end(x, sample.dtype, return_dict)

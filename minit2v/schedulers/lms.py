@@ -4,7 +4,7 @@
 import numpy as np
 from torch import Tensor
 
-from .base import Device, Stepped, Timestep, declare
+from .base import SchedulerOutput, Timestep, declare
 from .sigma import ExplodingScheduler
 
 
@@ -23,17 +23,12 @@ class LMSDiscreteScheduler(ExplodingScheduler):
 
     choices = {"history": ("known", "counted")}
 
-    def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Device = None, timesteps: list[float] | None = None,
-        sigmas: list[float] | None = None,
-    ) -> None:  # fmt: skip
-        """Lay the grid: so many steps, or these timesteps, or these sigmas (with the last, usually 0, at the end)."""
-        super().set_timesteps(num_inference_steps, device, timesteps, sigmas)
+    def _reset(self) -> None:
         self.derivatives: list[Tensor] = []  # newest first
 
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, order: int = 4, return_dict: bool = True,
-    ) -> Stepped:  # fmt: skip
+    ) -> SchedulerOutput:  # fmt: skip
         """x (b, ...) from one sigma to the next, through at most `order` predictions."""
         out, x = self._widen(model_output, sample)
         i = self._begin(timestep)

@@ -5,7 +5,7 @@ import warnings
 
 from torch import Tensor
 
-from .base import Device, Scheduler, SchedulerOutput, Stepped, Timestep, declare
+from .base import Device, Scheduler, SchedulerOutput, Timestep, declare
 
 # Adams-Bashforth: the weights of the last predictions, newest first.
 BASHFORTH = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
@@ -62,7 +62,9 @@ class PNDMScheduler(Scheduler):
         self._base: tuple[Tensor, int] | None = None  # sample and timestep from which this step starts again
         self._sum: Tensor | float = 0.0
 
-    def step(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Stepped:
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True,
+    ) -> SchedulerOutput:  # fmt: skip
         """x_t (b, ...) -> the next sample at which the network is to be asked; equations (12) and (13) of the paper."""
         out, x = self._widen(model_output, sample)
         t, by_ratio = int(self._number(timestep)), self.config.previous_timestep == "ratio"

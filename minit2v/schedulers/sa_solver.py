@@ -1,10 +1,9 @@
 """SA-Solver."""
 
-from typing import Any
 
 from torch import Tensor
 
-from .base import Generators, Stepped, Timestep, declare, randn
+from .base import Generators, SchedulerOutput, Timestep, declare, randn
 from .exponential import ExponentialScheduler
 
 
@@ -36,9 +35,8 @@ class SASolverScheduler(ExponentialScheduler):
         | dict.fromkeys(("dpmsolver++", "sde-dpmsolver++"), "data_prediction")
     }
 
-    def set_timesteps(self, *args: Any, **values: Any) -> None:
-        """Lay the grid, as ExponentialScheduler.set_timesteps."""
-        super().set_timesteps(*args, **values)
+    def _reset(self) -> None:
+        super()._reset()
         self._last: tuple[Tensor, Tensor, float, int] | None = None  # where the last step began, its noise, tau, order
 
     def _tau(self, t: float) -> float:
@@ -53,7 +51,7 @@ class SASolverScheduler(ExponentialScheduler):
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
-    ) -> Stepped:  # fmt: skip
+    ) -> SchedulerOutput:  # fmt: skip
         """x_t (b, ...) -> x_s: corrects the last step (Adams-Moulton), then predicts on (Adams-Bashforth)."""
         c, (out, x) = self.config, self._widen(model_output, sample)
         i, data = self._start(timestep), c.algorithm_type == "data_prediction"

@@ -72,6 +72,10 @@ class SigmaScheduler(Scheduler):
         self.num_inference_steps = len(timesteps)
         self._put_timesteps(timesteps, device, dtype)
         self._put_sigmas(sigmas)
+        self._reset()
+
+    def _reset(self) -> None:
+        """What a solver remembers of a run, empty."""
 
     def _last_sigma(self) -> float:
         return 0.0 if self._own("final_sigmas_type") != "sigma_min" else self._table()[0].item()
@@ -158,7 +162,12 @@ class ExplodingScheduler(SigmaScheduler):
     ) -> None:  # fmt: skip
         """Lay the grid: so many steps, or these timesteps, or these sigmas (with the last, usually 0, at the end)."""
         grid, levels = self._lay(num_inference_steps, timesteps, sigmas)
-        self._set_grid(grid, levels, device, torch.float32)
+        self._set_grid(*self._calls(grid, levels), device, torch.float32)
+        self.num_inference_steps = len(grid)
+
+    def _calls(self, grid: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The timesteps and sigmas of steps -> those of the calls of the network."""
+        return grid, levels
 
     def _lay(
         self, n: int | None, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None,
@@ -223,19 +232,14 @@ class TwoStageScheduler(ExplodingScheduler):
 
     order = 2
 
-    def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Device = None, timesteps: list[float] | None = None,
-        sigmas: list[float] | None = None,
-    ) -> None:  # fmt: skip
-        """Lay the grid: so many steps, or these timesteps, or these sigmas (with the last, usually 0, at the end)."""
-        grid, levels = self._lay(num_inference_steps, timesteps, sigmas)
-        n = len(grid)
-        second = self._second_levels(levels[:n])
-        calls, at = np.empty(2 * n - 1), np.empty(2 * n - 1)
-        calls[::2], at[::2] = grid, levels[:n]
-        calls[1::2], at[1::2] = self._second_timesteps(grid, second), second
-        self._set_grid(calls, [*at, levels[-1]], device, torch.float32)
-        self.num_inference_steps = n
+    def _calls(self, grid: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        n, second = len(grid), self._second_levels(levels[: len(grid)])
+        calls, at = np.empty(2 * n - 1), np.empty(2 * n)
+        calls[::2], at[: 2 * n - 1 : 2], at[-1] = grid, levels[:n], levels[n]
+        calls[1::2], at[1:-1:2] = self._second_timesteps(grid, second), second
+        return calls, at
+
+    def _reset(self) -> None:
         self._first: tuple[Tensor, Tensor] | None = None  # the sample at the start of the step, and what it pointed to
 
     def _second_levels(self, levels: np.ndarray) -> np.ndarray:

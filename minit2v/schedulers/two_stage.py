@@ -4,7 +4,7 @@
 import numpy as np
 from torch import Tensor
 
-from .base import Generators, Stepped, Timestep, declare, randn
+from .base import Generators, SchedulerOutput, Timestep, declare, randn
 from .euler import ancestral
 from .sigma import TwoStageScheduler
 
@@ -25,7 +25,9 @@ class HeunDiscreteScheduler(TwoStageScheduler):
     def _second_timesteps(self, grid: np.ndarray, second: np.ndarray) -> np.ndarray:
         return grid[1:]
 
-    def step(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Stepped:
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True,
+    ) -> SchedulerOutput:  # fmt: skip
         """x (b, ...) from one call of the network to the next."""
         return self._two_stages(model_output, timestep, sample, return_dict)
 
@@ -50,7 +52,9 @@ class KDPM2DiscreteScheduler(TwoStageScheduler):
         rescale_betas_zero_snr=False, zero_snr="honoured", noised_at="timestep", spaced_timesteps="exact",
     )  # fmt: skip
 
-    def step(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Stepped:
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True,
+    ) -> SchedulerOutput:  # fmt: skip
         """x (b, ...) from one call of the network to the next."""
         return self._two_stages(model_output, timestep, sample, return_dict)
 
@@ -71,7 +75,7 @@ class KDPM2AncestralDiscreteScheduler(TwoStageScheduler):
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
-    ) -> Stepped:  # fmt: skip
+    ) -> SchedulerOutput:  # fmt: skip
         """x (b, ...) from one call of the network to the next; noise is added after the second."""
         return self._two_stages(model_output, timestep, sample, return_dict, like=model_output, generator=generator)
 

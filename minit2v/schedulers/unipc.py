@@ -1,10 +1,9 @@
 """UniPC."""
 
-from typing import Any
 
 from torch import Tensor
 
-from .base import Stepped, Timestep, declare
+from .base import SchedulerOutput, Timestep, declare
 from .exponential import ExponentialScheduler
 
 
@@ -26,16 +25,14 @@ class UniPCMultistepScheduler(ExponentialScheduler):
     )  # fmt: skip
 
     choices = {
-        "solver_order": (1, 2, 3),
         "solver_type": ("bh1", "bh2"),
         "solver_p": (None,),  # another scheduler as the predictor
         "shift_terminal": (None,),  # of flow matching
     }
     aliases = {"solver_type": {"midpoint": "bh2", "heun": "bh2", "logrho": "bh2"}}
 
-    def set_timesteps(self, *args: Any, **values: Any) -> None:
-        """Lay the grid, as ExponentialScheduler.set_timesteps."""
-        super().set_timesteps(*args, **values)
+    def _reset(self) -> None:
+        super()._reset()
         self._last: tuple[Tensor, int] | None = None  # the sample from which the last step went, and its order
 
     def _rule(self, k: float, integrals: list[float]) -> None:
@@ -47,7 +44,9 @@ class UniPCMultistepScheduler(ExponentialScheduler):
         """The predictions of the last `order` calls, that at place i the newest."""
         return [(i - k, self.model_outputs[-1 - k]) for k in range(order)]
 
-    def step(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Stepped:
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True,
+    ) -> SchedulerOutput:  # fmt: skip
         """x_t (b, ...) -> x_s: corrects the last step by this prediction (UniC), then predicts on (UniP)."""
         c, (out, x) = self.config, self._widen(model_output, sample)
         i = self._start(timestep)

@@ -110,16 +110,16 @@ class Round(NamedTuple):
     steps: int  # that the round makes
 
 
-class Rounds:
+class FreeInitRounds:
     """The rounds of one call, and where each begins: `plan`, and `begin(i, x)` once for every i in turn."""
 
-    def __init__(self, settings: FreeInit | None, scheduler: Any, x: Tensor, timesteps: Tensor, steps: int,
+    def __init__(self, settings: FreeInit, scheduler: Any, x: Tensor, timesteps: Tensor, steps: int,
                  video: NoisedVideo | None, generator: Generator | Sequence[Generator] | None):
-        """x (b c f h w): the first beginning, for `timesteps` of the scheduler's grid. settings None: one round.
+        """x (b c f h w): the first beginning, for `timesteps` of the scheduler's grid.
 
         Raises ValueError where a second round is not defined.
         """
-        self.settings = settings or FreeInit(num_iters=1)
+        self.settings = settings
         self.scheduler, self.video, self.timesteps = scheduler, video, timesteps
         self.generator = self.settings.generator or generator
         self.plan = self._plan(steps)

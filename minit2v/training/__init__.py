@@ -1,1 +1,4 @@
-"""How the embedded model came to be: its world, its trainer."""
+"""How networks come to be: the world of the embedded models, their trainers, and fine-tuning.
+
+Nothing in the other folders imports it.
+"""

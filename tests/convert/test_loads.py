@@ -25,7 +25,7 @@ ORIGINALS = [  # file: {class: what its config must say}
     ("text2video_pytorch_model", UNet3DConditionModel, {"attention_head_dim": 64, "cross_attention_dim": 1024}),
     ("VQGAN_autoencoder.first_stage_model", AutoencoderKL, {"scaling_factor": 0.18215}),
     ("open_clip_pytorch_model", CLIPTextModel, {"num_hidden_layers": 23, "hidden_act": "gelu"}),
-    ("mm_sd_v15", MotionAdapter, {"motion_max_seq_length": 24, "resnet_norms": "clip"}),
+    ("mm_sd_v15", MotionAdapter, {"motion_max_seq_length": 24, "resnet_norms": "video"}),
     ("mm_sd_v15_v2", MotionAdapter, {"use_motion_mid_block": True, "resnet_norms": "frame"}),
     ("v3_sd15_mm", MotionAdapter, {"motion_max_seq_length": 32, "resnet_norms": "frame"}),
     ("mm_sdxl_v10_beta", MotionAdapter, {"block_out_channels": (320, 640, 1280)}),

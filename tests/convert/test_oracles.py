@@ -252,7 +252,7 @@ def test_motion_module(version: str) -> None:
         motion_max_seq_length=24 if version == "v1" else 32,
         use_motion_mid_block=version == "v2",
         motion_layers_per_block=2,
-        resnet_norms="clip" if version == "v1" else "frame",
+        resnet_norms="video" if version == "v1" else "frame",
     )
     model = UNetMotionModel.from_unet2d(image, adapter)
     randomise(model)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from minit2v import cli
+from minit2v.cli.arguments import make_parser
 from minit2v_convert import adapters, animatediff, ldm, modelscope
 from minit2v_convert import modelscope_configuration as configuration
 from minit2v_convert.containers import TRAINERS
@@ -54,12 +55,12 @@ def test_commands_say_what_they_said(tmp_path, monkeypatch):
 def test_other_commands_are_understood(monkeypatch):
     (block,) = re.findall(r"^```\n(minit2v .*?)^```$", TEXT, re.M | re.S)
     for command in block.splitlines():
-        args = cli._parser().parse_args(shlex.split(command)[1:])
+        args = make_parser().parse_args(shlex.split(command)[1:])
         assert args.command in ("inspect", "convert", "generate", "animate")
 
 
 def test_options_are_all_there():
-    convert = next(a for a in cli._parser()._actions if a.dest == "command").choices["convert"]
+    convert = next(a for a in make_parser()._actions if a.dest == "command").choices["convert"]
     options = {s for a in convert._actions for s in a.option_strings if s.startswith("--")} - {"--help", "--debug"}
     assert {row[0].strip("`") for row in rows("Commands") if row[0].startswith("`")} == options
 

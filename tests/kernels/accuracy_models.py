@@ -39,7 +39,7 @@ MODELS = {  # what makes it, and the ops that it has
     "unet3d": (lambda: UNet3DConditionModel(**UNET3D), ALL),
     "motion": (lambda: UNetMotionModel(**MOTION), ALL - {"temporal_conv"}),
     "motion, clip norms": (
-        lambda: UNetMotionModel(**MOTION, resnet_norms="clip", motion_norms="clip"), ALL - {"temporal_conv"}
+        lambda: UNetMotionModel(**MOTION, resnet_norms="video", motion_norms="video"), ALL - {"temporal_conv"}
     ),
     "vae": (lambda: AutoencoderKL(**VAE), {"group_norm_silu"}),
 }  # fmt: skip

@@ -133,7 +133,7 @@ def test_as_many_frames_as_there_are_positions(make_pipes, version):
 def test_without_the_mode_other_frames(make_pipes, version):
     """What the mode changes in the networks shows in the frames."""
     ours, theirs = make_pipes(version)
-    norms = dict(motion_norms="frame", resnet_norms="clip" if version == "v1-5" else "frame")
+    norms = dict(motion_norms="frame", resnet_norms="video" if version == "v1-5" else "frame")
     right = UNetMotionModel(ours.unet.config, **norms)
     right.load_state_dict(ours.unet.state_dict())
     right = quiet(AnimateDiffPipeline(**ours.components | {"unet": right.eval()}))

@@ -58,9 +58,9 @@ def wrap_norms(peer: PeerUNet, motion_norms: str, resnet_norms: str, frames: int
     for name, module in list(peer.named_modules()):
         if motion_norms == "frame" and isinstance(module, AnimateDiffTransformer3D):
             module.norm = PerFrame(module.norm)
-        elif resnet_norms == "clip" and name.split(".")[-2:-1] == ["resnets"]:
+        elif resnet_norms == "video" and name.split(".")[-2:-1] == ["resnets"]:
             module.norm1, module.norm2 = PerClip(module.norm1, frames), PerClip(module.norm2, frames)
-    if resnet_norms == "clip":
+    if resnet_norms == "video":
         peer.conv_norm_out = PerClip(peer.conv_norm_out, frames)
     return peer
 
@@ -121,7 +121,7 @@ def test_motion_module(randomize_, dtype, b, f, layers, clip):
     randomize_(peer).to(dtype)
     ours = MotionModule(24, 3, layers, 4, 7).to(dtype)
     ours.load_state_dict(rename(peer.state_dict(), MODULE), strict=True)
-    ours.clip_norm = clip
+    ours.norm_over_video = clip
     if not clip:
         peer.norm = PerFrame(peer.norm)
     x = normal(b * f, 24, 3, 5, dtype=dtype)
@@ -161,10 +161,10 @@ def test_whole(randomize_, dtype, version, fields, shape):
 @pytest.mark.parametrize(
     "version, fields, norms",
     [
-        ("v1", {}, ("frame", "clip")),
+        ("v1", {}, ("frame", "video")),
         ("v2", {}, ("frame", "frame")),
         ("v3", {}, ("frame", "frame")),
-        ("v3", {"motion_norms": "clip", "resnet_norms": "clip"}, ("clip", "clip")),
+        ("v3", {"motion_norms": "video", "resnet_norms": "video"}, ("video", "video")),
     ],
     ids=str,
 )

@@ -1,0 +1,30 @@
+"""`minit2v bisect`: a step with each fused operation in turn as a Triton kernel, against float64."""
+
+import argparse
+import os
+
+import torch
+
+from ..pipelines.checks import check_pixels
+from .loading import find_device
+from .messages import say
+
+
+def run(args: argparse.Namespace) -> int:
+    """The exit code: 1 where an operation is too far off."""
+    device = find_device(args.device)
+    if device.type != "cuda":
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+    from ..fast import bisect
+
+    check_pixels("--height", args.height, bisect.FACTOR)
+    check_pixels("--width", args.width, bisect.FACTOR)
+    unet = bisect.load(args.model, getattr(torch, args.dtype), device)
+    given = bisect.inputs(unet, args.frames, args.height, args.width)
+    say(f"{type(unet).__name__} of {args.model}, one step, x {tuple(given[0].shape)}, {args.dtype} on {device}"
+         + (": by Triton's interpreter, which is slow" if device.type != "cuda" else ""))
+    good = True
+    for line, fine in bisect.lines(bisect.bisect(unet, *given)):
+        print(line, flush=True)
+        good &= fine
+    return 0 if good else 1

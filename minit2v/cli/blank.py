@@ -1,0 +1,17 @@
+"""`minit2v blank`: the folder of a published model, with zeros for its weights."""
+
+import argparse
+
+from ..pipelines.blank import write_blank
+from .messages import say
+
+
+def run(args: argparse.Namespace) -> int:
+    """The exit code; an error is raised."""
+    folder = write_blank(args.model, args.dst)
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    size, disk = (sum(sizes) for sizes in zip(*((s.st_size, 512 * getattr(s, "st_blocks", 0)) for s in
+                                                 (p.stat() for p in files)), strict=True))  # fmt: skip
+    say(f"{folder} has no weights: its {size / 1e9:.1f} GB are zeros, which take {disk / 1e6:.1f} MB of disk")
+    print(folder)
+    return 0

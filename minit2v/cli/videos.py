@@ -1,0 +1,228 @@
+"""`minit2v generate`, `restyle` and `animate`: one model, a file for each prompt."""
+
+import argparse
+import hashlib
+import os
+import platform
+import re
+import secrets
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..files import embedded
+from .arguments import SUFFIXES, Parser
+from .messages import one_line, say
+
+# The models that come with the package: what each command takes where no other is given.
+EMBEDDED = {
+    "generate": {"model": "shapes"},
+    "restyle": {"model": "shapes"},
+    "animate": {"base": "shapes-image", "adapter": "shapes-motion"},
+}
+# What suits a model better than the defaults of its pipeline, for those names that say which model it is.
+PRESETS: dict[str, dict[str, Any]] = {
+    "shapes": {"num_frames": 16, "steps": 25, "guidance_scale": 1.5},
+    "shapes-image": {"num_frames": 16, "steps": 25, "guidance_scale": 1.5},
+}
+# The settings that make a video, under the names of their options. They are stored in the file, and `--replay` reads
+# them back through the parser, so that a file says nothing that the command line could not.
+SETTINGS = ("model", "base", "adapter", "revision", "variant", "negative_prompt", "num_frames", "steps",
+            "guidance_scale", "strength", "free_init", "scheduler", "seed", "height", "width", "fps", "dtype", "device",
+            "compat", "kernels", "optimize")
+DECODED_AT_ONCE = 8  # frames: what the VAE's last layers need would otherwise grow with the video
+
+
+def run(args: argparse.Namespace, parser: Parser) -> int:
+    """The exit code: 1 where some prompts failed."""
+    digest = None
+    if "replay" in args:
+        args, digest = _replay(args, parser)
+    given = {k: v for k, v in vars(args).items() if k in SETTINGS}
+    video, source = getattr(args, "video", None), {}
+    prompts = list(args.prompt) + (_read_prompts(args.prompts) if "prompts" in args else [])
+    if not prompts:
+        parser.error("give a prompt or --prompts FILE" + " or --replay VIDEO" * (args.command != "restyle"))
+    if video is not None and "num_frames" in given:
+        parser.error("--num-frames: a video has its own number of frames")
+    if video is None and "strength" in given:
+        parser.error("--strength: how far to go from which video? Give --video VIDEO")
+    models = dict(EMBEDDED[args.command])
+    if "adapter" in given and "base" not in given:
+        parser.error("--adapter: to which image model? Give --base MODEL")
+    if given.get("base", models.get("base")) != models.get("base"):
+        del models["adapter"]
+    if "kernels" in args:
+        os.environ["MINIT2V_KERNELS"] = args.kernels
+    given = models | given
+    main = given.get("model") or given["base"]
+    preset = PRESETS[main] if embedded.find(main) else {}
+    settings = {"seed": secrets.randbelow(2**32), "fps": 8.0, **preset}
+    paths = _output_paths(getattr(args, "output", None), prompts, given.get("seed", settings["seed"]))
+    if video is not None:
+        settings.pop("num_frames", None)
+        video, measured, source = _read_source(video, digest)
+        settings |= measured
+    settings |= given
+    from .loading import load  # torch takes a second, in which all errors above have been said
+
+    pipe, call = load(args.command, settings, video is not None)
+
+    say(_summary(settings, len(video) if video else settings["num_frames"]))
+    failures = []
+    for n, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
+        pipe.set_progress_bar_config(desc=f"{n + 1}/{len(prompts)}" if len(prompts) > 1 else None, unit="step",
+                                     dynamic_ncols=True)
+        try:
+            start = time.monotonic()
+            frames = _frames(pipe, call, prompt, settings["seed"], video)
+            about = {"minit2v": args.command, "prompt": prompt, **{k: settings[k] for k in SETTINGS if k in settings},
+                     **source, "versions": _versions()}
+            _write(frames, path, settings["fps"], about)
+            print(path, flush=True)
+            say(f"{len(frames)} frames of {frames.shape[2]}x{frames.shape[1]} in {time.monotonic() - start:.1f} s")
+        except Exception as e:
+            if args.debug:
+                raise
+            failures.append(f"error: {_quote(prompt) + ': ' if len(prompts) > 1 else ''}{one_line(e)}")
+    for line in failures:
+        say(line)
+    if failures and len(prompts) > 1:
+        say(f"{len(failures)} of {len(prompts)} prompts failed")
+    return 1 if failures else 0
+
+
+def _summary(s: dict[str, Any], frames: int) -> str:
+    size = f"{frames} frames of {s['width']}x{s['height']} at {s['fps']:g} fps"
+    parts = [size, f"{s['steps']} steps of {s['scheduler']}", f"guidance {s['guidance_scale']:g}", f"seed {s['seed']}",
+             f"{s['dtype']} on {s['device']}", f"kernels {s['kernels']}"]
+    if "strength" in s:
+        parts.insert(2, f"strength {s['strength']:g}")
+    if s.get("free_init"):
+        parts.insert(2, "FreeInit")
+    if s.get("optimize"):
+        parts.append("optimized")
+    if s.get("negative_prompt"):
+        parts.append(f"not {_quote(s['negative_prompt'])}")
+    return ", ".join(parts + [f"{k} {s[k]}" for k in ("revision", "variant", "compat") if s.get(k)])
+
+
+def _frames(pipe: Any, call: dict[str, Any], prompt: str, seed: int, video: Any) -> Any:
+    """The frames (f h w 3) of one prompt. The noise comes from the CPU, so that the seed means the same everywhere."""
+    import torch
+
+    extra = {} if video is None else {"video": video}
+    return pipe(prompt=prompt, generator=torch.Generator("cpu").manual_seed(seed), output_type="np",
+                decode_chunk_size=DECODED_AT_ONCE, **call, **extra).frames[0]
+
+
+def _write(frames: Any, path: Path, fps: float, about: dict[str, Any]) -> None:
+    from ..files.video import export_to_gif, export_to_video
+
+    export = export_to_gif if path.suffix.lower() == ".gif" else export_to_video
+    export(frames, path, fps=fps, metadata=about)
+
+
+def _versions() -> dict[str, str]:
+    import torch
+
+    return {"minit2v": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _read_prompts(file: str) -> list[str]:
+    """The lines of a file, blank ones left out."""
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{file}: not UTF-8 text ({e.reason} at byte {e.start})") from None
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError(f"{file}: no prompts in it")
+    return prompts
+
+
+def _quote(prompt: str) -> str:
+    return f'"{prompt}"' if len(prompt) <= 60 else f'"{prompt[:57]}..."'
+
+
+def _output_paths(output: Path | None, prompts: list[str], seed: int) -> list[Path]:
+    """A path for each prompt, in a folder that is there and can be written: found out before the work, not after it."""
+    is_file = output is not None and output.suffix.lower() in SUFFIXES and not output.is_dir()
+    folder = output.parent if is_file else output or Path()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise type(e)(e.errno, f"cannot write here ({e.strerror})", str(folder)) from None
+    if is_file and len(prompts) == 1:
+        if output.exists():
+            say(f"{output} will be replaced")
+        return [output]
+    paths: list[Path] = []
+    for n, prompt in enumerate(prompts):
+        words = re.sub(r"[\W_]+", "-", prompt.lower())[:40].strip("-") or "video"
+        stem, suffix = (f"{output.stem}-{n + 1}", output.suffix) if is_file else (f"{words}-{seed}", ".mp4")
+        names = (folder / f"{stem}{f'-{k}' if k > 1 else ''}{suffix}" for k in range(1, 10**6))
+        paths.append(next(p for p in names if p not in paths and not p.exists()))
+    return paths
+
+
+def _read_source(path: str, wanted: str | None) -> tuple[list, dict[str, Any], dict[str, str]]:
+    """The frames to begin with, the settings that they suggest, and what says which video it was.
+
+    wanted: the digest that the frames should have.
+    """
+    from ..files.video import load_video
+
+    frames, fps = load_video(path, return_fps=True)
+    digest = hashlib.sha256(b"".join(f.tobytes() for f in frames)).hexdigest()
+    if wanted not in (None, digest):
+        raise ValueError(f"{path}: not the video that was begun with, its frames have changed")
+    measured = {"strength": 0.6, "height": frames[0].height, "width": frames[0].width, **({"fps": fps} if fps else {})}
+    where = path if path.startswith(("http://", "https://")) else str(Path(path).absolute())
+    return frames, measured, {"video": where, "video_sha256": digest}
+
+
+def _option(name: str, value: Any) -> str:
+    option = name.replace("_", "-")
+    return f"--{'' if value else 'no-'}{option}" if isinstance(value, bool) else f"--{option}={value}"
+
+
+def _replay(args: argparse.Namespace, parser: Parser) -> tuple[argparse.Namespace, str | None]:
+    """The arguments that made a video, under those given now; and the digest of the video that it began with."""
+    from ..files.video import read_metadata
+    from .loading import find_device
+
+    stored = read_metadata(args.replay)
+    command, source = stored.get("minit2v"), stored.get("video")
+    if command not in EMBEDDED or not isinstance(stored.get("prompt"), str):
+        raise ValueError(f"{args.replay}: no settings of minit2v are stored in this file")
+    if (command == "animate") != (args.command == "animate"):
+        again = "animate" if command == "animate" else "generate"
+        raise ValueError(f"{args.replay} was made by {command}: minit2v {again} --replay makes it again")
+    given = {k: v for k, v in vars(args).items() if k not in ("command", "replay", "prompt", "prompts")}
+    words = [_option(k, stored[k]) for k in SETTINGS if stored.get(k) is not None]
+    prompts = args.prompt or ([] if "prompts" in args else [stored["prompt"]])
+    if source is not None and command == "animate":
+        words.append(f"--video={source}")
+    first = [str(source)] if command == "restyle" else []
+    again = parser.parse_args([command, *words, "--", *first, *prompts])
+    if "video" in given and "num_frames" in again:  # that of the video made of a text alone
+        del again.num_frames
+    for name, value in [*given.items(), *([("prompts", args.prompts)] if "prompts" in args else [])]:
+        setattr(again, name, value)
+
+    then, now = stored.get("versions", {}), _versions()
+    if changed := [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v]:
+        say(f"warning: the video may come out differently, as versions have changed: {', '.join(changed)}")
+    if "device" not in given:
+        try:
+            find_device(again.device)
+        except ValueError:
+            say(f"warning: made on {again.device}, which is not here: the numbers may differ a little")
+            again.device = "auto"
+    return again, None if "video" in given else stored.get("video_sha256")

@@ -1,0 +1,329 @@
+"""Who runs a network fast: an executor for each network, which notices whatever is changed and gives way to it."""
+
+import os
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from operator import is_
+from typing import Any
+
+import torch
+import torch.nn.modules.module as hooks
+from torch import Tensor, nn
+
+from ..models.unet import UNet
+from ..models.unet2d import UNet2DConditionModel
+from ..models.unet3d import UNet3DConditionModel
+from ..models.unet_motion import UNetMotionModel
+from ..models.vae import AutoencoderKL, DiagonalGaussian
+from . import modules
+from .cpu import CPUOps
+from .graphs import Graphs, can_capture
+from .layout import Places, laid_together, lay_together
+from .modules import PARTS, Run
+from .ops import Ops
+
+UNETS = (UNet3DConditionModel, UNet2DConditionModel, UNetMotionModel)
+# The methods of the classes that modules.py stands for, as they are written.
+WRITTEN = [
+    (cls, name, method)
+    for cls in (*PARTS, *UNETS, UNet, AutoencoderKL)
+    for name, method in vars(cls).items()
+    if callable(method) and (name == "forward" or cls.__module__.startswith("minit2v."))
+]
+
+
+class Executor:
+    """Runs one network: what is exactly as written in minit2v/models by minit2v/fast/modules.py, the rest as it is.
+
+    lay_out: whether weights may be moved in memory, which `undo` takes back to the last bit.
+    """
+
+    def __init__(self, network: nn.Module, lay_out: bool = False):
+        self._network = weakref.ref(network)  # weak: what is dropped is freed at once
+        self.places = Places(network) if lay_out else None
+        self.lock = threading.RLock()
+        self.state: State | None = None
+        self.plans = 0  # how many were made
+
+    @property
+    def network(self) -> Any:
+        return self._network()
+
+    def applies(self, x: Tensor) -> bool:
+        """Whether the network may be run in this way, now and on x: no gradients, no autocast, nothing traced."""
+        network = self.network
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_autocast(x.device.type):
+            return False
+        weight = next(network.parameters())
+        if x.dtype != weight.dtype or x.device != weight.device or type(x) is not Tensor:
+            return False
+        if is_touched(network) or is_overridden(network):
+            return False
+        if any(vars(cls).get(name) is not method for cls, name, method in WRITTEN):
+            return False
+        return not (hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+
+    def refresh(self) -> None:
+        """Plan anew where the network's modules, weights or hooks are not those of the last plan."""
+        with self.lock:
+            if self.state is None or not self.state.holds():
+                self.renew()
+                self.state = State(self.network)
+                self.plans += 1
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def renew(self) -> None:
+        """Choose how to run the modules that are there now."""
+        if self.places is not None:
+            self.lay_out()
+        self.known = frozenset(m for m in self.network.modules() if is_known(m))
+        weight = next(self.network.parameters())
+        on_cpu = weight.is_cpu and weight.dtype == torch.float32
+        self.ops = CPUOps(weight, self.network) if on_cpu else Ops(weight)
+        for m in self.known:
+            if isinstance(m, modules.Attention) and m.to_q.bias is m.to_k.bias is m.to_v.bias is None:
+                weight = laid_together([m.to_q.weight, m.to_k.weight, m.to_v.weight])
+                if weight is not None:
+                    self.ops.together[m] = weight
+
+    def lay_out(self) -> None:
+        """q, k and v of each attention together; on CUDA, convolutions in channels-last memory."""
+        for m in self.network.modules():
+            if isinstance(m, modules.Attention) and is_known(m):
+                lay_together([m.to_q.weight, m.to_k.weight, m.to_v.weight])
+            if isinstance(m, nn.Conv2d | nn.Conv3d) and m.weight.is_cuda and self.wants_channels_last(m.weight):
+                layout = torch.channels_last if isinstance(m, nn.Conv2d) else torch.channels_last_3d
+                m.weight.data = m.weight.contiguous(memory_format=layout)
+
+    def wants_channels_last(self, weight: Tensor) -> bool:
+        return True
+
+    def undo(self) -> None:
+        """Every weight where it was."""
+        if self.places is not None:
+            self.places.put_back(self.network.named_parameters())
+
+
+def is_autocast(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+class State:
+    """What a plan depends on: the modules, where every weight is, who is touched, which kernels are asked for."""
+
+    def __init__(self, network: nn.Module):
+        self.modules = list(network.modules())[1:]  # not the network, which is to be freed when it is dropped
+        self.types = list(map(type, self.modules))
+        self.own = [m.__dict__ for m in (network, *self.modules)]
+        self.children = list(chain.from_iterable(d["_modules"].values() for d in self.own))
+        self.hooks = [d[name] for d in self.own for name in ("_forward_hooks", "_forward_pre_hooks")]
+        self.weights = self.now_weights()
+        self.places = self.now_places()
+        self.touched = self.now_touched()
+        self.setting = os.environ.get("MINIT2V_KERNELS")
+
+    def now_weights(self) -> list[Tensor | None]:
+        return list(chain.from_iterable(d["_parameters"].values() for d in self.own))
+
+    def now_places(self) -> list[int]:
+        return [p.data_ptr() for p in self.weights if p is not None]
+
+    def now_touched(self) -> list[bool]:
+        return [*map(bool, self.hooks), *("forward" in d for d in self.own)]
+
+    def holds(self) -> bool:
+        """Whether all is as it was. A thousand modules take about half a millisecond."""
+        children = chain.from_iterable(d["_modules"].values() for d in self.own)
+        return (
+            self.setting == os.environ.get("MINIT2V_KERNELS")
+            and self.types == list(map(type, self.modules))
+            and all(map(is_, self.children, children))
+            and all(map(is_, self.weights, self.now_weights()))
+            and sum(map(len, (d["_modules"] for d in self.own))) == len(self.children)
+            and self.places == self.now_places()
+            and self.touched == self.now_touched()
+        )
+
+
+def is_touched(m: nn.Module) -> bool:
+    """Whether somebody wants to see, or change, what goes in and out of the module."""
+    return bool(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__)
+
+
+def is_overridden(m: nn.Module) -> bool:
+    """Whether a method of its class was replaced on this one module."""
+    return any(hasattr(type(m), name) and callable(value) for name, value in m.__dict__.items())
+
+
+def is_known(m: nn.Module) -> bool:
+    """Whether the module is exactly as written, with all that its function in modules.py reads for itself."""
+    parts = PARTS.get(type(m))
+    if parts is None or is_touched(m):
+        return False
+    if any(p is not None and type(p) is not nn.Parameter for p in m._parameters.values()):
+        return False
+    if isinstance(m, nn.GroupNorm | nn.LayerNorm) and (m.weight is None or m.bias is None):
+        return False
+    return all(type(part) in classes and is_known(part) for name, classes in parts.items() for part in named(m, name))
+
+
+def named(m: nn.Module, name: str) -> Iterator[nn.Module | None]:
+    """The part of that name; of "blocks.*" all of a list."""
+    first, _, rest = name.partition(".")
+    part = m._modules.get(first)
+    if not rest:
+        yield part
+    elif rest == "*":
+        yield from part
+    else:
+        yield part[int(rest)] if isinstance(part, nn.ModuleList) and len(part) > int(rest) else None
+
+
+class UNetExecutor(Executor):
+    """Predicts as the UNet does."""
+
+    def __init__(self, network: UNet, lay_out: bool = False, graphs: bool = False, compile: bool = False):
+        super().__init__(network, lay_out)
+        self.graphs = Graphs() if graphs else None
+        self.compile = compile
+
+    def predict(self, x: Tensor, t: int | float | Tensor, context: Tensor, texts: "Texts") -> Tensor:
+        """x (b c f h w), t a number or (b,), context (b l d) or (b f l d) -> the prediction (b c f h w)."""
+        unet = self.network
+        one = not isinstance(t, Tensor) or t.numel() == 1
+        t, flat = unet.check(x, t, context)
+        t = t[:1] if one else t  # one timestep for all videos is projected once
+        self.refresh()
+        of_text = texts.of(self, context, flat)
+        if self.graphs is None or not can_capture(x) or any(map(is_touched, self.state.modules)):
+            return self.run(x, t, flat, of_text)
+        names, pairs = list(of_text), [y for pair in of_text.values() for y in pair]
+
+        def run(x: Tensor, t: Tensor, context: Tensor, *pairs: Tensor) -> Tensor:
+            return self.run(x, t, context, dict(zip(names, zip(pairs[::2], pairs[1::2], strict=True), strict=True)))
+
+        key = repr(unet.config), unet.chunking, unet.free_u
+        return self.graphs.run(key, run, [x, t, flat, *pairs])
+
+    def run(self, x: Tensor, t: Tensor, context: Tensor, texts: dict[nn.Module, tuple[Tensor, Tensor]]) -> Tensor:
+        """x (b c f h w), t (1,) or (b,), context (b l d) or ((b f) l d), all checked."""
+        run = Run(self.ops, self.known, x.shape[2], context=context, texts=texts, compiled=self.compiled)
+        modules.times_of(run, self.network, t, self.times)
+        run.emb = run.emb.expand(len(x), -1).repeat_interleave(run.f, dim=0)
+        if not self.compiled:
+            return modules.unet(run, self.network, x)
+        # Blocks are one piece of code, of which PyTorch compiles 8 variants and then gives up.
+        with torch._dynamo.config.patch(cache_size_limit=2 * len(self.compiled)):
+            return modules.unet(run, self.network, x)
+
+    def renew(self) -> None:
+        super().renew()
+        unet = self.network
+        self.compiled: dict[nn.Module, Any] = {}
+        if self.compile:
+            self.compiled = {block: torch.compile(block, dynamic=False) for block in unet.blocks()}
+            self.known -= self.compiled.keys()
+        parts = [p.res for p in unet.blocks() if p in self.known and p.res in self.known]
+        joined = [laid_together(each) for each in of_times(parts)] if parts else [None]
+        self.times = None if any(x is None for x in joined) else tuple(joined)
+        if self.graphs is not None:
+            self.graphs.clear()
+
+    def lay_out(self) -> None:
+        super().lay_out()
+        parts = [p.res for p in self.network.blocks() if is_known(p) and is_known(p.res)]
+        if parts:
+            for each in of_times(parts):
+                lay_together(each)
+
+    def undo(self) -> None:
+        if self.graphs is not None:
+            self.graphs.clear()
+        super().undo()
+
+
+def of_times(parts: list[Any]) -> list[list[nn.Parameter]]:
+    """What all ResBlocks have for the timestep: weights, biases, and the biases of their first convolutions."""
+    return [[p.emb.weight for p in parts], [p.emb.bias for p in parts], [p.conv1.bias for p in parts]]
+
+
+class Texts:
+    """Keys and values of a text, computed once as long as it is the same tensor and nobody writes into it."""
+
+    def __init__(self) -> None:
+        self.last: tuple[Any, list[int], dict[nn.Module, tuple[Tensor, Tensor]]] | None = None
+
+    def of(self, executor: UNetExecutor, context: Tensor, flat: Tensor) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+        """context, and the same as (n l d) -> for each attention to the text its keys and values (n l h d)."""
+        if not context.is_inference() and self.last is not None and self.last[0]() is context:
+            if self.last[1] == versions(executor, context, self.last[2]):
+                return self.last[2]
+        made = modules.texts_of(Run(executor.ops, executor.known), executor.network, flat)
+        self.last = None if context.is_inference() else (weakref.ref(context), versions(executor, context, made), made)
+        return made
+
+
+def versions(executor: UNetExecutor, context: Tensor, attentions: Iterable[Any]) -> list[int]:
+    """How often the text and the weights that read it were written into; inference tensors do not count that."""
+    weights = (p for m in attentions for p in (m.to_k.weight, m.to_v.weight) if not p.is_inference())
+    return [executor.plans, context._version, *(p._version for p in weights)]
+
+
+class Door:
+    """A UNet's executor for one run, the steps of which have the same texts. Called as the UNet.
+
+    Keys and values of a text are made once. They are made anew when the text or the weights that read it are changed,
+    except by way of `.data`, which PyTorch does not count: open another door after that.
+    """
+
+    def __init__(self, executor: UNetExecutor):
+        self.executor, self.network, self.texts = executor, executor.network, Texts()
+
+    def __call__(self, x: Tensor, t: int | float | Tensor, context: Tensor) -> Tensor:
+        unet = self.network
+        if not self.executor.applies(x):
+            return unet(x, t, context)
+        if isinstance(unet, UNet2DConditionModel):
+            if x.ndim != 4:
+                return unet(x, t, context)  # which says what is wrong
+            return self.executor.predict(x[:, :, None], t, context, self.texts)[:, :, 0]
+        return self.executor.predict(x, t, context, self.texts)
+
+
+class VAEExecutor(Executor):
+    """Encodes and decodes as the VAE does."""
+
+    @property
+    def config(self) -> Any:
+        return self.network.config
+
+    def encode(self, x: Tensor, chunk_size: int | None = None) -> DiagonalGaussian:
+        """As AutoencoderKL.encode."""
+        vae, factor = self.network, self.config.factor
+        if is_overridden(vae):
+            return vae.encode(x, chunk_size)
+        vae.check("x", x, self.config.in_channels, factor)
+        return DiagonalGaussian(vae.in_pieces(self.encode_frames, x, chunk_size, factor, 1))
+
+    def decode(self, z: Tensor, chunk_size: int | None = None) -> Tensor:
+        """As AutoencoderKL.decode."""
+        vae = self.network
+        if is_overridden(vae):
+            return vae.decode(z, chunk_size)
+        vae.check("z", z, self.config.latent_channels)
+        return vae.in_pieces(self.decode_frames, z, chunk_size, 1, self.config.factor)
+
+    def encode_frames(self, x: Tensor) -> Tensor:
+        if not self.applies(x):
+            return self.network.encode_frames(x)
+        self.refresh()
+        return modules.encode_frames(Run(self.ops, self.known), self.network, x)
+
+    def decode_frames(self, z: Tensor) -> Tensor:
+        if not self.applies(z):
+            return self.network.decode_frames(z)
+        self.refresh()
+        return modules.decode_frames(Run(self.ops, self.known), self.network, z).contiguous()

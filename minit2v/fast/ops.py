@@ -1,0 +1,120 @@
+"""How each operation is done on one device in one dtype: PyTorch, or a kernel of minit2v_kernels.
+
+The choice is made once, when `Ops` is made for a network, and not at every call.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minit2v_kernels import _dispatch
+from minit2v_kernels.attention import run_temporal_attention, temporal_attention_ref
+from minit2v_kernels.conv import run_temporal_conv, temporal_conv_ref
+from minit2v_kernels.geglu import geglu_ref, run_geglu
+from minit2v_kernels.layer_norm import layer_norm_ref, run_add_layer_norm, run_layer_norm
+from minit2v_kernels.norm import group_norm_silu_ref, run_group_norm_silu
+
+from ..models.layers import Attention
+
+OWN = object()  # a convolution's own bias
+
+
+class Ops:
+    """On an accelerator, and wherever nothing better is known: channels-last memory, one op after the other."""
+
+    def __init__(self, x: Tensor):
+        """x: any weight of the network. Which kernels run is said by $MINIT2V_KERNELS; see `_dispatch.pick`."""
+        self.together: dict[Attention, Tensor] = {}  # weights of q, k and v that lie together (3 h d, c)
+        chosen = {op: _dispatch.pick(op, None, x) == "triton" for op in _dispatch.PROVEN}
+        self.kernels = [op for op, triton in chosen.items() if triton]
+
+        def either(op: str, kernel: Callable[..., Any], definition: Callable[..., Any]) -> Callable[..., Any]:
+            return kernel if chosen[op] else definition
+
+        self._group_norm = either("group_norm_silu", run_group_norm_silu, group_norm_silu_ref)
+        self._layer_norm = either("add_layer_norm", run_layer_norm, layer_norm_ref)
+        self._add_layer_norm = either("add_layer_norm", run_add_layer_norm, add_layer_norm)
+        self._temporal_conv = either("temporal_conv", run_temporal_conv, temporal_conv_ref)
+        self._geglu = either("geglu", run_geglu, geglu_ref)
+        self._attention = either("temporal_attention", run_temporal_attention, attend_frames)
+        # Whether the norm takes these along in its own pass over memory.
+        self.reads_skip = self.reads_emb = chosen["group_norm_silu"]
+        # PyTorch's attention across frames moves nothing if q, k and v are three tensors. The kernel can read one.
+        self.reads_fused = chosen["temporal_attention"]
+
+    def kept_bytes(self) -> int:
+        """What copies of weights in another form take."""
+        return 0
+
+    def check_kept(self) -> None:
+        """Drop copies whose weights were changed without notice."""
+
+    def channels_last(self, x: Tensor) -> Tensor:
+        """x (n c h w) in channels-last memory, in which tokens are views."""
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def image_layout(self, x: Tensor) -> Tensor:
+        """x (n c h w) in the memory in which the VAE's layers are fast. PyTorch's GroupNorm on CUDA would copy."""
+        return self.channels_last(x) if self.reads_skip else x
+
+    def group_norm(
+        self, m: nn.GroupNorm, x: Tensor, span: int, *, silu: bool = False, skip: Tensor | None = None,
+        emb: Tensor | None = None,
+    ) -> Tensor:
+        """x ((n span) c *spatial), with skip behind it in the channels and emb (m c) added -> the norm, and SiLU."""
+        return self._group_norm(x, m.weight, m.bias, m.num_groups, m.eps, silu, span, skip, emb)
+
+    def layer_norm(self, m: nn.LayerNorm, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        """x (b f ... d), positions (f d) -> the norm, plus positions."""
+        return self._layer_norm(x, m.weight, m.bias, m.eps, positions)
+
+    def add_layer_norm(
+        self, m: nn.LayerNorm, x: Tensor, residual: Tensor, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x, which is given away, and residual (b f ... d) -> (x + residual, its norm plus positions)."""
+        return self._add_layer_norm(x, residual, m.weight, m.bias, m.eps, positions)
+
+    def linear(self, m: nn.Linear, x: Tensor) -> Tensor:
+        return F.linear(x, m.weight, m.bias)
+
+    def geglu(self, m: nn.Linear, x: Tensor) -> Tensor:
+        """x (... d) -> value * gelu(gate), the halves of m's output (... d_out / 2)."""
+        return self._geglu(x, m.weight, m.bias)
+
+    def queries_keys_values(self, m: Attention, x: Tensor) -> tuple[Tensor, ...]:
+        """x (... c) -> q, k, v (... h d)."""
+        weight = self.together.get(m)
+        if weight is None or (x.ndim == 4 and not self.reads_fused):
+            return tuple(self.linear(to, x).unflatten(-1, (m.heads, -1)) for to in (m.to_q, m.to_k, m.to_v))
+        return F.linear(x, weight).unflatten(-1, (3, m.heads, -1)).unbind(-3)
+
+    def frame_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v (b f p h d) -> (b f p h d), contiguous."""
+        return self._attention(q, k, v, False, q.shape[1])
+
+    def conv(self, m: nn.Conv2d, x: Tensor, bias: Any = OWN) -> Tensor:
+        """x (n c h w) -> (n c_out ...); another bias (c_out) in place of m's, or None."""
+        return m._conv_forward(x, m.weight, m.bias if bias is OWN else bias)
+
+    def double_and_conv(self, m: nn.Conv2d, x: Tensor) -> Tensor:
+        """Every pixel of x (n c h w) doubled in height and width, then m, of 3x3 -> (n c_out 2h 2w)."""
+        return self.conv(m, F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+    def temporal_conv(self, m: nn.Conv3d, x: Tensor, residual: Tensor | None) -> Tensor:
+        """x, residual (b c f p) in channels-last memory -> m along f, plus the residual."""
+        return self._temporal_conv(x, m.weight, m.bias, residual)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, positions: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The kernel's definition, with the sum in x's memory: fresh memory costs as much as the sum."""
+    x = x.add_(residual)
+    return x, layer_norm_ref(x, weight, bias, eps, positions)
+
+
+def attend_frames(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int) -> Tensor:
+    return temporal_attention_ref(q, k, v)
