@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from kernel_resources import layouts_of_cuda
 from kernel_shapes import TEXT, WORKLOADS, Workload
 from measure import Results, table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minit2v import UNet3DConditionModel, UNetMotionModel
+from minit2v import UNet3DConditionModel, UNetMotionModel, fast
 from minit2v.fast.bisect import kernels
 from minit2v.models.unet3d import UNet3DConfig
 from minit2v_kernels import _dispatch
@@ -71,7 +72,7 @@ class Forgotten(list):
 @contextmanager
 def recorded(impl: str) -> Iterator[None]:
     """The ops as references, or as kernels that allocate what they would and do not run."""
-    with kernels(impl), _dispatch.record():
+    with kernels(impl), _dispatch.record(), layouts_of_cuda():
         _dispatch.recorded = Forgotten()
         yield
 
@@ -109,7 +110,7 @@ def half_on_meta(make: Callable[[], nn.Module]) -> nn.Module:
 
 
 def count(work: Workload, peer: bool = True) -> dict[str, Any]:
-    """The peaks of a step in bytes: ours as references and as kernels, and diffusers' where it is installed."""
+    """The peaks of a step in bytes: our fast path's without and with kernels, diffusers' where it is there."""
     network_class = UNet3DConditionModel if isinstance(work.config, UNet3DConfig) else UNetMotionModel
     network = half_on_meta(lambda: network_class(work.config))
     h, w = work.latents
@@ -119,7 +120,7 @@ def count(work: Workload, peer: bool = True) -> dict[str, Any]:
     found: dict[str, Any] = {"workload": work.title, "weights": size(network)}
     for name, impl in (("torch", "torch"), ("kernels", "triton")):
         with recorded(impl):
-            found[name] = peak(network, lambda: network(x, t, context))
+            found[name] = peak(network, lambda: fast.door(network)(x, t, context))
     if not peer or find_spec("diffusers") is None:
         return found
     import diffusers

@@ -2,8 +2,9 @@
 
     python benchmarks/fuzz_convert.py --count 10000 --output benchmarks/results/fuzz_convert.json
 
-A mutant is a small valid file (safetensors, torch.save, torch.save of before 1.6) with its bytes changed anywhere, or
-with one lie in it: lengths, offsets, sizes, dtypes, names, or a pickle that wants more than tensors.
+A mutant is a small valid file (safetensors, torch.save, torch.save of before 1.6, a trainer's checkpoint) with its
+bytes changed anywhere, or with one lie in it: lengths, offsets, sizes, dtypes, names, or a pickle that wants more than
+tensors.
 """
 
 import argparse
@@ -19,11 +20,13 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections import Counter
+from argparse import Namespace
+from collections import Counter, defaultdict
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save
 
@@ -35,7 +38,7 @@ SECONDS = 20  # longer is a hang, also on a busy machine
 
 
 def bases() -> dict[str, bytes]:
-    """Valid files of three kinds."""
+    """Valid files of four kinds."""
     state = {
         "temb.weight": torch.arange(35.0).reshape(5, 7), "conv_in.bias": torch.ones(3, dtype=torch.float16),
         "input_blocks.0.0.weight": torch.zeros(4, 2, 3, 3), "steps": torch.tensor(3), "none": torch.zeros(0, 3),
@@ -44,7 +47,15 @@ def bases() -> dict[str, bytes]:
     new, old = io.BytesIO(), io.BytesIO()
     torch.save({"state_dict": state, "epoch": 3}, new)
     torch.save(state, old, _use_new_zipfile_serialization=False)
-    return {"safetensors": save(state), "pickle": new.getvalue(), "legacy": old.getvalue()}
+    return {"safetensors": save(state), "pickle": new.getvalue(), "legacy": old.getvalue(), "trainer": _trainer(state)}
+
+
+def _trainer(state: dict[str, Any]) -> bytes:
+    """With what trainers put beside weights: paths, sets, bytes, numbers of NumPy."""
+    beside = {"a": Path("/x"), "b": {1, 2}, "c": b"\xff\0", "d": np.float64(1), "e": np.arange(3), "f": Namespace(x=1),
+              "g": defaultdict(dict, a=1), Namespace: torch.device("cpu")}  # fmt: skip
+    torch.save({"state_dict": state, "callbacks": beside, "loops": beside}, out := io.BytesIO())
+    return out.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------------------- mutants
@@ -131,6 +142,7 @@ OPCODES = [b"\x80\x02", b"(", b"}", b"t", b"\x85", b"\x86", b"R", b"b", b"s", b"
            b"\x8b\xff\xff\xff\x7f", b"N.", b"X\xff\xff\xff\xff", b"\x8e" + b"\xff" * 8,
            b"\x95" + b"\xff" * 8, b"\x94", b"\x93", b"\x81", b"(lp0\n",
            b"cbuiltins\nbytearray\n", b"ctorch\nFloatStorage\n", b"ccollections\nOrderedDict\n", b"csubprocess\nrun\n",
+           b"c_codecs\nencode\n", b"cargparse\nNamespace\n", b"c__builtin__\nset\n", b"X\3\0\0\0hex",
            b"ctorch._utils\n_rebuild_tensor_v2\n", b"I9999999999999999999\n", b"(ios\nsystem\n", b"."]  # fmt: skip
 
 
@@ -202,13 +214,14 @@ MUTATIONS = {
     "safetensors": (*ANY, lie, lie, lie, lie, lie, lie),
     "pickle": (*ANY, operations, operations, operations, pickle_bytes, pickle_bytes, bomb, bomb, entry),
     "legacy": ANY,
+    "trainer": (*ANY, operations, operations, operations, pickle_bytes, pickle_bytes),
 }
 
 
 def mutant(seed: int, files: dict[str, bytes]) -> tuple[str, bytes]:
     """(what was done, the file), the same for the same seed; but torch.save of before 1.6 names storages by address."""
     r = random.Random(seed)
-    kind = r.choice(("safetensors", "pickle", "pickle", "legacy"))
+    kind = r.choice(("safetensors", "pickle", "pickle", "legacy", "trainer"))
     mutate = r.choice(MUTATIONS[kind])
     return f"{kind}: {mutate.__name__}", mutate(r, files[kind])
 

@@ -149,10 +149,13 @@ def layouts_of_cuda() -> Iterator[None]:
     """Convolutions on `meta` return contiguous memory whatever they are given; on CUDA, channels-last if that was."""
     conv2d = F.conv2d
 
-    def call(x: Tensor, weight: Tensor, *args: Any, **kw: Any) -> Tensor:
-        last = any(not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight))
-        y = conv2d(x, weight, *args, **kw)
-        return y.contiguous(memory_format=torch.channels_last) if last else y
+    def call(x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, *others: Any) -> Tensor:
+        if all(t.is_contiguous() or not t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight)):
+            return conv2d(x, weight, bias, stride, padding, *others)
+        steps, edges = (v if isinstance(v, tuple) else (v, v) for v in (stride, padding))
+        sizes = zip(x.shape[2:], weight.shape[2:], steps, edges, strict=True)
+        shape = len(x), len(weight), *((size + 2 * edge - taps) // step + 1 for size, taps, step, edge in sizes)
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
     F.conv2d = call
     try:
@@ -161,37 +164,41 @@ def layouts_of_cuda() -> Iterator[None]:
         F.conv2d = conv2d
 
 
-def step(work: Any, dtype: torch.dtype) -> None:
-    """One call of the UNet."""
-    unet, _ = networks(work.config, work.vae)
+def step(work: Any, dtype: torch.dtype, laid_out: bool = False) -> None:
+    """One call of the UNet's fast path, as a pipeline makes it, with one timestep for all; laid out: with one each."""
     x = torch.empty(work.batch, work.config.in_channels, work.frames, *work.latents, device="meta", dtype=dtype)
     text = torch.empty(work.batch, TEXT, work.config.cross_attention_dim, device="meta", dtype=dtype)
-    unet.to(dtype)(x, torch.ones(work.batch, device="meta"), text)
+    t = torch.ones(work.batch if laid_out else 1, device="meta")
+    predictor(work.config, dtype, laid_out)[1](x, t, text)
 
 
 def optimized_step(work: Any, dtype: torch.dtype) -> None:
     """The same after `pipe.optimize()`, which lays q, k and v together."""
-    unet, _ = networks(work.config, work.vae)
-    fast.optimize(unet.to(dtype))
-    try:
-        step(work, dtype)
-    finally:
-        fast.restore(unet)
+    step(work, dtype, laid_out=True)
 
 
 def decode(work: Any, dtype: torch.dtype) -> None:
     """The VAE's decoding of one frame and of all at once."""
-    _, vae = networks(work.config, work.vae)
     for frames in (1, work.frames):
         z = torch.empty(frames, work.vae.latent_channels, *work.latents, device="meta", dtype=dtype)
-        vae.to(dtype).decode(z)
+        decoder(work.vae, dtype)[1].decode(z)
 
 
 @cache
-def networks(config: Any, vae: AutoencoderKLConfig) -> tuple[UNet3DConditionModel | UNetMotionModel, AutoencoderKL]:
-    unet = UNet3DConditionModel if isinstance(config, UNet3DConfig) else UNetMotionModel
+def predictor(config: Any, dtype: torch.dtype, laid_out: bool) -> tuple[Any, Any]:
+    """(the UNet, its executor)."""
+    kind = UNet3DConditionModel if isinstance(config, UNet3DConfig) else UNetMotionModel
     with torch.device("meta"):
-        return unet(config), AutoencoderKL(vae)
+        unet = kind(config).to(dtype)
+    return unet, fast.optimize(unet) if laid_out else fast.door(unet)
+
+
+@cache
+def decoder(config: AutoencoderKLConfig, dtype: torch.dtype) -> tuple[Any, Any]:
+    """(the VAE, its executor)."""
+    with torch.device("meta"):
+        vae = AutoencoderKL(config).to(dtype)
+    return vae, fast.door(vae)
 
 
 @cache

@@ -6,17 +6,17 @@
 Random weights, the same for all contenders; float16, batch 2 (guidance). All run in one process, in turns, on one
 input; medians. Before anything is timed, each one's result is compared with that of float32 (a dry run's: float64).
 
-    ours                     plain PyTorch
-    ours, kernels            MINIT2V_KERNELS=triton (--kernels)
-    ours, optimized          pipe.optimize(), with the kernels
-    ours, optimized, torch   pipe.optimize(), without them
+    ours                     the networks as they are written
+    ours, kernels            the fast path, MINIT2V_KERNELS=triton (--kernels)
+    ours, optimized          pipe.optimize(graphs=True), with the kernels
+    ours, optimized, torch   the same without them
     ours, frame by frame     the VAE alone, optimized, with slicing: what it takes where memory is short
     diffusers                eager
-    ours, optimized, compiled   pipe.optimize(compile=True), with --compile all
+    ours, optimized, compiled   pipe.optimize(graphs=True, compile=True), with --compile all
     diffusers, compiled      channels-last, torch.compile: of the UNet with mode="reduce-overhead"
 
-A step is one call of the UNet on noise, a timestep and a text; ours is handed the text's keys and values, as our
-pipelines compute them once per run, and diffusers' AnimateDiff the text once per frame, as its pipeline does. Memory is
+A step is one call of the UNet on noise, a timestep and a text, the same one in every call, as in a pipeline: our fast
+path then has its keys and values. diffusers' AnimateDiff gets the text once per frame, as its pipeline does. Memory is
 a contender's weights and what its calls have allocated at most (torch.cuda.max_memory_allocated, less what was there).
 AnimateDiff runs in compat="diffusers", so that both compute the same.
 """
@@ -97,7 +97,7 @@ class Part:
 
     ours: Callable[[], nn.Module]  # new, with random weights
     peer: Callable[[], type]  # the twin's class; imports diffusers
-    call: Callable[[nn.Module], Callable[[], Tensor]]  # ours -> a call without arguments
+    call: Callable[[Any, torch.dtype], Callable[[], Tensor]]  # ours, or its executor -> a call without arguments
     call_peer: Callable[[nn.Module], Callable[[], Tensor]]
     input_name: str
     sliced: bool = False  # whether it can also run frame by frame
@@ -126,18 +126,18 @@ def networks(work: Workload, device: torch.device, dtype: torch.dtype, seed: int
         with torch.device(device):
             return fill(AutoencoderKL(work.vae), seed).to(dtype).eval()
 
-    def step(network: nn.Module) -> Callable[[], Tensor]:
-        given = (x.to(network.dtype), t, network.keys_values(context.to(network.dtype)))
-        return lambda: network(*given)
+    def step(run: Any, dtype: torch.dtype) -> Callable[[], Tensor]:
+        given = (x.to(dtype), t, context.to(dtype))
+        return lambda: run(*given)
 
     def step_peer(network: nn.Module) -> Callable[[], Tensor]:
         text = context.to(network.dtype)
         given = (x.to(network.dtype), t, text.repeat_interleave(work.frames, 0) if motion else text)
         return lambda: network(*given, return_dict=False)[0]
 
-    def decode(network: nn.Module) -> Callable[[], Tensor]:
-        given = z.to(network.dtype)
-        return lambda: network.decode(given)
+    def decode(run: Any, dtype: torch.dtype) -> Callable[[], Tensor]:
+        given = z.to(dtype)
+        return lambda: run.decode(given)
 
     def decode_peer(network: nn.Module) -> Callable[[], Tensor]:
         given = z.to(network.dtype)
@@ -170,10 +170,10 @@ def twin(part: Part, ours: nn.Module) -> nn.Module:
 
 
 class Ours:
-    """`call()` with the ops as `choice` says."""
+    """`call()` with the ops as `choice` says. It keeps the network, which its executor knows weakly."""
 
-    def __init__(self, call: Callable[[], Tensor], choice: str):
-        self.call, self.choice = call, choice
+    def __init__(self, call: Callable[[], Tensor], choice: str, network: nn.Module):
+        self.call, self.choice, self.network = call, choice, network
 
     def __call__(self) -> Tensor:
         with kernels(self.choice):
@@ -192,17 +192,19 @@ def contenders(part: Part, options: argparse.Namespace) -> dict[str, Callable[[]
     """Name -> what builds its call. Two contenders that differ in their kernels only share a network."""
     made: dict[Any, nn.Module] = {}
 
-    def ours(choice: str, slicing: bool = False, **optimize: Any) -> Built:
+    def ours(choice: str | None, slicing: bool = False, **optimize: Any) -> Built:
+        """choice: None for the network as it is written, else the kernels of its fast path."""
         key = (slicing, *optimize.items())
-        if key not in made:
-            made[key] = part.ours()
-            if slicing:
-                made[key].enable_slicing()
-            if optimize:
-                fast.optimize(made[key], **optimize)
-        network = made[key]
-        with kernels(choice):
-            return Built(Ours(part.call(network), choice), size_of(network))
+        with kernels(choice or "torch"):
+            if key not in made:
+                made[key] = part.ours()
+                if slicing:
+                    made[key].enable_slicing()
+                if optimize:
+                    fast.optimize(made[key], **optimize)
+            network = made[key]
+            run = network if choice is None else fast.door(network)
+            return Built(Ours(part.call(run, network.dtype), choice or "torch", network), size_of(network))
 
     def peer(compiled: bool) -> Built:
         network = twin(part, part.ours())
@@ -218,7 +220,7 @@ def contenders(part: Part, options: argparse.Namespace) -> dict[str, Callable[[]
     found: dict[str, Callable[[], Built]] = {
         "ours, optimized": lambda: ours(options.kernels, graphs=graphs, compile=False),
         "diffusers": lambda: peer(False),
-        "ours": lambda: ours("torch"),
+        "ours": lambda: ours(None),
         "ours, kernels": lambda: ours(options.kernels),
         "ours, optimized, torch": lambda: ours("torch", graphs=graphs, compile=False),
     }
@@ -284,7 +286,7 @@ def prepare(
         network = part.ours().to(exact_dtype)
         if part.sliced:
             network.enable_slicing()
-        exact = part.call(network)()
+        exact = part.call(network, exact_dtype)()
     del network
     empty(device)
     entry |= {"input": part.input_name, "error_from": str(exact_dtype).removeprefix("torch."), "contenders": {}}

@@ -1,11 +1,18 @@
 """minit2v beside diffusers on this machine's CPU: a step of each video UNet, a VAE decode, loading, importing.
 
-    python benchmarks/unet_vs_diffusers.py [--rounds 15] [--only unet motion vae import load memory] [--threads 2]
-                                           [--out FILE]
+    python benchmarks/unet_vs_diffusers.py [--rounds 15] [--only unet motion vae import load memory] [--threads 1|2]
+                                           [--openvino] [--compiled] [--modes] [--out FILE]
 
-Both libraries run in one process on the same weights, in turns, and the ratio is the median over the rounds of
-reference / ours, so that a noisy machine disturbs both alike. Loading, importing and memory need fresh processes: one
-per library and round, also in turns. Above 1 in `ratio` means that ours is faster or smaller.
+    plain       our network as it is written
+    fast        its fast path, as pipelines run it
+    diffusers   eager
+    openvino    diffusers' network converted by OpenVINO, in float32 (pip install openvino: of this benchmark alone)
+    compiled    torch.compile of diffusers' network
+
+All run in one process on the same weights, in turns, and a ratio is the median over the rounds of diffusers / other, so
+that a noisy machine disturbs all alike. Loading, importing and memory need fresh processes: one per library and round,
+also in turns. Above 1 in `ratio` means faster, or smaller, than diffusers. Memory of the fast path includes the copies
+of weights that it packs at its first call.
 """
 
 import argparse
@@ -22,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
@@ -39,25 +47,31 @@ VAE = {
 }
 
 
-def in_turns(ours: Callable[[], object], reference: Callable[[], object], rounds: int) -> dict:
-    """Wall and CPU seconds of both, median and least, and the median ratio of the rounds."""
-    seconds = {name: {"minit2v": [], "diffusers": []} for name in ("wall_s", "cpu_s")}
-    pairs = [("minit2v", ours), ("diffusers", reference)]
-    for n in range(-1, rounds):  # round -1 warms up
-        for name, run in pairs if n % 2 else pairs[::-1]:
+PEER = "diffusers"
+OPTIONS = argparse.Namespace(openvino=False, compiled=False, modes=False)  # of the command line
+
+
+def in_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict:
+    """Wall and CPU seconds of each, median and least, and the median ratio of the rounds, diffusers / other."""
+    seconds: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in runs} for kind in ("wall_s", "cpu_s")}
+    for n in range(-2, rounds):  # the first two warm up
+        for name in list(runs) if n % 2 else list(runs)[::-1]:
             wall, cpu = time.perf_counter(), time.process_time()
-            run()
+            runs[name]()
             if n >= 0:
                 seconds["wall_s"][name].append(time.perf_counter() - wall)
                 seconds["cpu_s"][name].append(time.process_time() - cpu)
-    return {"rounds": rounds, **{name: summary(values) for name, values in seconds.items()}}
+    return {"rounds": rounds, **{kind: summary(values) for kind, values in seconds.items()}}
 
 
 def summary(values: dict[str, list[float]]) -> dict:
-    ours, reference = values["minit2v"], values["diffusers"]
-    out = {name: {"median": round(statistics.median(v), 4), "min": round(min(v), 4)} for name, v in values.items()}
-    out["ratio"] = round(statistics.median(r / o for r, o in zip(reference, ours, strict=True)), 3)
-    out["ratio_of_minima"] = round(min(reference) / min(ours), 3)
+    """Of each its median and least, and for all but diffusers how many times faster, or smaller, than that it is."""
+    out: dict = {n: {"median": round(statistics.median(v), 4), "min": round(min(v), 4)} for n, v in values.items()}
+    for name, mine in values.items():
+        if name != PEER and min(mine) > 0:
+            pairs = zip(values[PEER], mine, strict=True)
+            out[name]["ratio"] = round(statistics.median(reference / own for reference, own in pairs), 3)
+            out[name]["ratio_of_minima"] = round(min(values[PEER]) / min(mine), 3)
     return out
 
 
@@ -65,26 +79,97 @@ def difference(ours, reference) -> float:
     return ((ours - reference).abs().max() / reference.abs().max()).item()
 
 
+def openvino(module, inputs: list) -> Callable[[], object]:
+    """A call of the module on these tensors, converted by OpenVINO, in float32 and with as many threads."""
+    import openvino
+    import torch
+
+    model = openvino.convert_model(module, example_input=tuple(inputs))
+    model.reshape({i: list(x.shape) for i, x in enumerate(inputs)})
+    options = {
+        "INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,
+    }  # fmt: skip
+    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+    arrays = [x.numpy() for x in inputs]
+    return lambda: torch.from_numpy(request.infer(arrays)[0])
+
+
+def side_by_side(rounds: int, network, plain, fast_run, module, inputs: list) -> dict:
+    """ours as it is written and its fast path beside diffusers and, where asked for, what compilers make of that.
+
+    plain, fast_run: calls without arguments; module(*inputs): diffusers', with one tensor as its result.
+    """
+    import torch
+
+    runs = {"plain": plain, "fast": fast_run, PEER: lambda: module(*inputs)}
+    if OPTIONS.openvino:
+        runs["openvino"] = openvino(module, inputs)
+    if OPTIONS.compiled:
+        compiled = torch.compile(module, dynamic=False)
+        runs["compiled"] = lambda: compiled(*inputs)
+    with torch.no_grad():
+        want = runs[PEER]()
+        out = {"difference": {name: difference(run(), want) for name, run in runs.items() if name != PEER}}
+        out |= in_turns(runs, rounds)
+    out["parameters"] = sum(p.numel() for p in network.parameters())
+    if (packed := packed_bytes(network)) is not None:
+        out["packed_copies_of_weights"] = {
+            "mib": round(packed / 2**20, 1),
+            "of_the_weights": round(packed / sum(p.nbytes for p in network.parameters()), 3),
+        }
+    return out
+
+
+def packed_bytes(network) -> int | None:
+    """Of the copies of weights that the fast path keeps; None where it does not count them."""
+    from minit2v import fast
+
+    count = getattr(getattr(fast.door(network), "ops", None), "packed_bytes", None)
+    return None if count is None else count()
+
+
+def twins(ours_class: type, peer_class: type, config: dict, **options):
+    """(ours, diffusers'), random and of the same weights, in the same memory."""
+    import torch
+
+    torch.manual_seed(0)
+    peer = peer_class(**config).eval()
+    for p in peer.parameters():
+        torch.nn.init.normal_(p, std=0.02 if p.ndim > 1 else 0.1)
+        p.requires_grad_(False)
+    with torch.device("meta"):
+        ours = ours_class(**config, **options).eval()
+    ours.load_state_dict(ours.layout.to_ours(peer.state_dict()), assign=True)
+    return ours, peer
+
+
+def first(peer, method: str = "forward"):
+    """diffusers' network as a module that returns one tensor."""
+    import torch
+
+    class First(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.peer = peer
+
+        def forward(self, *inputs):
+            return getattr(self.peer, method)(*inputs, return_dict=False)[0]
+
+    return First().eval()
+
+
 def unet(rounds: int) -> dict:
     import torch
     from diffusers import UNet3DConditionModel as Peer
 
+    from minit2v import fast
     from minit2v.models.unet3d import UNet3DConditionModel
 
-    torch.manual_seed(0)
-    peer = Peer(**HALF).eval()
-    for p in peer.parameters():
-        torch.nn.init.normal_(p, std=0.02 if p.ndim > 1 else 0.1)
-    with torch.device("meta"):
-        ours = UNet3DConditionModel(**HALF).eval()
-    ours.load_state_dict(ours.layout.to_ours(peer.state_dict()), assign=True)  # the same memory: no second copy
-    x, context = torch.randn(1, 4, 4, 16, 16), torch.randn(1, 77, 1024)
-    with torch.no_grad():
-        error = difference(ours(x, 500, context), peer(x, 500, context).sample)
-        times = in_turns(lambda: ours(x, 500, context), lambda: peer(x, 500, context).sample, rounds)
-    parameters = sum(p.numel() for p in ours.parameters())
-    what = "UNet3D forward, half width, float32, 4 frames, 16x16 latents"
-    return {"what": what, "parameters": parameters, "error": error, **times}
+    ours, peer = twins(UNet3DConditionModel, Peer, HALF)
+    given = torch.randn(1, 4, 4, 16, 16), torch.tensor(500), torch.randn(1, 77, 1024)
+    found = side_by_side(rounds, ours, lambda: ours(*given), lambda: fast.door(ours)(*given), first(peer), [*given])
+    return {"what": "UNet3D forward, half width, float32, 4 frames, 16x16 latents", **found}
 
 
 def motion(rounds: int) -> dict:
@@ -95,27 +180,19 @@ def motion(rounds: int) -> dict:
     import torch
     from diffusers import UNetMotionModel as Peer
 
+    from minit2v import fast
     from minit2v.models.unet_motion import UNetMotionModel
 
-    torch.manual_seed(0)
     config = {**HALF, "cross_attention_dim": 768}
-    peer = Peer(**config).eval()
-    for p in peer.parameters():
-        torch.nn.init.normal_(p, std=0.02 if p.ndim > 1 else 0.1)
-    out = {"what": "UNetMotion forward, half width, float32, 16 frames, 16x16 latents"}
-    x, context = torch.randn(1, 4, 16, 16, 16), torch.randn(1, 77, 768)
+    x, t, context = torch.randn(1, 4, 16, 16, 16), torch.tensor(500), torch.randn(1, 77, 768)
     repeated = context.repeat_interleave(16, dim=0)
+    out: dict = {"what": "UNetMotion forward, half width, float32, 16 frames, 16x16 latents"}
+    # Outside of compat the two differ on purpose: the norms span other frames.
     modes = {'compat="diffusers"': {"compat": "diffusers"}, "default": {}, "version 1": {"resnet_norms": "clip"}}
-    for name, options in modes.items():
-        with torch.device("meta"):
-            ours = UNetMotionModel(**config, **options).eval()
-        ours.load_state_dict(ours.layout.to_ours(peer.state_dict()), assign=True)
-        out["parameters"] = sum(p.numel() for p in ours.parameters())
-        with torch.no_grad():
-            run, run_peer = partial(ours, x, 500, context), partial(peer, x, 500, repeated)
-            # Outside of compat the two differ on purpose: the norms span other frames.
-            error = difference(run(), run_peer().sample)
-            out[name] = {"difference": error, **in_turns(run, run_peer, rounds)}
+    for name, options in modes.items() if OPTIONS.modes else [*modes.items()][:1]:
+        ours, peer = twins(UNetMotionModel, Peer, config, **options)
+        run = partial(ours, x, t, context), lambda ours=ours: fast.door(ours)(x, t, context)
+        out[name] = side_by_side(rounds, ours, *run, first(peer), [x, t, repeated])
     return out
 
 
@@ -123,20 +200,14 @@ def vae(rounds: int) -> dict:
     import torch
     from diffusers import AutoencoderKL as Peer
 
+    from minit2v import fast
     from minit2v.models.vae import AutoencoderKL
 
-    torch.manual_seed(0)
-    peer = Peer(**VAE).eval()
-    for p in peer.parameters():
-        torch.nn.init.normal_(p, std=0.02 if p.ndim > 1 else 0.1)
-    with torch.device("meta"):
-        ours = AutoencoderKL(**VAE).eval()
-    ours.load_state_dict(ours.layout.to_ours(peer.state_dict()), assign=True)
+    ours, peer = twins(AutoencoderKL, Peer, VAE)
     z = torch.randn(1, 4, 32, 32)
-    with torch.no_grad():
-        error = difference(ours.decode(z), peer.decode(z).sample)
-        times = in_turns(lambda: ours.decode(z), lambda: peer.decode(z).sample, rounds)
-    return {"what": "VAE decode, float32, one frame of 256x256", "error": error, **times}
+    run = partial(ours.decode, z), lambda: fast.door(ours).decode(z)
+    found = side_by_side(rounds, ours, *run, first(peer, "decode"), [z])
+    return {"what": "VAE decode, float32, one frame of 256x256", **found}
 
 
 # Prints {"wall_s", "cpu_s", "memory_mib"} of the timed lines; memory is how far they raise the resident set at most.
@@ -162,7 +233,8 @@ IMPORT = {
 }
 LOAD = "model = UNet3DConditionModel.from_pretrained({folder!r}, torch_dtype={dtype})"
 FORWARD = {
-    "minit2v": "y = model(x, 500, context)",
+    "plain": "y = model(x, 500, context)",
+    "fast": "from minit2v import fast; y = fast.door(model)(x, 500, context)",
     "diffusers": "y = model(x, 500, context).sample",
 }
 MAKE = """
@@ -177,7 +249,7 @@ def fresh(before: dict[str, str], timed: dict[str, str], rounds: int) -> dict:
     """The probe in processes of their own, in turns; the file cache is warm from round -1."""
     import torch
 
-    values = {key: {"minit2v": [], "diffusers": []} for key in ("wall_s", "cpu_s", "memory_mib")}
+    values: dict = {key: {name: [] for name in timed} for key in ("wall_s", "cpu_s", "memory_mib")}
     path = os.pathsep.join([str(REPO), str(REPO / "kernels"), str(REPO / "convert")])
     for n in range(-1, rounds):
         for name in values["wall_s"]:
@@ -217,16 +289,20 @@ def imports(rounds: int) -> dict:
 def memory(rounds: int) -> dict:
     out = {}
     for frames, size in ((4, 16), (8, 32)):
-        before = {name: line + MAKE.format(frames=frames, size=size) for name, line in IMPORT.items()}
+        make = MAKE.format(frames=frames, size=size)
+        before = {name: IMPORT["diffusers" if name == PEER else "minit2v"] + make for name in FORWARD}
         out[f"{frames} frames, {size}x{size} latents"] = fresh(before, FORWARD, rounds)["memory_mib"]
     return {"what": "peak memory of a UNet3D forward above weights and libraries, MiB, half width, float32", **out}
+
+
+VERSIONS = ("torch", "diffusers", "transformers", "openvino")
 
 
 def machine() -> dict:
     cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
     import torch
 
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
+    versions = {name: importlib.metadata.version(name) for name in VERSIONS if find_spec(name)}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPO, capture_output=True, text=True).stdout
     return {
         "cpu": cpu,
@@ -260,7 +336,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=Path, default=REPO / "benchmarks/results/cpu_vs_diffusers.json")
-    args = parser.parse_args()
+    parser.add_argument("--openvino", action="store_true", help="a column for OpenVINO, which must be installed")
+    parser.add_argument("--compiled", action="store_true", help="a column for torch.compile of diffusers")
+    parser.add_argument(
+        "--modes", action="store_true", help="AnimateDiff also in the modes that diffusers does not have"
+    )
+    args = parser.parse_args(namespace=OPTIONS)
     sys.path[:0] = [str(REPO), str(REPO / "kernels"), str(REPO / "convert")]
     import torch
 

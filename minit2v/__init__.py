@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # the same list twice: here for type checkers, below for Python (a test compares them)
+    from .models.attention_maps import attention_maps as attention_maps
     from .models.clip import CLIPTextModel as CLIPTextModel
     from .models.tokenizer import CLIPTokenizer as CLIPTokenizer
     from .models.unet2d import UNet2DConditionModel as UNet2DConditionModel
@@ -50,6 +51,7 @@ else:
         "UNet3DConditionModel": "models.unet3d",
         "UNetMotionModel": "models.unet_motion",
         "VideoToVideoSDPipeline": "pipelines",
+        "attention_maps": "models.attention_maps",
     }
     __all__ = [*_MODULE_OF]
     __getattr__, __dir__ = lazily(__name__, _MODULE_OF)

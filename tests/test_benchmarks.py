@@ -19,10 +19,11 @@ import pytest
 import torch
 
 import minit2v_kernels
-from minit2v.models import blocks, layers, vae
+from minit2v import fast
 from minit2v.models.unet3d import UNet3DConditionModel, UNet3DConfig
 from minit2v.models.unet_motion import UNetMotionModel
 from minit2v.models.vae import AutoencoderKL
+from minit2v_kernels import _dispatch
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "benchmarks"
@@ -32,7 +33,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def bench():
     """The scripts of the folder, imported as they import each other."""
-    names = ("kernel_shapes", "measure", "kernels", "step", "gpu", "charts")
+    names = ("kernel_shapes", "measure", "kernels", "step", "gpu", "charts", "kernel_resources", "host_cost")
     before = {name: sys.modules.pop(name, None) for name in names}
     sys.path.insert(0, str(FOLDER))
     try:
@@ -82,32 +83,36 @@ def key(op: str, args: tuple, kw: dict) -> tuple:
     return (op, *x.shape, args[1].shape[-2])
 
 
-def record(monkeypatch, network, call) -> Counter:
-    """How often `call` runs each op, by what `key` says of it."""
+# The ops as the fast path calls them: of the kernel's arguments, how many `key` takes by place, and the others' names.
+CALLED = {
+    "_group_norm": ("group_norm_silu", 5, ("silu", "frames", "skip", "emb")),
+    "_layer_norm": ("layer_norm", 4, ("positions",)),
+    "_add_layer_norm": ("add_layer_norm", 5, ("positions",)),
+    "_temporal_conv": ("temporal_conv", 3, ("residual",)),
+    "_geglu": ("geglu", 3, ()),
+    "_attention": ("temporal_attention", 3, ("causal", "window")),
+}
+
+
+def record(bench, monkeypatch, network, call) -> Counter:
+    """How often `call` of the network's fast path runs each op, by what `key` says of it."""
     found: Counter = Counter()
 
-    def watch(op, function):
-        def watched(*args, **kw):
-            found[key(op, args, kw)] += 1
-            return function(*args, **kw)
+    def watch(name, function):
+        op, count, keywords = CALLED[name]
+
+        def watched(*args):
+            found[key(op, args[:count], dict(zip(keywords, args[count:], strict=True)))] += 1
+            return function(*args)
 
         return watched
 
-    with monkeypatch.context() as patch, torch.no_grad():
-        for module in (layers, blocks, vae):
-            if hasattr(module, "pick"):  # as where the ops run as kernels; here they run as their definitions
-                patch.setattr(module, "pick", lambda *_: "triton")
-            for op in (
-                "group_norm_silu",
-                "temporal_attention",
-                "geglu",
-                "layer_norm",
-                "add_layer_norm",
-                "temporal_conv",
-            ):
-                if hasattr(module, op):
-                    patch.setattr(module, op, watch(op, getattr(minit2v_kernels, op)))
-        call(network)
+    with bench.step.kernels("triton"), _dispatch.record(), bench.kernel_resources.layouts_of_cuda(), torch.no_grad():
+        executor = fast.door(network)
+        executor.refresh()
+        for name in CALLED:
+            monkeypatch.setattr(executor.ops, name, watch(name, getattr(executor.ops, name)))
+        call(executor)
     return found
 
 
@@ -128,8 +133,23 @@ def test_shapes_are_what_the_networks_call(monkeypatch, bench, name):
         for shape in bench.kernel_shapes.unique(calls):
             if shape.op != "scaled_dot_product_attention":
                 derived[key(shape.op, *shape.make())] += shape.calls
-        assert derived == record(monkeypatch, network, call)
+        assert derived == record(bench, monkeypatch, network, call)
         assert sum(derived.values()) > 10
+
+
+def test_the_host_cost_of_a_step(bench):
+    """Every call of a fused op is timed, by its name; where every op returns at once, the step does, too."""
+    found = bench.host_cost.measure(bench.kernel_shapes.TINY["tiny-unet3d"], rounds=2)
+    counts = {name: of["calls"] for name, of in found["ops"].items()}
+    calls = Counter()
+    for shape in bench.kernel_shapes.unet_calls(bench.kernel_shapes.TINY["tiny-unet3d"]):
+        calls[{"group_norm_silu": "group_norm", "temporal_attention": "frame_attention"}.get(shape.op, shape.op)] += (
+            shape.calls
+        )
+    del calls["scaled_dot_product_attention"]
+    assert counts == calls and found["all"]["calls"] == sum(calls.values())
+    assert 0 < found["all"]["median_us"] <= found["all"]["p90_us"] and 0 < found["refresh_ms"] < found["outside_ops_ms"]
+    assert "goal" in bench.host_cost.report(found)
 
 
 def test_counted_bytes_are_those_of_hand(bench):

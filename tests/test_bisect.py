@@ -46,7 +46,8 @@ class Broken:
         return self
 
     def __call__(self, x, t, context):
-        chosen = [op for op, impl in _dispatch.choices(os.environ["MINIT2V_KERNELS"]).items() if impl == "triton"]
+        choices = _dispatch.choices(os.environ.get("MINIT2V_KERNELS", "torch"))
+        chosen = [op for op, impl in choices.items() if impl == "triton"]
         chosen = [op for op in chosen if op != "temporal_conv"]
         if _dispatch.recorded is not None:
             _dispatch.recorded.extend(chosen)
@@ -56,8 +57,10 @@ class Broken:
 
 def test_what_is_wrong_is_named(monkeypatch):
     monkeypatch.delenv("MINIT2V_KERNELS", raising=False)
+    network = Broken()
+    monkeypatch.setattr(bisect, "door", lambda _: network.__call__)
     x = torch.randn(2, 4, 3, 4, 4).half()
-    rows = list(bisect.lines(bisect.bisect(Broken(), x, 500, x)))
+    rows = list(bisect.lines(bisect.bisect(network, x, 500, x)))
     verdicts = {row.split()[0]: (row.split()[-1], good) for row, good in rows[2:]}
     assert verdicts == {
         "group_norm_silu": ("ok", True),
@@ -68,6 +71,13 @@ def test_what_is_wrong_is_named(monkeypatch):
         "all": ("WRONG", False),
     }
     assert "MINIT2V_KERNELS" not in os.environ and rows[1][1]
+
+
+def test_only_the_fast_path_has_kernels(make_official_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("MINIT2V_OPTIMIZE", "0")
+    unet = bisect.load(str(make_official_folder(tmp_path / "m", small=True)), torch.float32, torch.device("cpu"))
+    with pytest.raises(ValueError, match="MINIT2V_OPTIMIZE=0 .* turned off"):
+        next(bisect.bisect(unet, *bisect.inputs(unet, frames=2, height=16, width=16)))
 
 
 def test_images_have_no_frames(make_official_folder, tmp_path):

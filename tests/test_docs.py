@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")], key=lambda path: path.as_posix())
@@ -115,6 +116,17 @@ def test_examples_run(page):
     assert runner.tries > 0
 
 
+EXTENDING = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "extending.md").read_text(), re.M | re.S)
+
+
+@pytest.mark.parametrize("code", EXTENDING, ids=[f"example-{n}" for n in range(1, len(EXTENDING) + 1)])
+def test_examples_of_extending_run(code, tmp_path, monkeypatch):
+    """Each by itself, as somebody would who has copied it into a file."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    exec(compile(code, "extending.md", "exec"), {"__name__": "__main__"})
+
+
 def test_tables_are_those_of_the_code(facts, full, motion):
     lines = set((ROOT / "docs" / "architecture.md").read_text().splitlines())
     wrong = [row for table in facts.tables(full, facts.embedded(), motion) for row in table if row not in lines]
@@ -129,8 +141,10 @@ def test_tables_of_bytes_are_those_that_are_counted(kernel_facts):
 
 def test_figures_are_drawn(facts, kernel_facts, full, motion, tmp_path):
     import draw
+    import draw_attention
 
-    drawn = [*draw.draw_all(tmp_path, full, motion), *kernel_facts.draw_all(tmp_path)]
+    drawn = [*draw.draw_all(tmp_path, full, motion), *kernel_facts.draw_all(tmp_path),
+             draw_attention.draw_attention(tmp_path / "attention.png")]  # fmt: skip
     assert {path.name for path in drawn} == {path.name for path in FIGURES.glob("*.png")}
     for path in drawn:
         assert path.stat().st_size > 30_000

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -110,7 +111,8 @@ def test_containers_rates_and_metadata(suffix, tmp_path):
 
 def test_metadata_longer_than_an_argument_may_be(tmp_path):
     said = {"prompt": "🎬" * 100_000}
-    assert read_metadata(export_to_video(solid(8, 8), tmp_path / "a.mp4", metadata=said)) == said
+    for name in ("a.mp4", "a.mov", "a.mkv"):  # QuickTime's own comments end at 64 KiB
+        assert read_metadata(export_to_video(solid(8, 8), tmp_path / name, metadata=said)) == said
     assert read_metadata(export_to_gif(solid(8, 8), tmp_path / "a.gif", metadata=said)) == said
 
 
@@ -240,7 +242,8 @@ def test_bad_frames_are_refused_in_one_line(export, name, frames, error, said, t
 
 
 @pytest.mark.parametrize("change,error,said", [
-    ({"fps": 0}, ValueError, "fps"), ({"fps": -3}, ValueError, "fps"), ({"fps": float("nan")}, ValueError, "fps"),
+    ({"fps": 0}, ValueError, "fps"), ({"fps": 0.0004}, ValueError, "fps"),
+    ({"fps": -3}, ValueError, "fps"), ({"fps": float("nan")}, ValueError, "fps"),
     ({"fps": "8"}, TypeError, "fps"), ({"fps": None}, TypeError, "fps"), ({"quality": 11}, ValueError, "quality"),
     ({"bitrate": 0}, ValueError, "bitrate"), ({"macro_block_size": 0}, ValueError, "macro_block_size"),
 ])
@@ -419,9 +422,283 @@ def test_videos_that_others_made(tmp_path):
     assert np.abs(pixels(frames) - [10, 100, 200]).max() <= 4
 
 
+HOSTILE = ["[error] x", "[fatal] y", "Video: a red circle at 60 fps",
+           "a\n[error] b\n  Stream #0:0: Video: h264, 77 fps",
+           "\x1b[31mred", "x\ncomment={\"prompt\": 1}", "a\\\n[STREAM]", ";=#", "frame:0 pts:9"]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
+def test_what_a_file_says_is_no_message_of_the_decoder(suffix, tmp_path):
+    said = {f"{n} {text}": text for n, text in enumerate(HOSTILE)}
+    path = export_to_video(solid(8, 8), tmp_path / f"a{suffix}", fps=7, metadata=said)
+    frames, fps = load_video(path, return_fps=True)
+    assert len(frames) == len(COLOURS) and fps == 7 and read_metadata(path) == said
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_what_strangers_write_into_tags(text, tmp_path):
+    """In every tag of the file and of its stream: it changes nothing, and is not taken for our settings."""
+    path = str(tmp_path / "a.mkv")
+    tags = [f"-metadata{where}" for where in ("", ":s:v:0") for _ in range(2)]
+    values = [f"title={text}", f"artist={text}\ncomment={{}}", f"title={text}", 'comment={"prompt": "of the stream"}']
+    subprocess.run([_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", "color=red:s=16x16:r=12", "-frames:v", "3",
+                    *(x for pair in zip(tags, values, strict=True) for x in pair), path], check=True)
+    frames, fps = load_video(path, return_fps=True)
+    assert len(frames) == 3 and fps == 12 and read_metadata(path) == {}
+
+
 def test_names_that_look_like_options_or_addresses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("-y.mp4", "a b'c\"%d.mp4", "é🎬.mp4", "x" * 200 + ".mp4", "file:a.mp4"):
-        assert len(load_video(export_to_video(solid(8, 8), name, metadata={"n": name}))) == len(COLOURS)
-        assert read_metadata(name) == {"n": name}
+    for name in ("-y.mp4", "a b'c\"%d.mp4", "a%03d.mp4", "é🎬.mp4", "x" * 200 + ".mp4", "🎬" * 60 + ".mp4",
+                 "file:a.mp4", "concat:-y.mp4|b.mp4", "[error] a.mp4", "a\n[error] Video: 60 fps.mp4", "\x1b[31m.mp4",
+                 os.fsdecode(b"caf\xe9.mp4")):  # the last is not UTF-8
+        path = export_to_video(solid(8, 8), name, fps=6, metadata={"n": name})
+        frames, fps = load_video(path, return_fps=True)
+        assert len(frames) == len(COLOURS) and fps == 6 and read_metadata(name) == {"n": name}
+    gif = export_to_gif(solid(8, 8), os.fsdecode(b"caf\xe9.gif"), metadata={"n": os.fsdecode(b"\xe9")})
+    assert read_metadata(gif) == {"n": "\udce9"}
+    for name in ("a\nb.mp4", "\x1b[31m.gif", os.fsdecode(b"\xe9.png")):
+        with open(name, "wb") as f:
+            f.write(b"GIF89a" if name.endswith("gif") else b"hello")
+        with pytest.raises(ValueError) as caught:
+            load_video(name)
+        assert str(caught.value).isprintable()  # one line, no control characters, no halves of characters
+
+
+def test_a_playlist_opens_nothing(tmp_path):
+    """Neither the files nor the addresses that it names."""
+    export_to_video(solid(8, 8), tmp_path / "secret.mp4")
+    for text in (f"ffconcat version 1.0\nfile {tmp_path}/secret.mp4\n", f"#EXTM3U\n#EXTINF:1,\n{tmp_path}/secret.mp4\n",
+                 "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:secret.mp4\n#EXT-X-ENDLIST\n"):
+        (tmp_path / "a.mp4").write_text(text)
+        with pytest.raises(ValueError, match="a.mp4: not a video"):
+            load_video(tmp_path / "a.mp4")
+
+
+def test_an_ffmpeg_that_is_too_old_is_named(tmp_path, monkeypatch):
+    fake = tmp_path / "ffmpeg"
+    fake.write_text("#!/bin/sh\necho ffmpeg version 4.2.2-static Copyright\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(fake))
+    with pytest.raises(RuntimeError, match=r"ffmpeg version 4.2.2-static .*7.0 is the oldest .*imageio-ffmpeg"):
+        export_to_video(solid(8, 8), tmp_path / "a.mp4")
+    assert os.listdir(tmp_path) == ["ffmpeg"]
+
+
+def test_numpy_numbers_are_numbers(tmp_path):
+    path = export_to_video(solid(16, 16), tmp_path / "a.mp4", fps=np.uint8(8), bitrate=np.int64(100_000),
+                           macro_block_size=np.int16(16), metadata={"seed": np.int64(3), "scale": np.float32(0.5)})
+    assert read_metadata(path) == {"seed": 3, "scale": 0.5} and load_video(path, return_fps=True)[1] == 8
+    assert len(load_video(path, max_pixels=np.int32(7 * 256))) == 7
+    export_to_video(solid(16, 16), path, quality=np.float16(7.5))
+
+
+# ------------------------------------------------------------------------------------------------------------- timing
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def reds(frames):
+    """For each frame whether it is red."""
+    return [bool(np.asarray(f)[0, 0, 0] > 128) for f in frames]
+
+
+def animated(path, *durations):
+    """Red and blue in turns, for so many milliseconds."""
+    frames = [Image.new("RGB", (8, 8), (BLUE, RED)[n % 2 == 0]) for n in range(len(durations))]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=list(durations), loop=0)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".png", ".webp"])
+@pytest.mark.parametrize("durations,shown,rate", [
+    ((750, 250), [1, 1, 1, 0], 4),  # equal frames that an encoder has merged
+    ((100, 100, 100), [1, 0, 1], 10),
+    ((40, 40, 50, 40, 40, 40), [1, 0, 1, 0, 1, 0], 24),  # rounded
+    ((100, 100, 1000), [1, 0, *[1] * 10], 10),
+    ((500, 200), [1] * 5 + [0] * 2, 10),
+    ((4000,), [1], 0.25),
+])
+def test_frames_of_unequal_length_are_put_on_an_even_grid(suffix, durations, shown, rate, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frames, fps = load_video(animated(tmp_path / f"a{suffix}", *durations), return_fps=True)
+    assert reds(frames) == shown and len({id(f) for f in frames}) == len(frames)
+    if suffix == ".gif" or len(durations) > 1:
+        assert fps == pytest.approx(rate, rel=0.02)
+    else:
+        assert fps is None  # a still image
+
+
+@pytest.mark.parametrize("fps", [1, 2, 5, 8, 10, 12, 12.5, 15, 16, 20, 23.976, 24, 25, 29.97, 30, 48, 50])
+def test_every_rate_comes_back(fps, tmp_path):
+    """Also from a GIF, where times are rounded."""
+    x = np.repeat(solid(8, 8), 5, axis=0)
+    for export, name, near in ((export_to_gif, "a.gif", 0.01), (export_to_video, "a.mp4", 1e-4)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            frames, rate = load_video(export(x, tmp_path / name, fps=fps), return_fps=True)
+        assert len(frames) == 35 and rate == pytest.approx(fps, rel=near)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
+def test_videos_whose_frames_last_unequally(suffix, tmp_path):
+    def make(source, filters):
+        path = str(tmp_path / f"a{suffix}")
+        subprocess.run([_ffmpeg(), "-y", "-v", "error", "-f", "lavfi", "-i", source, "-vf", filters, "-fps_mode", "vfr",
+                        "-enc_time_base", "1/1000", "-c:v", "libx264", path], check=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            return *load_video(path, return_fps=True), [w for w in caught if "unequal" in str(w.message)]
+
+    colours = "color=red:s=16x16:r=4:d=0.75[r],color=blue:s=16x16:r=4:d=0.25[b];[r][b]concat"
+    frames, fps, warned = make(colours.replace("[r],", "[r];"), "select=not(between(n\\,1\\,2))")
+    assert reds(frames) == [1, 1, 1, 0] and fps == 4 and not warned
+    frames, fps, warned = make("testsrc=s=16x16:r=30:d=1", "select=mod(n\\,3)")  # each third is missing
+    assert len(frames) in (29, 30) and fps == pytest.approx(30) and not warned
+    frames, fps, warned = make("testsrc=s=16x16:r=10:d=2", "settb=1/1000,setpts=PTS+70*mod(N*N\\,7)/6")
+    assert len(frames) / fps == pytest.approx(2, rel=0.1) and 9 < fps < 31
+    assert len(warned) == 1 and warned[0].filename == __file__ and "\n" not in str(warned[0].message)
+
+
+# ---------------------------------------------------------------------------------------------- images, and their size
+
+
+def test_images_are_upright_and_keep_their_greys(tmp_path):
+    x = np.zeros((4, 8, 3), np.uint8)
+    x[:, :4] = 255  # the left half is white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees to the right: white is above
+    for folder, name in (("jpg", "0.jpg"), ("png", "0.png"), ("webp", "0.webp")):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(x).save(tmp_path / folder / name, exif=exif, quality=100)
+        for path in (tmp_path / folder, tmp_path / folder / name):
+            (frame,) = load_video(path)
+            assert frame.size == (4, 8) and np.asarray(frame)[:3].min() > 200 and np.asarray(frame)[5:].max() < 50
+    grey = np.array([[0, 257, 32768, 65535]], np.uint16)
+    (tmp_path / "grey").mkdir()
+    Image.fromarray(grey).save(tmp_path / "grey" / "0.png")
+    for path in (tmp_path / "grey", tmp_path / "grey" / "0.png"):
+        assert np.asarray(load_video(path)[0])[0].tolist() == [[v] * 3 for v in (0, 1, 128, 255)]
+
+
+def test_a_limit_of_pixels(tmp_path, monkeypatch):
+    """It is looked at before anything is decoded, and an argument raises it."""
+    (tmp_path / "folder").mkdir()
+    for n in range(7):
+        Image.new("RGB", (64, 64)).save(tmp_path / "folder" / f"{n}.png")
+    animated(tmp_path / "a.png", *[100] * 7), animated(tmp_path / "a.webp", *[100] * 7)
+    paths = [export_to_video(solid(), tmp_path / "a.mp4"), export_to_video(solid(), tmp_path / "a.mkv"),
+             export_to_gif(solid(), tmp_path / "a.gif"), tmp_path / "folder"]
+    monkeypatch.setattr(Image.Image, "convert", None), monkeypatch.setattr(Image, "frombytes", None)
+    for path in paths:
+        with pytest.raises(ValueError, match="7 (frames of 64x64 are|images of) 28,672 pixels, .* max_pixels is 28,67"):
+            load_video(path, max_pixels=7 * 64 * 64 - 1)
+    for name in ("a.png", "a.webp"):
+        with pytest.raises(ValueError, match="7 frames of 8x8 are 448 pixels"):
+            load_video(tmp_path / name, max_pixels=447)
+    with pytest.raises(ValueError, match="max_pixels is a number above 0"):
+        load_video(paths[0], max_pixels=0)
+    monkeypatch.undo()
+    for path in paths:
+        assert len(load_video(path, max_pixels=7 * 64 * 64)) == len(load_video(path, max_pixels=float("inf"))) == 7
+    with pytest.raises(ValueError, match="1,461 frames of 8x8 .*max_pixels"):  # as many as its times ask for
+        load_video(animated(tmp_path / "b.png", 60_000, 50_000, 36_100), max_pixels=1460 * 64)
+
+
+def test_a_video_that_unfolds_is_refused_at_once(tmp_path):
+    """Kilobytes that would be gigabytes."""
+    path = str(tmp_path / "a.mp4")
+    subprocess.run([_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", "color=black:s=1920x1080:r=30", "-frames:v", "150",
+                    "-c:v", "libx264", "-preset", "ultrafast", "-g", "999", path], check=True)
+    assert os.path.getsize(path) < 500_000
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent("""
+        import resource, sys
+        from minit2v.files.video import load_video
+        try:
+            load_video(sys.argv[1])
+        except ValueError as e:
+            print(e)
+        print(max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    """), path], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert "150 frames of 1920x1080 are 311,040,000 pixels, and max_pixels is 268,435,456" in run[0]
+    assert int(run[1]) < 900_000  # KiB, the interpreter with torch included: its frames would take 1,215,000
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+def test_memory_while_loading_is_what_is_returned(suffix, tmp_path):
+    """At most 1.2 times the images, which PIL holds at four bytes a pixel."""
+    x = np.zeros((64, 512, 512, 3), np.uint8)
+    path = (export_to_gif if suffix == ".gif" else export_to_video)(x, tmp_path / f"a{suffix}")
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent("""
+        import resource, sys
+        from PIL import Image, GifImagePlugin
+        from minit2v.files.video import load_video
+        def used():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        load_video(sys.argv[2])
+        before = used()
+        frames = load_video(sys.argv[1])
+        print((used() - before) * 1024 / (4 * 64 * 512 * 512), len(frames))
+    """), path, export_to_gif(solid(8, 8), tmp_path / "b.gif")], capture_output=True, text=True, check=True).stdout
+    assert float(run.split()[0]) < 1.2 and run.split()[1] == "64"
+
+
+# ---------------------------------------------------------------------------------------------- ends that are not clean
+
+KILLED = """
+    import sys, time
+    import numpy as np
+    import minit2v.files.video as video
+    from minit2v.files.video import export_to_gif, export_to_video, load_video
+    what, path, source = sys.argv[1:]
+    def wait(*_):
+        print("now", flush=True)
+        time.sleep(60)
+    x = np.zeros((4, 64, 64, 3), np.uint8)
+    if what == "video":
+        video.np.ascontiguousarray = wait
+        export_to_video(x, path)
+    elif what == "gif":
+        video.os.replace = wait
+        export_to_gif(x, path)
+    else:
+        video._packets = wait
+        load_video(source)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("what", ["video", "gif", "load"])
+def test_signals_leave_nothing_behind(what, name, tmp_path):
+    source = export_to_video(solid(8, 8), tmp_path / "source.mp4")
+    out, temporary = tmp_path / "out", tmp_path / "tmp"
+    out.mkdir(), temporary.mkdir()
+    number = getattr(signal, name)
+    path = str(out / ("a.gif" if what == "gif" else "a.mp4"))
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(KILLED), what, path, source], stdout=subprocess.PIPE,
+                          env={**os.environ, "TMPDIR": str(temporary)},
+                          preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)) as process:
+        assert process.stdout.readline() == b"now\n"
+        assert what == "load" or len(os.listdir(out)) == 1
+        process.send_signal(number)
+        assert process.wait(120) == -number  # it ends by the signal, as without us
+    assert os.listdir(out) == [] and os.listdir(temporary) == []
+
+
+def test_temporary_names_cannot_be_guessed_and_follow_no_link(tmp_path, monkeypatch):
+    names = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (names.append(os.path.basename(a)), replace(a, b)))
+    for _ in range(2):
+        export_to_video(solid(8, 8), tmp_path / "a.mp4")
+        export_to_gif(solid(8, 8), tmp_path / "a.gif")
+    assert len(set(names)) == 4 and all(re.fullmatch(r"\.a-[0-9a-f]{32}\.(mp4|gif)", name) for name in names)
+    (tmp_path / "victim").write_text("kept")
+    monkeypatch.setattr("secrets.token_hex", lambda n: "0")
+    for name, export in (("a.mp4", export_to_video), ("a.gif", export_to_gif)):
+        (tmp_path / f".a-0{name[1:]}").symlink_to(tmp_path / "victim")
+        with pytest.raises(FileExistsError, match="cannot write here"):
+            export(solid(8, 8), tmp_path / name)
+    assert (tmp_path / "victim").read_text() == "kept"
 

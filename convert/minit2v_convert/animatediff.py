@@ -45,7 +45,7 @@ def resnet_norms(c: Config) -> Config:
     """
     if c["use_motion_mid_block"] or c["motion_max_seq_length"] == 32:
         return {"resnet_norms": "frame"}
-    return {"resnet_norms": "clip"} if c["motion_max_seq_length"] == 24 else {}
+    return {"resnet_norms": "video"} if c["motion_max_seq_length"] == 24 else {}
 
 
 # Diffusers gives v1 the 32 positions of v3.

@@ -27,7 +27,19 @@ from .folders import CONFIG, INDEX, NO_NETWORKS, STEMS, WEIGHTS, Opened, open_pa
 from .formats import Plan, Step, from_diffusers, rewritten, to_diffusers
 from .rename import nearest
 from .shapes import Config
-from .stream import Source, json_text, made, parse_json, replacing, retyped, size_of, write_file
+from .stream import (
+    Source,
+    ended_cleanly,
+    first_line,
+    json_text,
+    made,
+    parse_json,
+    replacing,
+    retyped,
+    shown,
+    size_of,
+    write_file,
+)  # fmt: skip
 
 LAYOUTS = ("diffusers", "original", "single-file")
 Check = Callable[[str, Config], Any]
@@ -160,8 +172,9 @@ def convert(
         raise ValueError(f"{what[0]}: only a folder in the layout of diffusers has any use for it, not {to}")
     if not safe_serialization and dst.suffix == ".safetensors":
         raise ValueError(f"{dst}: .bin files are asked for, and this name is that of another kind")
+    target = _target(dst)
     if not dry_run:
-        _check_free(dst)
+        _check_free(target, dst)
     opened = open_path(src, variant)
     work = _to_original(src, opened, to) if to != "diffusers" else _to_diffusers(
         src, opened, ema, tokenizer, config, safe_serialization, check)  # fmt: skip
@@ -173,7 +186,7 @@ def convert(
             raise ValueError(f"{dst}: this becomes {len(work.plans) + len(work.texts) + len(work.copies)} files, "
                              "which need a folder")  # fmt: skip
     if not dry_run:
-        _write(work, dst, progress)
+        _write(work, target, progress)
     return work
 
 
@@ -405,34 +418,47 @@ def _check_all_taken(work: Conversion) -> None:
                                  f"{', '.join(map(repr, left[:3]))}{', ...' * (len(left) > 3)}")  # fmt: skip
 
 
-def _check_free(dst: Path) -> None:
-    if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
-        raise FileExistsError(f"{dst} is there already: nothing is replaced")
+def _target(dst: Path) -> Path:
+    """Where `dst` is once its links are followed, so that it is that place that is looked at, and replaced."""
+    try:
+        return dst.resolve()
+    except (OSError, RuntimeError) as error:  # a link to itself
+        raise FileExistsError(f"{shown(dst)} is a link that leads nowhere: {first_line(error)}") from None
+
+
+def _check_free(target: Path, dst: Path) -> None:
+    """FileExistsError where nothing can be put in the place of `target`, to which `dst` leads."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"{shown(dst)} is there already: nothing is replaced")
+    if target.is_dir() and (os.path.ismount(target) or target == Path.cwd()):
+        what = "the current folder" if target == Path.cwd() else "where a disk begins"
+        raise FileExistsError(f"{shown(dst)} is {what}, which a new folder cannot replace: give a name in it")
 
 
 def _write(work: Conversion, dst: Path, progress: Progress | None) -> None:
-    _check_free(dst)  # still
-    parent = dst.absolute().parent
+    _check_free(dst, dst)  # still
+    parent = dst.parent
     missing = [p for p in (parent, *parent.parents) if not p.exists()]
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        size, free = sum(map(size_of, work.plans.values())), shutil.disk_usage(parent).free
-        if size > free:
-            raise OSError(f"{dst} takes {size:,} bytes, and there are {free:,}")
-        if dst.suffix in WEIGHTS:
-            with replacing(dst) as temporary:
-                _write_plan(work, next(iter(work.plans)), temporary, size, progress)
-        else:
-            _write_folder(work, dst, size, progress)
-    except BaseException:
-        for folder in missing:  # the innermost first
-            with suppress(OSError):
-                folder.rmdir()
-        raise
+    with ended_cleanly():
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            size, free = sum(map(size_of, work.plans.values())), shutil.disk_usage(parent).free
+            if size > free:
+                raise OSError(f"{shown(dst)} takes {size:,} bytes, and there are {free:,}")
+            if dst.suffix in WEIGHTS:
+                with replacing(dst) as temporary:
+                    _write_plan(work, next(iter(work.plans)), temporary, size, progress)
+            else:
+                _write_folder(work, dst, size, progress)
+        except BaseException:
+            for folder in missing:  # the innermost first
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
 
 
 def _write_folder(work: Conversion, dst: Path, size: int, progress: Progress | None) -> None:
-    with tempfile.TemporaryDirectory(prefix=f".{dst.name}.", dir=dst.absolute().parent) as temporary:
+    with tempfile.TemporaryDirectory(prefix=f".{dst.name[:30]}.", dir=dst.parent) as temporary:
         new = Path(temporary) / dst.name  # since the temporary one is for nobody else to read
         for name in [*work.plans, *work.texts, *work.copies]:
             (new / name).parent.mkdir(parents=True, exist_ok=True)

@@ -156,6 +156,7 @@ PLAIN_TEXT = Format("text_encoder", shapes.clip_text, configs.infer_clip,
                     {"CLIP ViT-L/14": CLIP_L, "OpenCLIP ViT-H/14": CLIP_H}, optional=ldm.IDS)  # fmt: skip
 BARE_TEXT = Format("text_encoder", shapes.clip_text, configs.infer_clip, PLAIN_TEXT.known, ldm.BARE_TEXT.rows,
                    optional=ldm.IDS)  # fmt: skip
+VAES = (ldm.AUTOENCODER, ldm.HALF_OLD_AUTOENCODER)
 LATER = "recognised, not converted: nothing here can use it yet"
 
 LAYOUTS = (
@@ -164,13 +165,13 @@ LAYOUTS = (
            without=("cond_stage_model.",)),
     Layout("Stable Diffusion 1.x", "single-file", (
         ("model.diffusion_model.", (ldm.UNET,)),
-        ("first_stage_model.", (ldm.AUTOENCODER,)),
+        ("first_stage_model.", VAES),
         ("cond_stage_model.transformer.", (ldm.TEXT, ldm.BARE_TEXT)),
     ), ("model.diffusion_model.",), without=("cond_stage_model.model.",),
-           ignored={**ldm.BUFFERS, **ldm.COUNTERS, **ldm.AVERAGE}),
+           ignored={**ldm.BUFFERS, **ldm.COUNTERS, **ldm.AVERAGE, **ldm.DREAMBOOTH}),
     Layout("VAE in a checkpoint (ModelScope's VQGAN_autoencoder.pth)", "original",
-           (("first_stage_model.", (ldm.AUTOENCODER,)),), ("first_stage_model.",), ignored=ldm.UNUSED),
-    Layout("VAE of latent diffusion", "original", (("", (ldm.AUTOENCODER,)),), ("decoder.",),
+           (("first_stage_model.", VAES),), ("first_stage_model.",), ignored=ldm.UNUSED),
+    Layout("VAE of latent diffusion", "original", (("", VAES),), ("decoder.",),
            without=("first_stage_model.",), ignored={**ldm.LOSS, "model_ema.{*}": "a moving average of the VAE"}),
     Layout("UNet of latent diffusion", "original", (("", (ldm.UNET,)),), ("input_blocks.",),
            without=("model.", "temopral_conv")),

@@ -94,6 +94,15 @@ OLD_VAE_ROWS: Rows = [
 ]  # fmt: skip
 OLD_AUTOENCODER = replace(AUTOENCODER, rows=OLD_VAE_ROWS)
 
+# What a script that was not told of diffusers' new names writes: those, between the old ones around them.
+HALF_OLD_VAE_ROWS: Rows = [
+    *below("{half}.mid.attn_1.", "{half}.mid_block.attentions.0.", [
+        (f"{n}.{p}", f"{n}.{p}", *[CONV2D] * (p == "weight"))
+        for n in ("to_q", "to_k", "to_v", "to_out.0") for p in ("weight", "bias")]),
+    *VAE_ROWS,
+]  # fmt: skip
+HALF_OLD_AUTOENCODER = replace(AUTOENCODER, rows=HALF_OLD_VAE_ROWS)
+
 # -------------------------------------------------------------------------------------------------------- text encoder
 
 IDS = {POSITION_IDS: "I64"}  # 0, 1, 2, ...: in fp16 merges they are rounded, and of no use
@@ -113,6 +122,14 @@ BUFFERS = {
 }  # fmt: skip
 COUNTERS = {name: "a counter of the trainer's moving average" for name in ("model_ema.decay", "model_ema.num_updates")}
 AVERAGE = {"model_ema.{*}": "the moving average of the UNet's weights, taken instead of them with ema=True"}
+PLACES = ("", "transformer.", "transformer.text_model.")
+DREAMBOOTH = {
+    "embedding_manager.{*}": "words of textual inversion, which stand in files of their own",
+    **{f"cond_stage_model.{place}logit_scale": "of the contrastive loss" for place in PLACES},
+    **{f"cond_stage_model.{place}text_projection{end}": "behind the text encoder's last layer"
+       for place in PLACES for end in ("", ".weight")},
+    **dict.fromkeys(("logvar", "lvlb_weights"), "of the training's loss"),
+}  # fmt: skip
 LOSS = {"loss.{*}": "the discriminator and the perceptual loss: only training needs them"}
 UNUSED = {
     **BUFFERS, **COUNTERS,

@@ -13,14 +13,16 @@ import json
 import math
 import mmap
 import os
-import re
+import secrets
+import signal
+import threading
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,8 +61,13 @@ class Source:
         return {name: self.read(name) for name in self.header}
 
 
-def open_file(path: str | Path) -> Source:
-    """A `.safetensors` or `torch.save` file, known by its content. OSError where it cannot be read at all."""
+def open_file(path: str | Path, mmap: bool = True) -> Source:
+    """A `.safetensors` or `torch.save` file, known by its content. OSError where it cannot be read at all.
+
+    mmap: tensors are the file's own pages, read when they are used. They change when the file is written to, and using
+    them ends the process (SIGBUS) when it has been cut off meanwhile. False: `read` copies them into memory, a
+    safetensors file's one by one; ValueError where the file has changed since it was opened.
+    """
     path = Path(path)
     with path.open("rb") as file:
         head = file.read(512)
@@ -71,13 +78,18 @@ def open_file(path: str | Path) -> Source:
     if head.lstrip()[:1] == b"<":
         raise ValueError(f"{path} is a web page, not weights: download the file itself")
     if head[8:9] == b"{" or path.suffix == ".safetensors":
-        return _open_safetensors(path)
-    return _open_pickle(path)
+        return _open_safetensors(path, mmap)
+    return _open_pickle(path, mmap)
 
 
 def first_line(error: BaseException) -> str:
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line if len(line) <= 300 else line[:297] + "..."
+
+
+def shown(text: object) -> str:
+    """For messages: line breaks, control characters and what is no character at all, escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def _broken(path: Path, why: str) -> ValueError:
@@ -161,20 +173,32 @@ def _checked(entry: Any) -> tuple[tuple[int, ...], str, int, int]:
     return tuple(shape), dtype, begin, end
 
 
-def _open_safetensors(path: Path) -> Source:
+def _open_safetensors(path: Path, mapped: bool) -> Source:
+    opened = _stamp(path.stat())
     header, begins, metadata = read_header(path)
     with path.open("rb") as file:
         # A private map, because torch wants to be allowed to write; it takes memory only where it is written to.
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if mapped else None
 
     def read(name: str) -> Tensor:
         shape, dtype = header[name]
         count = math.prod(shape)
         if not count:
             return torch.empty(shape, dtype=DTYPES[dtype])
-        return torch.frombuffer(data, dtype=DTYPES[dtype], count=count, offset=begins[name]).reshape(shape)
+        if data is not None:
+            return torch.frombuffer(data, dtype=DTYPES[dtype], count=count, offset=begins[name]).reshape(shape)
+        copy = torch.empty(shape, dtype=DTYPES[dtype])
+        with path.open("rb") as file:
+            file.seek(begins[name])
+            if file.readinto(_bytes(copy)) < copy.nbytes or _stamp(os.fstat(file.fileno())) != opened:
+                raise _broken(path, "it was written to while it was read")
+        return copy
 
     return Source(path, header, read, metadata=metadata)
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 # ------------------------------------------------------------------------------------------------------------- pickles
@@ -186,33 +210,44 @@ ALLOWED = {
     "torch.storage UntypedStorage", "torch Size", *(f"torch {kind}Storage" for kind in STORAGES),
     *(str(dtype).replace(".", " ") for dtype in DTYPES.values()),
 }  # fmt: skip
+# What trainers put beside weights. It becomes placeholders that do nothing: none of it is imported, made or called, but
+# for the few that torch itself knows (bytes, devices, counters).
+TRAINERS = ("pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "torchmetrics", "omegaconf",
+            "ldm", "diffusers", "transformers", "torch.optim")  # fmt: skip
+BESIDE = {
+    "argparse Namespace", "pathlib PosixPath", "pathlib WindowsPath", "pathlib._local PosixPath", "typing Any",
+    "collections defaultdict", "collections Counter", "datetime datetime", "datetime timedelta", "torch device",
+    "copy_reg _reconstructor", "_codecs encode", "numpy ndarray", "numpy dtype",
+    *(f"numpy.{core}.multiarray {name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *(f"__builtin__ {name}" for name in ("set", "frozenset", "dict", "list", "tuple", "int", "long", "float", "str",
+                                         "unicode", "bool", "complex", "slice", "object")),
+}  # fmt: skip
 OPERATIONS = {
     "PROTO", "STOP", "MARK", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "NONE",
     "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "BINSTRING",
     "SHORT_BINSTRING", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "REDUCE", "BUILD", "BINPERSID",
-    "SETITEM", "SETITEMS", "APPEND", "APPENDS",
+    "SETITEM", "SETITEMS", "APPEND", "APPENDS", "NEWOBJ",
 }  # fmt: skip
 LARGEST_TUPLE = 10**5  # with all that is in it: hashing tuples of tuples of tuples can take for ever
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch before 1.6 began a file
 LONGEST_PICKLE = 2**27
 
 
-def _open_pickle(path: Path) -> Source:
+def _open_pickle(path: Path, mapped: bool) -> Source:
     with path.open("rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
     try:
-        if zipped:
-            _check_zip(path)
-        else:
-            _check_legacy(path)
-        # What torch < 1.6 wrote cannot be mapped.
-        content = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+        beside = (_check_zip if zipped else _check_legacy)(path)
+        with torch.serialization.safe_globals(_placeholders(beside)):
+            # What torch < 1.6 wrote cannot be mapped.
+            content = torch.load(path, map_location="cpu", mmap=zipped and mapped, weights_only=True)
     except _Refused as error:
         raise ValueError(f"{path} is refused: its pickle wants {error}, which weights do not need") from None
     except Exception as error:  # a broken file breaks its reader anywhere
         if isinstance(error, OSError) and error.errno != errno.EINVAL:  # it is: seeking to before the beginning
             raise
-        raise _broken(path, first_line(error)) from None
+        torch_says = str(error).split("WeightsUnpickler error: ")[-1].strip()  # behind a page of advice
+        raise _broken(path, shown(first_line(ValueError(torch_says)) if torch_says else first_line(error))) from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not tensors by name")
     try:
@@ -227,8 +262,45 @@ class _Refused(Exception):
     """The pickle would import something that is not on the list."""
 
 
-def _check_zip(path: Path) -> None:
-    """That it holds what torch.save writes and no more than it has room for: no bomb unfolds."""
+class _Inert:
+    """Stands for an object of a trainer. Nothing that a pickle does to it has an effect."""
+
+    def __new__(cls, *_: Any) -> "_Inert":
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, _: Any) -> None: ...
+
+
+def _empty(*_: Any) -> dict[Any, Any]:
+    return {}
+
+
+def _placeholders(names: set[str]) -> list[tuple[Callable[..., Any], str]]:
+    """For torch, which looks for Python 3's names of what Python 2 named otherwise."""
+    from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+
+    found = []
+    for old in sorted(names):
+        module, name = old.split(" ", 1)
+        new = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        # What is filled like a dictionary has to be one.
+        found.append((_empty if name == "defaultdict" else type(name, (_Inert,), {}), ".".join(new)))
+    return found
+
+
+def _is_trainers(name: str) -> bool:
+    """Of a module and a name, with a blank between."""
+    module = name.split(" ")[0]
+    return name in BESIDE or any(module == root or module.startswith(f"{root}.") for root in TRAINERS)
+
+
+def _check_zip(path: Path) -> set[str]:
+    """That it holds what torch.save writes and no more than it has room for: no bomb unfolds.
+
+    Returns the names of what trainers put beside the weights.
+    """
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
@@ -240,31 +312,45 @@ def _check_zip(path: Path) -> None:
         if len(pickles) != 1 or pickles[0].file_size > LONGEST_PICKLE:
             raise ValueError("it is a zip archive, but not of torch.save")
         with archive.open(pickles[0]) as file:
-            _check_operations(file)
+            return _check_operations(file)
 
 
-def _check_legacy(path: Path) -> None:
+def _check_legacy(path: Path) -> set[str]:
     with path.open("rb") as file:
         if file.read(len(LEGACY)) != LEGACY:
             raise ValueError("it is neither a safetensors file nor one of torch.save")
-        for _ in range(4):  # a version, the system, the content, the storages' names
-            _check_operations(file)
+        # a version, the system, the content, the storages' names
+        return set().union(*(_check_operations(file) for _ in range(4)))
 
 
-def _check_operations(file: Any) -> None:
-    """Go through a pickle without doing what it says. Raises _Refused or ValueError."""
+class _Thing(NamedTuple):
+    """What is known of an object in a pickle: how much is in it, and what it is, where that is a text, the name of
+    something that is imported, or a tuple of things."""
+
+    size: int = 1
+    text: str | None = None
+    imported: str | None = None
+    items: tuple["_Thing", ...] = ()
+
+
+def _check_operations(file: Any) -> set[str]:
+    """Go through a pickle without doing what it says; the names of what trainers put there. _Refused or ValueError."""
     import pickletools
     from pickletools import markobject
 
-    stack: list[Any] = []  # of each object how much is in it, or a mark
+    beside: set[str] = set()
+    stack: list[Any] = []  # things, or marks
     memo: dict[int, Any] = {}
     last = None
     for operation, argument, _ in pickletools.genops(file):
         name = operation.name
         if name in ("INST", "STACK_GLOBAL", "GLOBAL", "EXT1", "EXT2", "EXT4", "OBJ", "NEWOBJ", "NEWOBJ_EX"):
             wanted = argument if name in ("GLOBAL", "INST") else _quote(last if name == "STACK_GLOBAL" else name)
-            if name != "GLOBAL" or argument not in ALLOWED:
+            if name not in ("GLOBAL", "NEWOBJ") or name == "GLOBAL" and argument not in ALLOWED and (
+                    not _is_trainers(argument)):
                 raise _Refused(str(wanted).replace(" ", ".") if len(str(wanted)) < 200 else _quote(wanted))
+            if name == "GLOBAL" and argument not in ALLOWED:
+                beside.add(argument)
         if name not in OPERATIONS:
             raise ValueError(f"its pickle has the operation {name}, which torch.save does not write")
         if name == "PROTO" and argument != 2:
@@ -282,11 +368,28 @@ def _check_operations(file: Any) -> None:
                 taken.append(x)
             before = before[: before.index(markobject)]
         taken += [stack.pop() for _ in before]
-        inside = 1 + sum(x for x in taken if x is not markobject) if name.startswith("TUPLE") else 1
-        if inside > LARGEST_TUPLE:
+        things = [x for x in taken if x is not markobject][::-1]
+        size = 1 + sum(x.size for x in things) if name.startswith("TUPLE") else 1
+        if size > LARGEST_TUPLE:
             raise ValueError("its pickle has tuples within tuples without end")
-        stack += [markobject if name == "MARK" else inside] * len(operation.stack_after)
+        if name in ("REDUCE", "NEWOBJ", "BUILD"):
+            _check_call(name, *things)
+        made = _Thing(size, argument if isinstance(argument, str) and name != "GLOBAL" else None,
+                      argument if name == "GLOBAL" else None, tuple(things) if name == "TUPLE2" else ())  # fmt: skip
+        stack += [markobject if name == "MARK" else made] * len(operation.stack_after)
         last = argument if argument is not None else last
+    return beside
+
+
+def _check_call(operation: str, called: _Thing, given: _Thing) -> None:
+    """That what is called was imported, and what is built was made. `encode` may make bytes of Latin-1, no other."""
+    if (operation == "BUILD") == (called.imported is not None):
+        raise ValueError(f"its pickle has the operation {operation} where torch.save writes none")
+    if called.imported == "_codecs encode" and (
+            len(given.items) != 2 or given.items[1].text not in ("latin1", "latin-1")):
+        raise _Refused("_codecs.encode with something else than Latin-1")
+    if operation == "NEWOBJ" and called.imported in ALLOWED:
+        raise ValueError(f"its pickle makes a {_quote(called.imported)} as torch.save does not")
 
 
 def _header_of(name: str, x: Tensor) -> tuple[tuple[int, ...], str]:
@@ -315,31 +418,84 @@ def json_text(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
+class _Ended(BaseException):
+    """A signal that ends the process has come."""
+
+
+@contextmanager
+def ended_cleanly() -> Iterator[None]:
+    """SIGTERM and SIGHUP leave the block as an exception, so that it cleans up; then they end the process as always.
+
+    Nothing changes outside the main thread, and where the program has a handler of its own or ignores them (nohup).
+    """
+    came: list[int] = []
+
+    def end(number: int, frame: Any) -> None:
+        if not came:  # a second one must not interrupt the cleaning up
+            came.append(number)
+            raise _Ended
+
+    before: list[int] = []
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):  # there is no SIGHUP on Windows
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, end)
+                before.append(number)
+    try:
+        yield
+    finally:
+        for number in before:
+            signal.signal(number, signal.SIG_DFL)
+        if came:
+            os.kill(os.getpid(), came[0])
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """An empty file beside `path` that takes its place if all goes well, and is removed if not. OSErrors pass.
+
+    Its name cannot be guessed, so nobody can put a link there before; threads and machines that share a folder do not
+    meet. It has the ending of `path`, by which libraries know what to write.
+    """
+    ending = path.suffix if len(path.suffix) < 20 else ""
+    temporary = path.with_name(f".{path.stem[:30]}-{secrets.token_hex(16)}{ending}")
+    with ended_cleanly():
+        try:
+            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
+            descriptor = os.open(temporary, flags, 0o666)
+            mode = os.fstat(descriptor).st_mode  # the umask's; safetensors writes files that nobody else can read
+            os.close(descriptor)
+            yield temporary
+            temporary.chmod(mode)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`, that takes its place if all goes well and is removed if not: OSError.
+    """`beside` in a folder that is made where it is missing; whatever goes wrong is an OSError that names `path`.
 
     A ValueError is about what should be written, and passes.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        mode = temporary.stat().st_mode  # the umask's; safetensors writes files that nobody else can read
-        yield temporary
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    except BaseException as error:
-        if path.parent.is_dir():
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, Exception) and not isinstance(error, ValueError):  # each library that writes has its own
-            raise OSError(f"cannot write {path}: {first_line(error)}") from error
+        with beside(path) as temporary:
+            yield temporary
+    except ValueError:
         raise
+    except Exception as error:  # each library that writes has its own
+        raise OSError(f"cannot write {shown(path)}: {first_line(error)}") from error
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """ValueError where a number does not fit the dtype, or was none before."""
+    """ValueError where a number does not fit the dtype, or was none before, or whole numbers are to be weights."""
+    if dtype.is_floating_point and not x.dtype.is_floating_point:
+        raise ValueError(f"is {NAMES.get(x.dtype, x.dtype)}: weights are floating-point numbers")
     y = x.to(dtype)
     if y.numel() and not all(map(torch.isfinite, torch.aminmax(y))):
         if not torch.isfinite(x).all():
@@ -381,8 +537,7 @@ def write_file(
     read(step, source name) -> tensor. done: told the bytes of each tensor that is written. Written to `path` itself;
     `replacing` gives it a temporary one.
     """
-    pickled = re.sub(r"\.\d+\.tmp$", "", path.name).endswith(PICKLES)
-    (_write_pickle if pickled else _write_safetensors)(path, plan, lambda step: made(step, read), done)
+    (_write_pickle if path.suffix in PICKLES else _write_safetensors)(path, plan, lambda step: made(step, read), done)
 
 
 def _bytes(x: Tensor) -> memoryview:

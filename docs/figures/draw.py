@@ -394,7 +394,7 @@ def draw_step(path: Path, model: facts.Model) -> Path:
     # The loop.
     page.box(262, 316, 1308, 330, MIST, round_=14, z=0)
     page.text(286, 342, "every step", 13, weight="bold", color=SPACE)
-    file, name = place(DiffusionPipeline._denoise)
+    file, name = place(DiffusionPipeline._denoise_once)
     page.text(1546, 342, f"{file.removeprefix('minit2v/')}  {name}", 10.8, ha="right", family="monospace", color=SOFT)
     box(40, 412, 190, "noise", randn, "a seed's numbers", LINE)
     page.line((230, 473), (292, 473))
@@ -413,7 +413,7 @@ def draw_step(path: Path, model: facts.Model) -> Path:
     page.box(1050, 412, 216, 122, PAPER, TIME, round_=9, width=2.4)
     page.text(1158, 436, "guidance", 14.5, ha="center", weight="bold", zorder=4)
     page.text(1158, 479, "eps = eps$_{neg}$\n  + g (eps$_{text}$ − eps$_{neg}$)", 12.2, ha="center", zorder=4)
-    page.text(1158, 518, "(in _denoise itself)", 10.8, ha="center", color=SOFT, zorder=4)
+    page.text(1158, 518, "(in _denoise_once itself)", 10.8, ha="center", color=SOFT, zorder=4)
     page.line((1266, 473), (1334, 473))
     on(1297, 456, "eps")
     box(1334, 412, 216, "scheduler", DDIMScheduler.step, "x at t → x at s < t", TIME)
@@ -586,7 +586,7 @@ def draw_motion(path: Path, model: facts.Model) -> Path:
         (210, 188, SPACE, "SpatialTransformer", millions(facts.parameters(calls[f"{name}.spatial"].module))),
         (448, 128, TIME, "GroupNorm", "per frame"),
         (592, 84, TIME, "proj_in", millions(facts.parameters(module.proj_in))),
-        (692, 204, TIME, "z + attn1(LN(z) + P)", "P: where in the clip"),
+        (692, 204, TIME, "z + attn1(LN(z) + P)", "P: which frame it is"),
         (920, 204, TIME, "z + attn2(LN(z) + P)", "over the frames again"),
         (1148, 148, TIME, "z + ff(LN(z))", "each by itself"),
         (1320, 150, TIME, "proj_out", "0 before training"),

@@ -124,7 +124,7 @@ class Watch(TorchFunctionMode):
             for call in self.open:
                 call.queries.append(tuple(args[0].shape))
                 call.keys.append(tuple(args[1].shape))
-        elif func is F.conv2d:
+        elif func in (F.conv2d, F.conv3d):
             for call in self.open:
                 call.convs.append((tuple(args[0].shape), tuple(args[1].shape)))
         return func(*args, **(kwargs or {}))
@@ -196,8 +196,7 @@ def heads(block: nn.Module) -> int:
     """The number of its attention heads, 0 where it has none."""
     if not block.attention:
         return 0
-    attention = block.spatial.block.attn1
-    return attention.to_q.out_features // attention.head_dim
+    return block.spatial.block.attn1.heads
 
 
 def row(*cells: object) -> str:
@@ -261,7 +260,7 @@ def motion_rows(model: Model) -> list[str]:
         "a text per frame: q, `(b f) heads (h w) head_dim`": apart.queries[1],
         "the same: k, v, `(b f) heads l head_dim`": apart.keys[1],
         "`motion`, after `proj_in`: z, `b f (h w) c`": once[f"{block}.motion.proj_in"].y,
-        "`motion`, `attn1` and `attn2`: q, k, v, `b (h w heads) f head_dim`": motion.queries[0],
+        "`motion`, `attn1` and `attn2`: q, k, v, `(b h w) heads f head_dim`": motion.queries[0],
     }
     return [row(name, size) for name, size in rows.items()]
 
@@ -353,11 +352,11 @@ def block_rows(names: dict[str, Model]) -> list[str]:
         )
         for name, size in {
             "`res`: x and y, `(b f) c h w`": res.y,
-            "`temporal_conv`: what a convolution sees, `b c f (h w)`": conv.convs[0][0],
+            "`temporal_conv`: what a convolution sees, `b c f h w`": conv.convs[0][0],
             "`spatial`, `attn1`: q, k, v, `(b f) heads (h w) head_dim`": spatial.queries[0],
             "`spatial`, `attn2`: q, `b heads (f h w) head_dim`": spatial.queries[1],
             "`spatial`, `attn2`: k, v of the text, `b heads l head_dim`": spatial.keys[1],
-            "`temporal`, `attn1` and `attn2`: q, k, v, `b (h w heads) f head_dim`": temporal.queries[0],
+            "`temporal`, `attn1` and `attn2`: q, k, v, `(b h w) heads f head_dim`": temporal.queries[0],
         }.items():
             rows.setdefault(name, []).append(size)
         assert temporal.queries[0] == temporal.queries[1] and res.y == temporal.y

@@ -6,12 +6,11 @@ all ops, and may name some with a choice of their own: "torch,geglu=triton".
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,8 +110,7 @@ def pick(op: str, impl: str | None, x: Tensor, *others: Tensor | None) -> str:
     return impl
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """One kernel launch: what a compiler must know to specialise it."""
 
     kernel: Any
@@ -142,24 +140,37 @@ def record(target: str | None = None) -> Iterator[list[Launch]]:
         recorded, recorded_for = before
 
 
-def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, wherever the tensors are."""
-    if not x.is_cuda or torch.compiler.is_compiling() or x.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(x.device)
+def is_traced(x: Tensor) -> bool:
+    """Whether x stands for a tensor while torch.compile or torch.export looks at what is done with it."""
+    return type(x) is not Tensor or torch.compiler.is_compiling()
+
+
+def sizes(x: Tensor) -> tuple[int, ...]:
+    """x's shape as what plans are kept by: numbers, also where they are symbols."""
+    return x.shape if type(x) is Tensor else tuple(map(int, x.shape))
 
 
 def launch(
     kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 2, **constexprs: Any
 ) -> None:
-    """Run kernel[grid](*args, **constexprs)."""
-    if any(size > 65535 for size in grid[1:]) or grid[0] >= 2**31:
+    """Run kernel[grid](*args, **constexprs), on the device of the first of args."""
+    if grid[0] >= 2**31 or len(grid) > 1 and max(grid[1:]) > 65535:
         raise ValueError(f"{kernel.__name__}: a grid of {grid} is larger than a GPU's")
     if recorded is not None:
         recorded.append(Launch(kernel, grid, args, constexprs, num_warps, num_stages))
         return
-    with on_device_of(args[0]):
-        torch.library.wrap_triton(kernel)[grid](*args, **constexprs, num_warps=num_warps, num_stages=num_stages)
+    start(kernel, grid, args, {**constexprs, "num_warps": num_warps, "num_stages": num_stages})
+
+
+def start(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    x = args[0]
+    if is_traced(x):
+        torch.library.wrap_triton(kernel)[grid](*args, **options)
+    elif x.is_cuda and x.device.index != torch.cuda.current_device():  # Triton launches on the current one
+        with torch.cuda.device(x.device):
+            kernel[grid](*args, **options)
+    else:
+        kernel[grid](*args, **options)
 
 
 registrations: list[Callable[[], None]] = []

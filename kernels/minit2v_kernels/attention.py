@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import interpreting, launch, pick, triton_op
+from ._dispatch import interpreting, launch, pick, sizes, triton_op
 
 MAX_HEADS = 65535  # what one axis of a CUDA grid may count; a video of 1024x576 has 9,216 x 8 in its first layer
 MOST_HEAD_DIM = 256  # of the kernel: wider heads leave a multiprocessor's shared memory
@@ -38,6 +38,7 @@ def temporal_attention(
     window = q.shape[1] if window is None else min(window, q.shape[1])
     if pick("temporal_attention", impl, q, k, v) == "torch":
         return temporal_attention_ref(q, k, v, causal, window)
+    expect(q, k, v)
     return temporal_attention_triton(q, k, v, causal, window)
 
 
@@ -250,39 +251,59 @@ def tile(frames: int, width: int, size: int) -> tuple[int, int, int]:
     return max(1, block // frames), block, min(16, 1 << (warps - 1).bit_length())
 
 
-def run_temporal_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int) -> Tensor:
+def expect(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """ValueError where the kernel cannot take q, k and v of one shape."""
     if len({q.dtype, k.dtype, v.dtype}) > 1 or q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"temporal_attention: q {q.dtype}, k {k.dtype}, v {v.dtype}: not one 16- or 32-bit dtype")
-    if q.dtype == torch.bfloat16 and interpreting():  # which multiplies the bits of bfloat16 as if they were integers
-        return run_temporal_attention(q.float(), k.float(), v.float(), causal, window).to(q.dtype)
-    b, f, p, h, d = q.shape
-    if d > MOST_HEAD_DIM:
-        raise ValueError(f"temporal_attention: the kernel takes heads of at most {MOST_HEAD_DIM} numbers, not {d}")
-    if not (rows_of_heads(q) and strides(q) == strides(k) == strides(v)):
-        q, k, v = (x.contiguous() for x in (q, k, v))
-    y = torch.empty((b, f, p, h, d), dtype=q.dtype, device=q.device)
-    if not y.numel():
-        return y
+    if q.shape[-1] > MOST_HEAD_DIM:
+        raise ValueError(
+            f"temporal_attention: the kernel takes heads of at most {MOST_HEAD_DIM} numbers, not {q.shape[-1]}"
+        )
+
+
+@cache
+def plan(
+    shape: tuple[int, ...], steps: tuple[tuple[int, ...], ...], dtype: torch.dtype, causal: bool, window: int
+) -> tuple[Any, ...]:
+    """How q, k, v of this shape and of these strides attend: whether they are copied, grid, sizes, constants."""
+    b, f, p, h, d = shape
+    first, *others = (strides(shape, each) for each in steps)
+    copied = first[3:] != (d if h > 1 else 0, 1 if d > 1 else 0) or any(other != first for other in others)
+    if copied:
+        first = strides(shape, (f * p * h * d, p * h * d, h * d, d, 1))
     d1, d2 = split(d)
-    pixels, block, warps = tile(f, d1 + d2, q.element_size())
+    pixels, block, warps = tile(f, d1 + d2, dtype.itemsize)
     programs = b * -(-p // pixels) * -(-pixels * f // block) * h
-    launch(
-        temporal_attention_kernel(), (programs,), q, k, v, y, p, h, *strides(q)[:3], d**-0.5 * math.log2(math.e),
-        num_warps=warps, num_stages=2 if f > block else 1,
-        F=f, D=d, CAUSAL=causal, WINDOW=window, PIXELS=pixels, BLOCK=block, D1=d1, D2=d2,
-    )  # fmt: skip
+    constants = {
+        "F": f, "D": d, "CAUSAL": causal, "WINDOW": window, "PIXELS": pixels, "BLOCK": block, "D1": d1, "D2": d2,
+        "num_warps": warps, "num_stages": 2 if f > block else 1,
+    }  # fmt: skip
+    return copied, (programs,), (p, h, *first[:3], d**-0.5 * math.log2(math.e)), constants
+
+
+def run_temporal_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int) -> Tensor:
+    dtype = q.dtype
+    if dtype == torch.bfloat16 and interpreting():  # which multiplies the bits of bfloat16 as if they were integers
+        return run_temporal_attention(q.float(), k.float(), v.float(), causal, window).to(dtype)
+    shape = sizes(q)
+    if not q.numel():
+        return torch.empty(shape, dtype=dtype, device=q.device)
+    copied, grid, numbers, constants = plan(shape, (steps(q), steps(k), steps(v)), dtype, causal, window)
+    if copied:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    y = torch.empty(shape, dtype=dtype, device=q.device)
+    launch(temporal_attention_kernel(), grid, q, k, v, y, *numbers, **constants)
     return y
 
 
-def strides(x: Tensor) -> tuple[int, ...]:
-    """x's strides; 0 for an axis of one entry, where the number that is there means nothing."""
-    return tuple(stride if size > 1 else 0 for size, stride in zip(x.shape, x.stride(), strict=True))
+def steps(x: Tensor) -> tuple[int, ...]:
+    """x's strides, as numbers also where they are symbols."""
+    return x.stride() if type(x) is Tensor else tuple(map(int, x.stride()))
 
 
-def rows_of_heads(x: Tensor) -> bool:
-    """Whether each (h d) of x (b f p h d) is one contiguous row."""
-    h, d = x.shape[3:]
-    return strides(x)[3:] == (d if h > 1 else 0, 1 if d > 1 else 0)
+def strides(shape: tuple[int, ...], steps: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides, but 0 for an axis of one entry, where the number that is there means nothing."""
+    return tuple(step if size > 1 else 0 for size, step in zip(shape, steps, strict=True))
 
 
 temporal_attention_triton = triton_op(run_temporal_attention, temporal_attention_ref)

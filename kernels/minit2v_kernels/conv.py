@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import family, interpreting, launch, pick, triton_op
-from .geglu import ENOUGH, programs, tile
+from ._dispatch import family, interpreting, launch, pick, sizes, triton_op
+from .feed_forward import ENOUGH, programs, tile
 
 
 def temporal_conv(
@@ -27,6 +27,7 @@ def temporal_conv(
     """
     if pick("temporal_conv", impl, x, weight, bias, residual) == "torch":
         return temporal_conv_ref(x, weight, bias, residual)
+    expect(x, weight, bias, residual)
     return temporal_conv_triton(x, weight, bias, residual)
 
 
@@ -122,14 +123,12 @@ def temporal_conv_tile(m: int, n: int, c: int, itemsize: int, target: str) -> di
     return next((t for t in choices if programs(m, n, t) >= ENOUGH), tile(64, 64, 64, 4, stages))
 
 
-def run_temporal_conv(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+def expect(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
+    """ValueError where the kernel cannot take the arguments."""
     if len({x.dtype, weight.dtype, bias.dtype}) > 1 or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(
             f"temporal_conv: x {x.dtype}, weight {weight.dtype}, bias {bias.dtype}: not one 16- or 32-bit dtype"
         )
-    if x.dtype == torch.bfloat16 and interpreting():  # which multiplies the bits of bfloat16 as if they were integers
-        y = run_temporal_conv(x.float(), weight.float(), bias.float(), None if residual is None else residual.float())
-        return y.to(x.dtype)
     (b, c, f, p), n = x.shape, len(weight)
     given = [tuple(t.shape) for t in (x, weight, bias, residual) if t is not None]
     if given[1:] != [(n, c, 3, 1, 1), (n,), (b, n, f, p)][: len(given) - 1]:
@@ -137,15 +136,31 @@ def run_temporal_conv(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor 
             "temporal_conv: x, weight, bias and residual must be (b c f p), (c_out c 3 1 1), (c_out) and "
             f"(b c_out f p), not {', '.join(map(str, given))}"
         )
-    y = torch.empty((b, n, f, p), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    rows = x.permute(0, 2, 3, 1).contiguous()  # b f p c: no copy out of channels-last memory
-    taps = weight.flatten(2).transpose(1, 2).contiguous()  # c_out 3 c: likewise
-    added = y if residual is None else residual.permute(0, 2, 3, 1).contiguous()
+
+
+@cache
+def plan(shape: tuple[int, ...], n: int, dtype: torch.dtype, target: str, residual: bool) -> tuple[Any, ...]:
+    """How x of this shape becomes n channels: y's shape, grid, sizes, constants."""
+    b, c, f, p = shape
     m = b * f * p
-    chosen = temporal_conv_tile(m, n, c, x.element_size(), family(x.device))
+    chosen = temporal_conv_tile(m, n, c, dtype.itemsize, target)
+    constants = {"RESIDUAL": residual, "WHOLE": c % chosen["BLOCK_K"] == 0, "GROUP": 8, **chosen}
+    return (b, n, f, p), (programs(m, n, chosen),), (m, n, c, f, p), constants
+
+
+def run_temporal_conv(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+    dtype = x.dtype
+    if dtype == torch.bfloat16 and interpreting():  # which multiplies the bits of bfloat16 as if they were integers
+        y = run_temporal_conv(x.float(), weight.float(), bias.float(), None if residual is None else residual.float())
+        return y.to(dtype)
+    shape, grid, numbers, constants = plan(sizes(x), bias.shape[0], dtype, family(x.device), residual is not None)
+    last = torch.channels_last
+    y = torch.empty(shape, dtype=dtype, device=x.device, memory_format=last)
+    # Nothing is copied that lies in channels-last memory: x and residual as (b f p c), the weight as (c_out 3 c).
     launch(
-        temporal_conv_kernel(), (programs(m, n, chosen),), rows, taps, bias.contiguous(), added, y, m, n, c, f, p,
-        RESIDUAL=residual is not None, WHOLE=c % chosen["BLOCK_K"] == 0, GROUP=8, **chosen,
+        temporal_conv_kernel(), grid, x.contiguous(memory_format=last),
+        weight.contiguous(memory_format=torch.channels_last_3d), bias.contiguous(),
+        y if residual is None else residual.contiguous(memory_format=last), y, *numbers, **constants,
     )  # fmt: skip
     return y
 

@@ -13,14 +13,15 @@ through the same kernels, tile by tile across the channels; no layout is copied 
 """
 
 from functools import cache
-from math import gcd
+from math import gcd, prod
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import family, launch, pick, triton_op
+from ._dispatch import family, launch, pick, sizes, triton_op
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -158,7 +159,9 @@ def expect_dtypes(op: str, x: Tensor, *others: Tensor | None) -> None:
 
 def channels_last(x: Tensor) -> bool:
     """Whether a position's channels lie together, and contiguous memory is not what x also is."""
-    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+    if x.is_contiguous():
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x.movedim(1, -1).is_contiguous()
 
 
 @cache
@@ -421,6 +424,54 @@ def merge_tile(channels_per_group: int, parts: int) -> tuple[int, int, int]:
     return block_p, block_c, min(4, power_of_2(-(-block_p * block_c // 256)))
 
 
+@cache
+def plan(
+    shape: tuple[int, ...], c: int, groups: int, frames: int, rows_of_emb: int | None, last: bool, dtype: torch.dtype,
+    target: str, silu: bool, skip: bool, residual: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    """How x of this shape is normalised: the shapes of y, moments and table, and each kernel's grid, sizes, constants.
+
+    c: the channels of x and skip together.
+    """
+    n, c1, *spatial = shape
+    span = segment_frames(n, frames, rows_of_emb) if last else 1
+    segments, t = n // span, prod(spatial) * span
+    unroll, block_t = moments_tile(dtype, residual, target)
+    splits, rows = split(segments, t, c, unroll * block_t, target)
+    block_c = channel_tile(c)
+    tiles = -(-c // block_c)
+    block_p, group_c, warps = merge_tile(c // groups, splits * frames // span)
+    per_emb = 1 if rows_of_emb is None else segments // rows_of_emb
+    both = {"HAS_SKIP": skip, "CHANNELS_LAST": last}
+    return (
+        (n, c, *spatial), (segments, splits, 3, c), (segments, 3, c),
+        (segments * splits * tiles,), (t, c, c1, splits, rows),
+        {**both, "HAS_RESIDUAL": residual, "UNROLL": unroll, "BLOCK_T": block_t, "BLOCK_C": block_c},
+        (n // frames * groups,), (t, c, c1, groups, frames // span, splits, rows, per_emb),
+        {"HAS_EMB": rows_of_emb is not None, "BLOCK_P": block_p, "BLOCK_C": group_c, "num_warps": warps},
+        (segments * -(-t // APPLY_T) * tiles,), (t, c, c1),
+        {**both, "SILU": silu, "BLOCK_T": APPLY_T, "BLOCK_C": block_c},
+    )  # fmt: skip
+
+
+def laid_out(x: Tensor, last: bool) -> Tensor:
+    """x in channels-last or in contiguous memory."""
+    if not last:
+        return x.contiguous()
+    if x.ndim == 4:
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def fresh(shape: tuple[int, ...], last: bool, like: Tensor) -> Tensor:
+    """Of like's dtype, on its device."""
+    if last and len(shape) == 4:
+        return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    if last:
+        return torch.empty((shape[0], *shape[2:], shape[1]), dtype=like.dtype, device=like.device).movedim(-1, 1)
+    return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+
 def run(
     x: Tensor,
     residual: Tensor | None,
@@ -434,53 +485,34 @@ def run(
     emb: Tensor | None,
 ) -> tuple[Tensor | None, Tensor]:
     """(x + residual or None, y)."""
-    last = channels_last(x)
-
-    def laid_out(tensor: Tensor) -> Tensor:
-        return tensor.movedim(1, -1).contiguous().movedim(-1, 1) if last else tensor.contiguous()
-
-    def fresh(channels: int) -> Tensor:
-        if last:
-            made = torch.empty((n, *spatial, channels), dtype=x.dtype, device=x.device)
-            return made.movedim(-1, 1)
-        return torch.empty((n, channels, *spatial), dtype=x.dtype, device=x.device)
-
-    n, c1, *spatial = map(int, x.shape)
-    c = len(weight)
-    x = laid_out(x)
-    y = fresh(c)
-    total = None if residual is None else fresh(c)
-    if not y.numel():
-        return total, y
-    span = segment_frames(n, frames, None if emb is None else len(emb)) if last else 1
-    segments, t = n // span, x[0, 0].numel() * span
-    target = family(x.device)
-    unroll, block_t = moments_tile(x.dtype, residual is not None, target)
-    splits, rows = split(segments, t, c, unroll * block_t, target)
-    moments = torch.empty((segments, splits, 3, c), dtype=torch.float32, device=x.device)
-    table = torch.empty((segments, 3, c), dtype=torch.float32, device=x.device)
-    skip = x if skip is None else laid_out(skip)  # x stands for what is absent
-    has_skip, has_residual, has_emb = c1 < c, residual is not None, emb is not None
-    block_c = channel_tile(c)
-    tiles = -(-c // block_c)
-
-    launch(
-        kernels().moments, (segments * splits * tiles,), x, skip,
-        laid_out(residual) if has_residual else x, total if has_residual else x, moments, t, c, c1, splits, rows,
-        HAS_SKIP=has_skip, HAS_RESIDUAL=has_residual, CHANNELS_LAST=last,
-        UNROLL=unroll, BLOCK_T=block_t, BLOCK_C=block_c,
+    last, device = channels_last(x), x.device
+    if not x.numel():
+        y = fresh((len(x), len(bias), *x.shape[2:]), last, x)
+        return None if residual is None else torch.empty_like(y), y
+    x = laid_out(x, last)
+    (
+        shape, of_moments, of_table, moments_grid, moments_sizes, moments_constants, merge_grid, merge_sizes,
+        merge_constants, apply_grid, apply_sizes, apply_constants,
+    ) = plan(
+        sizes(x), bias.shape[0], groups, frames, None if emb is None else emb.shape[0], last, x.dtype, family(device),
+        silu, skip is not None, residual is not None,
     )  # fmt: skip
-    block_p, group_c, warps = merge_tile(c // groups, splits * frames // span)
+    y = fresh(shape, last, x)
+    total = None if residual is None else fresh(shape, last, x)
+    moments = torch.empty(of_moments, dtype=torch.float32, device=device)
+    table = torch.empty(of_table, dtype=torch.float32, device=device)
+    # x stands for what is absent
+    skip = x if skip is None else laid_out(skip, last)
+    emb = x if emb is None else emb.contiguous()
+    read = x if total is None else total
+    residual = x if residual is None else laid_out(residual, last)
+    found = kernels()
+    launch(found.moments, moments_grid, x, skip, residual, read, moments, *moments_sizes, **moments_constants)
     launch(
-        kernels().coefficients, (n // frames * groups,), moments, emb.contiguous() if has_emb else x,
-        weight.contiguous(), bias.contiguous(), table, t, c, c1, groups, frames // span, splits, rows,
-        segments // len(emb) if has_emb else 1, eps, HAS_EMB=has_emb, BLOCK_P=block_p, BLOCK_C=group_c,
-        num_warps=warps,
+        found.coefficients, merge_grid, moments, emb, weight.contiguous(), bias.contiguous(), table, *merge_sizes, eps,
+        **merge_constants,
     )  # fmt: skip
-    launch(
-        kernels().apply, (segments * -(-t // APPLY_T) * tiles,), total if has_residual else x, skip, table, y,
-        t, c, c1, SILU=silu, HAS_SKIP=has_skip, CHANNELS_LAST=last, BLOCK_T=APPLY_T, BLOCK_C=block_c,
-    )  # fmt: skip
+    launch(found.apply, apply_grid, read, skip, table, y, *apply_sizes, **apply_constants)
     return total, y
 
 

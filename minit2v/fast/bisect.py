@@ -1,7 +1,8 @@
 """`minit2v bisect`: which kernel is to blame? One prediction of a UNet, with each op in turn as its Triton kernel.
 
-The errors are distances to the same prediction in float64, relative and over all numbers. PyTorch has one, too, in the
-same dtype, and is the measure: a kernel may round in other places, and may not be further away than that explains.
+The errors are distances to the same prediction of the plain network in float64, relative and over all numbers. The fast
+path without kernels has one, too, in the same dtype, and is the measure: a kernel may round in other places, and may
+not be further away than that explains.
 """
 
 import importlib
@@ -18,6 +19,7 @@ from minit2v_kernels._dispatch import PROVEN, record
 from ..models.unet import UNet
 from ..models.unet2d import UNet2DConditionModel
 from ..pipelines.files import CLASSES, read_index
+from . import door
 
 SLACK = 1.5  # times PyTorch's error: on a random input two ways of rounding differ by less
 FACTOR = 8  # pixels per latent, in every published model
@@ -54,17 +56,20 @@ def inputs(unet: UNet, frames: int, height: int, width: int) -> tuple[Tensor, in
 
 @torch.no_grad()
 def bisect(unet: UNet, x: Tensor, t: int, context: Tensor) -> Iterator[Found]:
-    """First PyTorch, then each op by itself as a kernel, then all of them."""
-    dtype = unet.dtype
+    """First PyTorch, then each op by itself as a kernel, then all of them. ValueError where no kernel can run."""
+    dtype, run = unet.dtype, door(unet)
+    if run is unet:
+        raise ValueError("kernels run on the fast path alone, which MINIT2V_OPTIMIZE=0 or `restore` has turned off")
+    want = unet.double()(x.double(), t, context.double())
+    unet.to(dtype)  # and back, which loses nothing
     with kernels("torch"):
-        want = unet.double()(x.double(), t, context.double())  # and back, which loses nothing
-        plain = distance(unet.to(dtype)(x, t, context), want)
+        plain = distance(run(x, t, context), want)
     yield Found("", 0, plain, plain < float("inf"))
     for ops, setting in [*((op, f"torch,{op}=triton") for op in PROVEN), ("all", "triton")]:
         with kernels(setting):
             with record() as launches:  # what would be launched
-                unet(x, t, context)
-            error = distance(unet(x, t, context), want) if launches else plain
+                run(x, t, context)
+            error = distance(run(x, t, context), want) if launches else plain
         yield Found(ops, len(launches), error, error <= SLACK * plain < float("inf"))
 
 

@@ -65,7 +65,7 @@ class CPUOps(Ops):
         n, c, h, w = x.shape
         rows = n * h * w
         if PRODUCTS and is_3x3(m):
-            if rows >= 256 and min(c, len(m.weight)) > 160 and h % 2 == w % 2 == 0:
+            if rows >= 256 and c + len(m.weight) > 320 and h % 2 == w % 2 == 0:
                 transformed = self.transformed(m)
                 if transformed is not None or rows >= 1024:
                     transformed = transform(m.weight) if transformed is None else transformed

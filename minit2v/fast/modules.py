@@ -91,7 +91,7 @@ class Run:
 def unet(run: Run, m: UNet, x: Tensor) -> Tensor:
     """x (b c f h w) -> the prediction (b c f h w)."""
     f = run.f
-    x = conv(run, m.conv_in, rearrange(x, "b c f h w -> (b f) c h w"))
+    x = conv(run, m.conv_in, run.ops.channels_last(rearrange(x, "b c f h w -> (b f) c h w")))
     if m.temporal_in is not None:
         x = temporal_transformer(run, m.temporal_in, x)
     skips = [x]

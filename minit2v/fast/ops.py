@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from minit2v_kernels import _dispatch
 from minit2v_kernels.attention import run_temporal_attention, temporal_attention_ref
 from minit2v_kernels.conv import run_temporal_conv, temporal_conv_ref
-from minit2v_kernels.geglu import geglu_ref, run_geglu
-from minit2v_kernels.layer_norm import layer_norm_ref, run_add_layer_norm, run_layer_norm
+from minit2v_kernels.feed_forward import geglu_ref, run_geglu
+from minit2v_kernels.layer_norms import layer_norm_ref, run_add_layer_norm_into, run_layer_norm
 from minit2v_kernels.norm import group_norm_silu_ref, run_group_norm_silu
 
 from ..models.layers import Attention
@@ -36,7 +36,7 @@ class Ops:
 
         self._group_norm = either("group_norm_silu", run_group_norm_silu, group_norm_silu_ref)
         self._layer_norm = either("add_layer_norm", run_layer_norm, layer_norm_ref)
-        self._add_layer_norm = either("add_layer_norm", run_add_layer_norm, add_layer_norm)
+        self._add_layer_norm = either("add_layer_norm", run_add_layer_norm_into, add_layer_norm)
         self._temporal_conv = either("temporal_conv", run_temporal_conv, temporal_conv_ref)
         self._geglu = either("geglu", run_geglu, geglu_ref)
         self._attention = either("temporal_attention", run_temporal_attention, attend_frames)

@@ -1,5 +1,6 @@
 """Frames to and from files: H.264 video that browsers play, GIF, and the settings a video was made with, inside it."""
 
+import bisect
 import errno
 import itertools
 import json
@@ -7,23 +8,31 @@ import math
 import os
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 
 from minit2v_convert.rename import nearest
+from minit2v_convert.stream import beside, ended_cleanly, first_line, shown
 
 MUXERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+OLDEST_FFMPEG = 7  # its main version; what is older encodes on when the disk is full, or lacks `fd:`
+MAX_PIXELS = 2**28  # frames x width x height: 1 GiB as PIL holds them, 512 frames of 1024 x 512
+LARGEST_METADATA = 2**26  # bytes
+NANO = 10**9
 # The range of the samples and the matrix that made YUV of RGB are written into the file: untagged, each player guesses.
 TAGS = "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
 TO_YUV = f"scale=out_color_matrix=bt709:out_range=tv:flags=accurate_rnd+full_chroma_int,format=yuv420p,{TAGS}"
@@ -94,9 +103,10 @@ def _frames(video: Any) -> list[np.ndarray]:
 def _rate(fps: Any) -> Fraction:
     if isinstance(fps, bool) or not isinstance(fps, int | float | Fraction | np.number):
         raise TypeError(f"fps is a number, not {fps!r}")
-    if not (math.isfinite(fps) and 0 < fps <= 1000):
-        raise ValueError(f"fps must be above 0 and at most 1000, not {fps}")
-    return Fraction(float(fps)).limit_denominator(1001)
+    if not (math.isfinite(fps) and 0.01 <= fps <= 1000):
+        raise ValueError(f"fps must be between 0.01 and 1000, not {fps}")
+    rate = Fraction(float(fps))
+    return rate.limit_denominator(1001) if fps >= 1 else 1 / (1 / rate).limit_denominator(1001)
 
 
 # --------------------------------------------------------------------------------------------------------- files out
@@ -116,18 +126,14 @@ def _target(path: str | os.PathLike | None, default: str, suffixes: Sequence[str
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that becomes `path` if all goes well, and vanishes otherwise."""
-    temp = path.with_name(f".{path.stem[:40]}-{secrets.token_hex(4)}{path.suffix}")
+    temp = None
     try:
-        with open(temp, "xb"):
-            pass
+        with beside(path) as temp:
+            yield temp
     except OSError as e:
-        raise type(e)(e.errno, f"cannot write here ({e.strerror})", str(path)) from e
-    try:
-        yield temp
-        os.replace(temp, path)
-    except BaseException:
-        temp.unlink(missing_ok=True)
-        raise
+        if temp is not None and e.filename not in (None, str(temp)):
+            raise  # another file's, or it names this one already
+        raise type(e)(e.errno, f"cannot write here ({e.strerror or e})", str(path)) from e
 
 
 def _ffmpeg() -> str:
@@ -135,12 +141,39 @@ def _ffmpeg() -> str:
         from imageio_ffmpeg import get_ffmpeg_exe
     except ImportError as e:
         raise ImportError("video files need the package imageio-ffmpeg: pip install imageio-ffmpeg") from e
-    return get_ffmpeg_exe()
+    return _checked(shutil.which(get_ffmpeg_exe()) or get_ffmpeg_exe())
+
+
+@cache
+def _checked(program: str) -> str:
+    """The program's whole path. Raises RuntimeError where it is too old."""
+    said = subprocess.run([program, "-version"], stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout
+    version = re.match(r"ffmpeg version n?(\d+)\.", said)  # those built from its repository have no number
+    if version and int(version[1]) < OLDEST_FFMPEG:
+        raise RuntimeError(f"{program} is {shown(said.splitlines()[0][:60])}, and {OLDEST_FFMPEG}.0 is the oldest that "
+                           "works: pip install -U imageio-ffmpeg, or name another as IMAGEIO_FFMPEG_EXE")
+    return os.path.abspath(program)
 
 
 def _escape(text: str) -> str:
     """For ffmpeg's metadata files."""
     return re.sub(r"([=;#\\\n])", r"\\\1", text)
+
+
+def _json(metadata: Mapping[str, Any]) -> str:
+    def plain(x: Any) -> Any:
+        if isinstance(x, np.generic):
+            return x.item()
+        if isinstance(x, os.PathLike):
+            return os.fspath(x)
+        raise TypeError(f"metadata: {type(x).__name__} is nothing that JSON can say")
+
+    text = json.dumps(dict(metadata), ensure_ascii=False, default=plain)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # paths that are not UTF-8
+        text = json.dumps(dict(metadata), default=plain)
+    return text
 
 
 def export_to_video(
@@ -163,8 +196,8 @@ def export_to_video(
         the last column and row; the reference scales to multiples of 16.
     metadata: what `read_metadata` gives back; anything JSON can say.
 
-    Raises TypeError or ValueError on bad frames or arguments, OSError where the file cannot be written (nothing is left
-    behind then, and a file that was there stays), RuntimeError if the encoder fails.
+    Raises TypeError or ValueError on bad frames or arguments, OSError where the file cannot be written, RuntimeError if
+    the encoder fails. Nothing is left behind then, also after SIGTERM and SIGHUP, and a file that was there stays.
     """
     if quality is not None and not 0 <= quality <= 10:
         raise ValueError(f"quality must be between 0 and 10, not {quality}")
@@ -177,6 +210,8 @@ def export_to_video(
     suffix = Path(output_video_path).suffix.lower() if output_video_path is not None else ".mp4"
     hint = "; export_to_gif writes GIFs" if suffix == ".gif" else nearest(suffix, list(MUXERS))
     path = _target(output_video_path, ".mp4", list(MUXERS), hint)
+    tags = f";FFMETADATA1\ncomment={_escape(_json(metadata))}\n" if metadata else None
+    program = _ffmpeg()
 
     block = math.lcm(2, macro_block_size or 1)
     h, w = frames[0].shape[:2]
@@ -189,14 +224,15 @@ def export_to_video(
     # crf 18 is visually clean and 0 lossless, in a profile that browsers do not play: 10 is crf 1.
     rate_control = (["-b:v", str(int(bitrate))] if bitrate is not None
                     else [] if quality is None else ["-crf", f"{35 - 3.4 * quality:.1f}"])
-    tags = f";FFMETADATA1\ncomment={_escape(json.dumps(dict(metadata), ensure_ascii=False))}\n" if metadata else None
-    with tempfile.TemporaryDirectory(prefix="minit2v-") as scratch, _replacing(path) as temp:
-        command = [_ffmpeg(), "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24",
+    # QuickTime's own comments end at 64 KiB: with these tags they do not.
+    flags = "+faststart+use_metadata_tags" if path.suffix.lower() == ".mov" else "+faststart"
+    with ended_cleanly(), tempfile.TemporaryDirectory(prefix="minit2v-") as scratch, _replacing(path) as temp:
+        command = [program, "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24",
                    "-s", f"{w + right}x{h + down}", "-r", str(rate), "-i", "pipe:0"]
         if tags:  # in a file, as one argument of a command may not be long; a prompt may
             (Path(scratch) / "tags").write_text(tags, encoding="utf-8")
             command += ["-f", "ffmetadata", "-i", str(Path(scratch) / "tags"), "-map_metadata", "1"]
-        command += ["-map", "0:v", "-vf", TO_YUV, "-c:v", "libx264", *rate_control, "-movflags", "+faststart",
+        command += ["-map", "0:v", "-vf", TO_YUV, "-c:v", "libx264", *rate_control, "-movflags", flags,
                     "-f", MUXERS[path.suffix.lower()], str(temp.absolute())]
         _encode(command, frames, path, Path(scratch) / "errors")
     return str(path)
@@ -205,7 +241,10 @@ def export_to_video(
 def _encode(command: list[str], frames: list[np.ndarray], path: Path, log: Path) -> None:
     """Feed raw frames to ffmpeg. Its messages go to a file: a second pipe could fill up and block both sides."""
     with open(log, "wb") as stderr:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=stderr)
+        try:
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=stderr)
+        except OSError as e:
+            raise RuntimeError(f"{command[0]} cannot be started ({e.strerror})") from e
         try:
             try:
                 for frame in frames:
@@ -219,12 +258,20 @@ def _encode(command: list[str], frames: list[np.ndarray], path: Path, log: Path)
             process.wait()
             raise
     if code:
-        said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        said = _said(log)
         if any("No space left" in line for line in said):
             raise OSError(errno.ENOSPC, "no space left on the disk", str(path))
-        ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        reason = said[0].strip() if said else ended
-        raise RuntimeError(f"{path}: the video encoder failed: {reason}")
+        raise RuntimeError(f"{shown(path)}: the video encoder failed: {said[0] if said else _ended(code)}")
+
+
+def _ended(code: int) -> str:
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+def _said(log: Path) -> list[str]:
+    """The lines of ffmpeg's messages, without the address in memory of the part that speaks."""
+    lines = log.read_bytes()[: 2**16].decode(errors="replace").splitlines()
+    return [shown(re.sub(r"^(\[[^]]* @ \w+\] )+", "", line).strip()) for line in lines if line.strip()]
 
 
 def export_to_gif(
@@ -252,7 +299,7 @@ def export_to_gif(
     parts = [b"GIF89a", w.to_bytes(2, "little"), h.to_bytes(2, "little"), b"\x70\0\0",  # no palette for all frames
              b"\x21\xff\x0bNETSCAPE2.0\x03\x01\0\0\0"]  # loop for ever
     if metadata:
-        comment = json.dumps(dict(metadata), ensure_ascii=False).encode()
+        comment = _json(metadata).encode()
         chunks = [comment[i : i + 255] for i in range(0, len(comment), 255)]
         parts += [b"\x21\xfe", *(bytes([len(c)]) + c for c in chunks), b"\0"]
     for frame, (start, end) in zip(frames, itertools.pairwise(ticks), strict=True):
@@ -272,120 +319,352 @@ def export_to_gif(
 # ---------------------------------------------------------------------------------------------------------- files in
 
 
-def _local(path: str | os.PathLike, scratch: str) -> Path:
+def load_video(video: str | os.PathLike, *, return_fps: bool = False, max_pixels: float = MAX_PIXELS) -> Any:
+    """The frames of a video, GIF or folder of images (in the order of the numbers in their names), a list of PIL RGB.
+
+    video: a path, or an http(s) address. With `return_fps` a pair (frames, frames per second), the latter None where
+    there is no rate, as in a folder. Frames that are shown for unequal times are put on an even grid: the longer ones
+    are there several times. A warning says where that cannot be exact.
+    max_pixels: frames x width x height that are accepted, before they are decoded; `math.inf` for any.
+
+    Raises FileNotFoundError, ValueError where the file is no video, damaged or larger than that, OSError where it
+    cannot be read or fetched.
+    """
+    if isinstance(max_pixels, bool) or not isinstance(max_pixels, int | float | np.number) or not max_pixels > 0:
+        raise ValueError(f"max_pixels is a number above 0, not {max_pixels!r}")
+    with ended_cleanly(), tempfile.TemporaryDirectory(prefix="minit2v-") as folder:
+        scratch = Path(folder)
+        path = _local(video, scratch, max_pixels)
+        if path.is_dir():
+            frames, fps = _load_folder(path, max_pixels), None
+        elif _is_animation(path):
+            frames, fps = _load_animation(path, max_pixels)
+        else:
+            frames, fps = _decode(path, scratch, max_pixels)
+    return (frames, fps) if return_fps else frames
+
+
+def _local(path: str | os.PathLike, scratch: Path, max_pixels: float) -> Path:
     """The path itself, or what was downloaded from an address."""
     if str(path).startswith(("http://", "https://")):
-        import shutil
         import urllib.request
 
-        local = Path(scratch) / "video"
+        local, most = scratch / "video", 3 * max_pixels  # bytes: what that many pixels take uncompressed
         try:
             with urllib.request.urlopen(str(path), timeout=60) as source, open(local, "wb") as target:
-                shutil.copyfileobj(source, target)
+                while piece := source.read(2**20):
+                    if (most := most - len(piece)) < 0:
+                        break
+                    target.write(piece)
         except OSError as e:
-            raise OSError(f"{path}: cannot be fetched ({e})") from e
+            raise OSError(f"{shown(path)}: cannot be fetched ({first_line(e)})") from e
+        if most < 0:
+            raise ValueError(f"{shown(path)}: longer than the {3 * max_pixels:,} bytes that max_pixels admits")
         return local
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
+    if not path.is_dir() and not path.is_file():
+        raise ValueError(f"{shown(path)}: a pipe or a device, not a file")
     return path
 
 
-def load_video(video: str | os.PathLike, *, return_fps: bool = False) -> Any:
-    """The frames of a video, GIF or folder of images (in the order of the numbers in their names), a list of PIL RGB.
-
-    video: a path, or an http(s) address. With `return_fps` a pair (frames, frames per second), the latter None where
-    there is no rate, as in a folder. Raises FileNotFoundError, or ValueError where the file is no video or damaged.
-    """
-    with tempfile.TemporaryDirectory(prefix="minit2v-") as scratch:
-        path = _local(video, scratch)
-        if path.is_dir():
-            frames, fps = _load_folder(path), None
-        elif _is_gif(path):
-            frames, fps = _load_gif(path)
-        else:
-            frames, fps = _decode(path)
-    return (frames, fps) if return_fps else frames
+def _check_pixels(path: Path, frames: int, width: int, height: int, max_pixels: float) -> None:
+    if frames * width * height > max_pixels:
+        raise ValueError(f"{shown(path)}: {frames:,} frames of {width}x{height} are {frames * width * height:,} pixels,"
+                         f" and max_pixels is {max_pixels:,}: cut it, or raise that")
 
 
-def _is_gif(path: Path) -> bool:
+# Images: the folder, and what moves in formats of images.
+
+
+def _head(path: Path) -> bytes:
     with open(path, "rb") as f:
-        return f.read(4) == b"GIF8"
+        return f.read(12)
 
 
-def _load_folder(path: Path) -> list:
+def _is_animation(path: Path) -> bool:
+    """A GIF, PNG or WebP: by its content."""
+    head = _head(path)
+    return head.startswith((b"GIF8", b"\x89PNG\r\n\x1a\n")) or head[:4] + head[8:] == b"RIFFWEBP"
+
+
+@contextmanager
+def _opened(path: Path, what: str) -> Iterator[Any]:
+    """The image in a file. Whatever goes wrong in the block is a ValueError that says so."""
     from PIL import Image
 
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (FileNotFoundError, PermissionError, MemoryError):
+        raise
+    except Exception as e:  # a broken file breaks its reader anywhere
+        if isinstance(e, ValueError) and str(e).startswith(f"{shown(path)}: "):
+            raise
+        raise ValueError(f"{shown(path)}: {what} ({shown(first_line(e))})") from e
+
+
+def _rgb(image: Any) -> Any:
+    """8-bit RGB, upright: cameras turn a picture by a note in its EXIF data."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits of grey, which PIL would clip to 8
+        grey = np.rint(np.asarray(image).astype(np.float32).clip(0, 65535) / 257)
+        image = Image.fromarray(grey.astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _load_folder(path: Path, max_pixels: float) -> list:
     files = [f for f in path.iterdir() if f.suffix.lower() in IMAGES]
     if not files:
-        raise ValueError(f"{path}: no images ({', '.join(IMAGES)}) in this folder")
+        raise ValueError(f"{shown(path)}: no images ({', '.join(IMAGES)}) in this folder")
     files.sort(key=lambda f: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", f.name)])
+    pixels = 0
+    for file in files:
+        with _opened(file, "a damaged image") as image:
+            pixels += image.width * image.height
+    if pixels > max_pixels:
+        raise ValueError(f"{shown(path)}: {len(files):,} images of {pixels:,} pixels, and max_pixels is "
+                         f"{max_pixels:,}: take some of them, or raise that")
     frames = []
     for file in files:
-        try:
-            frames.append(Image.open(file).convert("RGB"))
-        except (OSError, SyntaxError, EOFError) as e:
-            raise ValueError(f"{file}: a damaged image ({e})") from e
+        with _opened(file, "a damaged image") as image:
+            frames.append(_rgb(image))
     return frames
 
 
-def _load_gif(path: Path) -> tuple[list, float]:
-    from PIL import Image, ImageSequence
+def _load_animation(path: Path, max_pixels: float) -> tuple[list, float | None]:
+    from PIL import ImageSequence
 
-    frames, duration = [], 0.0
-    try:
-        with Image.open(path) as gif:
-            for frame in ImageSequence.Iterator(gif):
-                frames.append(frame.convert("RGB"))
-                duration += frame.info.get("duration", 0) or 100  # what browsers do where the file says nothing
-    except (OSError, SyntaxError, EOFError) as e:
-        raise ValueError(f"{path}: a damaged GIF ({e})") from e
-    return frames, 1000 * len(frames) / duration
+    frames, times = [], [0.0]  # milliseconds
+    with _opened(path, "a damaged image") as image:
+        count, tick = getattr(image, "n_frames", 1), 0.01 if image.format == "GIF" else 0.001
+        _check_pixels(path, count, *image.size, max_pixels)
+        still = count == 1 and image.format != "GIF"
+        for frame in ImageSequence.Iterator(image):
+            frames.append(_rgb(frame))
+            times.append(times[-1] + (frame.info.get("duration", 0) or 100))  # 100: as browsers do
+    if still:
+        return frames, None
+    return _on_grid(path, frames, [t / 1000 for t in times], tick, None, max_pixels)
 
 
-def _decode(path: Path) -> tuple[list, float | None]:
-    """Every frame once, in the stream's own size: as PPM images, whose headers say that size."""
+# Videos: ffmpeg gets the open file as its standard input. So it never sees the file's name, which could say anything,
+# and what the file tells it to open (a playlist may name other files, and addresses) is not opened.
+
+
+@contextmanager
+def _ffmpeg_reads(
+    path: Path, scratch: Path, *output: str, max_pixels: float = math.inf, strict: bool = True
+) -> Iterator[IO[bytes]]:
+    """What ffmpeg writes to "pipe:1". `strict`: ValueError where it says that anything is wrong with the file.
+
+    max_pixels: of one frame, before there is memory for it.
+    """
+    log, largest = scratch / "messages", str(int(min(max_pixels, 2**31 - 1)))
+    with open(path, "rb") as file, open(log, "wb") as messages:
+        # Only errors are logged: what ffmpeg else says repeats what the file says, and that may look like an error.
+        options = ["-nostdin", "-y", "-v", "error", *["-xerror"] * strict, "-max_pixels", largest]
+        process = subprocess.Popen([_ffmpeg(), *options, "-protocol_whitelist", "fd", "-fd", "0", "-i", "fd:", *output],
+                                   stdin=file, stdout=subprocess.PIPE, stderr=messages, cwd=scratch)  # fmt: skip
+        try:
+            yield process.stdout
+            code = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+    said = _said(log)
+    if strict and (code or said):
+        raise ValueError(f"{shown(path)}: not a video, or damaged ({said[0] if said else _ended(code)})")
+
+
+@dataclass(frozen=True)
+class _Packets:
+    """Of a video, without decoding it; of a damaged one as far as it goes.
+
+    tick: the unit of its times, last: how long its last frame is shown, in seconds; 0 where it does not say.
+    """
+
+    count: int
+    width: int
+    height: int
+    tick: float
+    last: float
+
+
+def _packets(path: Path, scratch: Path, max_pixels: float) -> _Packets:
+    count, size, tick, latest = 0, (0, 0), 0.001, (-math.inf, 0)
+    with _ffmpeg_reads(path, scratch, "-map", "0:V:0", "-c", "copy", "-f", "framecrc", "pipe:1",
+                       max_pixels=max_pixels, strict=False) as lines:  # fmt: skip
+        for line in lines:  # "0, when decoded, when shown, for how long, bytes, checksum"
+            if line.startswith(b"#"):
+                if found := re.match(rb"#(dimensions|tb) 0: (\d+)[x/](\d+)", line):
+                    pair = int(found[2]), int(found[3])
+                    size, tick = (pair, tick) if found[1] == b"dimensions" else (size, pair[0] / max(1, pair[1]))
+                continue
+            count += 1
+            _, _, at, duration = map(int, line.split(b",")[:4])
+            latest = max(latest, (at, duration) if at > -(2**63) else (-math.inf, 0))  # which stands for no time
+    return _Packets(count, *size, tick, max(0, latest[1]) * tick)
+
+
+def _decode(path: Path, scratch: Path, max_pixels: float) -> tuple[list, float | None]:
+    """Every frame once, in the stream's own size: as PPM images, whose headers say that size.
+
+    Two files tell the rest: the time of each frame, and the rate that ffmpeg takes the video to have. Once a frame's
+    time is noted it gets another, since images may not come out at the same time.
+    """
     from PIL import Image
 
-    run = subprocess.run([_ffmpeg(), "-hide_banner", "-nostats", "-v", "level+info", "-xerror",
-                          "-i", str(path.absolute()), "-map", "0:v:0",
-                          "-fps_mode", "passthrough", "-f", "image2pipe", "-c:v", "ppm",
-                          "-pix_fmt", "rgb24", "pipe:1"],
-                         stdin=subprocess.DEVNULL, capture_output=True)
-    log = run.stderr.decode(errors="replace")
-    errors = re.findall(r"\[(?:error|fatal)\] (.*)", log)
-    if run.returncode or errors:
-        raise ValueError(f"{path}: not a video, or damaged ({errors[0].strip() if errors else 'the decoder failed'})")
-    frames, at = [], 0
-    while header := re.compile(rb"P6\s(\d+) (\d+)\s255\s").match(run.stdout, at):
-        size = int(header[1]), int(header[2])
-        at = header.end() + 3 * size[0] * size[1]
-        frames.append(Image.frombytes("RGB", size, run.stdout[header.end() : at]))
-    if not frames or at != len(run.stdout):
-        raise ValueError(f"{path}: no frames could be read")
-    rate = re.search(r"Video:.*?([\d.]+)(k?) fps", log)
-    return frames, float(rate[1]) * (1000 if rate[2] else 1) if rate else None
+    packets = _packets(path, scratch, max_pixels)
+    _check_pixels(path, packets.count, packets.width, packets.height, max_pixels)
+    frames, pixels, whole = [], 0, True
+    with _ffmpeg_reads(
+        path, scratch, "-map", "0:V:0", "-fps_mode", "passthrough",
+        "-vf", f"settb=1/{NANO},metadata=add:key=t:value=0,metadata=print:key=t:file=times,setpts=100*N/TB",
+        "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "pipe:1",
+        "-map", "0:V:0", "-frames:v", "1", "-pix_fmt", "gray", "-strict", "-1", "-f", "yuv4mpegpipe", "rate",
+        max_pixels=max_pixels) as stream:  # fmt: skip
+        while whole and stream.readline(8):
+            header = stream.readline(32).split()
+            if not (whole := len(header) == 2 and bool(stream.readline(8))):
+                break
+            w, h = map(int, header)
+            pixels += w * h
+            if pixels > max_pixels:  # though there were fewer packets
+                _check_pixels(path, len(frames) + 1, w, h, min(max_pixels, w * h))
+            image, rows = Image.new("RGB", (w, h)), max(1, 2**20 // w)  # some rows at a time: there is no second copy
+            for y in range(0, h, rows):
+                size = w, min(rows, h - y)
+                piece = stream.read(3 * size[0] * size[1])
+                if whole := len(piece) == 3 * size[0] * size[1]:
+                    image.paste(Image.frombytes("RGB", size, piece), (0, y))
+            frames.append(image)
+    if not frames or not whole:
+        raise ValueError(f"{shown(path)}: no frames could be read")
+    rate = re.search(rb" F(\d+):(\d+)", (scratch / "rate").read_bytes()[:200])
+    declared = int(rate[1]) / int(rate[2]) if rate and int(rate[1]) and int(rate[2]) else None
+    said = re.findall(r"^frame:\d+ +pts:(-?\d+|NOPTS)", (scratch / "times").read_text(), re.M)
+    if len(said) != len(frames) or "NOPTS" in said:
+        warnings.warn(f"{shown(path)}: it does not say when its frames are shown: they are taken as "
+                      f"{declared or 25:g} fps", stacklevel=3)  # fmt: skip
+        return frames, declared or 25
+    times = [(int(t) - int(said[0])) / NANO for t in said]
+    usual = sorted(b - a for a, b in itertools.pairwise(times))[(len(times) - 1) // 2] if len(times) > 1 else 0
+    times.append(times[-1] + (packets.last or usual or 1 / (declared or 25)))
+    return _on_grid(path, frames, times, packets.tick, declared, max_pixels)
+
+
+# Times. A model takes frames of one rate; a file may say for each frame how long it is shown.
+
+
+def _on_grid(
+    path: Path, frames: list, times: list[float], tick: float, declared: float | None, max_pixels: float
+) -> tuple[list, float]:
+    """Frames of an even rate, and that rate. times: when each is shown, from 0, and the end of the last, in seconds.
+
+    tick: what times were rounded to. declared: the rate that the file seems to have.
+    """
+    chosen, rate, exact = _even(times, tick, declared)
+    if not exact:
+        lost = len(frames) - len(set(chosen))
+        warnings.warn(f"{shown(path)}: its frames are shown for unequal times that fit no even rate: at {rate:.5g} fps "
+                      f"{lost} of its {len(frames)} frames are left out, and {len(chosen) - len(set(chosen))} "
+                      "repeated", stacklevel=4)  # fmt: skip
+    if len(chosen) > len(frames):
+        _check_pixels(path, len(chosen), *frames[0].size, max_pixels)
+    if chosen == list(range(len(frames))):
+        return frames, rate
+    return [frames[i] if n == 0 or chosen[n - 1] != i else frames[i].copy() for n, i in enumerate(chosen)], rate
+
+
+def _even(times: list[float], tick: float, declared: float | None) -> tuple[list[int], float, bool]:
+    """(which frame is shown at each point of an even grid, the points per second, whether all is as the file says).
+
+    A time may be off by half a tick (rounded) or a whole one (cut off), or by what nobody sees: a tenth of a frame and
+    at most 10 ms.
+    """
+    times = list(itertools.accumulate(times, max))
+    n, total = len(times) - 1, max(times[-1], tick)
+    # Each frame once: every time says between which lengths the frames' own must be. The end is often only guessed.
+    end = max(tick / 2, 0.1 * total, 0.25 * total / n) if n > 1 else tick / 2
+    for before, after in ((tick / 2, tick / 2), (0, 0.999 * tick)):
+        inner = list(enumerate(times[:-1]))[1:]
+        low = max([(total - end) / n, *(min((t - before) / i, max(t / (i + 0.1), (t - 0.01) / i)) for i, t in inner)])
+        high = min([(total + end) / n, *(max((t + after) / i, min(t / (i - 0.1), (t + 0.01) / i)) for i, t in inner)])
+        if 0 < low <= high:
+            usual = inner[-1][0] / inner[-1][1] if inner and declared else n / total
+            return list(range(n)), _plain(1 / high, 1 / low, usual, declared), True
+    # Some several times. More than twice as many frames are too many, unless there are few a second.
+    lengths = [b - a for a, b in itertools.pairwise(times) if b > a] or [total]
+    ticks = math.gcd(*(round(x / tick) for x in lengths))
+    rates = [24, 25, 30, 50, 60, declared or 30, 1 / (max(1, ticks) * tick), *(m / min(lengths) for m in (1, 2, 3, 4))]
+    for rate in sorted(r for r in rates if total * r <= max(2 * n, 30.5 * total) + 1):
+        for shift in (0, tick / 2):
+            points = [round((t + shift) * rate) for t in times[:-1]]
+            near = min(max((0.499 if shift else 0.6) * tick, min(0.1 / rate, 0.01)), 0.25 / rate)
+            last = max(round(total * rate), points[-1] + 1)
+            if (all(a < b for a, b in itertools.pairwise(points))
+                    and all(abs(t + shift - p / rate) <= near for t, p in zip(times[:-1], points, strict=True))
+                    and abs(last / rate - total) <= max(0.25 / rate, 0.1 * total)):  # fmt: skip
+                pairs = zip(points, [*points[1:], last], strict=True)
+                error = 1 + tick / total / 2
+                return ([i for i, (a, b) in enumerate(pairs) for _ in range(b - a)],
+                        _plain(rate / error, rate * error, rate, declared), True)  # fmt: skip
+    # As near as it can be: the frame that is shown in the middle between two points.
+    mean = declared if declared and abs(declared * total / n - 1) < 0.03 else n / total
+    for rate in (mean, max(mean, min(30, 1 / min(lengths)))):
+        found = [min(bisect.bisect(times, (k + 0.5) / rate) - 1, n - 1) for k in range(max(1, round(total * rate)))]
+        if len(set(found)) == n:
+            break
+    return found, rate, False
+
+
+def _plain(low: float, high: float, near: float, declared: float | None) -> float:
+    """The declared rate where it may be that, else the simplest fraction."""
+    low, high = low * (1 - 1e-7), high * (1 + 1e-7)
+    near = min(max(near, low), high)
+    fractions = (Fraction(round(near * d), d) for d in range(1, 1002))
+    return next((float(r) for r in ([declared] if declared else []) if low <= r <= high),
+                float(next((r for r in fractions if low <= r <= high), near)))
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
-    """What `metadata=` of `export_to_video` or `export_to_gif` stored in the file; empty where there is nothing."""
+    """What `metadata=` of `export_to_video` or `export_to_gif` stored in the file; empty where there is nothing.
+
+    Raises FileNotFoundError, ValueError where the file is no video or damaged. What comes back is somebody's text.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
-    if _is_gif(path):
-        from PIL import Image
-
-        with Image.open(path) as gif:
+    if _head(path).startswith(b"GIF8"):
+        with _opened(path, "a damaged image") as gif:
             text = gif.info.get("comment", b"").decode(errors="replace")
     else:
-        run = subprocess.run([_ffmpeg(), "-v", "error", "-i", str(path.absolute()), "-f", "ffmetadata", "pipe:1"],
-                             stdin=subprocess.DEVNULL, capture_output=True)
-        if run.returncode:
-            raise ValueError(f"{path}: not a video, or damaged")
-        found = re.search(r"(?ims)^comment=((?:\\.|[^\\\n])*)$", run.stdout.decode(errors="replace"))
-        text = re.sub(r"(?s)\\(.)", r"\1", found[1]) if found else ""
+        with ended_cleanly(), tempfile.TemporaryDirectory(prefix="minit2v-") as folder:
+            with _ffmpeg_reads(path, Path(folder), "-f", "ffmetadata", "pipe:1") as stream:
+                said = stream.read(LARGEST_METADATA)
+                if stream.read(1):
+                    raise ValueError(f"{shown(path)}: more than {LARGEST_METADATA:,} bytes of metadata")
+        text = _tags(said.decode(errors="replace")).get("comment", "")
     try:
         stored = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return stored if isinstance(stored, dict) else {}
+
+
+def _tags(text: str) -> dict[str, str]:
+    """The tags of a whole file in ffmpeg's format for metadata; names in small letters, the first of each."""
+    tags: dict[str, str] = {}
+    for line in re.findall(r"(?s)((?:\\.|[^\\\n])*)\n", text):  # a line may go on behind a "\"
+        if line.startswith("["):  # from here on they are those of streams and chapters
+            break
+        found = re.match(r"(?s)((?:\\.|[^\\=])*)=(.*)", line)
+        if found and not line.startswith(";"):
+            name, value = (re.sub(r"(?s)\\(.)", r"\1", part) for part in found.groups())
+            tags.setdefault(name.lower(), value)
+    return tags

@@ -153,7 +153,8 @@ class CLIPTextModel(Network):
             raise ValueError(f"ids must be an integer tensor (batch, tokens), not {what}")
         if ids.shape[1] > c.max_position_embeddings:
             raise ValueError(f"{ids.shape[1]} tokens, but the text encoder has {c.max_position_embeddings} positions")
-        if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < c.vocab_size):
+        traced = torch.compiler.is_compiling()  # which cannot look at values
+        if not traced and ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < c.vocab_size):
             raise ValueError(
                 f"token ids {int(ids.min())} ... {int(ids.max())} are not in the text encoder's vocabulary of "
                 f"{c.vocab_size}: is this its tokenizer?"

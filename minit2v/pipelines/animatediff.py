@@ -17,7 +17,7 @@ from ..schedulers.base import randn
 from ..techniques.free_init import NoisedVideo
 from . import source
 from .base import DiffusionPipeline, PipelineOutput, StepCallbacks
-from .checks import Generators, check_count, check_generator, check_latents, check_number, check_size
+from .checks import Generators, check_count, check_generator, check_latents, check_number, check_size, unwrapped
 from .frames import RESIZES
 
 
@@ -76,13 +76,15 @@ class AnimateDiffPipeline(DiffusionPipeline):
                 raise ValueError(f"{name} must be None: image prompts (IP-Adapter) are not here yet")
         if not isinstance(motion_adapter, MotionAdapter | None):
             raise TypeError(f"motion_adapter must be a MotionAdapter, not {_kind(motion_adapter)}")
-        if isinstance(unet, UNet2DConditionModel):
+        inner = unwrapped(unet)
+        if isinstance(inner, UNet2DConditionModel):
             if motion_adapter is None:
                 raise ValueError("unet is an image model, to which this pipeline adds motion: give a motion_adapter, "
                                  "MotionAdapter.from_pretrained(...)")
-            unet = UNetMotionModel.from_unet2d(unet, motion_adapter, compat=compat)
-        elif isinstance(unet, UNetMotionModel):
-            unet = unet.with_compat(compat)  # another pipeline may share it
+            unet = UNetMotionModel.from_unet2d(inner, motion_adapter, compat=compat)
+        elif isinstance(inner, UNetMotionModel):
+            in_mode = inner.with_compat(compat)  # another pipeline may share it
+            unet = unet if in_mode is inner else in_mode
         elif unet is not None:
             raise TypeError(f"unet must be a UNet2DConditionModel or a UNetMotionModel, not {_kind(unet)}")
         components = dict(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,

@@ -139,6 +139,10 @@ class DiffusionPipeline:
 
     # Components ------------------------------------------------------------------------------------------------------
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A network in DistributedDataParallel comes out of it: without gradients that has nothing to do but wait."""
+        super().__setattr__(name, value.module if isinstance(value, nn.parallel.DistributedDataParallel) else value)
+
     @property
     def components(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.COMPONENTS}
@@ -169,7 +173,7 @@ class DiffusionPipeline:
     def _main_network(self) -> nn.Module:
         if not self._networks:
             raise ValueError(f"this {type(self).__name__} has no networks")
-        return self._networks.get("unet") or next(iter(self._networks.values()))
+        return self._networks["unet"] if "unet" in self._networks else next(iter(self._networks.values()))
 
     @property
     def vae_scale_factor(self) -> int:

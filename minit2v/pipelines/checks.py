@@ -96,10 +96,18 @@ def check_generator(generator: Generators, batch: int, device: torch.device) -> 
             raise ValueError(f"a generator on {g.device} cannot draw for a pipeline on {device}")
 
 
+def unwrapped(component: Any) -> Any:
+    """What torch.compile or DistributedDataParallel stands around; anything else as it is."""
+    if isinstance(component, nn.parallel.DistributedDataParallel):
+        return unwrapped(component.module)
+    return unwrapped(component._orig_mod) if hasattr(component, "_orig_mod") else component
+
+
 def check_result(x: Tensor, network: nn.Module, what: str) -> None:
     """Raises FloatingPointError where a network's output is not finite, with the parameter that is to blame."""
     if torch.isfinite(x).all():
         return
+    network = unwrapped(network)
     if (name := first_nonfinite(network)) is not None:
         raise FloatingPointError(f"{what} gave NaN or infinity, because its parameter {name!r} holds some")
     raise FloatingPointError(f"{what} gave NaN or infinity in {network.dtype} though its parameters are finite"

@@ -15,6 +15,7 @@ from ..files.config import pick_dtype
 from ..models.network import Network
 from ..models.tokenizer import CLIPTokenizer
 from ..schedulers.base import Scheduler
+from .checks import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -263,6 +264,7 @@ def save_components(
         if component is None:
             index[name] = NOTHING[0]
             continue
+        component = unwrapped(component)
         weights = dict(safe_serialization=safe_serialization, variant=variant)
         component.save_pretrained(folder / name, **weights if isinstance(component, Network) else {})
         library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"

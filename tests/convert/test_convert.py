@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -585,6 +586,74 @@ raise SystemExit(cli.main(["convert", {str(image_model)!r}, {str(tmp_path / "a" 
         process.send_signal(number)
         assert process.wait(60) == 130
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_new_folder_cannot_replace_is_refused_before_anything_is_read(image_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "open_path", None)
+    monkeypatch.chdir(tmp_path)
+    for dst in (".", "", tmp_path):
+        with pytest.raises(FileExistsError, match="is the current folder, which a new folder cannot replace"):
+            convert(image_model, dst)
+    (tmp_path / "full").mkdir(), (tmp_path / "full" / "x").touch(), (tmp_path / "empty").mkdir()
+    (tmp_path / "to_full").symlink_to("full"), (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(FileExistsError, match="to_full is there already"):
+        convert(image_model, "to_full")
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "empty")
+    with pytest.raises(FileExistsError, match="empty is where a disk begins"):
+        convert(image_model, "empty")
+    with pytest.raises((FileExistsError, TypeError)):
+        convert(image_model, "loop")
+
+
+def test_a_link_to_an_empty_folder_is_followed(image_model, tmp_path, monkeypatch):
+    """And the room is looked for where the folder is."""
+    disk = tmp_path / "disk"
+    (disk / "empty").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(disk / "empty")
+    asked, usage = [], shutil.disk_usage
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: (asked.append(path), usage(path))[1])
+    convert(image_model / "unet", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and len(list((disk / "empty").iterdir())) == 2 and asked == [disk]
+    (tmp_path / "nowhere").symlink_to(disk / "new")
+    convert(image_model / "unet", tmp_path / "nowhere")
+    assert sorted(p.name for p in disk.iterdir()) == ["empty", "new"]
+
+
+def test_a_path_that_is_not_utf_8(image_model, tmp_path):
+    for name, to in ((b"caf\xe9", "diffusers"), (b"caf\xe9.safetensors", "single-file")):
+        dst = tmp_path / os.fsdecode(name)
+        convert(image_model, dst, to)
+        assert dst.exists() and components(dst)
+        with pytest.raises(FileExistsError) as caught:
+            convert(image_model, dst, to)
+        str(caught.value).encode()  # it can be printed
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.bool])
+def test_whole_numbers_are_no_weights(image_model, tmp_path, dtype):
+    """Neither for convert nor for loading."""
+    shutil.copytree(image_model / "unet", tmp_path / "unet")
+    (path,) = (tmp_path / "unet").glob("*.safetensors")
+    save_file({n: x.to(dtype) if n == "conv_in.weight" else x for n, x in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match="'conv_in.weight' is (I8|I64|U8|BOOL): weights"):
+        convert(tmp_path / "unet", tmp_path / "out")
+    for load in (lambda: UNet2DConditionModel.from_pretrained(tmp_path / "unet"),
+                 lambda: UNet2DConditionModel.from_single_file(path, config=tmp_path / "unet" / "config.json")):
+        with pytest.raises(ValueError, match="'conv_in.weight' is (I8|I64|U8|BOOL): weights"):
+            load()
+
+
+def test_a_single_file_whose_vae_is_between_old_names_and_new(image_model, single, tmp_path):
+    def renamed(name: str) -> str:
+        return re.sub(r"(mid\.attn_1\.)(q|k|v|proj_out)\.", lambda m: m[1] + (
+            "to_out.0." if m[2] == "proj_out" else f"to_{m[2]}."), name)  # fmt: skip
+
+    state = {renamed(n): x[:, :, 0, 0] if renamed(n) != n and x.ndim == 4 else x for n, x in load_file(single).items()}
+    state["embedding_manager.string_to_param_dict.*"] = torch.ones(1, 24)
+    save_file({n: x.contiguous() for n, x in state.items()}, tmp_path / "x.safetensors")
+    work = convert(tmp_path / "x.safetensors", tmp_path / "out", config=image_model)
+    same(weights(tmp_path / "out" / "vae"), weights(image_model / "vae"))
+    assert any("1 tensors left out, words of textual inversion" in note for note in work.notes)
 
 
 def test_what_another_run_has_left_is_not_taken(image_model, tmp_path):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -195,6 +196,34 @@ def test_a_single_file_without_a_part():
     kind = detect(header)
     assert kind.absent == ("vae",) and not kind.complete and not kind.faults()
     assert "there is no vae in it" in kind.describe()
+
+
+def half_old(name: str) -> str:
+    """As scripts of before diffusers 0.17 spell what diffusers of today has."""
+    return re.sub(r"(mid\.attn_1\.)(q|k|v|proj_out)\.", lambda m: m[1] + (
+        "to_out.0." if m[2] == "proj_out" else f"to_{m[2]}."), name)  # fmt: skip
+
+
+@pytest.mark.parametrize("file", ["civitai_fp16_pruned", "VQGAN_autoencoder.first_stage_model"])
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_vae_between_old_names_and_new(file, linear):
+    header = {half_old(n): (s[:2] if linear and half_old(n) != n else s, d) for n, (s, d) in FILES[file].items()}
+    assert sum("mid.attn_1.to_" in n for n in header) == 16
+    kind, usual = detect(header), detect(FILES[file])
+    assert kind.complete and kind.version == usual.version and kind.layout is usual.layout
+    (vae,) = (p for p in kind.parts if p.format.component == "vae")
+    assert vae.mapped == {half_old(n) for p in usual.parts if p.format.component == "vae" for n in p.mapped}
+
+
+def test_what_trainers_of_single_files_add_is_listed_with_reasons():
+    names = ["embedding_manager.string_to_param_dict.*", "embedding_manager.initial_embeddings.*", "logvar",
+             "cond_stage_model.logit_scale", "cond_stage_model.text_projection", "lvlb_weights",
+             "cond_stage_model.transformer.text_projection.weight", "cond_stage_model.transformer.logit_scale",
+             "cond_stage_model.transformer.text_model.text_projection"]  # fmt: skip
+    kind = detect({**FILES["civitai_fp16_pruned"], **dict.fromkeys(names, ([3], "F32"))})
+    assert kind.complete and kind.ignored.keys() == set(names) and all(kind.ignored.values())
+    kind = detect({**FILES["civitai_fp16_pruned"], "embeding_manager.x": ([3], "F32")})
+    assert kind.unknown == ("embeding_manager.x",)
 
 
 def test_a_checkpoint_of_stable_diffusion_2_is_modelscope_s_vae():

@@ -1,11 +1,21 @@
 """Files read by their headers and written tensor by tensor, from and for torch and safetensors."""
 
+import codecs
 import importlib.util
 import json
+import os
+import pickle
+import re
+import signal
+import subprocess
 import sys
+import types
 import zipfile
+from argparse import Namespace
+from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -49,7 +59,7 @@ def test_what_is_there_is_read(tmp_path, kind):
         (("state_dict", "module"), {"epoch": "how far the training was"}) if kind == "nested" else ((), {}))
 
 
-@pytest.mark.parametrize("name", ["x.safetensors", "x.ckpt", ".x.bin.123.tmp"])
+@pytest.mark.parametrize("name", ["x.safetensors", "x.ckpt", ".x.bin"])
 @pytest.mark.parametrize("kind", ["safetensors", "legacy"])
 def test_what_is_written_is_read_by_torch_and_by_safetensors(tmp_path, kind, name):
     source = open_file(write(tmp_path / "weights", kind))
@@ -149,6 +159,84 @@ def test_pickles_that_want_more_are_refused_with_what_they_want(tmp_path):
                 open_file(path)
 
 
+@pytest.fixture
+def lightning(monkeypatch):
+    """What a run of Lightning saves, written by stand-ins that are gone when it is read."""
+    names = {"pytorch_lightning.callbacks.model_checkpoint": "ModelCheckpoint", "omegaconf.dictconfig": "DictConfig"}
+    made = {}
+    for module, name in names.items():
+        made[name] = type(name, (), {"__module__": module})
+        for n in range(module.count(".") + 1):
+            package = ".".join(module.split(".")[: n + 1])
+            monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+        setattr(sys.modules[module], name, made[name])
+    config = made["DictConfig"]()
+    config._content = {"lr": 1e-4, "path": Path("/x"), "what": {1, 2}, "raw": b"\xff"}
+    return {
+        "epoch": 840, "global_step": np.int64(7), "pytorch-lightning_version": "1.4.2", "state_dict": dict(STATE),
+        "callbacks": {made["ModelCheckpoint"]: {"monitor": "val/loss", "best_model_score": torch.tensor(0.1),
+                                                "current_score": np.float64(0.2), "history": np.arange(3)}},
+        "optimizer_states": [{"state": {0: {"step": torch.tensor(3.0)}}}], "lr_schedulers": [defaultdict(dict, a={})],
+        "hyper_parameters": config, "loops": {"fit": Namespace(x=1), "seen": frozenset([1]), "on": torch.device("cpu")},
+        "MixedPrecision": {"scale": 2.0},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+@pytest.mark.parametrize("new", [True, False])
+def test_what_trainers_put_beside_weights_is_left_out_and_not_imported(tmp_path, monkeypatch, lightning, new, mmap):
+    torch.save(lightning, path := tmp_path / "v1-5-pruned.ckpt", _use_new_zipfile_serialization=new)
+    monkeypatch.undo()
+    assert not any(name.startswith(("pytorch_lightning", "omegaconf")) for name in sys.modules)
+    source = open_file(path, mmap)
+    same(source.tensors, STATE)
+    assert source.nest == ("state_dict",) and source.ignored.keys() == lightning.keys() - {"state_dict"}
+    assert not any(name.startswith(("pytorch_lightning", "omegaconf")) for name in sys.modules)
+    with pytest.raises(pickle.UnpicklingError, match="Unsupported global"):  # torch itself trusts nothing more
+        torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_what_a_trainer_has_no_reason_to_put_there_is_refused(tmp_path, monkeypatch, lightning, new):
+    """Beside the names of trainers; and a trainer's object is no weight."""
+    module = types.ModuleType("pytorch_lightning_")
+    monkeypatch.setitem(sys.modules, "pytorch_lightning_", module)
+    module.Evil = type("Evil", (), {"__module__": "pytorch_lightning_"})
+    path = tmp_path / "x.ckpt"
+    for value, wanted in ((Calls(os.system, "touch /tmp/x"), "system"), (Calls(eval, "1"), "eval"),
+                          (Calls(bytearray, 10**12), "bytearray"), (module.Evil, "pytorch_lightning_.Evil"),
+                          (Calls(codecs.encode, "41" * 9, "hex"), "_codecs.encode with something else than Latin-1"),
+                          (Calls(getattr, "a", "b"), "getattr")):  # fmt: skip
+        torch.save({**lightning, "callbacks": {"x": value}}, path, _use_new_zipfile_serialization=new)
+        with pytest.raises(ValueError, match=f"x.ckpt is refused: its pickle wants .*{wanted}, which weights"):
+            open_file(path)
+    for content in ({"state_dict": {"x": lightning["hyper_parameters"]}}, {"x": lightning["hyper_parameters"]},
+                    lightning["hyper_parameters"], {"state_dict": lightning["hyper_parameters"]}):  # fmt: skip
+        torch.save(content, path, _use_new_zipfile_serialization=new)
+        with pytest.raises(ValueError, match="x.ckpt (holds a|does not hold weights alone:) .*DictConfig"):
+            open_file(path)
+
+
+def test_copies_do_not_change_with_the_file(tmp_path):
+    path = write(tmp_path / "x.safetensors", "safetensors")
+    mapped, copied = open_file(path).tensors, open_file(path, mmap=False)
+    tensors = copied.tensors
+    same(tensors, STATE)
+    with path.open("r+b") as file:  # in place, as no careful program does
+        file.seek(-4 * STATE["double"].nbytes, 2)
+        file.write(bytes(4 * STATE["double"].nbytes))
+    same(tensors, STATE)
+    assert not all(torch.equal(mapped[n], x) for n, x in STATE.items())
+    with pytest.raises(ValueError, match="x.safetensors is broken .*: it was written to while it was read"):
+        copied.read("a")
+    os.truncate(path, path.stat().st_size - 8)
+    same(tensors, STATE)
+    with pytest.raises(ValueError, match="written to while it was read"):
+        copied.read("a")
+    for kind in ("pickle", "legacy"):
+        same(open_file(write(tmp_path / "x.ckpt", kind), mmap=False).tensors, STATE)
+
+
 def test_tensors_that_are_less_than_they_say(tmp_path):
     torch.save({"x": torch.zeros(1).expand(10**12)}, path := tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match=r"'x' is \[1000000000000\], and there are fewer numbers behind it"):
@@ -164,6 +252,53 @@ def test_interrupted_means_nothing_left_behind(tmp_path):
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert [p.name for p in tmp_path.iterdir()] == ["x.bin"] and path.read_text() == "before"
+
+
+def test_temporary_names_meet_nobody_else_s(tmp_path, monkeypatch):
+    """Neither another thread's or container's with the same number, nor a link that waits there."""
+    path, names = tmp_path / "weights.safetensors", []
+    with replacing(path) as one, replacing(path) as two:
+        names += [one.name, two.name]
+        one.write_text("one"), two.write_text("two")
+        assert one.stat().st_mode & 0o777 == 0o666 & ~_umask()
+    assert path.read_text() == "one" and os.listdir(tmp_path) == [path.name]
+    assert names[0] != names[1] and all(re.fullmatch(r"\.weights-[0-9a-f]{32}\.safetensors", n) for n in names)
+    monkeypatch.setattr("secrets.token_hex", lambda n: "0")
+    (tmp_path / "victim").write_text("kept")
+    (tmp_path / ".weights-0.safetensors").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError, match=r"cannot write .*weights.safetensors: \[Errno 17\]"), replacing(path) as third:
+        third.write_text("lost")
+    assert (tmp_path / "victim").read_text() == "kept" and path.read_text() == "one"
+
+
+def _umask() -> int:
+    os.umask(mask := os.umask(0))
+    return mask
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_signals_leave_nothing_behind(tmp_path, number):
+    """In a program that does not handle them; one that does keeps its handler, and one that ignores them goes on."""
+    code = """
+import os, signal, sys, threading
+from minit2v_convert.stream import replacing
+number, how, path = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+signal.signal(number, signal.SIG_DFL)
+if how == "handled":
+    signal.signal(number, lambda *_: print("handled"))
+elif how == "ignored":
+    signal.signal(number, signal.SIG_IGN)
+with replacing(path) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), number)
+    temporary.write_text("whole")
+assert signal.getsignal(number) != signal.SIG_DFL
+"""
+    for how, out, left in (("plain", "", []), ("handled", "handled\n", ["x"]), ("ignored", "", ["x"])):
+        run = subprocess.run([sys.executable, "-c", code, str(int(number)), how, tmp_path / how / "x"],
+                             capture_output=True, text=True)
+        assert (run.returncode, run.stdout) == (-number if how == "plain" else 0, out), run.stderr
+        assert os.listdir(tmp_path / how) == left and (not left or (tmp_path / how / "x").read_text() == "whole")
 
 
 def test_five_hundred_broken_files():

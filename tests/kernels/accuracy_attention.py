@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from judge import DEVICE, DTYPES, check, fenced, fenced_only, poisoned, randn
+from judge import DEVICE, DTYPES, check, fenced, fenced_only, new_plans, poisoned, randn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minit2v_kernels import attention, temporal_attention, temporal_attention_ref
@@ -202,7 +202,8 @@ def test_more_sequences_than_a_grid_axis_counts(monkeypatch):
         monkeypatch.setattr(attention, "tile", lambda *args: (1024, 1024, 4))
     q, k, v = fused(1, 1, 9001, 8, 4)
     assert q[0, 0, ..., 0].numel() > 65535 * 1.09
-    assert torch.equal(temporal_attention(q, k, v, impl="triton"), v)
+    with new_plans(attention):
+        assert torch.equal(temporal_attention(q, k, v, impl="triton"), v)
 
 
 @pytest.mark.parametrize("axis", range(3), ids="bfp")

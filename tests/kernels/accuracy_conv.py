@@ -1,16 +1,14 @@
 """temporal_conv's kernel against its definition."""
 
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
-from judge import DEVICE, DTYPES, check, fenced, fenced_only, poisoned, randn
+from judge import DEVICE, DTYPES, check, fenced, fenced_only, new_plans, poisoned, randn
 
+from minit2v_kernels import conv as module
 from minit2v_kernels import temporal_conv, temporal_conv_ref
 from minit2v_kernels._dispatch import interpreting, launch, record
 
-module = importlib.import_module("minit2v_kernels.conv")
 FAMILIES = ("sm_80", "sm_90", "gfx942", "meta")
 SIZES = [  # b, c, f, p, c_out
     pytest.param(1, 64, 16, 4, 64, id="whole-tiles"),
@@ -41,6 +39,8 @@ def exact_convolutions(monkeypatch):
 def small_tiles(monkeypatch):
     """Many programs out of few numbers; tiles within one frame, across frames, and across videos."""
     monkeypatch.setattr(module, "temporal_conv_tile", lambda *sizes: module.tile(16, 16, 16, 4, 2))
+    with new_plans(module):
+        yield
 
 
 @pytest.mark.parametrize("b, c, f, p, n", SIZES)

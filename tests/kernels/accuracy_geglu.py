@@ -1,16 +1,14 @@
 """geglu's kernel against its definition, and linear against PyTorch's."""
 
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
-from judge import DEVICE, DTYPES, check, fenced, fenced_only, poisoned, randn
+from judge import DEVICE, DTYPES, check, fenced, fenced_only, new_plans, poisoned, randn
 
+from minit2v_kernels import feed_forward as module
 from minit2v_kernels import geglu, geglu_ref, linear
 from minit2v_kernels._dispatch import interpreting, launch, record
 
-module = importlib.import_module("minit2v_kernels.geglu")  # the package's attribute of this name is the function
 FAMILIES = ("sm_80", "sm_90", "gfx942", "meta")
 SIZES = [  # rows, d, m
     pytest.param(1, 64, 64, id="one-row"),
@@ -35,6 +33,8 @@ def arguments(rows, d, m, *, mean=0.0, dtype=torch.float32):
 def small_tiles(monkeypatch):
     """Many programs out of few numbers: groups of 8 tiles of rows, and the rest."""
     monkeypatch.setattr(module, "geglu_tile", lambda *sizes: module.tile(16, 16, 16, 4, 2))
+    with new_plans(module):
+        yield
 
 
 @pytest.mark.parametrize("rows, d, m", SIZES)

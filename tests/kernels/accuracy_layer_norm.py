@@ -8,7 +8,7 @@ from judge import DEVICE, DTYPES, check, randn
 
 from minit2v_kernels import add_layer_norm, add_layer_norm_ref, layer_norm, layer_norm_ref
 from minit2v_kernels._dispatch import interpreting, launch, record
-from minit2v_kernels.layer_norm import layer_norm_kernel, tile
+from minit2v_kernels.layer_norms import layer_norm_kernel, run_add_layer_norm, run_add_layer_norm_into, tile
 
 SHAPES = [  # (b f ... d)
     pytest.param((2, 3, 5, 320), id="d320"),
@@ -109,6 +109,18 @@ def test_dtypes_that_differ():
     assert got[0].dtype == got[1].dtype == torch.float32
     y = layer_norm(x, weight, bias, positions=positions, impl="triton")
     torch.testing.assert_close(y, layer_norm_ref(x, weight, bias, positions=positions), rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_the_sum_in_the_memory_of_x(dtype):
+    x, residual, weight, bias, positions = arguments((2, 3, 5, 40), dtype=dtype)
+    want = run_add_layer_norm(x, residual, weight, bias, 1e-5, positions)
+    before, kept = x.clone(), residual.clone()
+    columns = x.mT.contiguous().mT  # not contiguous: it is copied, and stays what it was
+    got = run_add_layer_norm_into(columns, residual, weight, bias, 1e-5, positions)
+    assert all(map(torch.equal, got, want)) and torch.equal(columns, before) and torch.equal(x, before)
+    got = run_add_layer_norm_into(x, residual, weight, bias, 1e-5, positions)
+    assert all(map(torch.equal, got, want)) and got[0].data_ptr() == x.data_ptr() and torch.equal(residual, kept)
 
 
 def test_more_rows_than_a_grid_axis_counts():

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from judge import DEVICE, DTYPES, check, fenced, fenced_only, poisoned, randn, relative
+from judge import DEVICE, DTYPES, check, fenced, fenced_only, new_plans, poisoned, randn, relative
 from torch import Tensor
 
 from minit2v_kernels import add_group_norm_silu, add_group_norm_silu_ref, group_norm_silu, group_norm_silu_ref, norm
@@ -150,7 +150,8 @@ def small_gpu(monkeypatch):
     monkeypatch.setattr(norm, "PROCESSORS", {family(torch.device(DEVICE)): 1})
     monkeypatch.setattr(norm, "RESIDENT", 1)
     norm.split.cache_clear()
-    yield
+    with new_plans(norm):
+        yield
     norm.split.cache_clear()
 
 

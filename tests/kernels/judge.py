@@ -52,6 +52,14 @@ def poisoned() -> Iterator[None]:
         torch.empty, torch.empty_like = empty, empty_like
 
 
+@contextmanager
+def new_plans(module: Any) -> Iterator[None]:
+    """For tests that change how an op's tiles are chosen: a plan is made once for a shape."""
+    module.plan.cache_clear()
+    yield
+    module.plan.cache_clear()
+
+
 fenced_only = pytest.mark.skipif(not interpreting() or sys.platform != "linux", reason="fences memory as Linux does")
 
 

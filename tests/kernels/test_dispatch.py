@@ -1,6 +1,8 @@
 """The choice between implementations, and what all ops have in common."""
 
+import importlib
 import os
+import pkgutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -9,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import minit2v_kernels
 from minit2v_kernels import _dispatch, group_norm_silu, norm
 
 needs_triton = pytest.mark.skipif(
@@ -27,6 +30,13 @@ def test_importing_imports_no_triton():
     modules = "print([m for m in ('triton', 'torch._dynamo') if m in sys.modules])"
     call = "minit2v_kernels.group_norm_silu(torch.ones(1, 2, 3), torch.ones(2), torch.ones(2), 1)"
     assert python("-c", f"import sys, torch, minit2v_kernels; {call}; {modules}").strip() == "[]"
+
+
+def test_modules_are_found_by_their_names():
+    """An op of the package that bears a module's name would stand in its place after `import package.module`."""
+    for module in pkgutil.iter_modules(minit2v_kernels.__path__):
+        found = importlib.import_module(f"minit2v_kernels.{module.name}")
+        assert getattr(minit2v_kernels, module.name) is found
 
 
 @pytest.fixture

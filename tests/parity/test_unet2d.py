@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel as PeerUNet
 from torch import Tensor
 
+from minit2v import fast
 from minit2v.models.unet2d import UNet2DConditionModel, UNet2DConfig
 
 CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
@@ -63,7 +64,9 @@ def inputs(dtype: torch.dtype = torch.float64, b: int = 2, h: int = 7, w: int = 
 def test_whole(randomize_, dtype, fields, shape):
     peer, ours = pair(randomize_, dtype, **fields)
     x, t, context = inputs(dtype, **shape)
-    close(ours(x, t, context), peer(x, t, context).sample)
+    want = peer(x, t, context).sample
+    close(ours(x, t, context), want)
+    close(fast.door(ours)(x, t, context), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -73,9 +76,10 @@ def test_16_bit_is_as_close_to_float64_as_the_reference(randomize_, dtype):
     x, t, context = inputs(b=1)
     want = peer(x, t, context).sample
     args = x.to(dtype), t, context.to(dtype)
-    got, theirs = ours.to(dtype)(*args), peer.to(dtype)(*args).sample
-    assert got.dtype == dtype
-    assert (got - want).abs().max() <= 2 * (theirs - want).abs().max() <= 0.5 * want.abs().max()
+    plain, theirs = ours.to(dtype)(*args), peer.to(dtype)(*args).sample
+    for got in (plain, fast.door(ours)(*args)):
+        assert got.dtype == dtype
+        assert (got - want).abs().max() <= 2 * (theirs - want).abs().max() <= 0.5 * want.abs().max()
 
 
 @pytest.mark.parametrize("layers", [1, (1, 2, 1)], ids=str)

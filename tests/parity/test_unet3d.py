@@ -10,6 +10,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
 from torch import Tensor, nn
 
+from minit2v import fast
 from minit2v.models.blocks import ResBlock, SpatialTransformer, TemporalConv, TemporalTransformer, Upsample
 from minit2v.models.layers import FrameTransformerBlock, TransformerBlock, timestep_embedding
 from minit2v.models.unet3d import UNet3DConditionModel
@@ -165,7 +166,9 @@ def test_resampling(randomize_, dtype):
 def test_whole(randomize_, dtype, fields, shape):
     peer, ours = pair(randomize_, dtype, **fields)
     x, t, context = inputs(dtype, **shape)
-    close(ours(x, t, context), peer(x, t, context).sample)
+    want = peer(x, t, context).sample
+    close(ours(x, t, context), want)
+    close(fast.door(ours)(x, t, context), want)
 
 
 @torch.no_grad()
@@ -174,6 +177,7 @@ def test_every_kind_of_timestep(randomize_):
     x, _, context = inputs()
     for t in (7, 613.5, torch.tensor(7), torch.tensor(613.5), torch.tensor([7]), torch.tensor([7, 999])):
         close(ours(x, t, context), peer(x, t, context).sample)
+        close(fast.door(ours)(x, t, context), peer(x, t, context).sample)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -183,9 +187,10 @@ def test_16_bit_is_as_close_to_float64_as_the_reference(randomize_, dtype):
     x, t, context = inputs(b=1)
     want = peer(x, t, context).sample
     args = x.to(dtype), t, context.to(dtype)
-    got, theirs = ours.to(dtype)(*args), peer.to(dtype)(*args).sample
-    assert got.dtype == dtype
-    assert (got - want).abs().max() <= 2 * (theirs - want).abs().max() <= 0.5 * want.abs().max()
+    plain, theirs = ours.to(dtype)(*args), peer.to(dtype)(*args).sample
+    for got in (plain, fast.door(ours)(*args)):
+        assert got.dtype == dtype
+        assert (got - want).abs().max() <= 2 * (theirs - want).abs().max() <= 0.5 * want.abs().max()
 
 
 def test_gradients(randomize_):

@@ -14,6 +14,7 @@ from diffusers import UNetMotionModel as PeerUNet
 from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 from torch import Tensor, nn
 
+from minit2v import fast
 from minit2v.models.blocks import MotionModule
 from minit2v.models.layers import sinusoids
 from minit2v.models.unet2d import UNet2DConditionModel
@@ -154,7 +155,9 @@ def test_positions():
 def test_whole(randomize_, dtype, version, fields, shape):
     peer, ours = pair(randomize_, version, dtype, **fields)
     x, t, context = inputs(dtype, **shape)
-    assert difference(ours(x, t, context), run(peer, x, t, context)) <= TOLERANCE[dtype]
+    want = run(peer, x, t, context)
+    assert difference(ours(x, t, context), want) <= TOLERANCE[dtype]
+    assert difference(fast.door(ours)(x, t, context), want) <= TOLERANCE[dtype]
 
 
 @DTYPES
@@ -175,7 +178,9 @@ def test_other_norms(randomize_, dtype, version, fields, norms):
     x, t, context = inputs(dtype)
     got = ours(x, t, context)
     assert difference(got, run(peer, x, t, context)) > 1e-3
-    assert difference(got, run(wrap_norms(peer, *norms, 3), x, t, context)) <= TOLERANCE[dtype]
+    want = run(wrap_norms(peer, *norms, 3), x, t, context)
+    assert difference(got, want) <= TOLERANCE[dtype]
+    assert difference(fast.door(ours)(x, t, context), want) <= TOLERANCE[dtype]
 
 
 @torch.no_grad()
@@ -184,6 +189,7 @@ def test_text_per_frame_and_every_kind_of_timestep(randomize_):
     x, t, context = inputs()
     per_frame = normal(2, 3, 9, 24, dtype=x.dtype, seed=3)
     assert difference(ours(x, t, per_frame), run(peer, x, t, per_frame)) <= 1e-10
+    assert difference(fast.door(ours)(x, t, per_frame), run(peer, x, t, per_frame)) <= 1e-10
     for t in (7, 613.5, torch.tensor(7), torch.tensor([7, 999])):
         assert difference(ours(x, t, context), run(peer, x, t, context)) <= 1e-10
 
@@ -195,9 +201,10 @@ def test_16_bit_is_as_close_to_float64_as_the_reference(randomize_, dtype):
     x, t, context = inputs(b=1)
     want = run(peer, x, t, context)
     args = x.to(dtype), t, context.to(dtype)
-    got, theirs = ours.to(dtype)(*args), run(peer.to(dtype), *args)
-    assert got.dtype == dtype
-    assert (got - want).abs().max() <= 2 * (theirs - want).abs().max() <= 0.5 * want.abs().max()
+    plain, theirs = ours.to(dtype)(*args), run(peer.to(dtype), *args)
+    for got in (plain, fast.door(ours)(*args)):
+        assert got.dtype == dtype
+        assert (got - want).abs().max() <= 2 * (theirs - want).abs().max() <= 0.5 * want.abs().max()
 
 
 def test_gradients(randomize_):

@@ -9,6 +9,7 @@ from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from minit2v import fast
 from minit2v.models.vae import AutoencoderKL, DiagonalGaussian, Downsample, PixelAttention, ResBlock, Upsample
 from minit2v_convert.diffusers_vae import ATTENTION, RES
 from minit2v_convert.rename import Rules, rename
@@ -103,14 +104,16 @@ def test_whole(randomize_, channels, fields, half, dtype):
     with torch.no_grad():
         if half == "decode":
             z = normal(2, ours.config.latent_channels, 5, 3, dtype=dtype)
-            close(ours.decode(z), peer.decode(z).sample)
+            for run in (ours, fast.door(ours)):
+                close(run.decode(z), peer.decode(z).sample)
             return
         for h, w in ((16, 24), (21, 17)):
             x = normal(2, ours.config.in_channels, h, w, dtype=dtype)
-            want, have = peer.encode(x).latent_dist, ours.encode(x)
-            close(have.mean, want.mean)
-            close(have.logvar, want.logvar)
-            close(have.std, want.std)
+            want = peer.encode(x).latent_dist
+            for have in (ours.encode(x), fast.door(ours).encode(x)):
+                close(have.mean, want.mean)
+                close(have.logvar, want.logvar)
+                close(have.std, want.std)
 
 
 def test_frames_one_at_a_time(randomize_):

@@ -7,13 +7,14 @@ PyTorch moves a tensor of tokens seven times for these sums and this norm, the k
 """
 
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import launch, pick, triton_op
+from ._dispatch import launch, pick, sizes, triton_op
 
 WIDEST = 16384  # numbers in a row; wider ones would not fit in the registers of one block
 
@@ -147,37 +148,61 @@ def tile(d: int, itemsize: int) -> tuple[int, int, int]:
     return max(1, min(16, numbers // block_d)), block_d, max(1, min(16, block_d // numbers))
 
 
-def normalise(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float, positions: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Launch the kernel on x, and on a residual and positions where there are some -> (s or x, y)."""
-    d, dtype = x.shape[-1], x.dtype if residual is None else torch.result_type(x, residual)
-    rows = x.numel() // d
+@cache
+def plan(shape: tuple[int, ...], dtype: torch.dtype, other: torch.dtype, add: bool, place: bool) -> tuple[Any, ...]:
+    """How rows of this shape are normalised: the dtype of x + residual, of dtype and other, grid, sizes, constants.
+
+    TypeError and ValueError where the kernel cannot.
+    """
+    d, rows = shape[-1], prod(shape[:-1])
+    dtype = torch.promote_types(dtype, other)
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"layer_norm's kernel takes float32, float16 and bfloat16, not {dtype}")
     if d > WIDEST or rows >= 2**31 - 16:
-        raise ValueError(f"layer_norm's kernel takes up to 2**31 rows of up to {WIDEST} numbers, not {tuple(x.shape)}")
-    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
-    y = torch.empty_like(x, dtype=dtype)
-    r, s = (x, x) if residual is None else (residual.contiguous(), torch.empty_like(y))  # x: neither read nor written
-    p = x if positions is None else positions.contiguous()
-    frames, inner = (1, 1) if positions is None else (x.shape[1], x.shape[2:-1].numel())
-    block_r, block_d, warps = tile(d, y.element_size())
-    launch(
-        layer_norm_kernel(), (-(-rows // block_r),), x, r, weight, bias, p, s, y, rows, frames, inner, eps,
-        D=d, BLOCK_R=block_r, BLOCK_D=block_d, ADD=residual is not None, PLACE=positions is not None, num_warps=warps,
-    )  # fmt: skip
-    return s, y
+        raise ValueError(f"layer_norm's kernel takes up to 2**31 rows of up to {WIDEST} numbers, not {tuple(shape)}")
+    frames, inner = (shape[1], prod(shape[2:-1])) if place else (1, 1)
+    block_r, block_d, warps = tile(d, dtype.itemsize)
+    constants = {"D": d, "BLOCK_R": block_r, "BLOCK_D": block_d, "ADD": add, "PLACE": place, "num_warps": warps}
+    return dtype, (-(-rows // block_r),), (rows, frames, inner), constants
 
 
 def run_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, positions: Tensor | None) -> Tensor:
-    return normalise(x, None, weight, bias, eps, positions)[1]
+    shape, x = sizes(x), x.contiguous()
+    dtype, grid, numbers, constants = plan(shape, x.dtype, x.dtype, False, positions is not None)
+    y = torch.empty(shape, dtype=dtype, device=x.device)
+    p = x if positions is None else positions.contiguous()  # x: neither read nor written
+    launch(
+        layer_norm_kernel(), grid, x, x, weight.contiguous(), bias.contiguous(), p, x, y, *numbers, eps, **constants
+    )  # fmt: skip
+    return y
 
 
 def run_add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, positions: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return normalise(x, residual, weight, bias, eps, positions)
+    return add_and_norm(x, residual, weight, bias, eps, positions, False)
+
+
+def run_add_layer_norm_into(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, positions: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same with the sum in x's memory, if x is contiguous and of the sum's dtype: every number has one reader."""
+    return add_and_norm(x, residual, weight, bias, eps, positions, True)
+
+
+def add_and_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, positions: Tensor | None, into: bool
+) -> tuple[Tensor, Tensor]:
+    shape, x, device = sizes(x), x.contiguous(), x.device
+    dtype, grid, numbers, constants = plan(shape, x.dtype, residual.dtype, True, positions is not None)
+    y = torch.empty(shape, dtype=dtype, device=device)
+    s = x if into and x.dtype == dtype else torch.empty(shape, dtype=dtype, device=device)
+    p = x if positions is None else positions.contiguous()
+    launch(
+        layer_norm_kernel(), grid, x, residual.contiguous(), weight.contiguous(), bias.contiguous(), p, s, y,
+        *numbers, eps, **constants,
+    )  # fmt: skip
+    return s, y
 
 
 layer_norm_triton = triton_op(run_layer_norm, layer_norm_ref)

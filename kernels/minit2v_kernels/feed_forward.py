@@ -7,13 +7,14 @@ two more passes. Here a program holds the same tile of both halves and writes th
 """
 
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import family, interpreting, launch, pick, triton_op
+from ._dispatch import family, interpreting, launch, pick, sizes, triton_op
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -36,6 +37,7 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor, *, impl: str | None = None) -
     """
     if pick("geglu", impl, x, weight, bias) == "torch":
         return geglu_ref(x, weight, bias)
+    expect(x, weight, bias)
     return geglu_triton(x, weight, bias)
 
 
@@ -135,21 +137,34 @@ def geglu_tile(m: int, n: int, k: int, itemsize: int, target: str) -> dict[str, 
     return next((t for t in choices if programs(m, n, t) >= ENOUGH), tile(64, 64, 64, 4, stages))
 
 
-def run_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def expect(x: Tensor, weight: Tensor, bias: Tensor) -> None:
+    """ValueError where the kernel cannot take the arguments."""
     if len({x.dtype, weight.dtype, bias.dtype}) > 1 or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"geglu: x {x.dtype}, weight {weight.dtype}, bias {bias.dtype}: not one 16- or 32-bit dtype")
-    if x.dtype == torch.bfloat16 and interpreting():  # which multiplies the bits of bfloat16 as if they were integers
-        return run_geglu(x.float(), weight.float(), bias.float()).to(x.dtype)
-    (n, k), rows = weight.shape, x.reshape(-1, x.shape[-1]).contiguous()
+    n, k = weight.shape
     if x.shape[-1] != k or n % 2 or bias.shape != (n,):
         found = ", ".join(str(tuple(t.shape)) for t in (x, weight, bias))
         raise ValueError(f"geglu: x, weight and bias must be (... d), (2m d) and (2m), not {found}")
-    m, n = len(rows), n // 2
-    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
-    chosen = geglu_tile(m, n, k, x.element_size(), family(x.device))
+
+
+@cache
+def plan(shape: tuple[int, ...], of_weight: tuple[int, ...], dtype: torch.dtype, target: str) -> tuple[Any, ...]:
+    """How x of this shape is multiplied: y's shape, grid, sizes, constants."""
+    (n, k), m = of_weight, prod(shape[:-1])
+    n //= 2
+    chosen = geglu_tile(m, n, k, dtype.itemsize, target)
+    constants = {"WHOLE": k % chosen["BLOCK_K"] == 0, "GROUP": 8, **chosen}
+    return (*shape[:-1], n), (programs(m, n, chosen),), (m, n, k), constants
+
+
+def run_geglu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    dtype = x.dtype
+    if dtype == torch.bfloat16 and interpreting():  # which multiplies the bits of bfloat16 as if they were integers
+        return run_geglu(x.float(), weight.float(), bias.float()).to(dtype)
+    shape, grid, numbers, constants = plan(sizes(x), sizes(weight), dtype, family(x.device))
+    y = torch.empty(shape, dtype=dtype, device=x.device)
     launch(
-        geglu_kernel(), (programs(m, n, chosen),), rows, weight.contiguous(), bias.contiguous(), y, m, n, k,
-        WHOLE=k % chosen["BLOCK_K"] == 0, GROUP=8, **chosen,
+        geglu_kernel(), grid, x.contiguous(), weight.contiguous(), bias.contiguous(), y, *numbers, **constants
     )  # fmt: skip
     return y
 
