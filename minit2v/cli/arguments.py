@@ -12,15 +12,16 @@ from .. import __version__
 from ..files import embedded
 
 ADAPTER = "guoyww/animatediff-motion-adapter-v1-5-2"  # for every other image model
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "dpmsolver++": "DPMSolverMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler-a": "EulerAncestralDiscreteScheduler",
-    "pndm": "PNDMScheduler",
-}
 SUFFIXES = (".mp4", ".gif", ".mkv", ".mov", ".m4v")
+
+
+def _scheduler(text: str) -> str:
+    if text == "help":
+        from ..schedulers.names import table
+
+        print(table())
+        raise SystemExit(0)
+    return text
 
 
 def _whole(text: str) -> int:
@@ -120,7 +121,7 @@ def make_parser() -> Parser:
         sub.add_argument("--negative-prompt", metavar="TEXT", help="what not to show")
         sub.add_argument("--steps", type=_whole, metavar="N", help="denoising steps")
         sub.add_argument("--guidance-scale", type=_number(0, 1000), metavar="G", help="how close to the prompt")
-        sub.add_argument("--scheduler", metavar="NAME", help=f"solver: {', '.join(SCHEDULERS)}, or a class name"
+        sub.add_argument("--scheduler", type=_scheduler, metavar="NAME", help="solver: `--scheduler help` lists them"
                          + "; on Stable Diffusion ddim, and all with linear betas" * (sub is animate))
         sub.add_argument("--seed", type=_seed, metavar="N", help="of the noise, the same for each prompt; else drawn")
         size = {generate: "the model's", restyle: "the video's"}.get(sub, "the video's or the model's")

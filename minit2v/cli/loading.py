@@ -9,7 +9,6 @@ import torch
 
 from minit2v_convert.convert import FAMILIES, components, schedule_of
 from minit2v_convert.folders import is_authors_layout
-from minit2v_convert.rename import nearest
 
 from .. import pipelines, schedulers
 from ..files import embedded
@@ -17,7 +16,8 @@ from ..files.hub import read_json
 from ..models.unet_motion import MotionAdapter
 from ..pipelines.checks import check_size
 from ..pipelines.files import read_index
-from .arguments import ADAPTER, SCHEDULERS
+from ..schedulers.names import solver_of
+from .arguments import ADAPTER
 from .messages import say
 
 PIPELINES = {  # (command, whether there is a video to begin with)
@@ -34,7 +34,7 @@ MOTION_SCHEDULE = {"beta_schedule": "linear", "timestep_spacing": "linspace", "s
 
 def load(command: str, settings: dict[str, Any], from_video: bool) -> tuple[Any, dict[str, Any]]:
     """The pipeline, and the arguments of its call; `settings` gets what was chosen for options that were not given."""
-    solver = find_scheduler(settings["scheduler"]) if settings.get("scheduler") else None
+    solver, chosen = solver_of(settings["scheduler"]) if settings.get("scheduler") else (None, {})
     device = find_device(settings.get("device", "auto"))
     dtype = settings.setdefault("dtype", "float16" if device.type == "cuda" else "float32")
     where = {"revision": settings.get("revision")}
@@ -46,7 +46,7 @@ def load(command: str, settings: dict[str, Any], from_video: bool) -> tuple[Any,
     say(f"loading {main}" + (f" with {settings['adapter']}" if "adapter" in settings else ""))
     parts: dict[str, Any] = {}
     if solver is not None:
-        known = {k: v for k, v in schedule.items() if k in solver.field_defaults()}
+        known = {k: v for k, v in schedule.items() if k in solver.field_defaults()} | chosen
         if is_authors_layout(main):
             parts["scheduler"] = solver.from_config(_family_of_file(main)[1], **known)
         else:
@@ -70,7 +70,9 @@ def load(command: str, settings: dict[str, Any], from_video: bool) -> tuple[Any,
     for name in settings.keys() & {"model", "base", "adapter"}:
         if embedded.find(settings[name]) is None and Path(settings[name]).exists():
             settings[name] = os.path.abspath(settings[name])  # to be found from other folders, too
-    settings |= {"scheduler": type(pipe.scheduler).__name__, "device": str(device),
+    if not chosen:  # a name with fields says more than its class
+        settings["scheduler"] = type(pipe.scheduler).__name__
+    settings |= {"device": str(device),
                  "kernels": os.environ.get("MINIT2V_KERNELS") or "auto"}
     return pipe, call
 
@@ -108,15 +110,6 @@ def _load_adapter(name: str, weights: dict[str, Any]) -> Any:
             raise
         say(f"{name} has no variant {weights['variant']}: its other weights are read")
         return MotionAdapter.from_pretrained(name, **{**weights, "variant": None})
-
-
-def find_scheduler(name: str) -> type:
-    known = {n.lower(): n for n in dir(schedulers) if n.endswith("Scheduler")}
-    found = SCHEDULERS.get(name.lower(), name).lower()
-    if found not in known:
-        there = [*SCHEDULERS, *known.values()]
-        raise ValueError(f"no scheduler {name!r}{nearest(name, there)}; there are {', '.join(there)}")
-    return getattr(schedulers, known[found])
 
 
 def find_device(name: str) -> Any:

@@ -584,6 +584,10 @@ class DiffusionPipeline:
     def _step_arguments(self, eta: float, generator: Generators) -> dict[str, Any]:
         """Those of eta and generator that the scheduler's step knows."""
         known = inspect.signature(self.scheduler.step).parameters
+        config = self.scheduler.config
+        if config.get("clip_sample") and "clip_sample" in config.get("_use_default_values", ()):
+            logger.warning("%s clips latents, which suits models of pixels, because nobody has set clip_sample=False.",
+                           type(self.scheduler).__name__)
         if eta and "eta" not in known:
             logger.warning("%s has no eta: eta=%s means nothing to it.", type(self.scheduler).__name__, eta)
         return {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in known}
