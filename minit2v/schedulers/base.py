@@ -111,9 +111,11 @@ class SchedulerConfig(dict):
         object.__setattr__(self, "explicit", frozenset(explicit))
 
     def __getattr__(self, name: str) -> Any:
-        if name in self:
+        try:
             return self[name]
-        raise AttributeError(f"the scheduler's config has no field {name!r}{nearest(name, list(self))}")
+        except KeyError:
+            near = nearest(name, list(self))
+            raise AttributeError(f"the scheduler's config has no field {name!r}{near}") from None
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:
         raise AttributeError(f"a scheduler's config is read-only: {_REMADE}")
@@ -230,7 +232,7 @@ class Scheduler:
         if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
             if timestep.untyped_storage() is self.timesteps.untyped_storage():
                 return self._grid[timestep.storage_offset() - self.timesteps.storage_offset()]
-        return timestep.item() if isinstance(timestep, Tensor) else timestep
+        return getattr(timestep, "item", lambda: timestep)()
 
     # --- the state of a run
 
@@ -289,6 +291,7 @@ class Scheduler:
         if own := sorted(self.field_defaults().keys() - DIFFUSERS_FIELDS - _EXTRA_FIELDS):
             values[OWN_FIELDS] = own
         self._config = SchedulerConfig(values, explicit)
+        self._own_values = {name: values[name] for name in self.field_defaults()}
 
     @property
     def config(self) -> SchedulerConfig:
@@ -379,7 +382,7 @@ class Scheduler:
 
     def _own(self, name: str) -> Any:
         """The value of a field, None where only other classes have it (the config may then still hold it for them)."""
-        return self.config[name] if name in self.field_defaults() else None
+        return self._own_values.get(name)
 
     # --- noise levels
 
@@ -468,7 +471,7 @@ class Scheduler:
 
     def _bar(self, t: int) -> float:
         """alpha_bar at a timestep; below 0, that after the last step."""
-        return (self.alphas_cumprod[t] if t >= 0 else self.final_alpha_cumprod).item()
+        return torch.cat((self.alphas_cumprod, self.final_alpha_cumprod.reshape(1)))[max(t, -1)].item()
 
     def _rows(self, values: Tensor, x: Tensor) -> Tensor:
         """(n,) float64 levels -> (n, 1, 1, ...) on the device of x, in the dtype in which its step is computed."""
