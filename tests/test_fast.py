@@ -694,5 +694,9 @@ def test_compiled_blocks(randomize_, monkeypatch):
     assert 2 <= compiled <= blocks, "a block is one piece: no graph breaks"
     close(run(*call), want)
     assert len(calls) == compiled
+    seen = []
+    unet3d.mid[0].res.register_forward_hook(lambda m, args, y: seen.append(m))
+    close(fast.door(unet3d)(*call), want)
+    assert len(seen) == 1, "compiled code calls no hook that came later"
     fast.restore(unet3d)
     assert torch.equal(fast.door(unet3d)(*call), want)

@@ -172,11 +172,3 @@ def test_gradient_checkpointing(unet):
     assert few_kept < 0.5 * all_kept == 0.5 * again_all_kept
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-
-
-@torch.no_grad()
-def test_traces_as_one_graph(unet):
-    """torch.compile finds no graph break, and the shapes and layouts it expects are those that come."""
-    x, t, context = inputs(b=1)
-    compiled = torch.compile(unet, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x, t, context), unet(x, t, context), rtol=1e-12, atol=1e-12)

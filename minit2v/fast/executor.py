@@ -224,7 +224,9 @@ class UNetExecutor(Executor):
         unet = self.network
         self.compiled: dict[nn.Module, Any] = {}
         if self.compile:
-            self.compiled = {block: torch.compile(block, dynamic=False) for block in unet.blocks()}
+            # PyTorch's compiler looks for hooks once, when it compiles: blocks with some are left to run as written.
+            free = [block for block in unet.blocks() if not any(map(is_touched, block.modules()))]
+            self.compiled = {block: torch.compile(block, dynamic=False) for block in free}
             self.known -= self.compiled.keys()
         parts = [p.res for p in unet.blocks() if p in self.known and p.res in self.known]
         joined = [laid_together(each) for each in of_times(parts)] if parts else [None]
