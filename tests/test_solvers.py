@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import pickle
+import re
 import sys
 import time
 import warnings
@@ -519,3 +520,27 @@ def test_every_class_makes_every_other(first, tmp_path):
         if first is second or ("EDM" in first.__name__) == ("EDM" in second.__name__):
             other = second.from_config(config)
             other.set_timesteps(5)
+
+
+# --- the page
+
+
+def test_the_page_adds_a_solver_in_25_lines(measured):
+    page = (ROOT / "docs" / "samplers.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    names: dict = {}
+    for code in blocks:
+        exec(compile(code, "samplers.md", "exec"), names)
+    assert torch.isfinite(torch.as_tensor(names["video"])).all()
+    source = blocks[-1]
+    assert len(source[source.index("class AB2") : source.index("pipe =")].rstrip().splitlines()) <= 25
+    errors = []
+    for n in (50, 100):
+        scheduler = scheduler_of("euler")
+        scheduler = names["AB2"].from_config(scheduler.config)
+        scheduler.set_timesteps(sigmas=graded(n))
+        errors.append(measured.error(scheduler))
+    assert math.log2(errors[0] / errors[1]) > 1.8
+    table_rows = {row.name for row in NAMES}
+    listed = set(re.findall(r"`([a-z0-9+-]+)`", page[page.index("| name |") : page.index("Beside these")]))
+    assert table_rows - listed <= {"dpm++-2m-sde-heun", "unipc-bh2"}
