@@ -2,7 +2,7 @@
 
     python benchmarks/convert_memory.py --output benchmarks/results/convert_memory.json
 
-The input has the published names, shapes and dtypes around a hole, and takes no disk; each output is really written
+The input has the authors' names, shapes and dtypes around a hole, and takes no disk; each output is really written
 (twice 5.6 GB at a time, in --folder) and then removed. Anonymous memory (RssAnon of /proc/self/status) is what the
 process needs for itself; pages of mapped files, which the system takes back when it wants to, are counted apart.
 
@@ -23,12 +23,12 @@ import time
 from datetime import date
 from pathlib import Path
 
-ORIGINALS = Path(__file__).parents[1] / "tests" / "data" / "originals.json.gz"
+AUTHORS_FILES = Path(__file__).parents[1] / "tests" / "data" / "authors_files.json.gz"
 WAYS = {  # what: source, output, layout, dtype
-    "original .pth -> diffusers": ("text2video_pytorch_model.pth", "folder", "diffusers", None),
-    "diffusers -> original .pth": ("folder", "again.pth", "original", None),
-    "original .pth -> diffusers, fp16": ("text2video_pytorch_model.pth", "half", "diffusers", "float16"),
-    "original .pth of before torch 1.6 -> diffusers, fp16": ("legacy.pth", "from_legacy", "diffusers", "float16"),
+    "authors' .pth -> diffusers": ("text2video_pytorch_model.pth", "folder", "diffusers", None),
+    "diffusers -> authors' .pth": ("folder", "again.pth", "authors", None),
+    "authors' .pth -> diffusers, fp16": ("text2video_pytorch_model.pth", "half", "diffusers", "float16"),
+    "authors' .pth of before torch 1.6 -> diffusers, fp16": ("legacy.pth", "from_legacy", "diffusers", "float16"),
 }
 LIMIT = 2**30  # above the interpreter with torch
 
@@ -101,7 +101,7 @@ def main() -> int:
     try:
         if shutil.disk_usage(folder).free < 20e9:
             raise OSError("this takes 20 GB of disk")
-        manifest = json.loads(gzip.decompress(ORIGINALS.read_bytes()))["text2video_pytorch_model"]
+        manifest = json.loads(gzip.decompress(AUTHORS_FILES.read_bytes()))["text2video_pytorch_model"]
         write_sparse_bin(folder / "text2video_pytorch_model.pth", manifest)
         for what, (src, dst, to, dtype) in WAYS.items():
             if src == "legacy.pth":

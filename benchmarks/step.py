@@ -165,7 +165,7 @@ def twin(part: Part, ours: nn.Module) -> nn.Module:
     logging.getLogger("diffusers").setLevel(logging.ERROR)  # fields of ours that it does not have
     with torch.device(ours.device):
         peer = peer_class.from_config(config_fields(ours.config))
-    peer.to(ours.dtype).load_state_dict(ours.published_state_dict(), strict=True)
+    peer.to(ours.dtype).load_state_dict(ours.diffusers_state_dict(), strict=True)
     return peer.eval()
 
 

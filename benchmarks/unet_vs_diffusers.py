@@ -121,12 +121,11 @@ def side_by_side(rounds: int, network, plain, fast_run, module, inputs: list) ->
     return out
 
 
-def packed_bytes(network) -> int | None:
-    """Of the copies of weights that the fast path keeps; None where it does not count them."""
+def packed_bytes(network) -> int:
+    """Of the copies of weights that the fast path keeps."""
     from minit2v import fast
 
-    count = getattr(getattr(fast.door(network), "ops", None), "packed_bytes", None)
-    return None if count is None else count()
+    return fast.executors[network].ops.kept_bytes()
 
 
 def twins(ours_class: type, peer_class: type, config: dict, **options):
@@ -168,7 +167,7 @@ def unet(rounds: int) -> dict:
 
     ours, peer = twins(UNet3DConditionModel, Peer, HALF)
     given = torch.randn(1, 4, 4, 16, 16), torch.tensor(500), torch.randn(1, 77, 1024)
-    found = side_by_side(rounds, ours, lambda: ours(*given), lambda: fast.door(ours)(*given), first(peer), [*given])
+    found = side_by_side(rounds, ours, lambda: ours(*given), partial(fast.door(ours), *given), first(peer), [*given])
     return {"what": "UNet3D forward, half width, float32, 4 frames, 16x16 latents", **found}
 
 
@@ -188,10 +187,10 @@ def motion(rounds: int) -> dict:
     repeated = context.repeat_interleave(16, dim=0)
     out: dict = {"what": "UNetMotion forward, half width, float32, 16 frames, 16x16 latents"}
     # Outside of compat the two differ on purpose: the norms span other frames.
-    modes = {'compat="diffusers"': {"compat": "diffusers"}, "default": {}, "version 1": {"resnet_norms": "clip"}}
+    modes = {'compat="diffusers"': {"compat": "diffusers"}, "default": {}, "version 1": {"resnet_norms": "video"}}
     for name, options in modes.items() if OPTIONS.modes else [*modes.items()][:1]:
         ours, peer = twins(UNetMotionModel, Peer, config, **options)
-        run = partial(ours, x, t, context), lambda ours=ours: fast.door(ours)(x, t, context)
+        run = partial(ours, x, t, context), partial(fast.door(ours), x, t, context)
         out[name] = side_by_side(rounds, ours, *run, first(peer), [x, t, repeated])
     return out
 

@@ -41,9 +41,92 @@ DEVIATIONS: tuple[Deviation, ...] = (
         "scheduling_pndm.py: _get_prev_sample converts v after the average",
     ),
     Deviation(
-        "DPMSolverMultistepScheduler", "sde_third_order", "corrected", "published",
-        "one constant of the third-order rule of sde-dpmsolver++ has the wrong sign: the error falls only linearly",
-        "scheduling_dpmsolver_multistep.py: multistep_dpm_solver_third_order_update",
+        "DDIMInverseScheduler", "previous_timestep", "grid", "ratio",
+        "the same as in DDIM",
+        "scheduling_ddim_inverse.py: step",
+    ),
+    *(
+        Deviation(
+            solver, "third_order", "corrected", "published",
+            "the last term of the third-order rule is halved, so that it is of second order; in the stochastic one a "
+            "sign is turned, too, and its error falls only linearly",
+            "scheduling_dpmsolver_multistep.py: multistep_dpm_solver_third_order_update",
+        )
+        for solver in ("DPMSolverMultistepScheduler", "EDMDPMSolverMultistepScheduler")
+    ),
+    Deviation(
+        "DPMSolverSinglestepScheduler", "third_order", "corrected", "published",
+        "one constant of the third-order rule of sde-dpmsolver++ has the wrong sign: the result is noise",
+        "scheduling_dpmsolver_singlestep.py: singlestep_dpm_solver_third_order_update",
+    ),
+    Deviation(
+        "LMSDiscreteScheduler", "history", "known", "counted",
+        "where a run begins in the middle, as video to video does, its first steps are too long or too short",
+        "scheduling_lms_discrete.py: step, order = min(step_index + 1, order)",
+    ),
+    Deviation(
+        "DDPMScheduler", "last_noise", "none", "published",
+        "with variance_type fixed_large the finished sample gets noise once more, unless the grid ends at timestep 0",
+        "scheduling_ddpm.py: step",
+    ),
+    Deviation(
+        "TCDScheduler", "final_level", "config", "published",
+        "set_alpha_to_one is not heeded: the noise of timestep 0 stays in the result",
+        "scheduling_tcd.py: step",
+    ),
+    *(
+        Deviation(
+            solver, "final_sigmas_type", "zero", "sigma_min",
+            "the last step stops at the noise of timestep 0, and with Karras sigmas it does nothing at all",
+            f"{file}: set_timesteps",
+        )
+        for solver, file in (
+            ("DEISMultistepScheduler", "scheduling_deis_multistep.py"),
+            ("SASolverScheduler", "scheduling_sasolver.py"),
+        )
+    ),
+    Deviation(
+        "DPMSolverSDEScheduler", "noise_path", "exact", "published",
+        "the generator is not heeded, and another number of steps takes other noise, so that videos do not compare",
+        "scheduling_dpmsolver_sde.py: BrownianTreeNoiseSampler (needs torchsde)",
+    ),
+    *(
+        Deviation(
+            solver, "zero_snr", "honoured", "ignored",
+            "a model that was trained to begin with pure noise is run on another noise schedule, without a word",
+            "the class has no rescale_betas_zero_snr",
+        )
+        for solver in (
+            "DEISMultistepScheduler", "DPMSolverSDEScheduler", "DPMSolverSinglestepScheduler", "HeunDiscreteScheduler",
+            "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler", "PNDMScheduler",
+            "SASolverScheduler",
+        )
+    ),
+    *(
+        Deviation(
+            solver, "spaced_timesteps", "exact", "whole",
+            "the network is told a rounded timestep, and with some spacings one cut off, beside the exact noise level",
+            "set_timesteps",
+        )
+        for solver in (
+            "DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
+            "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "SASolverScheduler",
+            "UniPCMultistepScheduler",
+        )
+    ),
+    *(
+        Deviation(
+            solver, "noised_at", "timestep", "counter",
+            "after a run of video to video, add_noise forgets the timesteps that it is given and adds no noise at all",
+            "add_noise, where begin_index is set",
+        )
+        for solver in (
+            "DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler",
+            "DPMSolverSinglestepScheduler", "EDMDPMSolverMultistepScheduler", "EDMEulerScheduler",
+            "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler",
+            "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler",
+            "UniPCMultistepScheduler",
+        )
     ),
     *(
         Deviation(

@@ -122,7 +122,7 @@ def _write_tiny_vocabulary(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def manifest() -> Callable[[str], Manifest]:
-    """manifest("ms-1.7b/unet") -> {published name: (shape, dtype)}: what is inside the published files.
+    """manifest("ms-1.7b/unet") -> {diffusers' name: (shape, dtype)}: what is inside the published files.
 
     Repositories ms-1.7b, zeroscope_v2_576w, zeroscope_v2_XL, sd15, rv51 with parts unet, vae, text_encoder, and
     adapter-v1-5, adapter-v1-5-2, adapter-v1-5-3, adapter-sdxl-beta, animatelcm with part motion_adapter; `.fp16` behind

@@ -211,7 +211,6 @@ def test_callback_replaces_tensors(pipe):
     pipe("a cat", **FAST, callback_on_step_end=turn,
          callback_on_step_end_tensor_inputs=["latents", "prompt_embeds", "negative_prompt_embeds"])
     (_, _, before), (x, _, after) = seen
-    (before, _), (after, _) = before.of_blocks[0], after.of_blocks[0]  # the keys of the text
     assert not torch.equal(before[0], before[1]) and torch.equal(after[0], after[1])
     assert x.abs().max() == 0
 
@@ -514,7 +513,8 @@ def test_save_and_load(pipe, tmp_path):
     again = DiffusionPipeline.from_pretrained(tmp_path / "a")
     again.set_progress_bar_config(disable=True)
     assert type(again) is AnimateDiffPipeline and type(again.motion_adapter) is MotionAdapter
-    assert np.array_equal(again("a cat", **FAST, generator=seeded(0)).frames, want)
+    # Not to the bit: products round by where the weights lie in memory.
+    assert np.abs(again("a cat", **FAST, generator=seeded(0)).frames - want).max() < 1e-5
 
     bare = AnimateDiffVideoToVideoPipeline.from_pipe(pipe, motion_adapter=None)
     bare.save_pretrained(tmp_path / "b", variant="fp16")

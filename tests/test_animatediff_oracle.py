@@ -106,7 +106,7 @@ def no_gradients() -> Iterator[None]:
 def test_network(version: str, layers: int) -> None:
     model, sizes = build(version, layers)
     x, t, text = inputs()
-    state = Recorded(model.published_state_dict())
+    state = Recorded(model.diffusers_state_dict())
     assert difference(model(x, t, text), oracle.unet(state, sizes, x, t, text)) < 1e-10
     assert state.read == set(state)
 
@@ -124,19 +124,19 @@ def test_network(version: str, layers: int) -> None:
 def test_shapes(version: str, shape: dict[str, Any]) -> None:
     model, sizes = build(version)
     x, t, text = inputs(**shape)
-    assert difference(model(x, t, text), oracle.unet(model.published_state_dict(), sizes, x, t, text)) < 1e-10
+    assert difference(model(x, t, text), oracle.unet(model.diffusers_state_dict(), sizes, x, t, text)) < 1e-10
 
 
 def test_other_sizes() -> None:
     # Four levels, two neighbours of equal width, transformers where SD 1.5 has none, no two of G, H and H_m equal.
     model, sizes = build("v2", 1, (8, 16, 16, 24), (False, True, False, True), 8, 4, 1)
     x, t, text = inputs(f=2, h=9, w=10)
-    assert difference(model(x, t, text), oracle.unet(model.published_state_dict(), sizes, x, t, text)) < 1e-10
+    assert difference(model(x, t, text), oracle.unet(model.diffusers_state_dict(), sizes, x, t, text)) < 1e-10
 
 
 def test_table_of_positions() -> None:
     model, _ = build("v1")
-    tables = [table for name, table in model.published_state_dict().items() if name.endswith("pos_embed.pe")]
+    tables = [table for name, table in model.diffusers_state_dict().items() if name.endswith("pos_embed.pe")]
     assert len(tables) == 6
     for table in tables:
         assert difference(table, oracle.positions(24, table.shape[-1])[None]) < 1e-5
@@ -146,7 +146,7 @@ def test_more_frames_than_positions() -> None:
     model, sizes = build("v3", rows=2)
     x, t, text = inputs()
     with pytest.raises(ValueError):
-        oracle.unet(model.published_state_dict(), sizes, x, t, text)
+        oracle.unet(model.diffusers_state_dict(), sizes, x, t, text)
     with pytest.raises(ValueError):
         model(x, t, text)
 
@@ -157,7 +157,7 @@ def test_diffusers(version: str) -> None:
     # says nothing of the residual blocks' norms, as the published ones do.
     model, sizes = build(version, adapter_options={}, compat="diffusers")
     x, t, text = inputs()
-    y, state = model(x, t, text), model.published_state_dict()
+    y, state = model(x, t, text), model.diffusers_state_dict()
     assert difference(y, oracle.unet(state, sizes, x, t, text)) > 1e-3
     sizes = sizes._replace(version="v3" if version == "v1" else version)  # point 2
     assert difference(y, oracle.unet(state, sizes, x, t, text)) > 1e-3
@@ -168,5 +168,5 @@ def test_versions() -> None:
     # That the check can fail: the same tensors run as v1 and as v3 differ (section 10).
     model, sizes = build("v1")
     x, t, text = inputs()
-    expected = oracle.unet(model.published_state_dict(), sizes._replace(version="v3"), x, t, text)
+    expected = oracle.unet(model.diffusers_state_dict(), sizes._replace(version="v3"), x, t, text)
     assert difference(model(x, t, text), expected) > 1e-3

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minit2v import cli
-from minit2v.cli import arguments, loading, messages, videos
+from minit2v.cli import loading, messages, videos
 from minit2v.files import embedded
 from minit2v.files.video import export_to_video, load_video, read_metadata
 
@@ -157,10 +157,12 @@ def test_without_a_model_the_embedded_one_and_its_settings(run, model, tmp_path,
     assert run("inspect", "shapes")[0] == 0
 
 
-@pytest.mark.parametrize("name,cls", [*arguments.SCHEDULERS.items(), ("DDIMScheduler", "DDIMScheduler"),
-                                      ("Euler", "EulerDiscreteScheduler")])
-def test_schedulers_by_name(name, cls):
-    assert loading.find_scheduler(name).__name__ == cls
+def test_scheduler_help_prints_the_table(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["generate", "a cat", "--scheduler", "help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("dpm++-2m", "DPM++ 2M", "dpmpp_2m", "-karras", "LCMScheduler"))
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif"])
@@ -345,7 +347,7 @@ def test_version_and_help(capsys):
 
 def test_bad_settings_are_one_line(run, model):
     base = ["generate", "a cat", "--model", model, *FAST]
-    fails(run(*base, "--scheduler", "eulr"), "no scheduler 'eulr'", "nearest: 'euler'")
+    fails(run(*base, "--scheduler", "eulr"), "no scheduler is called 'eulr'", "nearest: 'euler'")
     fails(run(*base, "--device", "gpu"), "no device 'gpu'", "cpu")
     fails(run(*base, "--device", "xpu:9"), "'xpu:9' is not here")
     fails(run(*base, "--width", 17), "width must be a multiple of 2", "nearest")
@@ -750,9 +752,9 @@ def test_inspect_truncated_weights(run, copy):
 
 
 def test_convert_and_inspect_what_came(run, tmp_path):
-    shapes, out = embedded.ASSETS / "shapes", tmp_path / "original"
-    assert run("convert", shapes, out, "--to", "original", "--dry-run")[0] == 0 and not out.exists()
-    code, lines, _ = run("convert", shapes, out, "--to=original")
+    shapes, out = embedded.ASSETS / "shapes", tmp_path / "authors"
+    assert run("convert", shapes, out, "--to", "authors", "--dry-run")[0] == 0 and not out.exists()
+    code, lines, _ = run("convert", shapes, out, "--to=authors")
     assert code == 0 and "text_encoder is left out: open_clip_pytorch_model.bin cannot be made" in lines[0]
     file = out / "text2video_pytorch_model.pth"
     code, lines, _ = run("inspect", file)
@@ -766,9 +768,10 @@ def test_convert_and_inspect_what_came(run, tmp_path):
     assert code == 0 and all(torch.equal(after[n], x.float()) for n, x in before.items()) and len(after) == len(before)
     assert (tmp_path / "folder/tokenizer/vocab.json").is_file()
 
-    fails(run("convert", file, out), "original is there already")
+    fails(run("convert", file, out), "authors is there already")
     fails(run("convert", tmp_path / "gone", "x"), "gone: No such file")
     fails(run("convert", file, "x", "--to=civitai"), "invalid choice", code=2)
+    fails(run("convert", file, "x", "--to=original"), "authors", code=2)  # its name before
     save_file({**before, "spare": torch.zeros(1)}, tmp_path / "more.safetensors")
     fails(run("convert", tmp_path / "more.safetensors", "x"), "more.safetensors: .*1 unknown: 'spare'")
     code, lines, _ = run("inspect", tmp_path / "more.safetensors")

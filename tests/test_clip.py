@@ -33,7 +33,7 @@ def test_every_name_and_shape_of_the_published_files(manifest, published_config,
         model = CLIPTextModel(**published_config(repo, "text_encoder"))
     ours = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     assert {name: shape for name, (shape, _) in CLIPTextModel.layout.to_ours(published).items()} == ours
-    assert set(model.published_state_dict()) == {name for name in published if "position_ids" not in name}
+    assert set(model.diffusers_state_dict()) == {name for name in published if "position_ids" not in name}
     assert count is None or len(published) == count
 
 
@@ -44,7 +44,7 @@ def test_the_defaults_are_modelscopes(published_config):
 
 
 def test_names_without_the_text_model_level_are_the_same_names(model):
-    published = model.published_state_dict()
+    published = model.diffusers_state_dict()
     assert all(name.startswith("text_model.") for name in published)
     bare = {name.removeprefix("text_model."): p for name, p in published.items()}
     bare["embeddings.position_ids"] = torch.arange(11)[None]

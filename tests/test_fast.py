@@ -275,6 +275,7 @@ def one_of_each(unet: UNet) -> list[tuple[str, torch.nn.Module]]:
     return list(found.values())
 
 
+@pytest.mark.parametrize("unet", ["3d", "motion"], indirect=True)
 @torch.no_grad()
 def test_nothing_that_is_wrapped_is_bypassed(unet):
     """Every module in turn is put into another one: the network sees it, and so does the fast path."""
@@ -295,6 +296,7 @@ def test_nothing_that_is_wrapped_is_bypassed(unet):
     assert whole(unet)
 
 
+@pytest.mark.parametrize("unet", ["3d", "motion"], indirect=True)
 @torch.no_grad()
 def test_every_hook_is_called(unet):
     """A hook on any module sees what it sees in the plain network, and what it returns is used."""

@@ -186,7 +186,7 @@ def test_what_no_network_knows_is_an_error_in_both_modes(folder, tmp_path, stric
 
 
 def test_our_own_names_are_no_spelling_of_the_files_names(folder, tmp_path):
-    """A name that a rule knows is read under the published name alone."""
+    """A name that a rule knows is read under diffusers' name alone."""
     mine = MyUNet.from_pretrained(folder, subfolder="unet", strict=False)
     mine.save_pretrained(tmp_path)
     save_file(mine.state_dict(), tmp_path / "diffusion_pytorch_model.safetensors")
@@ -199,7 +199,7 @@ def test_a_name_that_means_something_else_in_the_files_is_refused_when_saved(fol
     class Clash(UNet3DConditionModel):
         def __init__(self, config=None, **fields):
             super().__init__(config, **fields)
-            self.conv_norm_out = nn.Linear(2, 2)  # the published name of our norm_out
+            self.conv_norm_out = nn.Linear(2, 2)  # diffusers' name of our norm_out
 
     mine = Clash(UNet3DConditionModel.from_pretrained(folder, subfolder="unet").config)
     with pytest.raises((ValueError, OSError), match="conv_norm_out.* choose another"):

@@ -524,7 +524,7 @@ def test_what_torch_wrote_before_it_wrote_zip_files(tiny, monkeypatch):
     monkeypatch.chdir(folder)
     (folder / "diffusion_pytorch_model.safetensors").unlink()
     path = folder / "diffusion_pytorch_model.bin"
-    torch.save(net.published_state_dict(), path, _use_new_zipfile_serialization=False)
+    torch.save(net.diffusers_state_dict(), path, _use_new_zipfile_serialization=False)
     assert not zipfile.is_zipfile(path)
     assert same(Tiny.from_pretrained(folder), net)
     path.write_bytes(pickle.dumps(Malicious(), protocol=2))

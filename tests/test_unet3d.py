@@ -17,7 +17,7 @@ SMALL = {
     "attention_head_dim": 8,
     "cross_attention_dim": 12,
 }
-PUBLISHED = ["ms-1.7b/unet", "ms-1.7b/unet.fp16", "zeroscope_v2_576w/unet", "zeroscope_v2_XL/unet"]
+MANIFESTS = ["ms-1.7b/unet", "ms-1.7b/unet.fp16", "zeroscope_v2_576w/unet", "zeroscope_v2_XL/unet"]
 
 
 @pytest.fixture
@@ -30,8 +30,8 @@ def inputs(b: int = 2, f: int = 3, h: int = 5, w: int = 3):
     return torch.randn(b, 4, f, h, w).double(), torch.tensor([3, 999])[:b], torch.randn(b, 7, 12).double()
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_names_and_shapes(manifest, published_config, name):
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_diffusers_names_and_shapes(manifest, published_config, name):
     published = manifest(name)
     assert len(published) == 1480
     with torch.device("meta"):
@@ -39,8 +39,8 @@ def test_published_names_and_shapes(manifest, published_config, name):
     assert unet.config == UNet3DConfig()
     shapes = {key: tuple(v.shape) for key, v in unet.state_dict().items()}
     assert LAYOUT.to_ours({key: shape for key, (shape, _) in published.items()}) == shapes
-    assert LAYOUT.to_published(LAYOUT.to_ours(published)) == published
-    assert unet.published_state_dict().keys() == published.keys()
+    assert LAYOUT.to_diffusers(LAYOUT.to_ours(published)) == published
+    assert unet.diffusers_state_dict().keys() == published.keys()
 
 
 def test_no_rule_is_idle(manifest):

@@ -182,7 +182,7 @@ def test_full_size(manifest, published_config, version):
         image = UNet2DConditionModel.from_config(published_config("sd15", "unet"))
     unet = UNetMotionModel.from_unet2d(image, adapter)
     published = manifest("sd15/unet") | manifest(f"{name}/motion_adapter")
-    shapes = {n: tuple(v.shape) for n, v in unet.published_state_dict().items()}
+    shapes = {n: tuple(v.shape) for n, v in unet.diffusers_state_dict().items()}
     assert shapes == {n: shape for n, (shape, _) in published.items()}
     assert len(shapes) == (1253 if version == "v2" else 1226)
 

@@ -20,7 +20,7 @@ SMALL = {  # 4 pixels per latent
     "norm_num_groups": 4,
     "sample_size": 32,
 }
-PUBLISHED = [
+MANIFESTS = [
     *("ms-1.7b/vae", "ms-1.7b/vae.fp16", "sd15/vae", "sd15/vae.fp16", "rv51/vae"),
     *("zeroscope_v2_576w/vae", "zeroscope_v2_XL/vae"),
 ]
@@ -49,20 +49,20 @@ def old_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------------------------ names and shapes
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_names_and_shapes(manifest, published_config, name):
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_diffusers_names_and_shapes(manifest, published_config, name):
     published = {key: shape for key, (shape, _) in manifest(name).items()}
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(published_config(name.split("/")[0], "vae"))
     assert vae.config == AutoencoderKLConfig()
     ours = {key: tuple(v.shape) for key, v in vae.state_dict().items()}
     assert LAYOUT.to_ours(published) == ours
-    saved = {key: tuple(v.shape) for key, v in vae.published_state_dict().items()}
+    saved = {key: tuple(v.shape) for key, v in vae.diffusers_state_dict().items()}
     assert published in (saved, old_names(saved))
 
 
 def test_no_rule_and_no_alias_is_idle(manifest):
-    names = {name for part in PUBLISHED for name in manifest(part)}
+    names = {name for part in MANIFESTS for name in manifest(part)}
     aliased = [rename_one(name, LAYOUT.aliases) for name in names]
     assert {hit[1] for hit in aliased if hit} == set(range(len(LAYOUT.aliases)))
     spelled = {hit[0] if hit else name for name, hit in zip(names, aliased, strict=True)}
@@ -73,7 +73,7 @@ def test_no_rule_and_no_alias_is_idle(manifest):
 @pytest.mark.parametrize("conv", [False, True], ids=["linear", "1x1 conv"])
 def test_every_published_spelling_loads_from_a_file(vae, tmp_path, names, conv):
     vae.float().save_pretrained(tmp_path)
-    state = vae.published_state_dict()
+    state = vae.diffusers_state_dict()
     if names == "old":
         state = old_names(state)
     if names == "mixed":

@@ -28,13 +28,13 @@ def modules(rows: Rows) -> Rows:
 MOTION_ROWS = modules([("attention_blocks.{0,1}.pos_encoder.pe", "pos_embed.pe"), *ATTENTIONS, *NORMS])
 
 SDXL = {**MOTION, "block_out_channels": [320, 640, 1280], "use_motion_mid_block": False}
-PUBLISHED_MOTION = {
+MOTION_CONFIGS = {
     "v2": MOTION,
     "v3": {**MOTION, "use_motion_mid_block": False},
     "v1": {**MOTION, "use_motion_mid_block": False, "motion_max_seq_length": 24},
     "sdxl": SDXL,
 }
-MODULES = Format("motion_adapter", shapes.motion_adapter, configs.infer_motion, PUBLISHED_MOTION, MOTION_ROWS,
+MODULES = Format("motion_adapter", shapes.motion_adapter, configs.infer_motion, MOTION_CONFIGS, MOTION_ROWS,
                  computed={"{*}.pos_embed.pe": "sinusoids"})  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def resnet_norms(c: Config) -> Config:
 
 # Diffusers gives v1 the 32 positions of v3.
 ADAPTER = replace(MODULES, rows=SAME, computed={},
-                  known={v.replace("v3", "v1 or v3"): c for v, c in PUBLISHED_MOTION.items()})  # fmt: skip
+                  known={v.replace("v3", "v1 or v3"): c for v, c in MOTION_CONFIGS.items()})  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------------------- LoRAs
 
@@ -70,7 +70,7 @@ MOTION_LORA_ROWS: Rows = [
 LORA_ROWS: Rows = below("{*}.", "{*}.", LORA_LAYERS)  # the names on the hub, and the domain adapter's everywhere
 
 MOTION_LORA = Format("lora", shapes.motion_lora, configs.infer_motion_lora,
-                     {"v2": {**MOTION, "rank": 64}, "v1 or v3": {**PUBLISHED_MOTION["v3"], "rank": 64}},
+                     {"v2": {**MOTION, "rank": 64}, "v1 or v3": {**MOTION_CONFIGS["v3"], "rank": 64}},
                      MOTION_LORA_ROWS, written="unet.")  # fmt: skip
 HUB_MOTION_LORA = replace(MOTION_LORA, rows=LORA_ROWS)
 PEFT_MOTION_LORA = replace(MOTION_LORA, rows=SAME)

@@ -1,4 +1,4 @@
-"""A model in one published layout -> the same model in another, in files.
+"""A model in one layout -> the same model in another, in files.
 
     convert("v1-5-pruned.ckpt", "sd15")                         # a folder in the layout of diffusers
     convert("sd15", "again.safetensors", to="single-file")      # and back
@@ -41,7 +41,7 @@ from .stream import (
     write_file,
 )  # fmt: skip
 
-LAYOUTS = ("diffusers", "original", "single-file")
+LAYOUTS = ("diffusers", "authors", "single-file")
 Check = Callable[[str, Config], Any]
 Progress = Callable[[str, int, int], Any]
 UNSAID = "shapes do not tell heads and groups, and the published ones do not fit: give a config (config=, --config)"
@@ -55,11 +55,11 @@ SCHEDULE = {
 
 @dataclass(frozen=True)
 class Family:
-    """The pipeline around a UNet: what no original has. published: where the tokenizer can be taken from."""
+    """The pipeline around a UNet: what no file of the authors has. repository: on the hub, where its tokenizer is."""
 
     pipeline: str
     scheduler: Config
-    published: str
+    repository: str
 
 
 FAMILIES = {
@@ -72,10 +72,10 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Component:
-    """One network to be written, or to be loaded: `tensors()` are those of the published names.
+    """One network to be written, or to be loaded: `tensors()` are under diffusers' names.
 
     title: of the file that it comes from. guessed: it is of no published size, and what shapes do not say (heads,
-    groups) is in the config as it would be in the published one. notes: what was put right in the config.
+    groups) is in the config as it would be in the published model's. notes: what was put right in the config.
     """
 
     plan: Plan
@@ -103,7 +103,7 @@ class Component:
             if name in found and said[name] != found[name]:
                 raise ValueError(f"{where} says {name} {said[name]}, and the weights in {self.source.path} have "
                                  f"{found[name]}")  # fmt: skip
-        notes, name = self.notes, "motion_max_seq_length"  # which published ones are known to have wrong
+        notes, name = self.notes, "motion_max_seq_length"  # which published folders are known to have wrong
         if name in self.config and config.get(name, self.config[name]) != self.config[name]:
             notes += (f"{where}: {name} {config[name]} put right, the weights have {self.config[name]}",)
             config = {**config, name: self.config[name]}
@@ -152,10 +152,10 @@ def convert(
 ) -> Conversion:
     """Convert a file, or a folder in the layout of diffusers or of ModelScope. Returns what was, or would be, written.
 
-    dst: a folder, or a file where one file of weights is all. to: diffusers, original, single-file; what is in that
+    dst: a folder, or a file where one file of weights is all. to: diffusers, authors, single-file; what is in that
     layout already stays in it, for another dtype or another kind of file. dtype: of the weights; as they are if None.
-    ema: take a single file's moving average. tokenizer: a folder, for originals, which have none. config: a folder in
-    the layout of diffusers, or a config.json, for what an original does not say. variant: of a folder's weights.
+    ema: take a single file's moving average. tokenizer: a folder, for authors' files, which have none. config: a folder
+    in the layout of diffusers, or a config.json, for what authors' files do not say. variant: of a folder's weights.
     safe_serialization: whether diffusers' folders get `.safetensors`, else `.bin`.
     progress: told, after each tensor, the file, the tensor's bytes, and the bytes of all.
     check: told the class of each network and its config, where one is given; raises ValueError on what does not load.
@@ -176,7 +176,7 @@ def convert(
     if not dry_run:
         _check_free(target, dst)
     opened = open_path(src, variant)
-    work = _to_original(src, opened, to) if to != "diffusers" else _to_diffusers(
+    work = _to_authors(src, opened, to) if to != "diffusers" else _to_diffusers(
         src, opened, ema, tokenizer, config, safe_serialization, check)  # fmt: skip
     _check_all_taken(work)
     work.notes += [_metadata_left_out(source) for source, _ in opened.weights.values() if source.metadata]
@@ -196,7 +196,7 @@ def components(src: str | Path, ema: bool = False, config: str | Path | None = N
 
 
 def schedule_of(src: str | Path, unet: str) -> Config:
-    """The scheduler config of an original with a UNet of this class: the published model's, and what is said of it."""
+    """The scheduler config of authors' files with this UNet: the published model's, and what is said of it."""
     said = read_configuration(Path(src)) if Path(src).is_dir() else None
     return {**FAMILIES[unet].scheduler, **(said.scheduler if said else {})}
 
@@ -329,12 +329,13 @@ def _add_pipeline(
     work.texts["scheduler/scheduler_config.json"] = json_text(scheduler)
     for component in ("vae", "text_encoder"):
         if component not in found:
-            where = config if config is not None and (Path(config) / component).is_dir() else family.published
+            where = config if config is not None and (Path(config) / component).is_dir() else family.repository
             work.notes.append(f"{component} is missing: take the folder {component} of {where}")
     if tokenizer is None and config is not None and (Path(config) / "tokenizer").is_dir():
         tokenizer = Path(config) / "tokenizer"
     if tokenizer is None:
-        work.notes.append(f"tokenizer is missing: no original has one; take the folder tokenizer of {family.published}")
+        work.notes.append(f"tokenizer is missing: authors' files have none; take the folder tokenizer of "
+                          f"{family.repository}")  # fmt: skip
         return
     files = [f for f in sorted(Path(tokenizer).iterdir()) if f.suffix in (".json", ".txt")]
     if not {"vocab.json", "merges.txt"} <= {f.name for f in files} and "tokenizer.json" not in {f.name for f in files}:
@@ -362,18 +363,18 @@ def _metadata_left_out(source: Source) -> str:
     return f"{source.path.name}: of its metadata is left out {names}{more}"
 
 
-def _to_original(src: Path, opened: Opened, layout: str) -> Conversion:
+def _to_authors(src: Path, opened: Opened, layout: str) -> Conversion:
     """From diffusers, or out of the same layout: then nothing is renamed."""
     sources = {component: source for component, (source, _) in opened.weights.items()}
     notes = list(opened.notes)
     try:
         kinds = {component: detect(source.header) for component, source in sources.items()}
-        if all(kind.layout.layout in ("original", "single-file") for kind in kinds.values()):
+        if all(kind.layout.layout in ("authors", "single-file") for kind in kinds.values()):
             work = Conversion(notes=notes)
             for name, source in sources.items():
                 kind, file = kinds[name], source.path.name
                 if layout == "single-file" != kind.layout.layout:
-                    raise ValueError(f"{kind.layout.title} is no single file: original is its layout")
+                    raise ValueError(f"{kind.layout.title} is no single file: authors is its layout")
                 work.plans[file] = rewritten(kind, source.header, source.nest)
                 work.sources[file] = {"": source}
                 work.notes += [f"{file}: {n!r} left out, {why}" for n, why in (source.ignored or {}).items()]
@@ -393,7 +394,7 @@ def _to_original(src: Path, opened: Opened, layout: str) -> Conversion:
         work.notes += unsaid
     if (src / INDEX).is_file():
         taken = {*sources, *NO_NETWORKS, *(["scheduler"] if configuration.NAME in work.texts else [])}
-        work.notes += [f"{name} is left out: an original has weights alone" for name, value in
+        work.notes += [f"{name} is left out: the authors' layout has weights alone" for name, value in
                        parse_json(src / INDEX).items() if isinstance(value, list) and any(value) and name not in taken]
     return work
 

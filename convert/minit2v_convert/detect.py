@@ -27,7 +27,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 class Layout:
     """One way in which files are published.
 
-    layout: original, single-file, trainer, diffusers, kohya or peft.
+    layout: authors, single-file, trainer, diffusers, kohya or peft.
     parts: (what the names begin with, the formats that may be there).
     signs: pieces of names, each of which some name has. without: pieces that no name has.
     ignored: names outside the parts that are not converted, each with the reason.
@@ -49,7 +49,7 @@ class Part:
 
     mapped: names that find their place. missing and misshapen (name -> what is wrong) use the file's own names.
     declined: optional tensors (without the prefix) that are not taken over, with the reason.
-    computed: whether published tensors that the file lacks will be computed.
+    computed: whether tensors of diffusers' that the file lacks will be computed.
     """
 
     format: Format
@@ -160,8 +160,8 @@ VAES = (ldm.AUTOENCODER, ldm.HALF_OLD_AUTOENCODER)
 LATER = "recognised, not converted: nothing here can use it yet"
 
 LAYOUTS = (
-    Layout("ModelScope's UNetSD", "original", (("", (modelscope.UNETSD,)),), ("temopral_conv",)),
-    Layout("OpenCLIP", "original", (("", (modelscope.OPEN_CLIP,)),), ("transformer.resblocks.",),
+    Layout("ModelScope's UNetSD", "authors", (("", (modelscope.UNETSD,)),), ("temopral_conv",)),
+    Layout("OpenCLIP", "authors", (("", (modelscope.OPEN_CLIP,)),), ("transformer.resblocks.",),
            without=("cond_stage_model.",)),
     Layout("Stable Diffusion 1.x", "single-file", (
         ("model.diffusion_model.", (ldm.UNET,)),
@@ -169,22 +169,22 @@ LAYOUTS = (
         ("cond_stage_model.transformer.", (ldm.TEXT, ldm.BARE_TEXT)),
     ), ("model.diffusion_model.",), without=("cond_stage_model.model.",),
            ignored={**ldm.BUFFERS, **ldm.COUNTERS, **ldm.AVERAGE, **ldm.DREAMBOOTH}),
-    Layout("VAE in a checkpoint (ModelScope's VQGAN_autoencoder.pth)", "original",
+    Layout("VAE in a checkpoint (ModelScope's VQGAN_autoencoder.pth)", "authors",
            (("first_stage_model.", VAES),), ("first_stage_model.",), ignored=ldm.UNUSED),
-    Layout("VAE of latent diffusion", "original", (("", VAES),), ("decoder.",),
+    Layout("VAE of latent diffusion", "authors", (("", VAES),), ("decoder.",),
            without=("first_stage_model.",), ignored={**ldm.LOSS, "model_ema.{*}": "a moving average of the VAE"}),
-    Layout("UNet of latent diffusion", "original", (("", (ldm.UNET,)),), ("input_blocks.",),
+    Layout("UNet of latent diffusion", "authors", (("", (ldm.UNET,)),), ("input_blocks.",),
            without=("model.", "temopral_conv")),
-    Layout("AnimateDiff motion module", "original", (("", (animatediff.MODULES,)),),
+    Layout("AnimateDiff motion module", "authors", (("", (animatediff.MODULES,)),),
            ("temporal_transformer.",), without=("_lora.", "controlnet_")),
     Layout("AnimateDiff trainer's whole UNet", "trainer",
            (("", (animatediff.MODULES,)), ("", (PLAIN_UNET2D,))), ("temporal_transformer.", "resnets."),
            without=("controlnet_",)),
-    Layout("AnimateDiff motion LoRA", "original", (("", (animatediff.MOTION_LORA,)),),
+    Layout("AnimateDiff motion LoRA", "authors", (("", (animatediff.MOTION_LORA,)),),
            ("temporal_transformer.", "_lora.")),
     Layout("AnimateDiff motion LoRA", "diffusers", (("unet.", (animatediff.HUB_MOTION_LORA,)),),
            ("unet.", "motion_modules.", "_lora.")),
-    Layout("AnimateDiff domain adapter", "original", (("", (animatediff.DOMAIN_ADAPTER,)),),
+    Layout("AnimateDiff domain adapter", "authors", (("", (animatediff.DOMAIN_ADAPTER,)),),
            (".processor.to_q_lora.",), without=("motion_modules.",)),
     Layout("AnimateDiff domain adapter", "diffusers", (("unet.", (animatediff.DOMAIN_ADAPTER,)),),
            ("unet.", ".processor.to_q_lora."), without=("motion_modules.",)),
@@ -194,11 +194,11 @@ LAYOUTS = (
            ("lora_A.",), without=("motion_modules.",)),
     Layout("LoRA of Stable Diffusion 1.5", "kohya",
            (("lora_unet_", (adapters.KOHYA_UNET,)), ("lora_te_", (adapters.KOHYA_TEXT,))), ("lora_down.",)),
-    Layout("SparseCtrl", "original", (("", (animatediff.SPARSE_CONTROL,)),),
+    Layout("SparseCtrl", "authors", (("", (animatediff.SPARSE_CONTROL,)),),
            ("controlnet_",), refused=LATER),
     Layout("SparseCtrl", "diffusers", (("", (animatediff.HUB_SPARSE_CONTROL,)),),
            ("controlnet_", "motion_modules."), without=("temporal_transformer.",), refused=LATER),
-    Layout("IP-Adapter", "original", (("", (adapters.IP,)),), ("ip_adapter.",), refused=LATER),
+    Layout("IP-Adapter", "authors", (("", (adapters.IP,)),), ("ip_adapter.",), refused=LATER),
     Layout("CLIP image encoder", "diffusers", (("", (adapters.IMAGE_ENCODER,)),), ("vision_model.",), refused=LATER),
     Layout("UNet3DConditionModel", "diffusers", (("", (PLAIN_UNET3D,)),), ("temp_convs.",)),
     Layout("UNet2DConditionModel", "diffusers", (("", (PLAIN_UNET2D,)),), ("resnets.", "time_emb_proj."),
@@ -297,15 +297,15 @@ def fit_config(fmt: Format, prefix: str, names: Header, config: Config) -> Part:
     if version:
         config = fmt.known[version]
     computed = bool(table.computed) and not any(
-        name in names for e in table.entries if e.published[0] in table.computed for name in e.original)  # fmt: skip
+        name in names for e in table.entries if e.diffusers[0] in table.computed for name in e.authors)  # fmt: skip
     may_lack = table.optional.keys() | (table.computed if computed else ())
     mapped, missing, misshapen, declined = set(), [], {}, {}
     for entry in table.entries:
-        want = entry.original_shape(table.shapes)
-        only = table.optional.get(entry.published[0])
-        for name in entry.original:
+        want = entry.authors_shape(table.shapes)
+        only = table.optional.get(entry.diffusers[0])
+        for name in entry.authors:
             if name not in names:
-                if entry.published[0] not in may_lack:
+                if entry.diffusers[0] not in may_lack:
                     missing.append(prefix + name)
                 continue
             shape, dtype = names[name]

@@ -1,4 +1,4 @@
-"""The published layout of `UNet2DConditionModel` (Stable Diffusion 1.5 in diffusers): 686 names."""
+"""The diffusers layout of `UNet2DConditionModel` (Stable Diffusion 1.5): 686 names."""
 
 from .diffusers_unet3d import SKIP, TRANSFORMER, WAYS, res_block
 from .rename import Layout, Rules, under

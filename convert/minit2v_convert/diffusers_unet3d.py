@@ -1,4 +1,4 @@
-"""The published layout of `UNet3DConditionModel` (diffusers; ModelScope, Zeroscope, Potat): 1,480 names."""
+"""The diffusers layout of `UNet3DConditionModel` (ModelScope, Zeroscope, Potat): 1,480 names."""
 
 from .rename import Layout, Rules, under
 
@@ -13,16 +13,16 @@ def res_block() -> Rules:
     ]
 
 
-def transformer(published: str, ours: str) -> Rules:
+def transformer(theirs: str, ours: str) -> Rules:
     """A transformer whose blocks go by these names."""
     return [
         ("norm.{*}", "norm.{*}"),
         ("proj_in.{*}", "proj_in.{*}"),
         ("proj_out.{*}", "proj_out.{*}"),
-        (published + "{attn}.to_out.0.{*}", ours + "{attn}.to_out.{*}"),
-        (published + "ff.net.0.proj.{*}", ours + "ff.proj_in.{*}"),
-        (published + "ff.net.2.{*}", ours + "ff.proj_out.{*}"),
-        (published + "{*}", ours + "{*}"),
+        (theirs + "{attn}.to_out.0.{*}", ours + "{attn}.to_out.{*}"),
+        (theirs + "ff.net.0.proj.{*}", ours + "ff.proj_in.{*}"),
+        (theirs + "ff.net.2.{*}", ours + "ff.proj_out.{*}"),
+        (theirs + "{*}", ours + "{*}"),
     ]
 
 

@@ -65,7 +65,7 @@ def open_path(src: Path, variant: str | None = None) -> Opened:
         return opened
     if variant is not None:
         raise ValueError(f"{src} is no folder of diffusers: it has no variant {variant!r}")
-    return _originals(src)
+    return _authors_files(src)
 
 
 def networks(index: Config) -> list[str]:
@@ -75,7 +75,7 @@ def networks(index: Config) -> list[str]:
     return [name for name, cls in classes.items() if not WEIGHTLESS.search(cls)]
 
 
-def is_original(path: str | Path) -> bool:
+def is_authors_layout(path: str | Path) -> bool:
     """Whether it is a file, or a folder with ModelScope's files, and no folder of diffusers."""
     path = Path(path).expanduser()
     if not path.is_dir():
@@ -95,7 +95,7 @@ def read_configuration(folder: Path) -> Configuration | None:
         raise ValueError(f"{error}" if str(path) in str(error) else f"{path}: {error}") from None
 
 
-def _originals(src: Path) -> Opened:
+def _authors_files(src: Path) -> Opened:
     """Files side by side. Where a configuration.json names them, those and no others."""
     said = read_configuration(src)
     there = sorted(p.name for p in src.iterdir() if p.suffix in WEIGHTS)

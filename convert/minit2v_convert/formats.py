@@ -1,11 +1,11 @@
-"""From one published layout to another, as plans: what to write, in which order, out of which tensors.
+"""From one layout to another, as plans: what to write, in which order, out of which tensors.
 
     kind = detect(header)                                  # header: {name: (shape, dtype)}, no data
     for component, plan in to_diffusers(kind, header).items():
         for step in plan.steps:                            # one tensor of the output after the other
             tensor = make(step, [read(name) for name in step.sources])
 
-    files, omitted = from_diffusers({"unet": header, "vae": header, ...}, "original")   # {file name: plan} back again
+    files, omitted = from_diffusers({"unet": header, "vae": header, ...}, "authors")    # {file name: plan} back again
 
 A plan is made from headers alone: names, shapes and dtypes are all checked when it exists, nothing has been read, and
 the output's header can be written before its first tensor. `make` is the only place where data is touched; no step
@@ -148,14 +148,14 @@ def _config(part: Part) -> Config | None:
 
 
 def _read(part: Part, header: Header) -> list[Step]:
-    """A step for each published tensor of a part, in the order of the network."""
+    """A step for each tensor of diffusers' of a part, in the order of the network."""
     table = part.format.table(part.config)
     by_name = {}
     some = next((header[name][1] for name in part.mapped), "F32")
     for entry in table.entries:
-        sources = tuple(part.prefix + name for name in entry.original)
+        sources = tuple(part.prefix + name for name in entry.authors)
         there = all(name in part.mapped for name in sources)
-        for n, name in enumerate(entry.published):
+        for n, name in enumerate(entry.diffusers):
             shape, written = table.shapes[name], part.format.written + name
             if not there:  # optional, or computed
                 if name in table.computed:
@@ -163,13 +163,13 @@ def _read(part: Part, header: Header) -> list[Step]:
                 continue
             dtype = _float(sources[0], header, name in table.optional)
             op = "copy"
-            if len(entry.published) > 1:
+            if len(entry.diffusers) > 1:
                 op = "rows"
             elif len(sources) > 1:
                 op = "same"
             elif tuple(header[sources[0]][0]) != shape:
                 op = "reshape"
-            by_name[name] = Step(written, shape, dtype, sources, op, n, len(entry.published))
+            by_name[name] = Step(written, shape, dtype, sources, op, n, len(entry.diffusers))
     return [by_name[name] for name in table.shapes if name in by_name]
 
 
@@ -182,7 +182,7 @@ def _float(name: str, header: Header, optional: bool) -> str:
 
 # ----------------------------------------------------------------------------------------------------------------- out
 
-ORIGINALS: dict[str, tuple[Format, str, str, tuple[str, ...]]] = {
+AUTHORS_FILES: dict[str, tuple[Format, str, str, tuple[str, ...]]] = {
     # the layout's title: format, prefix, file name, dictionaries around it
     "UNet3DConditionModel": (modelscope.UNETSD, "", "text2video_pytorch_model.pth", ()),
     "AutoencoderKL": (ldm.AUTOENCODER, "", "vae.ckpt", ("state_dict",)),
@@ -206,13 +206,13 @@ def from_diffusers(
 ) -> tuple[dict[str, Plan], dict[str, str]]:
     """({file name: plan}, {component: why it is not written}) from the headers of a folder's weights.
 
-    headers: by component; a lone file's component may be "". layout: "original" or "single-file"; the original of
-    Stable Diffusion is a single file.
+    headers: by component; a lone file's component may be "". layout: "authors" or "single-file"; the authors'
+    layout of Stable Diffusion is a single file.
     positions: whether motion modules get their position embeddings (AnimateLCM's have none).
     Raises ValueError where a header is not a complete network in the layout of diffusers, or nothing can be written.
     """
-    if layout not in ("original", "single-file"):
-        raise ValueError(f"no layout {layout!r}{nearest(layout, ['original', 'single-file'])}")
+    if layout not in ("authors", "single-file"):
+        raise ValueError(f"no layout {layout!r}{nearest(layout, ['authors', 'single-file'])}")
     kinds = {component: detect(header) for component, header in headers.items()}
     for component, kind in kinds.items():
         if kind.layout.layout not in ("diffusers", "peft"):
@@ -226,18 +226,18 @@ def from_diffusers(
     for component, kind in kinds.items():
         (name, plan), *_ = plans[component].items()
         modelscope_s = "UNet3DConditionModel" in titles
-        target = ORIGINALS.get(kind.layout.title)
+        target = AUTHORS_FILES.get(kind.layout.title)
         if name == "lora" and len(kind.parts) > 1:
-            raise ValueError(f"{component or 'it'}: a LoRA of {len(kind.parts)} networks has no original file, "
+            raise ValueError(f"{component or 'it'}: a LoRA of {len(kind.parts)} networks has no file of the authors, "
                              "which is of one")  # fmt: skip
         if name == "lora":  # in peft's names; there the layout does not say of what it is an adapter
-            target = next((t for t in ORIGINALS.values() if t[0].shapes is kind.parts[0].format.shapes), None)
+            target = next((t for t in AUTHORS_FILES.values() if t[0].shapes is kind.parts[0].format.shapes), None)
         if name == "vae" and modelscope_s:
             target = MODELSCOPE_VAE
         if name == "text_encoder" and (modelscope_s or _is_open_clip(kind)):
             omitted[component] = modelscope.OPEN_CLIP_LOST
         elif target is None:
-            omitted[component] = f"{kind.layout.title} has no original file of its own"
+            omitted[component] = f"{kind.layout.title} has no file of its own in the authors' layout"
         else:
             fmt, prefix, file, nest = target
             steps = _write(fmt, prefix, kind.parts[0], plan, component, positions)
@@ -274,23 +274,23 @@ def _single_file(kinds: Mapping[str, Kind], plans: Mapping[str, dict[str, Plan]]
 
 
 def _write(fmt: Format, prefix: str, part: Part, plan: Plan, component: str, positions: bool) -> list[Step]:
-    """A step for each original tensor, from the published ones that `plan` finds in the file."""
+    """A step for each of the authors' tensors, from diffusers' that `plan` finds in the file."""
     table = fmt.table(part.config)
     found = {step.name.removeprefix(part.format.written): step for step in plan.steps}
     out = []
     for entry in table.entries:
-        have = [found[name] for name in entry.published if name in found]
-        if len(have) < len(entry.published) or not positions and entry.published[0] in table.computed:
+        have = [found[name] for name in entry.diffusers if name in found]
+        if len(have) < len(entry.diffusers) or not positions and entry.diffusers[0] in table.computed:
             continue  # optional tensors, or those that are not wanted: `to_diffusers` has seen to the others
-        shape = entry.original_shape(table.shapes)
+        shape = entry.authors_shape(table.shapes)
         op = "join" if len(have) > 1 else "reshape" if entry.ones else "copy"
         sources = tuple(source for step in have for source in step.sources)
-        out += [Step(prefix + name, shape, have[0].dtype, sources, op, component=component) for name in entry.original]
+        out += [Step(prefix + name, shape, have[0].dtype, sources, op, component=component) for name in entry.authors]
     return out
 
 
 def rewritten(kind: Kind, header: Header, nest: tuple[str, ...]) -> Plan:
-    """A file of an original layout as it is, for another dtype or container; nothing is renamed or left out.
+    """A file in the authors' layout as it is, for another dtype or container; nothing is renamed or left out.
 
     nest: the dictionaries around the tensors in the source. Raises ValueError where the file is not complete.
     """

@@ -65,7 +65,7 @@ def open_clip_shapes(c: Config) -> shapes.Shapes:
 
 
 def infer_open_clip(base: Config, get: Get) -> Config:
-    """The UNet was trained on what enters the last block, so the published encoder has one block less."""
+    """The UNet was trained on what enters the last block, so diffusers' encoder has one block less."""
     found = configs.infer_clip(base, get)
     return {**found, "num_hidden_layers": found["num_hidden_layers"] - 1}
 
@@ -80,8 +80,8 @@ OPEN_CLIP = Format(
         "logit_scale": "of the contrastive loss",
     },
 )  # fmt: skip
-# What a published text encoder cannot give back, for those who want the original file.
+# What diffusers' text encoder cannot give back, for those who want the authors' file.
 OPEN_CLIP_LOST = (
-    "open_clip_pytorch_model.bin cannot be made from the published text encoder, which has neither its image tower nor "
-    "its last block: keep the original file"
+    "open_clip_pytorch_model.bin cannot be made from diffusers' text encoder, which has neither its image tower nor "
+    "its last block: keep the authors' file"
 )

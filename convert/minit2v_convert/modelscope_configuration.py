@@ -16,7 +16,7 @@ from .shapes import Config
 
 NAME = "configuration.json"
 TYPE = "latent-text-to-video-synthesis"
-FILES = {  # field of model_args: component, the published file
+FILES = {  # field of model_args: component, the authors' file
     "ckpt_clip": ("text_encoder", "open_clip_pytorch_model.bin"),
     "ckpt_unet": ("unet", "text2video_pytorch_model.pth"),
     "ckpt_autoencoder": ("vae", "VQGAN_autoencoder.pth"),

@@ -1,4 +1,4 @@
-"""A checkpoint layout is a table of (published name, our name) templates, applied once, in either direction."""
+"""The diffusers layout is a table of (diffusers' name, our name) templates, applied once, in either direction."""
 
 import difflib
 import re
@@ -77,13 +77,13 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """One published layout of one network.
+    """The diffusers layout of one network (transformers' of CLIP).
 
     rules: exact and invertible; the spelling that is written on the way out.
-    aliases: other published spellings, rewritten to the spelling of `rules` before they apply.
+    aliases: other spellings in such files, rewritten to the spelling of `rules` before they apply.
     ignored: source names that mean nothing to us, each with its reason.
-    squeezed: our names whose published tensor may carry trailing axes of size 1 (1x1 convolutions for linear layers).
-    conv1x1: such names again, whose published tensor is always written as a convolution's.
+    squeezed: our names whose tensor in a file may carry trailing axes of size 1 (1x1 convolutions for linear layers).
+    conv1x1: such names again, whose tensor in a file is always written as a convolution's.
     """
 
     rules: Rules
@@ -93,12 +93,12 @@ class Layout:
     conv1x1: Sequence[str] = ()
 
     def own(self, names: Iterable[str]) -> set[str]:
-        """Those of our names that no rule knows: of what a network has beyond the published one."""
+        """Those of our names that no rule knows: of what a network has beyond diffusers'."""
         rules = inverse(self.rules)
         return {name for name in names if rename_one(name, rules) is None}
 
     def match(self, names: Iterable[str], own: Collection[str] = ()) -> tuple[dict[str, str], list[str]]:
-        """({our name: published name}, published names that no rule knows); names without meaning are in neither.
+        """({our name: diffusers' name}, names of the file that no rule knows); names without meaning are in neither.
 
         own: names that stand for themselves where no rule knows them. Raises ValueError on two names for one target.
         """
@@ -120,14 +120,14 @@ class Layout:
         return found, unknown
 
     def to_ours(self, state: Mapping[str, V]) -> dict[str, V]:
-        """Published names -> our names. Raises KeyError or ValueError as `rename`."""
+        """Diffusers' names -> our names. Raises KeyError or ValueError as `rename`."""
         found, unknown = self.match(state)
         if unknown:
             raise KeyError(_no_rule(unknown))
-        return {ours: self.squeeze(ours, state[published]) for ours, published in found.items()}
+        return {ours: self.squeeze(ours, state[name]) for ours, name in found.items()}
 
-    def to_published(self, state: Mapping[str, V], own: Collection[str] = ()) -> dict[str, V]:
-        """Our names -> published names; those of `own` stay as they are.
+    def to_diffusers(self, state: Mapping[str, V], own: Collection[str] = ()) -> dict[str, V]:
+        """Our names -> diffusers' names; those of `own` stay as they are.
 
         Raises KeyError on another name that no rule knows, ValueError where one of `own` means something else there.
         """
@@ -137,11 +137,11 @@ class Layout:
             else value
             for name, value in state.items()
         }
-        published = rename({name: x for name, x in shaped.items() if name not in own}, inverse(self.rules))
+        renamed = rename({name: x for name, x in shaped.items() if name not in own}, inverse(self.rules))
         for name in own:
-            if name in published or rename_one(name, [*self.aliases, *self.rules]) is not None:
+            if name in renamed or rename_one(name, [*self.aliases, *self.rules]) is not None:
                 raise ValueError(f"{name!r} is the name of another tensor in the files of this network: choose another")
-        return published | {name: shaped[name] for name in own if name in shaped}
+        return renamed | {name: shaped[name] for name in own if name in shaped}
 
     def squeeze(self, name: str, value: Any) -> Any:
         """`value` without the trailing axes of size 1 that our name does not have."""

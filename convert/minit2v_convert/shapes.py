@@ -1,4 +1,4 @@
-"""The tensors of every published network: names as diffusers and transformers have them, and shapes, from its config.
+"""The tensors of every network: names as diffusers and transformers have them, and shapes, from its config.
 
 A converter builds no model. What it needs of one is this list: it checks a file against it before anything is written,
 and says what is missing. The way back, from shapes to a config, is `configs`.
@@ -10,7 +10,7 @@ from typing import Any
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
 Config = Mapping[str, Any]
-Get = Callable[[str], Shape | None]  # the shape of a published name, None where the file has not got it
+Get = Callable[[str], Shape | None]  # the shape of diffusers' name, None where the file has not got it
 Tree = dict[str, Any] | list[Any]  # of dicts and lists whose leaves are shapes
 
 POSITION_IDS = "text_model.embeddings.position_ids"

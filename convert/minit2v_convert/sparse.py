@@ -1,6 +1,6 @@
 """Checkpoint files of any size that take no disk: true names, shapes and dtypes around a hole that reads as zeros.
 
-They measure what loading costs, and test that every published name finds its place, without a download.
+They measure what loading costs, and test that every name of the published files finds its place, without a download.
 """
 
 import json

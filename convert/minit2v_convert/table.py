@@ -1,17 +1,17 @@
-"""Tables between an original format and the names that diffusers and transformers publish.
+"""Tables between the authors' layouts (trainers' and kohya's, too) and the names of diffusers and transformers.
 
-A row is (original, published): templates as in `rename`, and three signs more.
+A row is (authors' name, diffusers' name): templates as in `rename`, and three signs more.
 
-    {n*i+j+1}  {last-i}  {up[i]}   in an original name: arithmetic with the placeholders of the published name and
+    {n*i+j+1}  {last-i}  {up[i]}   in an authors' name: arithmetic with the placeholders of diffusers' name and
                                    with numbers of the network (here `n`, `last`, `up`, which its `Format` defines)
-    {q,k,v}                        in a published name: the original tensor holds these, one below the other
-    {0,1}                          in an original name: the same tensor stands under each of the names
+    {q,k,v}                        in a diffusers' name: the authors' tensor holds these, one below the other
+    {0,1}                          in an authors' name: the same tensor stands under each of the names
 
-A third element says that the original writes a linear layer as a convolution, with that many axes of size 1 behind.
-The first row whose published side matches wins.
+A third element says that the authors write a linear layer as a convolution, with that many axes of size 1 behind.
+The first row whose diffusers' side matches wins.
 
-All names that a network has are known from its config (`shapes`), so a table is written out once, from the published
-names to the original ones. The way back is looked up in what was written: nothing has to be solved for i and j.
+All names that a network has are known from its config (`shapes`), so a table is written out once, from diffusers'
+names to the authors'. The way back is looked up in what was written: nothing has to be solved for i and j.
 """
 
 import json
@@ -34,21 +34,21 @@ SIGN = re.compile(r"\{([^{}]*)\}")
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the original, or several names of one; one published tensor, or several that are its rows."""
+    """One tensor of the authors' file, or several names of it; one of diffusers' file, or several that are its rows."""
 
-    original: tuple[str, ...]
-    published: tuple[str, ...]
-    ones: int  # trailing axes of size 1 that only the original has
+    authors: tuple[str, ...]  # names
+    diffusers: tuple[str, ...]
+    ones: int  # trailing axes of size 1 that only the authors' tensor has
     row: int  # of the table
 
-    def original_shape(self, shapes: Shapes) -> Shape:
-        shape = shapes[self.published[0]]
-        return (*(n * len(self.published) for n in shape[:1]), *shape[1:], *[1] * self.ones)
+    def authors_shape(self, shapes: Shapes) -> Shape:
+        shape = shapes[self.diffusers[0]]
+        return (*(n * len(self.diffusers) for n in shape[:1]), *shape[1:], *[1] * self.ones)
 
 
-def below(original: str, published: str, rows: Rows) -> list[Row]:
+def below(authors: str, diffusers: str, rows: Rows) -> list[Row]:
     """The same rows, deeper on both sides."""
-    return [(original + o, published + p, *ones) for o, p, *ones in rows]
+    return [(authors + a, diffusers + d, *ones) for a, d, *ones in rows]
 
 
 @cache
@@ -99,8 +99,8 @@ def fill_in(template: str, values: Numbers) -> tuple[str, ...]:
     return tuple(names)
 
 
-def original_of(rows: Rows, name: str, numbers: Numbers) -> tuple[tuple[str, ...], int, str | None] | None:
-    """(original names, the row's index, which of {q,k,v}) of one published name."""
+def authors_names(rows: Rows, name: str, numbers: Numbers) -> tuple[tuple[str, ...], int, str | None] | None:
+    """(authors' names, the row's index, which of {q,k,v}) of one name of diffusers'."""
     for n, row in enumerate(rows):
         if m := pattern(row[1]).fullmatch(name):
             found = m.groupdict()
@@ -108,25 +108,25 @@ def original_of(rows: Rows, name: str, numbers: Numbers) -> tuple[tuple[str, ...
     return None
 
 
-def write_out(rows: Rows, published: Iterable[str], numbers: Numbers) -> list[Entry]:
+def write_out(rows: Rows, names: Iterable[str], numbers: Numbers) -> list[Entry]:
     """The whole table. Raises ValueError where the rows are not one to one over these names."""
     found: dict[tuple[str, ...], tuple[int, dict[str | None, str]]] = {}
-    for name in published:
-        hit = original_of(rows, name, numbers)
+    for name in names:
+        hit = authors_names(rows, name, numbers)
         if hit is None:
             raise ValueError(f"no row knows {name!r}")
-        original, n, choice = hit
-        parts = found.setdefault(original, (n, {}))[1]
+        authors, n, choice = hit
+        parts = found.setdefault(authors, (n, {}))[1]
         if choice in parts:
-            raise ValueError(f"{parts[choice]!r} and {name!r} are both {original[0]!r}")
+            raise ValueError(f"{parts[choice]!r} and {name!r} are both {authors[0]!r}")
         parts[choice] = name
     out = []
-    for original, (n, parts) in found.items():
+    for authors, (n, parts) in found.items():
         signs = [s for s in SIGN.findall(rows[n][1]) if "," in s]
         order: Sequence[str | None] = signs[0].split(",") if signs else [None]
         if missing := [c for c in order if c not in parts]:
-            raise ValueError(f"{original[0]!r}: nothing for {missing}")
-        out.append(Entry(original, tuple(parts[c] for c in order), rows[n][2] if len(rows[n]) > 2 else 0, n))
+            raise ValueError(f"{authors[0]!r}: nothing for {missing}")
+        out.append(Entry(authors, tuple(parts[c] for c in order), rows[n][2] if len(rows[n]) > 2 else 0, n))
     return out
 
 
@@ -139,14 +139,14 @@ class Format:
     """One network in one layout.
 
     component: the folder it has in a pipeline.
-    shapes, infer: of the network (`shapes`); known: its published configs, the usual one first.
+    shapes, infer: of the network (`shapes`); known: configs of published models, the usual one first.
     rows: the table. numbers: those it needs, from a config. glance: those that `infer` needs, from a file's names.
-    ignored: original names that are not converted, each with the reason.
-    optional: published tensors that may be absent on either side, with the one dtype in which they are taken over
+    ignored: authors' names that are not converted, each with the reason.
+    optional: tensors of diffusers' that may be absent on either side, with the one dtype in which they are taken over
         ("" for any).
-    computed: published tensors that some originals lack, and what makes them.
-    spell: what is done to the original names after the table.
-    written: what stands before the published names in a file.
+    computed: tensors of diffusers' that some authors' files lack, and what makes them.
+    spell: what is done to the authors' names after the table.
+    written: what stands before diffusers' names in a file.
     """
 
     component: str
@@ -167,11 +167,11 @@ class Format:
         return _table(self, json.dumps(config, sort_keys=True))
 
     def reader(self, get: Get, names: Iterable[str]) -> Get:
-        """`get` of original names -> `get` of published names, without the axes that only the original has."""
+        """`get` of authors' names -> `get` of diffusers' names, without the axes that only the authors have."""
         numbers = self.glance(names)
 
-        def published(name: str) -> Shape | None:
-            hit = original_of(self.rows, name, numbers)
+        def get_diffusers(name: str) -> Shape | None:
+            hit = authors_names(self.rows, name, numbers)
             shape = get(self.spell(hit[0][0])) if hit else None
             if shape is None or hit is None:
                 return None
@@ -180,7 +180,7 @@ class Format:
             parts = 3 if choice else 1
             return (shape[0] // parts, *shape[1 : len(shape) - ones]) if shape else shape
 
-        return published
+        return get_diffusers
 
     def why_ignored(self, name: str, config: Config) -> str | None:
         return reason(self.ignored, name, self.numbers(config))
@@ -188,7 +188,7 @@ class Format:
 
 @dataclass(frozen=True)
 class Table:
-    """shapes: of the published names. optional, computed: published names, with what the format says of them."""
+    """shapes: by diffusers' name. optional, computed: diffusers' names, with what the format says of them."""
 
     entries: Sequence[Entry]
     shapes: Shapes
@@ -202,7 +202,7 @@ def _table(fmt: Format, config: str) -> Table:
     shapes = fmt.shapes(c)
     entries = write_out(fmt.rows, shapes, fmt.numbers(c))
     if fmt.spell is not str:
-        entries = [Entry(tuple(map(fmt.spell, e.original)), e.published, e.ones, e.row) for e in entries]
+        entries = [Entry(tuple(map(fmt.spell, e.authors)), e.diffusers, e.ones, e.row) for e in entries]
 
     def those(templates: Mapping[str, str]) -> dict[str, str]:
         return {n: s for t, s in templates.items() for n in shapes if pattern(t).fullmatch(n)}

@@ -12,15 +12,16 @@ from .. import __version__
 from ..files import embedded
 
 ADAPTER = "guoyww/animatediff-motion-adapter-v1-5-2"  # for every other image model
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "dpmsolver++": "DPMSolverMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "euler-a": "EulerAncestralDiscreteScheduler",
-    "pndm": "PNDMScheduler",
-}
 SUFFIXES = (".mp4", ".gif", ".mkv", ".mov", ".m4v")
+
+
+def _scheduler(text: str) -> str:
+    if text == "help":
+        from ..schedulers.names import table
+
+        print(table())
+        raise SystemExit(0)
+    return text
 
 
 def _whole(text: str) -> int:
@@ -120,7 +121,7 @@ def make_parser() -> Parser:
         sub.add_argument("--negative-prompt", metavar="TEXT", help="what not to show")
         sub.add_argument("--steps", type=_whole, metavar="N", help="denoising steps")
         sub.add_argument("--guidance-scale", type=_number(0, 1000), metavar="G", help="how close to the prompt")
-        sub.add_argument("--scheduler", metavar="NAME", help=f"solver: {', '.join(SCHEDULERS)}, or a class name"
+        sub.add_argument("--scheduler", type=_scheduler, metavar="NAME", help="solver: `--scheduler help` lists them"
                          + "; on Stable Diffusion ddim, and all with linear betas" * (sub is animate))
         sub.add_argument("--seed", type=_seed, metavar="N", help="of the noise, the same for each prompt; else drawn")
         size = {generate: "the model's", restyle: "the video's"}.get(sub, "the video's or the model's")
@@ -144,21 +145,21 @@ def make_parser() -> Parser:
     inspect.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub")
     inspect.add_argument("--variant", metavar="NAME", help="variant of the weights' files: fp16")
 
-    convert = commands.add_parser("convert", help="from one published layout to another: .ckpt, .pth, .safetensors, "
+    convert = commands.add_parser("convert", help="from one layout to another: .ckpt, .pth, .safetensors, "
                                   "folders")
     convert.add_argument("src", metavar="SRC", help="a file of weights, or a folder")
     convert.add_argument("dst", metavar="DST", help="what to write; nothing is replaced")
-    convert.add_argument("--to", choices=("diffusers", "original", "single-file"), help="the layout: diffusers")
+    convert.add_argument("--to", choices=("diffusers", "authors", "single-file"), help="the layout: diffusers")
     convert.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="of the weights, if not as they are")
-    convert.add_argument("--tokenizer", metavar="MODEL", help="a folder or a hub id that has one; originals have none")
-    convert.add_argument("--config", metavar="MODEL", help="a folder, hub id or config.json for what an original does "
-                         "not say")
+    convert.add_argument("--tokenizer", metavar="MODEL", help="a folder or hub id that has one; authors' files do not")
+    convert.add_argument("--config", metavar="MODEL", help="a folder, hub id or config.json for what authors' "
+                         "files do not say")
     convert.add_argument("--variant", metavar="NAME", help="variant of a folder's weights: fp16")
     convert.add_argument("--bin", action="store_true", default=False, help="weights in .bin files, not .safetensors")
     convert.add_argument("--ema", action="store_true", default=False, help="take a single file's moving average")
     convert.add_argument("--dry-run", action="store_true", default=False, help="print the mapping and write nothing")
 
-    blank = commands.add_parser("blank", help="write the folder of a published model, of full size, with zeros for its "
+    blank = commands.add_parser("blank", help="write the folder of an official model, of full size, with zeros for its "
                                 "weights: to test and measure without a download")
     blank.add_argument("model", metavar="MODEL", help="ms-1.7b, zeroscope-v2-576w, zeroscope-v2-xl, sd-1.5, "
                        "motion-v1-5-2, ..., or a hub id")

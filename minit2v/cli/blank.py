@@ -1,4 +1,4 @@
-"""`minit2v blank`: the folder of a published model, with zeros for its weights."""
+"""`minit2v blank`: the folder of an official model, with zeros for its weights."""
 
 import argparse
 

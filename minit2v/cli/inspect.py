@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minit2v_convert.convert import components
 from minit2v_convert.detect import detect
-from minit2v_convert.folders import is_original, open_path, variants
+from minit2v_convert.folders import is_authors_layout, open_path, variants
 from minit2v_convert.modelscope_configuration import NAME
 from minit2v_convert.rename import nearest
 from minit2v_convert.stream import DTYPES, first_line, open_file, parse_json
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
 def report(model: str, revision: str | None = None, variant: str | None = None) -> tuple[list[str], bool]:
     """The lines of the report on a folder, a file or a hub id, and whether everything in it fits."""
     path = embedded.find(model) or Path(model).expanduser()
-    if is_original(path):
+    if is_authors_layout(path):
         return _report_folder(path) if path.is_dir() else _report_file(path)
     source = Folder(path) if path.is_dir() else _repository(model, revision)
     there = source.sizes("")
@@ -225,8 +225,8 @@ def _inspect_network(
     if unreadable:
         return (*shown, "", "", files), count, [unreadable]
     expected = model.state_dict()
-    unknown += [published for ours, published in found.items() if ours not in expected]
-    missing = list(network.layout.to_published({n: None for n in expected if n not in found}))
+    unknown += [name for ours, name in found.items() if ours not in expected]
+    missing = list(network.layout.to_diffusers({n: None for n in expected if n not in found}))
     have = {ours: network.layout.squeeze(ours, tensors[name]) for ours, name in found.items() if ours in expected}
     shapes = [f"{found[n]!r} is {tuple(x.shape)}, not {tuple(expected[n].shape)}" for n, x in have.items()
               if x.shape != expected[n].shape]
@@ -283,7 +283,7 @@ def _report_folder(folder: Path) -> tuple[list[str], bool]:
         opened = open_path(folder)
     except ValueError as error:
         return [str(error)], False
-    lines, whole = [f"{folder}: original files", *opened.notes], True
+    lines, whole = [f"{folder}: the authors' files", *opened.notes], True
     for source, _ in opened.weights.values():
         more, good = _report_file(source.path)
         lines, whole = [*lines, "", *more], whole and good

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from minit2v_convert.convert import FAMILIES, components, schedule_of
-from minit2v_convert.folders import is_original
-from minit2v_convert.rename import nearest
+from minit2v_convert.folders import is_authors_layout
 
 from .. import pipelines, schedulers
 from ..files import embedded
@@ -17,7 +16,8 @@ from ..files.hub import read_json
 from ..models.unet_motion import MotionAdapter
 from ..pipelines.checks import check_size
 from ..pipelines.files import read_index
-from .arguments import ADAPTER, SCHEDULERS
+from ..schedulers.names import solver_of
+from .arguments import ADAPTER
 from .messages import say
 
 PIPELINES = {  # (command, whether there is a video to begin with)
@@ -34,7 +34,7 @@ MOTION_SCHEDULE = {"beta_schedule": "linear", "timestep_spacing": "linspace", "s
 
 def load(command: str, settings: dict[str, Any], from_video: bool) -> tuple[Any, dict[str, Any]]:
     """The pipeline, and the arguments of its call; `settings` gets what was chosen for options that were not given."""
-    solver = find_scheduler(settings["scheduler"]) if settings.get("scheduler") else None
+    solver, chosen = solver_of(settings["scheduler"]) if settings.get("scheduler") else (None, {})
     device = find_device(settings.get("device", "auto"))
     dtype = settings.setdefault("dtype", "float16" if device.type == "cuda" else "float32")
     where = {"revision": settings.get("revision")}
@@ -46,8 +46,8 @@ def load(command: str, settings: dict[str, Any], from_video: bool) -> tuple[Any,
     say(f"loading {main}" + (f" with {settings['adapter']}" if "adapter" in settings else ""))
     parts: dict[str, Any] = {}
     if solver is not None:
-        known = {k: v for k, v in schedule.items() if k in solver.field_defaults()}
-        if is_original(main):
+        known = {k: v for k, v in schedule.items() if k in solver.field_defaults()} | chosen
+        if is_authors_layout(main):
             parts["scheduler"] = solver.from_config(_family_of_file(main)[1], **known)
         else:
             parts["scheduler"] = solver.from_pretrained(main, subfolder="scheduler", **where, **known)
@@ -70,14 +70,16 @@ def load(command: str, settings: dict[str, Any], from_video: bool) -> tuple[Any,
     for name in settings.keys() & {"model", "base", "adapter"}:
         if embedded.find(settings[name]) is None and Path(settings[name]).exists():
             settings[name] = os.path.abspath(settings[name])  # to be found from other folders, too
-    settings |= {"scheduler": type(pipe.scheduler).__name__, "device": str(device),
+    if not chosen:  # a name with fields says more than its class
+        settings["scheduler"] = type(pipe.scheduler).__name__
+    settings |= {"device": str(device),
                  "kernels": os.environ.get("MINIT2V_KERNELS") or "auto"}
     return pipe, call
 
 
 def _schedule_of_motion(path: str, settings: dict[str, Any], where: dict[str, Any]) -> dict[str, Any]:
     """The fields of the noise schedule in which motion modules differ from the image model, which gets an adapter."""
-    if is_file := is_original(path):
+    if is_file := is_authors_layout(path):
         unet, own = _family_of_file(path)
     else:
         unet = (read_index(path, None, where).get("unet") or [None])[-1]
@@ -93,7 +95,7 @@ def _schedule_of_motion(path: str, settings: dict[str, Any], where: dict[str, An
 
 
 def _family_of_file(path: str) -> tuple[str, dict[str, Any]]:
-    """The class of the UNet in an original, and its scheduler's config: the published one, where none is said."""
+    """The class of the UNet in authors' files, and its scheduler's config: the published one, where none is said."""
     unet = components(path).get("unet")
     if unet is None or unet.cls not in FAMILIES:
         raise ValueError(f"{path} has no UNet of {' or '.join(FAMILIES)}: it is no model")
@@ -108,15 +110,6 @@ def _load_adapter(name: str, weights: dict[str, Any]) -> Any:
             raise
         say(f"{name} has no variant {weights['variant']}: its other weights are read")
         return MotionAdapter.from_pretrained(name, **{**weights, "variant": None})
-
-
-def find_scheduler(name: str) -> type:
-    known = {n.lower(): n for n in dir(schedulers) if n.endswith("Scheduler")}
-    found = SCHEDULERS.get(name.lower(), name).lower()
-    if found not in known:
-        there = [*SCHEDULERS, *known.values()]
-        raise ValueError(f"no scheduler {name!r}{nearest(name, there)}; there are {', '.join(there)}")
-    return getattr(schedulers, known[found])
 
 
 def find_device(name: str) -> Any:

@@ -57,13 +57,13 @@ def fill_from(
     except ValueError as error:
         raise ValueError(f"{label}: {error}") from None
     lacking = [name for name in expected if name not in found]
-    missing = list(layout.to_published({name: None for name in lacking}, own))
-    unknown = sorted(unknown + [published for name, published in found.items() if name not in expected])
+    missing = list(layout.to_diffusers({name: None for name in lacking}, own))
+    unknown = sorted(unknown + [key for name, key in found.items() if name not in expected])
     shapes = []
-    for name, published in found.items():
-        have = layout.squeeze(name, tensors[published])
+    for name, key in found.items():
+        have = layout.squeeze(name, tensors[key])
         if name in expected and have.shape != expected[name].shape:
-            shapes.append(f"{published!r} is {tuple(have.shape)}, not {tuple(expected[name].shape)}")
+            shapes.append(f"{key!r} is {tuple(have.shape)}, not {tuple(expected[name].shape)}")
     if (missing and strict) or unknown or shapes:
         faults = [
             _list_some(len(missing), "missing", map(repr, missing)),
@@ -76,15 +76,15 @@ def fill_from(
 
     ready = {name: x.to(dtype) if x.is_floating_point() else x for name, x in expected.items() if name in lacking}
     unreleased = 0
-    for name, published in found.items():
-        x = layout.squeeze(name, tensors[published])
+    for name, key in found.items():
+        x = layout.squeeze(name, tensors[key])
         if x.dtype == dtype or (name in own and not expected[name].is_floating_point()):
             ready[name] = x
             continue
         try:
             ready[name] = cast(x, dtype)
         except ValueError as error:
-            raise ValueError(f"{label}: {published!r} {error}") from None
+            raise ValueError(f"{label}: {key!r} {error}") from None
         unreleased += x.nbytes
         if unreleased > 2**28:
             del x, tensors
@@ -125,12 +125,12 @@ def _list_some(count: int, what: str, items: Iterable[str]) -> str:
 
 
 def first_nonfinite(model: nn.Module) -> str | None:
-    """The published name of the first parameter that holds NaN or infinity.
+    """The diffusers name of the first parameter that holds NaN or infinity.
 
     For outputs that are not finite: tensors that stay mapped are not looked at when they are loaded.
     """
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             layout = getattr(model, "layout", None)
-            return next(iter(layout.to_published({name: None}, layout.own([name])))) if layout else name
+            return next(iter(layout.to_diffusers({name: None}, layout.own([name])))) if layout else name
     return None

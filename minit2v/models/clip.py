@@ -34,7 +34,7 @@ ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 @dataclass(frozen=True)
 class CLIPTextConfig:
-    """The fields of a published `text_encoder/config.json`; the defaults are ModelScope's."""
+    """The fields of a `text_encoder/config.json`; the defaults are ModelScope's."""
 
     vocab_size: int = 49408
     hidden_size: int = 1024

@@ -1,4 +1,4 @@
-"""What all networks share: a config, strict loading, saving under the published names."""
+"""What all networks share: a config, strict loading, saving under diffusers' names."""
 
 import inspect
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from minit2v_convert.folders import is_original
+from minit2v_convert.folders import is_authors_layout
 from minit2v_convert.rename import Layout, nearest
 from minit2v_convert.stream import parse_json, replacing
 
@@ -31,7 +31,7 @@ class Network(nn.Module):
     head: ClassVar[dict[str, Any] | None] = None
 
     def __init__(self, config: Any = None, *, compat: str | None = None, **fields: Any):
-        """`config`, or the published config's fields as keywords. compat: as in `set_compat`.
+        """`config`, or the fields of a config.json as keywords. compat: as in `set_compat`.
 
         Raises ValueError on a field that does not exist.
         """
@@ -76,10 +76,10 @@ class Network(nn.Module):
         """Whether this is a Config of the class, or of one that it extends."""
         return isinstance(config, tuple(c.Config for c in cls.__mro__ if "Config" in vars(c)))
 
-    def published_state_dict(self) -> dict[str, Tensor]:
-        """The parameters under the names of the published checkpoints; those that no such file has under our own."""
+    def diffusers_state_dict(self) -> dict[str, Tensor]:
+        """The parameters under diffusers' names (CLIP's: transformers'); those that it does not know under our own."""
         state = self.state_dict()
-        return self.layout.to_published(state, self.layout.own(state))
+        return self.layout.to_diffusers(state, self.layout.own(state))
 
     @classmethod
     def from_config(cls, config: Any, *, compat: str | None = None, **overrides: Any) -> Self:
@@ -88,10 +88,10 @@ class Network(nn.Module):
             return cls(config, compat=compat, **overrides)
         if not isinstance(config, Mapping):
             raise ValueError(f"config must be a dict or a {cls.Config.__name__}, not a {type(config).__name__}")
-        published = config.get("_class_name") or (config.get("architectures") or [cls.__name__])[0]
-        if published not in cls.class_names():
-            wanted = f"the config is that of a {published}, not of a {cls.__name__}"
-            raise ValueError(f"{wanted}: load it with the class {published}")
+        class_name = config.get("_class_name") or (config.get("architectures") or [cls.__name__])[0]
+        if class_name not in cls.class_names():
+            wanted = f"the config is that of a {class_name}, not of a {cls.__name__}"
+            raise ValueError(f"{wanted}: load it with the class {class_name}")
         network = cls(**{**config, **overrides})
         network.explicit = frozenset(overrides)
         return network.set_compat(compat)
@@ -128,9 +128,9 @@ class Network(nn.Module):
         """
         cls._check_fields("from_pretrained", config_overrides)
         dtype = pick_dtype(torch_dtype, dtype)
-        if subfolder is None and is_original(path_or_id):
+        if subfolder is None and is_authors_layout(path_or_id):
             if variant is not None:
-                raise ValueError(f"{path_or_id} is an original: it has no variant {variant!r}")
+                raise ValueError(f"{path_or_id} is in the authors' layout: it has no variant {variant!r}")
             return cls.from_single_file(path_or_id, dtype=dtype, compat=compat, strict=strict, **config_overrides)
         folder, names = find_folder(
             path_or_id,
@@ -164,7 +164,7 @@ class Network(nn.Module):
         strict: bool = True,
         **config_overrides: Any,
     ) -> Self:
-        """The network out of a `.safetensors`, `.ckpt`, `.pth` or `.bin` file in any published layout.
+        """The network out of a `.safetensors`, `.ckpt`, `.pth` or `.bin` file in any layout that is known.
 
         What the shapes do not say (heads, groups) is as in the published model, or as `config` has it: a config.json,
         its content, or a folder or hub id that has one; keywords change fields of it.
@@ -227,7 +227,7 @@ class Network(nn.Module):
     def save_pretrained(
         self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None
     ) -> None:
-        """Write config.json and the weights under their published names, for us, diffusers and transformers to load.
+        """Write config.json and the weights under diffusers' names, for us, diffusers and transformers to load.
 
         safe_serialization: `.safetensors`, else `.bin`. variant: the infix of the weights' file. A file that exists is
         replaced when the new one is complete; OSError where it cannot be.
@@ -235,7 +235,7 @@ class Network(nn.Module):
         stem = self.weights_name if safe_serialization or self.weights_name != "model" else "pytorch_model"
         infix = f".{variant}" if variant else ""
         with replacing(Path(folder) / f"{stem}{infix}.{'safetensors' if safe_serialization else 'bin'}") as temporary:
-            state = {name: value.detach().cpu().contiguous() for name, value in self.published_state_dict().items()}
+            state = {name: value.detach().cpu().contiguous() for name, value in self.diffusers_state_dict().items()}
             if safe_serialization:
                 from safetensors.torch import save_file
 

@@ -114,7 +114,7 @@ class CLIPTokenizer:
     """Text to ids and back. Make one with `from_pretrained`, or with `train` for a model of your own.
 
     vocab: symbol -> id. merges: pairs of symbols, by rank. The four named tokens are strings, or mappings with the
-    fields of a published AddedToken (`content`, `normalized`, `lstrip`, ...). added: further such mappings, each with
+    fields of transformers' AddedToken (`content`, `normalized`, `lstrip`, ...). added: further such mappings, each with
     the `id` that its file promises.
     """
 
@@ -251,7 +251,7 @@ class CLIPTokenizer:
         cache_dir: str | Path | None = None,
         force_download: bool = False,
     ) -> Self:
-        """A published tokenizer folder: `tokenizer.json`, or `vocab.json` and `merges.txt`.
+        """A tokenizer folder of transformers: `tokenizer.json`, or `vocab.json` and `merges.txt`.
 
         Where the files contradict each other, what transformers does holds: `special_tokens_map.json` wins over
         `tokenizer_config.json`, unless the latter carries the newer `added_tokens_decoder`.
@@ -311,7 +311,7 @@ class CLIPTokenizer:
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the files of a published tokenizer folder, which transformers and `from_pretrained` read back."""
+        """Write the files of a tokenizer folder, which transformers and `from_pretrained` read back."""
         folder, whole = Path(folder), self.backend.to_str(pretty=True)
         model = json.loads(whole)["model"]
         texts = {

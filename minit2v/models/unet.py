@@ -20,7 +20,7 @@ from .network import Network
 
 
 def per_level(value: int | tuple[int, ...], levels: int) -> tuple[int, ...]:
-    """A published field that is one number for all levels, or a number for each."""
+    """A config.json's field that is one number for all levels, or a number for each."""
     return (value,) * levels if isinstance(value, int) else value
 
 
@@ -69,7 +69,7 @@ class Level(nn.Module):
 class UNet(Network):
     """Base of the UNets. A subclass says in `make_block` what a block is: (x, emb, context, f) -> x.
 
-    Its config has the published fields and `attention`, per level, finest first: whether its blocks see the text.
+    Its config has diffusers' fields and `attention`, per level, finest first: whether its blocks see the text.
     """
 
     def __init__(self, config: Any = None, **fields: Any):

@@ -13,7 +13,7 @@ from .unet import Place, UNet, check_levels
 
 @dataclass(frozen=True)
 class UNet2DConfig:
-    """The published model's config.json, field by field."""
+    """The official model's config.json, field by field."""
 
     sample_size: int | tuple[int, int] | None = 64  # of the latents; only the pipelines read it, for the default size
     in_channels: int = 4

@@ -31,7 +31,7 @@ Span = Literal["frame", "video"]  # what the statistics of a norm are taken over
 
 @dataclass(frozen=True)
 class MotionAdapterConfig:
-    """The published adapters' config.json, field by field, and two fields of our own."""
+    """The official adapters' config.json, field by field, and two fields of our own."""
 
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     motion_layers_per_block: int | tuple[int, ...] = 2  # modules per level on the way down; one more on the way up

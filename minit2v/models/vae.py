@@ -20,7 +20,7 @@ from .network import Network
 
 @dataclass(frozen=True)
 class AutoencoderKLConfig:
-    """The published model's config.json, field by field."""
+    """The official model's config.json, field by field."""
 
     in_channels: int = 3
     out_channels: int = 3

@@ -120,6 +120,8 @@ class AnimateDiffPipeline(DiffusionPipeline):
         *,
         callback: Callable[[int, Tensor, Tensor], None] | None = None,
         callback_steps: int = 1,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         **unknown: Any,
     ) -> AnimateDiffPipelineOutput:
         """`num_videos_per_prompt` videos for each prompt, those of one prompt one after the other.
@@ -151,13 +153,12 @@ class AnimateDiffPipeline(DiffusionPipeline):
             check_latents(latents, shape)
 
         device = self._execution_device
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        grid, steps = source.lay_grid(self.scheduler, num_inference_steps, None, device, False, timesteps, sigmas)
         text, negative = self.encode_prompt(prompt, device, num_videos_per_prompt, guidance_scale > 1, negative_prompt,
                                             prompt_embeds, negative_prompt_embeds, clip_skip=clip_skip)
         noise = randn(shape, generator, device, text.dtype) if latents is None else latents.to(device)
         x = noise * self.scheduler.init_noise_sigma
-        x = self.denoise(x, self.scheduler.timesteps, num_inference_steps, text, negative, guidance_scale, eta,
-                         generator, callbacks)
+        x = self.denoise(x, grid, steps, text, negative, guidance_scale, eta, generator, callbacks)
         video = self._output(x, output_type, decode_chunk_size)
         return AnimateDiffPipelineOutput(video) if return_dict else (video,)
 

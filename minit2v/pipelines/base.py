@@ -19,7 +19,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from minit2v_convert.folders import is_original
+from minit2v_convert.folders import is_authors_layout
 from minit2v_convert.rename import nearest
 
 from .. import fast
@@ -207,9 +207,9 @@ class DiffusionPipeline:
         imported: a pipeline that was saved with a class of your own has to be told it.
         A file in place of the folder is read as by `from_single_file`, and so is a folder of ModelScope's files.
         """
-        if subfolder is None and is_original(path_or_id):
+        if subfolder is None and is_authors_layout(path_or_id):
             if variant is not None:
-                raise ValueError(f"{path_or_id} is an original: it has no variant {variant!r}")
+                raise ValueError(f"{path_or_id} is in the authors' layout: it has no variant {variant!r}")
             return cls.from_single_file(path_or_id, torch_dtype=torch_dtype, dtype=dtype, compat=compat,
                                         revision=revision, local_files_only=local_files_only, token=token,
                                         cache_dir=cache_dir, force_download=force_download, **overrides)
@@ -241,7 +241,7 @@ class DiffusionPipeline:
         compat: str | None = None,
         **overrides: Any,
     ) -> Self:
-        """The pipeline of one file of weights, `.safetensors`, `.ckpt` or `.pth`, in any published layout.
+        """The pipeline of one file of weights, `.safetensors`, `.ckpt` or `.pth`, in any layout that is known.
 
         `path` may be a folder of ModelScope's files, too.
         config: a folder or a hub id for what the file lacks. Without it, scheduler and tokenizer are those of the
@@ -261,7 +261,7 @@ class DiffusionPipeline:
     def save_pretrained(
         self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None
     ) -> None:
-        """Write the published layout, which the reference loads, too. Every file appears complete or not at all."""
+        """Write the diffusers layout, which diffusers loads, too. Every file appears complete or not at all."""
         fields = {name: getattr(self, name) for name in self.FIELDS}
         files.save_components(Path(folder), type(self), self.components,
                               {"compat": self.compat, **fields}, safe_serialization, variant)
@@ -584,6 +584,10 @@ class DiffusionPipeline:
     def _step_arguments(self, eta: float, generator: Generators) -> dict[str, Any]:
         """Those of eta and generator that the scheduler's step knows."""
         known = inspect.signature(self.scheduler.step).parameters
+        config = self.scheduler.config
+        if config.get("clip_sample") and "clip_sample" in config.get("_use_default_values", ()):
+            logger.warning("%s clips latents, which suits models of pixels, because nobody has set clip_sample=False.",
+                           type(self.scheduler).__name__)
         if eta and "eta" not in known:
             logger.warning("%s has no eta: eta=%s means nothing to it.", type(self.scheduler).__name__, eta)
         return {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in known}

@@ -1,4 +1,4 @@
-"""Folders of the published models without their weights: all names, shapes, dtypes and configs, and zeros.
+"""Folders of the official models without their weights: all names, shapes, dtypes and configs, and zeros.
 
 They are for tests and measurements at full size without a download, and take a few MB of disk.
 """
@@ -35,7 +35,7 @@ NETWORKS: dict[str, type[Network]] = {
 
 
 @dataclass(frozen=True)
-class Published:
+class OfficialModel:
     """What lies in one repository of the hub.
 
     parts: the networks' configs by their folders, "" where one lies at the root. dtypes: by variant.
@@ -57,23 +57,23 @@ BOTH, SINGLE, HALF = {"": "F32", "fp16": "F16"}, {"": "F32"}, {"": "F16"}
 NO_MID = {**configs.MOTION, "use_motion_mid_block": False}
 ADAPTERS = "guoyww/animatediff-motion-adapter-"
 MODELS = {
-    "ms-1.7b": Published(("ali-vilab/text-to-video-ms-1.7b", "damo-vilab/text-to-video-ms-1.7b"), SCOPE, BOTH, "!"),
-    "zeroscope-v2-576w": Published(("cerspense/zeroscope_v2_576w",), SCOPE, HALF, "!"),
-    "zeroscope-v2-xl": Published(("cerspense/zeroscope_v2_XL",), SCOPE, HALF, "!"),
-    "sd-1.5": Published(("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5"), IMAGES,
-                        BOTH, old_vae=("",)),
-    "realistic-vision-v51": Published(("stablediffusionapi/realistic-vision-v51",), IMAGES, HALF, old_vae=(),
-                                      position_ids=False),
-    "motion-v1-5": Published((ADAPTERS + "v1-5",), {"": NO_MID}, SINGLE),
-    "motion-v1-5-2": Published((ADAPTERS + "v1-5-2",), {"": configs.MOTION}, BOTH),
-    "motion-v1-5-3": Published((ADAPTERS + "v1-5-3",), {"": NO_MID}, BOTH),
-    "motion-sdxl-beta": Published((ADAPTERS + "sdxl-beta",), {"": {**NO_MID, "block_out_channels": [320, 640, 1280]}},
-                                  BOTH),
-    "animatelcm": Published(("wangfuyun/AnimateLCM",), {"": configs.MOTION}, SINGLE),
+    "ms-1.7b": OfficialModel(("ali-vilab/text-to-video-ms-1.7b", "damo-vilab/text-to-video-ms-1.7b"), SCOPE, BOTH, "!"),
+    "zeroscope-v2-576w": OfficialModel(("cerspense/zeroscope_v2_576w",), SCOPE, HALF, "!"),
+    "zeroscope-v2-xl": OfficialModel(("cerspense/zeroscope_v2_XL",), SCOPE, HALF, "!"),
+    "sd-1.5": OfficialModel(("stable-diffusion-v1-5/stable-diffusion-v1-5", "runwayml/stable-diffusion-v1-5"), IMAGES,
+                            BOTH, old_vae=("",)),
+    "realistic-vision-v51": OfficialModel(("stablediffusionapi/realistic-vision-v51",), IMAGES, HALF, old_vae=(),
+                                          position_ids=False),
+    "motion-v1-5": OfficialModel((ADAPTERS + "v1-5",), {"": NO_MID}, SINGLE),
+    "motion-v1-5-2": OfficialModel((ADAPTERS + "v1-5-2",), {"": configs.MOTION}, BOTH),
+    "motion-v1-5-3": OfficialModel((ADAPTERS + "v1-5-3",), {"": NO_MID}, BOTH),
+    "motion-sdxl-beta": OfficialModel((ADAPTERS + "sdxl-beta",),
+                                      {"": {**NO_MID, "block_out_channels": [320, 640, 1280]}}, BOTH),
+    "animatelcm": OfficialModel(("wangfuyun/AnimateLCM",), {"": configs.MOTION}, SINGLE),
 }  # fmt: skip
 
 
-def find_published(name: str) -> Published:
+def find_official_model(name: str) -> OfficialModel:
     """The model of a name of MODELS or of a hub id. ValueError, with the nearest, where there is none."""
     for short, model in MODELS.items():
         if name.lower() in (short, *(i.lower() for i in model.ids)):
@@ -83,11 +83,11 @@ def find_published(name: str) -> Published:
 
 
 def write_blank(name: str, folder: str | Path) -> Path:
-    """The folder of a published model, with zeros for weights, and CLIP's tokenizer. Whole, or not there.
+    """The folder of an official model, with zeros for weights, and CLIP's tokenizer. Whole, or not there.
 
     ValueError on an unknown name, FileExistsError where there is such a folder with something in it, or a file.
     """
-    model, folder = find_published(name), Path(folder).expanduser()
+    model, folder = find_official_model(name), Path(folder).expanduser()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists, and is not an empty folder")
     folder.absolute().parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def write_blank(name: str, folder: str | Path) -> Path:
     return folder
 
 
-def _write(model: Published, folder: Path) -> None:
+def _write(model: OfficialModel, folder: Path) -> None:
     index: dict[str, Any] = {}
     for part, config in model.parts.items():
         network = NETWORKS[config.get("_class_name") or config["architectures"][0]]
@@ -116,7 +116,7 @@ def _write(model: Published, folder: Path) -> None:
     write_json(folder / "scheduler" / "scheduler_config.json", family.scheduler)
     tokenizer = CLIPTokenizer.clip(model.pad_token)
     tokenizer.save_pretrained(folder / "tokenizer")
-    (folder / "tokenizer" / "tokenizer.json").unlink()  # 2 MB that say the same again; the published folders have none
+    (folder / "tokenizer" / "tokenizer.json").unlink()  # 2 MB that say the same again; the official folders have none
     index["scheduler"] = ["diffusers", family.scheduler["_class_name"]]
     index["tokenizer"] = ["transformers", "CLIPTokenizer"]
     head = {"_class_name": family.pipeline, "_diffusers_version": DIFFUSERS_VERSION}
@@ -130,10 +130,10 @@ def _head(network: type[Network]) -> dict[str, str]:
 def manifest(
     network: type[Network], config: Mapping[str, Any], dtype: str, position_ids: bool, old_vae: bool
 ) -> Manifest:
-    """{published name: (shape, dtype)} of a network's file."""
+    """{diffusers' name: (shape, dtype)} of a network's file."""
     with torch.device("meta"), Weightless():
         model = network.from_config(config)
-    names = {name: (tuple(x.shape), dtype) for name, x in model.published_state_dict().items()}
+    names = {name: (tuple(x.shape), dtype) for name, x in model.diffusers_state_dict().items()}
     if position_ids and network is CLIPTextModel:
         return {POSITION_IDS: ((1, model.config.max_position_embeddings), "I64"), **names}
     if old_vae and network is AutoencoderKL:

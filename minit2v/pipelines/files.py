@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 INDEX = "model_index.json"
 FIELDS_KEY = "_minit2v"  # our own fields in the index; the reference passes over names that begin with "_"
 
-# Published class name -> module. Schedulers are looked up in `minit2v.schedulers`.
+# Class name in a model_index.json -> module. Schedulers are looked up in `minit2v.schedulers`.
 CLASSES = {
     "AutoencoderKL": "models.vae",
     "CLIPTextModel": "models.clip",
@@ -210,7 +210,7 @@ def load_single_file(
             made[name] = cls.from_config(schedule)
         else:
             cls = own.get(name) or _component_class(name, [None, "CLIPTokenizer"], fitting, pipeline.__name__)
-            made[name] = cls.from_pretrained(FAMILIES[unet].published, subfolder=name, **where)
+            made[name] = cls.from_pretrained(FAMILIES[unet].repository, subfolder=name, **where)
     return {name: made.get(name) for name in pipeline.COMPONENTS}
 
 
@@ -231,19 +231,19 @@ def _component_class(name: str, entry: Any, fitting: tuple[str, ...], pipeline: 
         raise ValueError(f"{INDEX}: {name!r} was None when this was saved; give it as {name}=...")
     if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
         raise ValueError(f"{INDEX}: {name!r} should be [library, class], not {entry!r}")
-    published = entry[1].removeprefix("Flax")
+    class_name = entry[1].removeprefix("Flax")
     if fitting:
-        if published not in fitting:
-            own = "" if published in CLASSES else f"; if that is a class of your own, pass {name}={published}"
-            raise ValueError(f"{INDEX}: {name!r} is a {published}, and {pipeline} takes {' or '.join(fitting)}{own}")
-        return getattr(importlib.import_module(f"minit2v.{CLASSES[published]}"), published.removesuffix("Fast"))
+        if class_name not in fitting:
+            own = "" if class_name in CLASSES else f"; if that is a class of your own, pass {name}={class_name}"
+            raise ValueError(f"{INDEX}: {name!r} is a {class_name}, and {pipeline} takes {' or '.join(fitting)}{own}")
+        return getattr(importlib.import_module(f"minit2v.{CLASSES[class_name]}"), class_name.removesuffix("Fast"))
     schedulers = importlib.import_module("minit2v.schedulers")
     known = [n for n in dir(schedulers) if n.endswith("Scheduler")]
-    if published not in known:
-        raise ValueError(f"{INDEX}: there is no scheduler {published!r}{nearest(published, known)}; give one as "
+    if class_name not in known:
+        raise ValueError(f"{INDEX}: there is no scheduler {class_name!r}{nearest(class_name, known)}; give one as "
                          f"scheduler=..., of {', '.join(known)}; or if it is a class of your own, as "
-                         f"scheduler={published}")
-    return getattr(schedulers, published)
+                         f"scheduler={class_name}")
+    return getattr(schedulers, class_name)
 
 
 def save_components(

@@ -68,7 +68,7 @@ def spread(x: Tensor, batch: int) -> Tensor:
 def lay_grid(
     scheduler: Any,
     num_inference_steps: int,
-    strength: float,
+    strength: float | None,
     device: torch.device,
     enforce: bool = False,
     timesteps: Sequence[float] | None = None,
@@ -76,8 +76,8 @@ def lay_grid(
 ) -> tuple[Tensor, int]:
     """The timesteps of the steps that are made, and their number; the scheduler stands where they begin.
 
-    They are the share `strength` of all steps, the last ones. enforce: the grid has so many steps that
-    `num_inference_steps` are that share. timesteps, sigmas: the grid itself.
+    They are the share `strength` of all steps, the last ones; None: all, from pure noise. enforce: the grid has so
+    many steps that `num_inference_steps` are that share. timesteps, sigmas: the grid itself.
     """
     custom = {name: v for name, v in (("timesteps", timesteps), ("sigmas", sigmas)) if v is not None}
     if len(custom) == 2:
@@ -96,6 +96,8 @@ def lay_grid(
                                  f"{len(scheduler)}: raise strength or lower num_inference_steps")
             total = int(num_inference_steps / strength)
         scheduler.set_timesteps(total, device=device)
+    if strength is None:
+        return scheduler.timesteps, total
     steps = min(num_inference_steps if enforce and strength else int(total * strength), total)
 
     begin = (total - steps) * scheduler.order

@@ -11,6 +11,7 @@ from ..models.unet3d import UNet3DConditionModel
 from ..schedulers.base import randn
 from .base import DiffusionPipeline, PipelineOutput, StepCallbacks
 from .checks import Generators, check_count, check_generator, check_latents, check_number, check_size
+from .source import lay_grid
 
 
 class TextToVideoSDPipelineOutput(PipelineOutput):
@@ -67,6 +68,8 @@ class TextToVideoSDPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         decode_chunk_size: int | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         **unknown: Any,
     ) -> TextToVideoSDPipelineOutput:
         """One video for each prompt.
@@ -79,6 +82,8 @@ class TextToVideoSDPipeline(DiffusionPipeline):
         callback_on_step_end(pipe, step, t, tensors) after each; what the latter returns replaces `latents`,
         `prompt_embeds` or `negative_prompt_embeds`. decode_chunk_size: frames that the VAE decodes at a time, all
         where not given.
+        timesteps, sigmas: a grid of the caller's in place of `num_inference_steps`, for solvers that take one (sigmas
+        with the last, usually 0, at the end).
         """
         callbacks = StepCallbacks(callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs)
         batch = self._check_call(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_inference_steps,
@@ -94,12 +99,11 @@ class TextToVideoSDPipeline(DiffusionPipeline):
             check_latents(latents, shape)
 
         device = self._execution_device
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        grid, steps = lay_grid(self.scheduler, num_inference_steps, None, device, False, timesteps, sigmas)
         text, negative = self.encode_prompt(prompt, device, 1, guidance_scale > 1, negative_prompt, prompt_embeds,
                                             negative_prompt_embeds, clip_skip=clip_skip)
         noise = randn(shape, generator, device, text.dtype) if latents is None else latents.to(device)
         x = noise * self.scheduler.init_noise_sigma
-        x = self.denoise(x, self.scheduler.timesteps, num_inference_steps, text, negative, guidance_scale, eta,
-                         generator, callbacks)
+        x = self.denoise(x, grid, steps, text, negative, guidance_scale, eta, generator, callbacks)
         video = self._output(x, output_type, decode_chunk_size)
         return TextToVideoSDPipelineOutput(video) if return_dict else (video,)

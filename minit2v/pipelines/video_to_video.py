@@ -47,6 +47,8 @@ class VideoToVideoSDPipeline(TextToVideoSDPipeline):
         callback_on_step_end: Callable[..., dict[str, Tensor] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         decode_chunk_size: int | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
         **unknown: Any,
     ) -> TextToVideoSDPipelineOutput:
         """A new video for each video and prompt; one of them serves a batch of the other.
@@ -54,7 +56,8 @@ class VideoToVideoSDPipeline(TextToVideoSDPipeline):
         video: PIL images, arrays or tensors (`frames.FORMS`), resized to height and width where given; or latents, as
         a tensor (f c h w) or (b f c h w) with the VAE's number of channels. latents: (b c f h w), in place of `video`,
         already noisy: the steps begin with them as they are. strength: the share of the steps that are made, the last
-        ones; 1 leaves little of the video, 0 only encodes and decodes. The other arguments are those of
+        ones; 1 leaves little of the video, 0 only encodes and decodes. timesteps, sigmas: as in text to video; the
+        steps are then their share. The other arguments are those of
         `TextToVideoSDPipeline`.
         """
         callbacks = StepCallbacks(callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -68,7 +71,7 @@ class VideoToVideoSDPipeline(TextToVideoSDPipeline):
         check_generator(generator, batch, self._execution_device)
 
         device = self._execution_device
-        timesteps, steps = source.lay_grid(self.scheduler, num_inference_steps, strength, device)
+        grid, steps = source.lay_grid(self.scheduler, num_inference_steps, strength, device, False, timesteps, sigmas)
         text, negative = self.encode_prompt(prompt, device, 1, guidance_scale > 1, negative_prompt, prompt_embeds,
                                             negative_prompt_embeds, clip_skip=clip_skip)
         text, negative = (v if v is None else source.spread(v, batch) for v in (text, negative))
@@ -79,10 +82,10 @@ class VideoToVideoSDPipeline(TextToVideoSDPipeline):
             if steps:
                 noise = source.draw_noise(x, generator, "(b f) c h w")
                 start = NoisedVideo(strength, x, noise)
-                x = self.scheduler.add_noise(x, noise, timesteps[:1])
+                x = self.scheduler.add_noise(x, noise, grid[:1])
         x = source.spread(x, batch)
         if steps:
-            x = self.denoise(x, timesteps, steps, text, negative, guidance_scale, eta, generator, callbacks,
+            x = self.denoise(x, grid, steps, text, negative, guidance_scale, eta, generator, callbacks,
                              start)
         video = self._output(x, output_type, decode_chunk_size)
         return TextToVideoSDPipelineOutput(video) if return_dict else (video,)

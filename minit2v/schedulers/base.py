@@ -1,11 +1,11 @@
-"""What all schedulers share: noise, noise levels, prediction types, the counter of the sigma family, the config.
+"""What all schedulers share: noise, noise levels, prediction types, the grid, the config, the state of a run.
 
 x_t = alpha_t x_0 + sigma_t eps, with alpha_t**2 + sigma_t**2 = 1. The tables are float64. A step computes in float32 or
 wider and returns the dtype of the sample it was given.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self
@@ -17,14 +17,18 @@ from torch import Generator, Tensor
 from minit2v_convert.rename import nearest
 
 from .fields import describe, signature
-from .grids import BETA_SCHEDULES, beta_sigmas, exponential_sigmas, karras_sigmas, zero_terminal_snr
+from .grids import BETA_SCHEDULES, GRIDS, zero_terminal_snr
 
 CONFIG_NAME = "scheduler_config.json"
 OWN_FIELDS = "_own_fields"  # in a config: the fields of a class of the user's own, which others keep and hand on
 
+Generators = Generator | list[Generator] | None
+Device = torch.device | str | None
+Timestep = int | float | Tensor
+
 # Every field that some published scheduler takes. Folders name one class and hold fields of others (ModelScope's DDIM
 # file has PNDM's `skip_prk_steps`), so all of these are kept and handed on; anything else is a spelling mistake.
-PUBLISHED_FIELDS = frozenset(
+DIFFUSERS_FIELDS = frozenset(
     """
     algorithm_type alpha_cum_end alpha_cum_start base_image_seq_len base_shift beta_end beta_max beta_min beta_schedule
     beta_start block_length clip_denoised clip_sample clip_sample_range correct_steps corrector_k corrector_order
@@ -44,16 +48,33 @@ PUBLISHED_FIELDS = frozenset(
 )
 
 
+# What a field may be, for every class that has it.
+CHOICES: dict[str, tuple] = {
+    "beta_schedule": tuple(BETA_SCHEDULES),
+    "prediction_type": ("epsilon", "sample", "v_prediction"),
+    "timestep_spacing": ("leading", "linspace", "trailing"),
+    "final_sigmas_type": ("zero", "sigma_min"),
+    # Flow matching: no text-to-video UNet was trained with it.
+    "use_flow_sigmas": (False, None),
+    "use_dynamic_shifting": (False, None),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+    "solver_order": (1, 2, 3),
+    "third_order": ("corrected", "published"),
+    # Our own fields: minit2v/compat.py says what the second value is for.
+    "previous_timestep": ("grid", "ratio"),
+    "noised_at": ("timestep", "counter"),
+    "spaced_timesteps": ("exact", "whole"),
+    "zero_snr": ("honoured", "ignored"),
+}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Noise
 
 
 def randn(
-    shape: Sequence[int],
-    generator: Generator | list[Generator] | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
+    shape: Sequence[int], generator: Generators = None, device: Device = None, dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     """Standard normal noise of `shape`, drawn where the generator lives, then moved to `device`.
 
     A CPU generator thus gives the same numbers on every device. With a list, each generator draws its equal share of
@@ -90,9 +111,11 @@ class SchedulerConfig(dict):
         object.__setattr__(self, "explicit", frozenset(explicit))
 
     def __getattr__(self, name: str) -> Any:
-        if name in self:
+        try:
             return self[name]
-        raise AttributeError(f"the scheduler's config has no field {name!r}{nearest(name, list(self))}")
+        except KeyError:
+            near = nearest(name, list(self))
+            raise AttributeError(f"the scheduler's config has no field {name!r}{near}") from None
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:
         raise AttributeError(f"a scheduler's config is read-only: {_REMADE}")
@@ -118,6 +141,15 @@ class NoiseSchedule:
     beta_end: float = 0.02
     beta_schedule: str = "linear"
     trained_betas: Sequence[float] | None = None
+
+
+def declare(base: type = NoiseSchedule, **defaults: Any) -> type:
+    """The fields of a class: those of `base`, then these, in this order, by position too."""
+    listed = [
+        (name, Any, field(default_factory=value.copy) if isinstance(value, list) else value)
+        for name, value in defaults.items()
+    ]
+    return make_dataclass("Fields", listed, bases=(base,), frozen=True)
 
 
 @dataclass
@@ -148,7 +180,7 @@ class Scheduler:
     """Base of the schedulers. A solver adds its fields, `set_timesteps` and `step`."""
 
     Fields: ClassVar[type[NoiseSchedule]] = NoiseSchedule
-    # What a field may be, and the values of other schedulers' fields of the same name that stand for one of ours.
+    # What fields of this class may be, beside CHOICES; other schedulers' values that stand for one of ours.
     choices: ClassVar[dict[str, tuple]] = {}
     aliases: ClassVar[dict[str, dict[str, str]]] = {}
     # What zero terminal SNR ends at. Solvers in sigma cannot do with 0, and put the smallest number of float16 instead.
@@ -157,7 +189,7 @@ class Scheduler:
 
     def __init_subclass__(cls, **kw: Any):
         super().__init_subclass__(**kw)
-        cls.__doc__ = describe(vars(cls).get("__doc__") or "", cls.field_defaults(), cls.choices)
+        cls.__doc__ = describe(vars(cls).get("__doc__") or "", cls.field_defaults(), CHOICES | cls.choices)
         cls.__signature__ = signature(cls.field_defaults())
 
     def __init__(self, *args: Any, compat: str | None = None, **values: Any):
@@ -175,17 +207,63 @@ class Scheduler:
         given |= values
         self._set_config(_compat_fields(type(self), compat) | given, explicit=given)
 
-        c = self.config
+        self._make_tables()
+        self._constant = frozenset(vars(self)) | {"_constant"}
         self.num_inference_steps: int | None = None
+        self._put_timesteps(range(self.config.num_train_timesteps - 1, -1, -1))
+
+    def _make_tables(self) -> None:
+        """The noise levels of the training."""
         self.betas = self._betas(torch.float64)
         self.alphas_cumprod = self._alphas_cumprod(self.betas)
-        self.timesteps = torch.arange(c.num_train_timesteps - 1, -1, -1)
+        # The level after the last step: clean, or that of timestep 0, on which Stable Diffusion's were trained to end.
+        self.final_alpha_cumprod = torch.ones((), dtype=torch.float64)
+        if self._own("set_alpha_to_one") is False:
+            self.final_alpha_cumprod = self.alphas_cumprod[0]
+
+    def _put_timesteps(self, grid: Iterable[float], device: Any = None, dtype: torch.dtype = torch.int64) -> None:
+        """The timesteps: on `device` for the network, and as numbers for us, so that no step waits for the device."""
+        here = torch.tensor(list(grid), dtype=dtype)
+        self._grid: list[float] = here.tolist()
+        self.timesteps = here.to(device or "cpu")
+
+    def _number(self, timestep: Timestep) -> float:
+        """A timestep as a number. One of `timesteps` on a device is known by its place in memory: nothing waits."""
+        if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
+            if timestep.untyped_storage() is self.timesteps.untyped_storage():
+                return self._grid[timestep.storage_offset() - self.timesteps.storage_offset()]
+        return getattr(timestep, "item", lambda: timestep)()
+
+    # --- the state of a run
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where a run stands: what set_timesteps and step have made. torch.save and torch.load(weights_only) take it.
+
+        The generator's state is the caller's to keep.
+        """
+        names = [n for n in vars(self) if n not in self._constant and not n.startswith("_cached")]
+        run = {n: list(v) if isinstance(v := getattr(self, n), list) else v for n in names}
+        config = {name: value for name, value in self.config.items() if not callable(value)}
+        return {"class": type(self).__name__, "config": config, "run": run}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken, to the bit. Raises ValueError where that was another scheduler."""
+        if state["class"] != type(self).__name__:
+            raise ValueError(f"this is the state of a {state['class']}, not of a {type(self).__name__}")
+        for name in self.field_defaults():
+            if not callable(self.config[name]) and state["config"].get(name) != self.config[name]:
+                was = state["config"].get(name)
+                raise ValueError(f"this is the state of a scheduler with {name}={was!r}, not {self.config[name]!r}")
+        for name in vars(self).keys() - self._constant:
+            delattr(self, name)
+        for name, value in state["run"].items():
+            setattr(self, name, list(value) if isinstance(value, list) else value)
 
     # --- config
 
     @classmethod
     def field_defaults(cls) -> dict[str, Any]:
-        return {f.name: f.default for f in fields(cls.Fields)}
+        return {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(cls.Fields)}
 
     @classmethod
     def _check_fields(cls, names: Iterable[str]) -> None:
@@ -202,17 +280,18 @@ class Scheduler:
             if not _fits(values[name], default):
                 wanted = type(default).__name__
                 raise ValueError(f"{type(self).__name__}: {name} must be of type {wanted}, not {values[name]!r}")
-        for name, allowed in self.choices.items():
-            if values[name] not in allowed:
+        for name, allowed in (CHOICES | self.choices).items():
+            if name in self.field_defaults() and values[name] not in allowed:
                 listed = ", ".join(map(repr, allowed))
                 raise ValueError(f"{type(self).__name__}: {name} must be one of {listed}, not {values[name]!r}")
-        if isinstance(values["trained_betas"], np.ndarray | Tensor):
+        if isinstance(values.get("trained_betas"), np.ndarray | Tensor):
             values["trained_betas"] = values["trained_betas"].tolist()
         if unset := [name for name in self.field_defaults() if name not in given]:
             values["_use_default_values"] = unset
-        if own := sorted(self.field_defaults().keys() - PUBLISHED_FIELDS - _EXTRA_FIELDS):
+        if own := sorted(self.field_defaults().keys() - DIFFUSERS_FIELDS - _EXTRA_FIELDS):
             values[OWN_FIELDS] = own
         self._config = SchedulerConfig(values, explicit)
+        self._own_values = {name: values[name] for name in self.field_defaults()}
 
     @property
     def config(self) -> SchedulerConfig:
@@ -233,7 +312,7 @@ class Scheduler:
         unset = config.get("_use_default_values", ())
         of_users = config.get(OWN_FIELDS, ())
         values = {k: v for k, v in config.items() if k not in unset and k != "_use_default_values"}
-        known = PUBLISHED_FIELDS | own.keys() | _EXTRA_FIELDS | {*of_users}
+        known = DIFFUSERS_FIELDS | own.keys() | _EXTRA_FIELDS | {*of_users}
         for name in values:
             if name not in known and not name.startswith("_"):
                 raise ValueError(f"scheduler config: unknown field {name!r}{nearest(name, sorted(known))}")
@@ -263,18 +342,10 @@ class Scheduler:
 
     @classmethod
     def from_pretrained(
-        cls,
-        path_or_id: str | Path,
-        *,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        compat: str | None = None,
-        **overrides: Any,
-    ) -> Self:
+        cls, path_or_id: str | Path, *, subfolder: str | None = None, revision: str | None = None,
+        local_files_only: bool = False, token: str | bool | None = None, cache_dir: str | Path | None = None,
+        force_download: bool = False, compat: str | None = None, **overrides: Any,
+    ) -> Self:  # fmt: skip
         """From a folder that holds scheduler_config.json, from that file itself, or from a repository on the hub."""
         from ..files.hub import parse_json, read_json
 
@@ -298,6 +369,8 @@ class Scheduler:
         from ..files.hub import write_json
 
         values = {k: v for k, v in self.config.items() if k != "_use_default_values"}
+        if functions := [name for name, value in values.items() if callable(value)]:
+            raise ValueError(f"{type(self).__name__}: {functions[0]} is a function, which no file can hold")
         values["_class_name"] = type(self).__name__
         write_json(Path(folder) / CONFIG_NAME, values)
 
@@ -309,7 +382,7 @@ class Scheduler:
 
     def _own(self, name: str) -> Any:
         """The value of a field, None where only other classes have it (the config may then still hold it for them)."""
-        return self.config[name] if name in self.field_defaults() else None
+        return self._own_values.get(name)
 
     # --- noise levels
 
@@ -325,11 +398,16 @@ class Scheduler:
             raise ValueError(f"trained_betas has {len(betas)} entries for {c.num_train_timesteps} training timesteps")
         if not ((betas > 0) & (betas < 1)).all():
             raise ValueError("every beta must lie between 0 and 1")
-        return zero_terminal_snr(betas) if self._own("rescale_betas_zero_snr") else betas
+        return zero_terminal_snr(betas) if self._ends_in_noise else betas
+
+    @property
+    def _ends_in_noise(self) -> bool:
+        """Whether the last training timestep is pure noise."""
+        return bool(self._own("rescale_betas_zero_snr")) and self._own("zero_snr") != "ignored"
 
     def _alphas_cumprod(self, betas: Tensor) -> Tensor:
         bar = torch.cumprod(1 - betas, 0)
-        if self._own("rescale_betas_zero_snr"):
+        if self._ends_in_noise:
             bar[-1] = self.smallest_alpha_bar
         return bar
 
@@ -355,6 +433,46 @@ class Scheduler:
             raise ValueError(f"{name} must be a list of falling numbers, not {values!r}")
         return chosen
 
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Device = None, timesteps: list[int] | None = None,
+    ) -> None:  # fmt: skip
+        """Lay the grid: so many steps, or these whole timesteps. Raises ValueError where the training has none such."""
+        grid = self._whole_grid(num_inference_steps, timesteps)
+        self._check_first(grid[0])
+        self.num_inference_steps = len(grid)
+        self._put_timesteps(grid, device)
+
+    def _whole_grid(self, n: int | None, timesteps: Sequence[int] | None) -> list[int]:
+        """The grid of solvers that know the table's levels alone: n timesteps by the config's rule, or these."""
+        c = self.config
+        if (n is None) == (timesteps is None):
+            raise ValueError("give num_inference_steps or timesteps, one of them")
+        if timesteps is None:
+            grid = GRIDS[c.timestep_spacing](c.num_train_timesteps, self._count(n), c.steps_offset).round()
+        else:
+            grid = self._custom(timesteps, "timesteps")
+            if (grid != grid.round()).any() or (np.diff(grid) == 0).any():
+                raise ValueError(f"{type(self).__name__} wants whole timesteps, each once, not {timesteps!r}")
+        return self._in_range(grid).astype(np.int64).tolist()
+
+    def _check_first(self, first: int) -> None:
+        """At zero SNR x is pure noise, and an epsilon prediction says nothing about x_0: 0 / 0."""
+        if self.config.prediction_type == "epsilon" and self.alphas_cumprod[first] == 0:
+            raise ValueError(
+                "rescale_betas_zero_snr and prediction_type='epsilon' do not go together from the last timestep on: "
+                "use a v_prediction or sample model, or timestep_spacing='leading'"
+            )
+
+    def _after(self, t: int) -> int:
+        """The timestep where the step from t ends, -1 after the last."""
+        if self._own("previous_timestep") == "ratio":
+            return t - self.config.num_train_timesteps // self.num_inference_steps
+        return next((s for s in self._grid if s < t), -1)
+
+    def _bar(self, t: int) -> float:
+        """alpha_bar at a timestep; below 0, that after the last step."""
+        return torch.cat((self.alphas_cumprod, self.final_alpha_cumprod.reshape(1)))[max(t, -1)].item()
+
     def _rows(self, values: Tensor, x: Tensor) -> Tensor:
         """(n,) float64 levels -> (n, 1, 1, ...) on the device of x, in the dtype in which its step is computed."""
         values = values.to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -379,7 +497,7 @@ class Scheduler:
         """The standard deviation of the noise that the first step expects."""
         return 1.0
 
-    def scale_model_input(self, sample: Tensor, timestep: int | float | Tensor | None = None) -> Tensor:
+    def scale_model_input(self, sample: Tensor, timestep: int | Timestep | None = None) -> Tensor:
         """What the network sees; here the sample itself."""
         return sample
 
@@ -403,7 +521,14 @@ class Scheduler:
                 return out, (x - alpha * out) / sigma
             case "v_prediction":
                 return alpha * x - sigma * out, alpha * out + sigma * x
-        raise ValueError(f"{type(self).__name__}: unknown prediction_type {self.config.prediction_type!r}")
+        raise ValueError(f"unknown prediction_type {self.config.prediction_type!r}")
+
+    def _clip(self, x0: Tensor) -> Tensor:
+        """x_0 as the config wants it clipped."""
+        c = self.config
+        if self._own("thresholding"):
+            return self._threshold(x0)
+        return x0.clamp(-c.clip_sample_range, c.clip_sample_range) if self._own("clip_sample") else x0
 
     def _threshold(self, x0: Tensor) -> Tensor:
         """Dynamic thresholding, per row (Saharia et al., Imagen, arXiv:2205.11487, section 2.3). For pixels only."""
@@ -411,86 +536,6 @@ class Scheduler:
         s = torch.quantile(x0.flatten(1).abs(), c.dynamic_thresholding_ratio, dim=1).clamp(1, c.sample_max_value)
         s = s.reshape(-1, *[1] * (x0.ndim - 1))
         return x0.clamp(-s, s) / s
-
-
-class SigmaScheduler(Scheduler):
-    """Base of the solvers that walk down `sigmas` (sigma_t / alpha_t), one longer than `timesteps`, by a counter."""
-
-    smallest_alpha_bar = 2.0**-24
-
-    def __init__(self, *args: Any, **values: Any):
-        super().__init__(*args, **values)
-        self.timesteps = self.timesteps.float()
-        self.sigmas = torch.cat([self._table().flip(0), torch.zeros(1, dtype=torch.float64)])
-        self.step_index: int | None = None
-        self.begin_index: int | None = None
-        spacings = [n for n in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas") if self._own(n)]
-        if len(spacings) > 1:
-            raise ValueError(f"{type(self).__name__}: choose one of {' and '.join(spacings)}")
-
-    def _table(self, bar: Tensor | None = None) -> Tensor:
-        """(num_train_timesteps,) sigmas, rising."""
-        bar = self.alphas_cumprod if bar is None else bar
-        return ((1 - bar) / bar) ** 0.5
-
-    def _spaced(self, high: float, low: float, n: int) -> np.ndarray | None:
-        """n sigmas by the spacing that the config asks for, None where it asks for none."""
-        # sigma_min and sigma_max are fields of Euler's that DPM-Solver heeds too where its config holds them.
-        low = low if self.config.get("sigma_min") is None else self.config["sigma_min"]
-        high = high if self.config.get("sigma_max") is None else self.config["sigma_max"]
-        if self._own("use_karras_sigmas"):
-            return karras_sigmas(high, low, n)
-        if self._own("use_lu_lambdas") or self._own("use_exponential_sigmas"):
-            return exponential_sigmas(high, low, n)
-        return beta_sigmas(high, low, n) if self._own("use_beta_sigmas") else None
-
-    def _set_grid(self, timesteps: np.ndarray, sigmas: np.ndarray, device: Any, dtype: torch.dtype) -> None:
-        self.num_inference_steps = len(timesteps)
-        self.timesteps = torch.tensor(timesteps.tolist(), dtype=dtype, device=device)
-        self.sigmas = torch.tensor(sigmas, dtype=torch.float64)
-        self.step_index = self.begin_index = None
-
-    def _last_sigma(self) -> float:
-        return 0.0 if self.config.final_sigmas_type == "zero" else self._table()[0].item()
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start at this place of the grid (a pipeline that begins with a noised video)."""
-        self.begin_index = begin_index
-
-    def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
-        """The place of a timestep in the grid; the second one where it occurs twice, so that a start in the middle does
-        not repeat a noise level. Raises ValueError where it does not occur."""
-        grid = self.timesteps if schedule_timesteps is None else schedule_timesteps
-        places = (grid.cpu() == torch.as_tensor(timestep).cpu()).nonzero().flatten().tolist()
-        if not places:
-            raise ValueError(f"{float(timestep):g} is not one of scheduler.timesteps")
-        return places[min(1, len(places) - 1)]
-
-    def _start(self, timestep: float | Tensor) -> int:
-        """The place at which this step starts."""
-        if self.step_index is None and self.begin_index is None:
-            # From the top even where the top occurs twice (fractional timesteps, cut off): a run begins there.
-            first = float(timestep) == float(self.timesteps[0])
-            self.step_index = 0 if first else self.index_for_timestep(timestep)
-        elif self.step_index is None:
-            self.step_index = self.begin_index
-        if self.step_index >= len(self.timesteps):
-            raise ValueError(f"all {len(self.timesteps)} steps are done; call set_timesteps for another video")
-        return self.step_index
-
-    def _scales(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """(alpha, sigma) of the solver's own x at a noise level."""
-        raise NotImplementedError
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Noise for the solver's own x, at the given timesteps; after set_begin_index, at the place where it stands."""
-        timesteps = torch.as_tensor(timesteps).reshape(-1)
-        if self.begin_index is None:
-            places = [self.index_for_timestep(t) for t in timesteps]
-        else:
-            places = [self.begin_index if self.step_index is None else self.step_index] * len(timesteps)
-        alpha, sigma = (self._rows(v, original_samples) for v in self._scales(self.sigmas[places]))
-        return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
 
 
 def _fits(value: Any, default: Any) -> bool:
@@ -506,7 +551,10 @@ def _fits(value: Any, default: Any) -> bool:
 
 
 # Fields that we add to the published ones (minit2v/compat.py lists them with their reasons).
-_EXTRA_FIELDS = frozenset({"previous_timestep", "sde_third_order", "average"})
+_EXTRA_FIELDS = frozenset(
+    "average final_level history last_noise noise_path noised_at previous_timestep spaced_timesteps third_order"
+    " zero_snr".split()
+)
 
 
 def _compat_fields(cls: type[Scheduler], compat: str | None) -> dict[str, Any]:

@@ -1,15 +1,12 @@
-"""DDIM."""
+"""DDIM, and DDIM backwards."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from .base import NoiseSchedule, Scheduler, SchedulerOutput, randn
-from .grids import BETA_SCHEDULES, leading, linspace, trailing
+from .base import Device, Generators, Scheduler, SchedulerOutput, Timestep, declare, randn
+from .grids import GRIDS
 
 
 class DDIMScheduler(Scheduler):
@@ -20,88 +17,34 @@ class DDIMScheduler(Scheduler):
     `trailing`.
     """
 
-    @dataclass(frozen=True)
-    class Fields(NoiseSchedule):
-        clip_sample: bool = True
-        set_alpha_to_one: bool = True
-        steps_offset: int = 0
-        prediction_type: str = "epsilon"
-        thresholding: bool = False
-        dynamic_thresholding_ratio: float = 0.995
-        clip_sample_range: float = 1.0
-        sample_max_value: float = 1.0
-        timestep_spacing: str = "leading"
-        rescale_betas_zero_snr: bool = False
-        previous_timestep: str = "grid"
-
-    choices = {
-        "beta_schedule": tuple(BETA_SCHEDULES),
-        "prediction_type": ("epsilon", "sample", "v_prediction"),
-        "timestep_spacing": ("leading", "linspace", "trailing"),
-        "previous_timestep": ("grid", "ratio"),
-    }
+    Fields = declare(
+        clip_sample=True, set_alpha_to_one=True, steps_offset=0, prediction_type="epsilon", thresholding=False,
+        dynamic_thresholding_ratio=0.995, clip_sample_range=1.0, sample_max_value=1.0, timestep_spacing="leading",
+        rescale_betas_zero_snr=False, previous_timestep="grid",
+    )  # fmt: skip
 
     def __init__(self, *args: Any, **values: Any):
         super().__init__(*args, **values)
         if self.config.timestep_spacing != "leading":
-            self._check_terminal(self.config.num_train_timesteps - 1)
-        # The level after the last step: clean, or that of timestep 0, on which Stable Diffusion's were trained to end.
-        self.final_alpha_cumprod = torch.ones((), dtype=torch.float64)
-        if not self.config.set_alpha_to_one:
-            self.final_alpha_cumprod = self.alphas_cumprod[0]
-
-    def _check_terminal(self, first: int) -> None:
-        """At zero SNR x is pure noise, and an epsilon prediction says nothing about x_0: 0 / 0."""
-        if self.config.prediction_type == "epsilon" and self.alphas_cumprod[first] == 0:
-            raise ValueError(
-                "rescale_betas_zero_snr and prediction_type='epsilon' do not go together from the last timestep on: "
-                "use a v_prediction or sample model, or timestep_spacing='leading'"
-            )
-
-    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Lay the grid. Raises ValueError where it does not fit the training timesteps."""
-        c, n = self.config, self._count(num_inference_steps)
-        grid = {"leading": leading, "linspace": linspace, "trailing": trailing}[c.timestep_spacing]
-        timesteps = self._in_range(grid(c.num_train_timesteps, n, c.steps_offset).round().astype(np.int64))
-        self._falling = timesteps.tolist()
-        self._check_terminal(self._falling[0])
-        self.num_inference_steps = n
-        self.timesteps = torch.tensor(self._falling, device=device)
-
-    def _alpha_bar_after(self, t: int) -> Tensor:
-        """alpha_bar where the step from t ends."""
-        if self.config.previous_timestep == "grid":
-            after = next((s for s in self._falling if s < t), -1)
-        else:
-            after = t - self.config.num_train_timesteps // self.num_inference_steps
-        return self.alphas_cumprod[after] if after >= 0 else self.final_alpha_cumprod
+            self._check_first(self.config.num_train_timesteps - 1)
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        eta: float = 0.0,
-        use_clipped_model_output: bool = False,
-        generator: Generator | list[Generator] | None = None,
-        variance_noise: Tensor | None = None,
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, eta: float = 0.0,
+        use_clipped_model_output: bool = False, generator: Generators = None, variance_noise: Tensor | None = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput:
+    ) -> SchedulerOutput:  # fmt: skip
         """x_t (b, ...) -> x_s, equations (12) and (16) of the paper; eta = 0 is deterministic, 1 is DDPM.
 
         use_clipped_model_output: the noise is worked out again from the clipped x_0. variance_noise: instead of
         drawing. Raises ValueError where eta is too large for the step, or noise and generator are both given.
         """
         out, x = self._widen(model_output, sample)
-        c, t = self.config, int(timestep)
-        bar_t, bar_s = self.alphas_cumprod[t].item(), self._alpha_bar_after(t).item()
+        t = int(self._number(timestep))
+        bar_t, bar_s = self._bar(t), self._bar(self._after(t))
         alpha, sigma = math.sqrt(bar_t), math.sqrt(1 - bar_t)
 
         x0, eps = self._x0_and_eps(out, x, alpha, sigma)
-        if c.thresholding:
-            x0 = self._threshold(x0)
-        elif c.clip_sample:
-            x0 = x0.clamp(-c.clip_sample_range, c.clip_sample_range)
+        x0 = self._clip(x0)
         if use_clipped_model_output:
             eps = (x - alpha * x0) / sigma
 
@@ -119,3 +62,50 @@ class DDIMScheduler(Scheduler):
             x = x + std * variance_noise
         x, x0 = x.to(sample.dtype), x0.to(sample.dtype)
         return SchedulerOutput(x, x0) if return_dict else (x, x0)
+
+
+class DDIMInverseScheduler(Scheduler):
+    """DDIM's steps turned round, from a clean sample up to its noise (arXiv:2010.02502, section 4.3).
+
+    As published, the step that DDIM makes from t down to s is undone with the prediction at t of the sample at s.
+    previous_timestep: s is the timestep before in the grid ("grid"), or num_train_timesteps // num_inference_steps
+    below ("ratio"), which misses the grid often with `trailing`.
+    """
+
+    Fields = declare(
+        clip_sample=True, set_alpha_to_one=True, steps_offset=0, prediction_type="epsilon", clip_sample_range=1.0,
+        timestep_spacing="leading", rescale_betas_zero_snr=False, previous_timestep="grid",
+    )  # fmt: skip
+
+    def __init__(self, *args: Any, **values: Any):
+        super().__init__(*args, **values)
+        self._put_timesteps(range(self.config.num_train_timesteps))
+
+    def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
+        """Lay the grid, which rises. Raises ValueError where it does not fit the training timesteps."""
+        c, n = self.config, self._count(num_inference_steps)
+        grid = self._in_range(GRIDS[c.timestep_spacing](c.num_train_timesteps, n, c.steps_offset).round())
+        self.num_inference_steps = n
+        self._put_timesteps(grid[::-1].astype(int), device)
+
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True,
+    ) -> SchedulerOutput:  # fmt: skip
+        """x_s (b, ...) -> x_t at this timestep: equation (12) of the paper, from the less noisy to the noisier."""
+        out, x = self._widen(model_output, sample)
+        t = int(self._number(timestep))
+        bar_s, bar_t = self._bar(self._after(t)), self._bar(t)
+        if bar_s == 1 and self.config.prediction_type == "sample":
+            raise ValueError("from a clean sample, a prediction of it says nothing about its noise: "
+                             "set_alpha_to_one=False")  # fmt: skip
+        x0, eps = self._x0_and_eps(out, x, math.sqrt(bar_s), math.sqrt(1 - bar_s))
+        x0 = self._clip(x0)
+        x = math.sqrt(bar_t) * x0 + math.sqrt(1 - bar_t) * eps
+        x, x0 = x.to(sample.dtype), x0.to(sample.dtype)
+        return SchedulerOutput(x, x0) if return_dict else (x, x0)
+
+    def _after(self, t: int) -> int:
+        """Where the sample is: at the timestep before in the grid, clean (-1) before the first."""
+        if self.config.previous_timestep == "ratio":
+            return t - self.config.num_train_timesteps // self.num_inference_steps
+        return max((s for s in self._grid if s < t), default=-1)

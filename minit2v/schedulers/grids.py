@@ -69,6 +69,10 @@ def trailing(total: int, n: int, offset: int = 0, step: float | None = None) -> 
     return np.round(np.arange(total, 0, -(step or total / n)))[:n] - 1
 
 
+GRIDS = {"leading": leading, "linspace": linspace, "trailing": trailing}
+OPEN_GRIDS = {"leading": leading_open, "linspace": linspace_open, "trailing": trailing}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Spacings: n sigmas from `high` down to `low`
 

@@ -389,7 +389,9 @@ def draw_batch(rng: random.Random, latents: Tensor, frames: int, batch: int) -> 
 
 def make_scheduler() -> DPMSolverMultistepScheduler:
     """SD's schedule, brought to zero SNR at its end (Lin et al. 2023, arXiv:2305.08891)."""
-    return DPMSolverMultistepScheduler(
+    # Solvers that clip would clip latents, as if they were pixels, if the file did not say otherwise.
+    return DPMSolverMultistepScheduler.from_config(
+        {"clip_sample": False},
         beta_schedule="scaled_linear",
         beta_start=0.00085,
         beta_end=0.012,

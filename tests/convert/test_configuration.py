@@ -34,7 +34,7 @@ def open_clip(text: dict[str, Tensor]) -> dict[str, Tensor]:
     config = {**configs.CLIP_H, "hidden_size": dim, "num_hidden_layers": layers, "intermediate_size": 40,
               "vocab_size": text["text_model.embeddings.token_embedding.weight"].shape[0]}  # fmt: skip
     entries = modelscope.OPEN_CLIP.table(config).entries
-    state = {e.original[0]: torch.cat([text[n] for n in e.published]) for e in entries}
+    state = {e.authors[0]: torch.cat([text[n] for n in e.diffusers]) for e in entries}
     last, before = f"resblocks.{layers}.", f"resblocks.{layers - 1}."
     state |= {n.replace(before, last): x + 1 for n, x in state.items() if before in n}
     return {**state, "visual.proj": torch.rand(3), "text_projection": torch.rand(dim, dim),
@@ -47,10 +47,10 @@ def folder(tmp_path_factory, make_official_folder) -> Path:
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory, folder) -> Path:
+def authors(tmp_path_factory, folder) -> Path:
     """All four files."""
-    path = tmp_path_factory.mktemp("modelscope") / "original"
-    convert(folder, path, to="original")
+    path = tmp_path_factory.mktemp("modelscope") / "authors"
+    convert(folder, path, to="authors")
     torch.save(open_clip(load_file(folder / "text_encoder/model.safetensors")), path / "open_clip_pytorch_model.bin")
     return path
 
@@ -140,8 +140,8 @@ def test_values_of_other_kinds_end_in_one_line():
 # ---------------------------------------------------------------------------------------------------------- the folder
 
 
-def test_a_whole_folder_there_and_back(folder, original, tmp_path):
-    work = convert(original, tmp_path / "out", tokenizer=folder / "tokenizer")
+def test_a_whole_folder_there_and_back(folder, authors, tmp_path):
+    work = convert(authors, tmp_path / "out", tokenizer=folder / "tokenizer")
     for part in ("unet", "vae", "text_encoder"):
         (have,), (want,) = ([*(p / part).glob("*.safetensors")] for p in (tmp_path / "out", folder))
         have, want = load_file(have), load_file(want)
@@ -150,17 +150,17 @@ def test_a_whole_folder_there_and_back(folder, original, tmp_path):
     differ = {n for n in had.keys() & wanted.keys() if had[n] != wanted[n]}
     assert differ == {"_diffusers_version", "sample_size"}  # which is nowhere
     assert not [note for note in work.notes if "missing" in note or "scheduler" in note]
-    convert(tmp_path / "out", tmp_path / "again", to="original")
+    convert(tmp_path / "out", tmp_path / "again", to="authors")
     assert json.loads((tmp_path / "again/configuration.json").read_text()) == json.loads(
-        (original / "configuration.json").read_text())
+        (authors / "configuration.json").read_text())
     for name in ("text2video_pytorch_model.pth", "VQGAN_autoencoder.pth"):
-        have, want = (torch.load(p / name, weights_only=True) for p in (tmp_path / "again", original))
+        have, want = (torch.load(p / name, weights_only=True) for p in (tmp_path / "again", authors))
         have, want = (x.get("state_dict", x) for x in (have, want))
         assert list(have) == list(want) and all(torch.equal(have[n], x) for n, x in want.items())
 
 
-def test_what_the_noise_was_is_taken_over(original, folder, tmp_path):
-    shutil.copytree(original, tmp_path / "v")
+def test_what_the_noise_was_is_taken_over(authors, folder, tmp_path):
+    shutil.copytree(authors, tmp_path / "v")
     changed(tmp_path / "v/configuration.json", mean_type="v", num_timesteps=500)
     convert(tmp_path / "v", tmp_path / "out", tokenizer=folder / "tokenizer")
     scheduler = DDIMScheduler.from_pretrained(tmp_path / "out", subfolder="scheduler")
@@ -169,13 +169,13 @@ def test_what_the_noise_was_is_taken_over(original, folder, tmp_path):
     tokenizer = TextToVideoSDPipeline.from_pretrained(folder).tokenizer
     pipe = DiffusionPipeline.from_pretrained(tmp_path / "v", tokenizer=tokenizer)
     assert isinstance(pipe, TextToVideoSDPipeline) and pipe.scheduler.config.prediction_type == "v_prediction"
-    convert(tmp_path / "out", tmp_path / "again", to="original")
+    convert(tmp_path / "out", tmp_path / "again", to="authors")
     content = json.loads((tmp_path / "again/configuration.json").read_text())["model"]["model_cfg"]
     assert (content["mean_type"], content["num_timesteps"]) == ("v", 500)
 
 
-def test_it_is_checked_against_the_weights(original, tmp_path):
-    shutil.copytree(original, folder := tmp_path / "o")
+def test_it_is_checked_against_the_weights(authors, tmp_path):
+    shutil.copytree(authors, folder := tmp_path / "o")
     path = folder / "configuration.json"
     changed(path, unet_dim=48)
     with pytest.raises(ValueError, match=r"configuration.json says block_out_channels \[48, 96\], and the weights in .*"
@@ -198,8 +198,8 @@ def test_it_is_checked_against_the_weights(original, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_other_files_beside_them_are_left_out(original, tmp_path):
-    shutil.copytree(original, folder := tmp_path / "o")
+def test_other_files_beside_them_are_left_out(authors, tmp_path):
+    shutil.copytree(authors, folder := tmp_path / "o")
     shutil.copy(folder / "text2video_pytorch_model.pth", folder / "old.pth")
     (folder / "open_clip_pytorch_model.bin").unlink()
     work = convert(folder, tmp_path / "x", dry_run=True)
@@ -210,11 +210,11 @@ def test_other_files_beside_them_are_left_out(original, tmp_path):
         convert(folder, tmp_path / "x")
 
 
-def test_it_is_inspected(original, tmp_path):
-    lines, good = report(str(original))
+def test_it_is_inspected(authors, tmp_path):
+    lines, good = report(str(authors))
     assert good and lines[-1] == "configuration.json: num_train_timesteps 1000, prediction_type epsilon"
     assert [line for line in lines if line.startswith("ModelScope's UNetSD")] and lines.count("complete") == 3
-    shutil.copytree(original, folder := tmp_path / "o")
+    shutil.copytree(authors, folder := tmp_path / "o")
     changed(folder / "configuration.json", unet_out_dim=3)
     lines, good = report(str(folder))
     assert not good and any(line.startswith("wrong: configuration.json says out_channels 3") for line in lines)
@@ -224,13 +224,13 @@ def test_it_is_inspected(original, tmp_path):
     assert not good and "configuration.json: VQGAN_autoencoder.pth is not there" in lines
 
 
-def test_it_is_run(folder, original, tmp_path, monkeypatch):
+def test_it_is_run(folder, authors, tmp_path, monkeypatch):
     """The same frames as from the folder, in Python and by the command; only the tokenizer is another's."""
     from minit2v import cli
     from minit2v.files.video import load_video
 
     want = TextToVideoSDPipeline.from_pretrained(folder)
-    have = DiffusionPipeline.from_pretrained(original, tokenizer=want.tokenizer)
+    have = DiffusionPipeline.from_pretrained(authors, tokenizer=want.tokenizer)
     assert type(have) is TextToVideoSDPipeline
     made = []
     for pipe in (want, have):
@@ -239,13 +239,13 @@ def test_it_is_run(folder, original, tmp_path, monkeypatch):
         made.append(pipe("a cat", num_frames=2, height=16, width=16, num_inference_steps=2, output_type="latent",
                          generator=torch.Generator().manual_seed(0)).frames)  # fmt: skip
     assert torch.equal(*made) and made[0].std() > 0
-    unet = UNet3DConditionModel.from_pretrained(original)
+    unet = UNet3DConditionModel.from_pretrained(authors)
     assert all(torch.equal(x, want.unet.state_dict()[n]) for n, x in unet.state_dict().items())
 
-    family = replace(module.FAMILIES["UNet3DConditionModel"], published=str(folder))
+    family = replace(module.FAMILIES["UNet3DConditionModel"], repository=str(folder))
     monkeypatch.setitem(module.FAMILIES, "UNet3DConditionModel", family)
     frames = []
-    for model in (folder, original):
+    for model in (folder, authors):
         out = tmp_path / f"{model.name}.mp4"
         assert cli.main(["generate", "a cat", f"--model={model}", "--num-frames=2", "--steps=2", "--height=16",
                          "--width=16", "--seed=0", "--scheduler=ddim", "-o", str(out)]) == 0  # fmt: skip

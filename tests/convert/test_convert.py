@@ -79,16 +79,16 @@ def test_a_folder_to_a_single_file_and_back(image_model, tmp_path, name):
 
 
 def test_modelscope_s_files_and_back(video_model, tmp_path):
-    work = convert(video_model, tmp_path / "original", to="original")
-    assert sorted(p.name for p in (tmp_path / "original").iterdir()) == [
+    work = convert(video_model, tmp_path / "authors", to="authors")
+    assert sorted(p.name for p in (tmp_path / "authors").iterdir()) == [
         "VQGAN_autoencoder.pth", "configuration.json", "text2video_pytorch_model.pth"]  # fmt: skip
-    assert any("keep the original file" in note for note in work.notes)
+    assert any("keep the authors' file" in note for note in work.notes)
     assert "configuration.json: cannot say norm_num_groups 8; in the authors' code it is 32" in work.notes
-    work = convert(tmp_path / "original", tmp_path / "again", config=video_model)
+    work = convert(tmp_path / "authors", tmp_path / "again", config=video_model)
     for part in ("unet", "vae"):
         same(weights(tmp_path / "again" / part), weights(video_model / part))
     assert {"text_encoder"} == {note.split()[0] for note in work.notes if "is missing" in note}
-    unet = tmp_path / "original" / "text2video_pytorch_model.pth"
+    unet = tmp_path / "authors" / "text2video_pytorch_model.pth"
     convert(unet, tmp_path / "unet", dtype=torch.float16)  # one network needs no subfolder
     half = weights(tmp_path / "unet")
     same(half, {name: x.half() for name, x in weights(video_model / "unet").items()})
@@ -99,7 +99,7 @@ def test_modelscope_s_files_and_back(video_model, tmp_path):
 # ------------------------------------------------------------------------------------------------- in the same layout
 
 
-@pytest.mark.parametrize("to", ["original", "single-file"])
+@pytest.mark.parametrize("to", ["authors", "single-file"])
 def test_a_single_file_in_another_dtype_and_container(single, tmp_path, to):
     """And back: nothing is renamed."""
     convert(single, tmp_path / "half.ckpt", to, torch.float16)
@@ -118,7 +118,7 @@ def test_what_is_not_converted_stays_too(single, tmp_path):
                 "model_ema.num_updates": torch.tensor(7, dtype=torch.int32),
                 "model_ema." + name.removeprefix("model.").replace(".", ""): tensors[name] + 1}  # fmt: skip
     torch.save({"state_dict": tensors, "epoch": 3}, tmp_path / "model.ckpt")
-    work = convert(tmp_path / "model.ckpt", tmp_path / "out", "original", torch.float16)
+    work = convert(tmp_path / "model.ckpt", tmp_path / "out", "authors", torch.float16)
     assert work.notes == ["model.ckpt: 'epoch' left out, how far the training was"]
     state = open_file(tmp_path / "out" / "model.ckpt").tensors
     exact = {"betas", "model_ema.decay", "model_ema.num_updates"}
@@ -126,8 +126,8 @@ def test_what_is_not_converted_stays_too(single, tmp_path):
 
 
 def test_modelscope_s_folder_in_another_dtype(video_model, tmp_path):
-    convert(video_model, tmp_path / "o", "original")
-    convert(tmp_path / "o", tmp_path / "half", "original", torch.bfloat16)
+    convert(video_model, tmp_path / "o", "authors")
+    convert(tmp_path / "o", tmp_path / "half", "authors", torch.bfloat16)
     assert sorted(p.name for p in (tmp_path / "half").iterdir()) == sorted(p.name for p in (tmp_path / "o").iterdir())
     for name in ("text2video_pytorch_model.pth", "VQGAN_autoencoder.pth"):
         have, want = (open_file(tmp_path / f / name) for f in ("half", "o"))
@@ -137,26 +137,26 @@ def test_modelscope_s_folder_in_another_dtype(video_model, tmp_path):
     assert here.read_bytes() == there.read_bytes()
 
 
-def test_what_has_no_original_says_so(single, video_model, tmp_path):
-    convert(video_model, tmp_path / "o", "original")
-    with pytest.raises(ValueError, match="ModelScope's UNetSD is no single file: original is its layout"):
+def test_what_has_no_authors_file_says_so(single, video_model, tmp_path):
+    convert(video_model, tmp_path / "o", "authors")
+    with pytest.raises(ValueError, match="ModelScope's UNetSD is no single file: authors is its layout"):
         convert(tmp_path / "o" / "text2video_pytorch_model.pth", tmp_path / "x.safetensors", "single-file")
     generator = torch.Generator().manual_seed(0)
     motion = {n: torch.randn(s, generator=generator) for n, s in shapes.motion_adapter(SMALL_MOTION).items()}
     save_file(motion, tmp_path / "adapter.safetensors")
-    convert(tmp_path / "adapter.safetensors", tmp_path / "mm.ckpt", "original")
+    convert(tmp_path / "adapter.safetensors", tmp_path / "mm.ckpt", "authors")
     image = {n: torch.randn(s, generator=generator) for n, s in shapes.unet2d(SMALL_IMAGE).items()}
     torch.save({"state_dict": {**open_file(tmp_path / "mm.ckpt").tensors, **image}}, tmp_path / "trainer.ckpt")
     with pytest.raises(ValueError, match=r"AnimateDiff trainer's whole UNet \(trainer\), not of diffusers: convert it"):
-        convert(tmp_path / "trainer.ckpt", tmp_path / "x", "original")
+        convert(tmp_path / "trainer.ckpt", tmp_path / "x", "authors")
     for what in ("ema", "tokenizer", "config"):
         with pytest.raises(ValueError, match=f"{what}: only a folder in the layout of diffusers has any use for it"):
-            convert(single, tmp_path / "x", "original", **{what: True})
+            convert(single, tmp_path / "x", "authors", **{what: True})
     broken = open_file(single).tensors
     del broken["model.diffusion_model.out.2.bias"]
     save_file(broken, tmp_path / "broken.safetensors")
     with pytest.raises(ValueError, match="broken.safetensors.* 1 missing: 'model.diffusion_model.out.2.bias'"):
-        convert(tmp_path / "broken.safetensors", tmp_path / "x", "original")
+        convert(tmp_path / "broken.safetensors", tmp_path / "x", "authors")
 
 
 def test_bin_in_and_out(video_model, tmp_path):
@@ -373,9 +373,9 @@ def test_a_pipeline_that_lacks_a_network(image_model, tmp_path):
 
 
 def test_modelscope_s_files_of_which_one_is_not_there(video_model, tmp_path):
-    convert(video_model, tmp_path / "o", to="original")
+    convert(video_model, tmp_path / "o", to="authors")
     (tmp_path / "o/VQGAN_autoencoder.pth").unlink()
-    work = convert(tmp_path / "o", tmp_path / "x", "original", dry_run=True)
+    work = convert(tmp_path / "o", tmp_path / "x", "authors", dry_run=True)
     assert "configuration.json names VQGAN_autoencoder.pth as the vae, and it is not there" in work.notes
     shutil.copy(next(video_model.glob("vae/*.safetensors")), tmp_path / "o/VQGAN_autoencoder.pth")
     (tmp_path / "o/text2video_pytorch_model.pth").unlink()
@@ -404,7 +404,7 @@ SMALL_IMAGE = {**configs.UNET2D, "block_out_channels": [32, 64], "layers_per_blo
 def test_a_motion_module_there_and_back_and_loaded(tmp_path):
     adapter = MotionAdapter(**{k: v for k, v in SMALL_MOTION.items() if not k.startswith("_")})
     adapter.save_pretrained(tmp_path / "adapter")
-    convert(tmp_path / "adapter", tmp_path / "mm.ckpt", to="original")
+    convert(tmp_path / "adapter", tmp_path / "mm.ckpt", to="authors")
     names = open_file(tmp_path / "mm.ckpt").header
     assert "down_blocks.0.motion_modules.0.temporal_transformer.proj_in.weight" in names
     convert(tmp_path / "mm.ckpt", tmp_path / "again")
@@ -420,20 +420,20 @@ def test_a_lora_is_a_file(tmp_path):
     generator = torch.Generator().manual_seed(0)
     state = {f"unet.{n}": torch.randn(s, generator=generator) for n, s in shapes.motion_lora(config).items()}
     save_file(state, tmp_path / "lora.safetensors")
-    convert(tmp_path / "lora.safetensors", tmp_path / "lora.ckpt", to="original")
+    convert(tmp_path / "lora.safetensors", tmp_path / "lora.ckpt", to="authors")
     assert any("processor.to_q_lora.down" in name for name in open_file(tmp_path / "lora.ckpt").header)
     convert(tmp_path / "lora.ckpt", tmp_path / "again.safetensors")
     same(load_file(tmp_path / "again.safetensors"), state)
 
 
-def test_a_lora_of_two_networks_has_no_original(tmp_path):
+def test_a_lora_of_two_networks_has_no_authors_file(tmp_path):
     unet = shapes.spatial_lora({**configs.UNET2D, "rank": 2})
     text = shapes.lora({"text_model.encoder.layers.0.self_attn.q_proj.weight": (768, 768)}, 2)
     state = {f"unet.{n}": torch.zeros(s) for n, s in unet.items()}
     state |= {f"text_encoder.{n}": torch.zeros(s) for n, s in text.items()}
     save_file(state, tmp_path / "lora.safetensors")
-    with pytest.raises(ValueError, match="a LoRA of 2 networks has no original file, which is of one"):
-        convert(tmp_path / "lora.safetensors", tmp_path / "out", to="original")
+    with pytest.raises(ValueError, match="a LoRA of 2 networks has no file of the authors, which is of one"):
+        convert(tmp_path / "lora.safetensors", tmp_path / "out", to="authors")
     assert [p.name for p in tmp_path.iterdir()] == ["lora.safetensors"]
 
 
@@ -474,8 +474,8 @@ def test_what_is_not_in_the_file_is_said(single, tmp_path):
 
 def test_a_dry_run_writes_nothing_and_prints_each_tensor(tmp_path):
     """At full size: the header is all that there is of this file."""
-    table = animatediff.MODULES.table(animatediff.PUBLISHED_MOTION["v1"])
-    manifest = {n: (e.original_shape(table.shapes), "F16") for e in table.entries for n in e.original}
+    table = animatediff.MODULES.table(animatediff.MOTION_CONFIGS["v1"])
+    manifest = {n: (e.authors_shape(table.shapes), "F16") for e in table.entries for n in e.authors}
     path = write_sparse_safetensors(tmp_path / "mm.safetensors", manifest)
     work = convert(path, tmp_path / "out", dry_run=True)
     assert not (tmp_path / "out").exists()
@@ -489,8 +489,8 @@ def test_a_dry_run_writes_nothing_and_prints_each_tensor(tmp_path):
 def test_what_a_file_cannot_hold_is_said(image_model, video_model, tmp_path):
     work = convert(image_model, tmp_path / "x.safetensors", "single-file", dry_run=True)
     for name in ("tokenizer", "scheduler"):
-        assert f"{name} is left out: an original has weights alone" in work.notes
-    notes = convert(video_model, tmp_path / "o", "original", dry_run=True).notes
+        assert f"{name} is left out: the authors' layout has weights alone" in work.notes
+    notes = convert(video_model, tmp_path / "o", "authors", dry_run=True).notes
     assert any(n.startswith("tokenizer is left out: ") for n in notes)
     assert not any(n.startswith("scheduler is left out") for n in notes)  # which configuration.json has
 
@@ -516,7 +516,8 @@ def test_what_nothing_would_read_is_not_written(image_model, tmp_path):
 
 def test_wrong_calls(single, image_model, tmp_path):
     for says, args in (
-        ("no layout 'original-file'", (single, tmp_path / "x", "original-file")),
+        ("no layout 'author' .nearest: 'authors'.", (single, tmp_path / "x", "author")),
+        ("no layout 'original'.*authors", (single, tmp_path / "x", "original")),
         ("need a folder", (single, tmp_path / "x.safetensors")),
         ("has no weights; the files there: merges.txt", (image_model / "tokenizer", tmp_path / "x")),
         ("not torch.int8", (single, tmp_path / "x", "diffusers", torch.int8)),
@@ -709,7 +710,7 @@ def test_a_pipeline_around_modelscope_s_unet(video_model, tmp_path):
     """The rest comes from a folder."""
     from minit2v import DiffusionPipeline, TextToVideoSDPipeline
 
-    convert(video_model, tmp_path / "o", to="original")
+    convert(video_model, tmp_path / "o", to="authors")
     file = tmp_path / "o" / "text2video_pytorch_model.pth"
     with pytest.raises(ValueError, match="has no vae: give it as vae=..., or a folder or hub id"):
         DiffusionPipeline.from_single_file(file)
@@ -728,8 +729,8 @@ def test_the_command_line_takes_files_too(tmp_path, make_official_folder, monkey
     adapter = MotionAdapter(**{k: v for k, v in SMALL_MOTION.items() if not k.startswith("_")})
     adapter.save_pretrained(tmp_path / "adapter")
     convert(folder, base := tmp_path / "model.ckpt", to="single-file")
-    convert(tmp_path / "adapter", motion := tmp_path / "mm.ckpt", to="original")
-    family = replace(module.FAMILIES["UNet2DConditionModel"], published=str(folder))
+    convert(tmp_path / "adapter", motion := tmp_path / "mm.ckpt", to="authors")
+    family = replace(module.FAMILIES["UNet2DConditionModel"], repository=str(folder))
     monkeypatch.setitem(module.FAMILIES, "UNet2DConditionModel", family)
     made = []
     for b, a in ((folder, tmp_path / "adapter"), (base, motion)):

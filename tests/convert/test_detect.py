@@ -12,31 +12,31 @@ import pytest
 from minit2v_convert import animatediff, ldm, shapes
 from minit2v_convert.detect import LAYOUTS, SIZES, Header, Kind, detect
 
-FILES = json.loads(gzip.decompress((Path(__file__).parents[1] / "data" / "originals.json.gz").read_bytes()))
+FILES = json.loads(gzip.decompress((Path(__file__).parents[1] / "data" / "authors_files.json.gz").read_bytes()))
 SD = "Stable Diffusion 1.5, Stable Diffusion's, CLIP ViT-L/14"
 
-ORIGINAL = {  # file: title, layout, version, positions, ignored tensors
-    "text2video_pytorch_model": ("ModelScope's UNetSD", "original", "ModelScope or Zeroscope", None, 0),
+AUTHORS_FILES = {  # file: title, layout, version, positions, ignored tensors
+    "text2video_pytorch_model": ("ModelScope's UNetSD", "authors", "ModelScope or Zeroscope", None, 0),
     "VQGAN_autoencoder.first_stage_model": (
-        "VAE in a checkpoint (ModelScope's VQGAN_autoencoder.pth)", "original", "Stable Diffusion's", None, 0),
-    "open_clip_pytorch_model": ("OpenCLIP", "original", "OpenCLIP ViT-H/14", 77, 406),
-    "open_clip_pytorch_model.text_only": ("OpenCLIP", "original", "OpenCLIP ViT-H/14", 77, 14),
-    "mm_sd_v15": ("AnimateDiff motion module", "original", "v1", 24, 0),
-    "mm_sd_v15_v2": ("AnimateDiff motion module", "original", "v2", 32, 0),
-    "v3_sd15_mm": ("AnimateDiff motion module", "original", "v3", 32, 0),
-    "mm_sdxl_v10_beta": ("AnimateDiff motion module", "original", "sdxl", 32, 0),
-    "AnimateLCM_sd15_t2v": ("AnimateDiff motion module", "original", "v2 without positions", None, 0),
-    "v2_lora": ("AnimateDiff motion LoRA", "original", "v2", None, 0),
+        "VAE in a checkpoint (ModelScope's VQGAN_autoencoder.pth)", "authors", "Stable Diffusion's", None, 0),
+    "open_clip_pytorch_model": ("OpenCLIP", "authors", "OpenCLIP ViT-H/14", 77, 406),
+    "open_clip_pytorch_model.text_only": ("OpenCLIP", "authors", "OpenCLIP ViT-H/14", 77, 14),
+    "mm_sd_v15": ("AnimateDiff motion module", "authors", "v1", 24, 0),
+    "mm_sd_v15_v2": ("AnimateDiff motion module", "authors", "v2", 32, 0),
+    "v3_sd15_mm": ("AnimateDiff motion module", "authors", "v3", 32, 0),
+    "mm_sdxl_v10_beta": ("AnimateDiff motion module", "authors", "sdxl", 32, 0),
+    "AnimateLCM_sd15_t2v": ("AnimateDiff motion module", "authors", "v2 without positions", None, 0),
+    "v2_lora": ("AnimateDiff motion LoRA", "authors", "v2", None, 0),
     "animatediff-motion-lora": ("AnimateDiff motion LoRA", "diffusers", "v2", None, 0),
-    "v3_sd15_adapter": ("AnimateDiff domain adapter", "original", "v3", None, 0),
+    "v3_sd15_adapter": ("AnimateDiff domain adapter", "authors", "v3", None, 0),
     "animatediff-motion-lora-v1-5-3": ("AnimateDiff domain adapter", "diffusers", "v3", None, 0),
-    "v3_sd15_sparsectrl_rgb": ("SparseCtrl", "original", "rgb", 32, 0),
-    "v3_sd15_sparsectrl_scribble": ("SparseCtrl", "original", "scribble", 32, 0),
+    "v3_sd15_sparsectrl_rgb": ("SparseCtrl", "authors", "rgb", 32, 0),
+    "v3_sd15_sparsectrl_scribble": ("SparseCtrl", "authors", "scribble", 32, 0),
     "animatediff-sparsectrl-rgb": ("SparseCtrl", "diffusers", "rgb", 32, 0),
     "animatediff-sparsectrl-scribble": ("SparseCtrl", "diffusers", "scribble", 32, 0),
     "AnimateLCM_sd15_t2v_lora": ("LoRA of Stable Diffusion 1.5", "kohya", "278 layers of rank 64", None, 0),
-    "ip-adapter_sd15": ("IP-Adapter", "original", "sd15", None, 0),
-    "ip-adapter-plus_sd15": ("IP-Adapter", "original", "plus, sd15", None, 0),
+    "ip-adapter_sd15": ("IP-Adapter", "authors", "sd15", None, 0),
+    "ip-adapter-plus_sd15": ("IP-Adapter", "authors", "plus, sd15", None, 0),
     "image_encoder": ("CLIP image encoder", "diffusers", "CLIP ViT-H/14", None, 0),
     "civitai_fp16_pruned": ("Stable Diffusion 1.x", "single-file", SD, 77, 0),
     "v1-5-pruned-emaonly": ("Stable Diffusion 1.x", "single-file", SD, 77, 14),
@@ -67,17 +67,17 @@ def said(kind: Kind) -> tuple:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_original_files(name):
+def test_authors_files(name):
     header = FILES[name]
     kind = detect(header)
-    assert said(kind) == ORIGINAL[name]
+    assert said(kind) == AUTHORS_FILES[name]
     assert kind.complete and not kind.faults() and not kind.prefix
     mapped = sum(len(part.mapped) for part in kind.parts)
     assert mapped + len(kind.ignored) == len(header)
     assert sum(kind.dtypes.values()) == len(header)
 
 
-def test_published_files(manifest, manifest_names):
+def test_diffusers_files(manifest, manifest_names):
     for name in manifest_names:
         repo, part = name.removesuffix(".fp16").split("/")
         title, version, positions = PUBLISHED[part, repo]
@@ -130,7 +130,7 @@ def test_prefixes_and_dtypes_of_the_report():
     assert kind.prefix == "module." and kind.complete and kind.dtypes == {"BF16": 560}
     assert kind.describe() == [
         "AnimateDiff motion module: v1",
-        "layout: original, every name behind 'module.'",
+        "layout: authors, every name behind 'module.'",
         "motion_adapter: 560 tensors, v1",
         "417,982,400 parameters, 835,964,800 bytes, 560 BF16",
         "24 positions",
@@ -168,7 +168,7 @@ def test_pieces_that_are_missing_are_counted_and_named(name):
             assert any(line.startswith("wrong: ") for line in kind.describe())
 
 
-def test_published_files_with_pieces_missing(manifest, manifest_names):
+def test_diffusers_files_with_pieces_missing(manifest, manifest_names):
     for name in manifest_names:
         if name.startswith(("zeroscope", "rv51")) or ".fp16" in name:
             continue

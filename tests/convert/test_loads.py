@@ -1,7 +1,7 @@
-"""What is converted loads, and so do the originals themselves: of every family, strictly, at full size.
+"""What is converted loads, and so do the authors' files themselves: of every family, strictly, at full size.
 
-The files have the published names, shapes and dtypes around a hole that reads as zeros: they take no disk, and what is
-not cast takes no memory.
+The files have the names, shapes and dtypes of the authors' or diffusers' files around a hole that reads as zeros: they
+take no disk, and what is not cast takes no memory.
 """
 
 import gzip
@@ -18,10 +18,10 @@ from minit2v_convert import animatediff, configs, detect, shapes
 from minit2v_convert.convert import components, convert
 from minit2v_convert.sparse import Manifest, write_sparse_safetensors
 
-FILES = json.loads(gzip.decompress((Path(__file__).parents[1] / "data" / "originals.json.gz").read_bytes()))
+FILES = json.loads(gzip.decompress((Path(__file__).parents[1] / "data" / "authors_files.json.gz").read_bytes()))
 SINGLE = [("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("text_encoder", CLIPTextModel)]
 LDM = {n.removeprefix("first_stage_model."): x for n, x in FILES["VQGAN_autoencoder.first_stage_model"].items()}
-ORIGINALS = [  # file: {class: what its config must say}
+AUTHORS_FILES = [  # file: {class: what its config must say}
     ("text2video_pytorch_model", UNet3DConditionModel, {"attention_head_dim": 64, "cross_attention_dim": 1024}),
     ("VQGAN_autoencoder.first_stage_model", AutoencoderKL, {"scaling_factor": 0.18215}),
     ("open_clip_pytorch_model", CLIPTextModel, {"num_hidden_layers": 23, "hidden_act": "gelu"}),
@@ -45,8 +45,8 @@ def private(path: str = "/proc/self/status") -> int:
     return int(line.split()[1]) >> 10
 
 
-@pytest.mark.parametrize(("name", "cls", "says"), ORIGINALS, ids=lambda x: getattr(x, "__name__", str(x)[:20]))
-def test_originals_at_full_size(tmp_path, caplog, name, cls, says):
+@pytest.mark.parametrize(("name", "cls", "says"), AUTHORS_FILES, ids=lambda x: getattr(x, "__name__", str(x)[:20]))
+def test_authors_files_at_full_size(tmp_path, caplog, name, cls, says):
     """As they are, from their holes into a network with every tensor in its place."""
     path = sparse(tmp_path, FILES[name])
     dtype = {"F32": torch.float32, "F16": torch.float16}[next(d for _, d in FILES[name].values() if d[0] == "F")]
@@ -57,7 +57,7 @@ def test_originals_at_full_size(tmp_path, caplog, name, cls, says):
     assert {n: getattr(model.config, n) for n in says} == says
     assert not any(p.is_meta for p in model.parameters())
     assert private() - before < 128
-    assert not caplog.records, "nothing has to be guessed of an original"
+    assert not caplog.records, "nothing has to be guessed of an authors' file"
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def light(monkeypatch):
     return folder
 
 
-@pytest.mark.parametrize(("name", "cls", "says"), ORIGINALS[:8], ids=lambda x: getattr(x, "__name__", str(x)[:20]))
+@pytest.mark.parametrize(("name", "cls", "says"), AUTHORS_FILES[:8], ids=lambda x: getattr(x, "__name__", str(x)[:20]))
 def test_converted_folders_at_full_size(tmp_path, caplog, light, name, cls, says):
     """And the file that the folder is converted back to loads, too."""
     folder = light(sparse(tmp_path, FILES[name], "F32"), tmp_path / "out")
@@ -122,7 +122,7 @@ def test_converted_loras_are_in_the_names_of_the_networks(tmp_path, light, name)
     """Nothing here loads a LoRA yet: each of its pairs fits a layer that a network has."""
     folder = light(sparse(tmp_path, FILES[name]), tmp_path / "out")
     state = components(folder / "pytorch_lora_weights.safetensors")["lora"].plan.steps
-    layers = {**shapes.unet2d(configs.UNET2D), **shapes.motion_adapter(animatediff.PUBLISHED_MOTION["v2"])}
+    layers = {**shapes.unet2d(configs.UNET2D), **shapes.motion_adapter(animatediff.MOTION_CONFIGS["v2"])}
     assert len(state) == len(FILES[name])
     for step in state:
         assert step.name.startswith("unet.")
@@ -138,9 +138,9 @@ def test_warnings_are_left_to_what_is_not_known(tmp_path, caplog, manifest):
     assert not caplog.records
     MotionAdapter.from_pretrained(sparse(tmp_path, manifest("adapter-v1-5-3/motion_adapter")))
     assert "version 1 or 3" in caplog.text
-    config = {**animatediff.PUBLISHED_MOTION["v1"], "motion_max_seq_length": 16}
+    config = {**animatediff.MOTION_CONFIGS["v1"], "motion_max_seq_length": 16}
     table = animatediff.MODULES.table(config)
-    names = {n: (e.original_shape(table.shapes), "F32") for e in table.entries for n in e.original}
+    names = {n: (e.authors_shape(table.shapes), "F32") for e in table.entries for n in e.authors}
     caplog.clear()
     MotionAdapter.from_pretrained(sparse(tmp_path, names))
     assert "version 1 or 3" in caplog.text, "16 positions are no published version's"

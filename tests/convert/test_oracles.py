@@ -1,4 +1,4 @@
-"""What the converter writes, run by networks that know the original names only: tests/oracles, in float64.
+"""What the converter writes, run by networks that know the authors' names only: tests/oracles, in float64.
 
 A table of names can be wrong twice in the same way, there and back, and two tensors of one shape change places without
 a word. A network that was written for the other layout notices. Its author has seen no implementation of it.
@@ -65,15 +65,15 @@ def run(plan: Plan, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {step.name: make(step, [state[name] for name in step.sources]) for step in plan.steps}
 
 
-def original(component: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a folder's component under the original names."""
-    files, omitted = from_diffusers({component: header(state)}, "original")
+def with_authors_names(component: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a folder's component under the authors' names."""
+    files, omitted = from_diffusers({component: header(state)}, "authors")
     assert len(files) == 1 and not omitted
     return run(next(iter(files.values())), state)
 
 
-def published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an original file under the published names."""
+def with_diffusers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an authors' file under diffusers' names."""
     (plan,) = to_diffusers(detect(header(state)), header(state)).values()
     return run(plan, state)
 
@@ -86,7 +86,7 @@ def randomise(model: torch.nn.Module) -> None:
 
 def single(model: Any) -> dict[str, Tensor]:
     """What would stand in the model's file, in float32."""
-    return {name: x.float() for name, x in model.published_state_dict().items()}
+    return {name: x.float() for name, x in model.diffusers_state_dict().items()}
 
 
 def difference(y: Tensor, expected: Tensor) -> float:
@@ -142,7 +142,7 @@ def inputs(b: int = 1, f: int = 3, h: int = 5, w: int = 6) -> tuple[Tensor, Tens
 )
 def test_modelscope(shape: dict[str, int]) -> None:
     model = build_unet()
-    state = Recorded(original("unet", single(model)))
+    state = Recorded(with_authors_names("unet", single(model)))
     x, t, text = inputs(**shape)
     y = unetsd.unet(state, unetsd.Sizes(groups=4, head_dim=8), x, t, text)
     assert difference(model.double()(x, t, text), y) < 1e-10
@@ -152,7 +152,7 @@ def test_modelscope(shape: dict[str, int]) -> None:
 def test_modelscope_four_levels() -> None:
     # As many blocks as ModelScope's, by the names of its file: transformers on three levels, none on the last.
     model = build_unet((8, 16, 24, 24), (True, True, True, False))
-    state = Recorded(original("unet", single(model)))
+    state = Recorded(with_authors_names("unet", single(model)))
     assert unetsd.count(state, "input_blocks") == unetsd.count(state, "output_blocks") == 12
     x, t, text = inputs(f=2, h=9, w=10)
     y = unetsd.unet(state, unetsd.Sizes(groups=4, head_dim=8), x, t, text)
@@ -171,7 +171,7 @@ def test_modelscope_four_levels() -> None:
 def test_exchanged(first: str, second: str) -> None:
     # That the check can fail: two tensors of one shape in each other's place.
     model = build_unet()
-    state = original("unet", single(model))
+    state = with_authors_names("unet", single(model))
     one, two = (next(name for name in state if name.endswith(end)) for end in (first, second))
     assert state[one].shape == state[two].shape
     state[one], state[two] = state[two], state[one]
@@ -180,17 +180,17 @@ def test_exchanged(first: str, second: str) -> None:
     assert difference(model.double()(x, t, text), y) > 1e-3
 
 
-def small_original(dtype: torch.dtype, ones: str) -> dict[str, Tensor]:
+def small_authors_file(dtype: torch.dtype, ones: str) -> dict[str, Tensor]:
     """Random numbers under the names of the published text2video_pytorch_model.pth, its widths divided by 40.
 
     ones: of which 1x1 convolutions over time the trailing axis is there: "all", "none" (Zeroscope's, made by a script
     from diffusers' folder, may lack it) or "some".
     """
-    data = Path(__file__).parents[1] / "data" / "originals.json.gz"
-    published = json.loads(gzip.decompress(data.read_bytes()))["text2video_pytorch_model"]
+    data = Path(__file__).parents[1] / "data" / "authors_files.json.gz"
+    names = json.loads(gzip.decompress(data.read_bytes()))["text2video_pytorch_model"]
     generator = torch.Generator().manual_seed(0)
     state = {}
-    for n, (name, (shape, _)) in enumerate(published.items()):
+    for n, (name, (shape, _)) in enumerate(names.items()):
         # 320, 640, ... are widths; 512 is 8 heads of 64, here of 8, 2048 and 4096 its feed-forward's; 1024 the text's.
         small = [{512: 64, 2048: 256, 4096: 512, 1024: 12}.get(size, size // 40 or size) for size in shape]
         if len(shape) == 3 and (ones == "none" or ones == "some" and n % 2):
@@ -212,11 +212,11 @@ def small_original(dtype: torch.dtype, ones: str) -> dict[str, Tensor]:
 )
 def test_modelscope_s_file_into_our_network(tmp_path: Path, dtype: torch.dtype, ones: str, container: str) -> None:
     """The other way round: a file that no code here has written, loaded, and converted to a folder and loaded."""
-    state = small_original(dtype, ones)
+    state = small_authors_file(dtype, ones)
     path = tmp_path / f"text2video_pytorch_model.{container}"
     save_file(state, path) if container == "safetensors" else torch.save(state, path)
     x, t, text = inputs(f=2, h=8, w=9)
-    authors = {name: x.shape for name, x in small_original(dtype, "all").items()}  # the axes that the authors' has
+    authors = {name: x.shape for name, x in small_authors_file(dtype, "all").items()}  # the axes that the authors' has
     recorded = Recorded({name: x.double().reshape(authors[name]) for name, x in state.items()})
     y = unetsd.unet(recorded, unetsd.Sizes(groups=4, head_dim=8), x, t, text)
     assert recorded.read == set(state)
@@ -258,10 +258,10 @@ def test_motion_module(version: str) -> None:
     randomise(model)
 
     motion = single(model.motion_adapter())
-    authors = original("motion_adapter", motion)
+    authors = with_authors_names("motion_adapter", motion)
     assert len(authors) == 28 * (11 if version == "v2" else 10)  # docs/animatediff.md, section 13
     assert all(".temporal_transformer." in name for name in authors)
-    back = published(authors)
+    back = with_diffusers_names(authors)
     assert set(back) == set(motion)
     renamed = {authors_name(name): x for name, x in back.items()}  # by hand: both ways could be wrong
     assert all(torch.equal(x, authors[name]) for name, x in renamed.items())

@@ -87,11 +87,11 @@ def test_a_layout_reads_other_spellings_and_writes_one():
     assert found == {"own.w": "old.w", "own.b": "new.b"} and unknown == ["other"]
     ours = layout.to_ours({"old.w": Shape((3, 2, 1, 1)), "new.b": Shape((3, 2, 1)), "step": 0})
     assert ours == {"own.w": Shape((3, 2)), "own.b": Shape((3, 2, 1))}
-    assert set(layout.to_published(ours)) == {"new.w", "new.b"}
+    assert set(layout.to_diffusers(ours)) == {"new.w", "new.b"}
     with pytest.raises(KeyError, match="1 names match no rule, e.g. 'other'"):
         layout.to_ours({"other": 1})
     with pytest.raises(KeyError, match="'nowhere'"):
-        layout.to_published({"nowhere": 1})
+        layout.to_diffusers({"nowhere": 1})
 
 
 def test_squeezing_keeps_sizes_that_are_not_one():
@@ -143,7 +143,7 @@ def test_official_names_come_back_exactly(cls, official):
         assert not unknown
         ignored = set(keys) - set(found.values())
         assert ignored <= {"text_model.embeddings.position_ids"}
-        back = layout.to_published(dict.fromkeys(found))
+        back = layout.to_diffusers(dict.fromkeys(found))
         assert len(back) == len(found)
         if not any(rename_one(key, layout.aliases) for key in keys):
             assert set(back) == set(keys) - ignored

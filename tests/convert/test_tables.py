@@ -1,4 +1,4 @@
-"""The tables of the original formats: exact, in both directions, bit by bit, and no row that never applies."""
+"""The tables of the authors' layouts: exact, in both directions, bit by bit, and no row that never applies."""
 
 import gzip
 import json
@@ -15,10 +15,10 @@ from minit2v_convert.containers import unwrap
 from minit2v_convert.detect import SIZES, detect
 from minit2v_convert.formats import Step, from_diffusers, make, sinusoids, to_diffusers
 from minit2v_convert.sparse import DTYPES
-from minit2v_convert.table import Entry, below, evaluate, fill_in, original_of, reason, write_out
+from minit2v_convert.table import Entry, authors_names, below, evaluate, fill_in, reason, write_out
 
 DATA = Path(__file__).parents[1] / "data"
-FILES = json.loads(gzip.decompress((DATA / "originals.json.gz").read_bytes()))
+FILES = json.loads(gzip.decompress((DATA / "authors_files.json.gz").read_bytes()))
 TABLES = json.loads(gzip.decompress((DATA / "tables.json.gz").read_bytes()))
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -49,7 +49,7 @@ def test_below_and_reasons():
     ignored = {"blocks.{last}.{*}": "the last one", "loss.{*}": "training"}
     assert reason(ignored, "blocks.3.a.b", {"last": 3}) == "the last one"
     assert reason(ignored, "blocks.2.a.b", {"last": 3}) is None
-    assert original_of([("a", "b")], "c", {}) is None
+    assert authors_names([("a", "b")], "c", {}) is None
 
 
 # ------------------------------------------------------------------------------- the sixteen tables, name for name
@@ -84,22 +84,22 @@ def test_a_table_has_exactly_these_rows(name):
     dropped = {row[0] for row in TABLES[name] if not row[1]}
     entries = entries_of(name)
     if fmt is adapters.IP:  # the facts' table is that of the numbers alone
-        entries = [e for e in entries if not e.original[0].startswith("image_proj.")]
-    assert {e.original[0]: list(e.published) for e in entries} == {row[0]: row[1] for row in rows}
+        entries = [e for e in entries if not e.authors[0].startswith("image_proj.")]
+    assert {e.authors[0]: list(e.diffusers) for e in entries} == {row[0]: row[1] for row in rows}
     ops = {"squeeze last dim": lambda e: e.ones == 1, "squeeze two": lambda e: e.ones == 2,
-           "split dim 0 into 3": lambda e: len(e.published) == 3}  # fmt: skip
+           "split dim 0 into 3": lambda e: len(e.diffusers) == 3}  # fmt: skip
     said = {row[0]: row[2] for row in rows}
     for e in entries:
         for start, holds in ops.items():
-            assert holds(e) == said[e.original[0]].startswith(start), e
-    twins = {n for e in entries for n in e.original[1:]}
+            assert holds(e) == said[e.authors[0]].startswith(start), e
+    twins = {n for e in entries for n in e.authors[1:]}
     assert dropped == twins | {n for n in dropped if fmt.why_ignored(n, config)} and twins <= dropped
 
 
 def test_the_old_names_of_the_vae():
-    """original -> new names and old names -> new names, one after the other, are original -> old names."""
-    old = {e.published[0]: e.original[0] for e in ldm.OLD_AUTOENCODER.table(configs.VAE).entries}
-    got = {e.original[0]: [old[e.published[0]]] for e in ldm.AUTOENCODER.table(configs.VAE).entries}
+    """authors' -> new names and old names -> new names, one after the other, are authors' -> old names."""
+    old = {e.diffusers[0]: e.authors[0] for e in ldm.OLD_AUTOENCODER.table(configs.VAE).entries}
+    got = {e.authors[0]: [old[e.diffusers[0]]] for e in ldm.AUTOENCODER.table(configs.VAE).entries}
     assert got == {row[0]: row[1] for row in TABLES["ldm_vae_to_diffusers_oldnames"]}
 
 
@@ -152,7 +152,7 @@ def test_the_shapes_are_those_of_the_published_files(manifest):
         (shapes.clip_text, configs.CLIP_L, "sd15/text_encoder"),
         (shapes.clip_text, configs.CLIP_H, "ms-1.7b/text_encoder"),
         (shapes.motion_adapter, configs.MOTION, "adapter-v1-5-2/motion_adapter"),
-        (shapes.motion_adapter, animatediff.PUBLISHED_MOTION["v3"], "adapter-v1-5-3/motion_adapter"),
+        (shapes.motion_adapter, animatediff.MOTION_CONFIGS["v3"], "adapter-v1-5-3/motion_adapter"),
         (shapes.motion_adapter, animatediff.SDXL, "adapter-sdxl-beta/motion_adapter"),
     ]:
         assert shape_of(config) == {n: shape for n, (shape, _) in manifest(name).items()}, name
@@ -221,7 +221,7 @@ def there(state: State, **options) -> tuple[dict[str, State], dict[str, str]]:
     return {component: run(plan.steps, {"": state}) for component, plan in plans.items()}, ignored
 
 
-def back(parts: Mapping[str, State], layout: str = "original", **options) -> dict[str, State]:
+def back(parts: Mapping[str, State], layout: str = "authors", **options) -> dict[str, State]:
     files, _ = from_diffusers({c: header_of(state) for c, state in parts.items()}, layout, **options)
     return {file: run(plan.steps, parts) for file, plan in files.items()}
 
@@ -244,7 +244,7 @@ ROUND = {  # file: what it comes back as, and with which options
 
 
 @pytest.mark.parametrize("name", ROUND)
-def test_original_files_come_back(name):
+def test_authors_files_come_back(name):
     file, options = ROUND[name]
     state = views(FILES[name])
     for entry_twins in (n for n in state if n.endswith("attention_blocks.1.pos_encoder.pe")):
@@ -278,10 +278,11 @@ def test_modelscope_s_three_files_and_a_folder(manifest):
     assert files.keys() == {"text2video_pytorch_model.pth", "VQGAN_autoencoder.pth"}
     assert_same(files["text2video_pytorch_model.pth"], unet)
     assert_same(files["VQGAN_autoencoder.pth"], vae)
-    plans, omitted = from_diffusers({c: header_of(x) for c, x in folder.items()}, "original")
-    assert plans["VQGAN_autoencoder.pth"].nest == ("state_dict",) and "keep the original" in omitted["text_encoder"]
+    plans, omitted = from_diffusers({c: header_of(x) for c, x in folder.items()}, "authors")
+    assert plans["VQGAN_autoencoder.pth"].nest == ("state_dict",)
+    assert "keep the authors' file" in omitted["text_encoder"]
     with pytest.raises(ValueError, match="^it: open_clip_pytorch_model.bin cannot be made from"):
-        from_diffusers({"": header_of(text_part)}, "original")
+        from_diffusers({"": header_of(text_part)}, "authors")
     with pytest.raises(ValueError, match="is no part of a single file"):
         from_diffusers({"unet": header_of(unet_part)}, "single-file")
 
@@ -294,8 +295,8 @@ def test_all_of_open_clip_is_mapped_or_ignored_and_its_rows_are_right():
         if "in_proj" in name:
             _, i, leaf = name.split("resblocks.")[0], name.split(".")[2], name.rsplit("_", 1)[1]
             for x in "qkv":
-                published = parts["text_encoder"][f"text_model.encoder.layers.{i}.self_attn.{x}_proj.{leaf}"]
-                assert same(published, state[name][:1024]), name
+                diffusers = parts["text_encoder"][f"text_model.encoder.layers.{i}.self_attn.{x}_proj.{leaf}"]
+                assert same(diffusers, state[name][:1024]), name
 
 
 @pytest.mark.parametrize("name", ["civitai_fp16_pruned", "v1-5-pruned-emaonly", "v1-5-pruned"])
@@ -310,7 +311,7 @@ def test_single_files_come_back(name, manifest):
         assert header_of(parts["vae"]) == manifest("sd15/vae.fp16")
     want = {n: x for n, x in state.items() if n not in ignored}
     assert_same(back(parts, "single-file")["model.safetensors"], want)
-    assert_same(back(parts, "original")["model.safetensors"], want)
+    assert_same(back(parts, "authors")["model.safetensors"], want)
 
 
 def test_the_moving_average():
@@ -333,18 +334,18 @@ def to_ldm(name: str) -> str:
 @pytest.mark.parametrize("name", ["sd15/vae", "sd15/vae.fp16"])
 def test_a_lone_vae_of_either_naming(name, manifest):
     state = views(manifest(name))
-    original = back({"vae": state})["vae.ckpt"]
+    authors = back({"vae": state})["vae.ckpt"]
     want = FILES["VQGAN_autoencoder.first_stage_model"]
-    assert {n: s for n, (s, _) in header_of(original).items()} == {
+    assert {n: s for n, (s, _) in header_of(authors).items()} == {
         n.removeprefix("first_stage_model."): tuple(s) for n, (s, _) in want.items()}  # fmt: skip
-    parts, ignored = there({**original, "loss.discriminator.main.0.weight": torch.zeros(3)})
+    parts, ignored = there({**authors, "loss.discriminator.main.0.weight": torch.zeros(3)})
     assert list(ignored) == ["loss.discriminator.main.0.weight"]
     assert header_of(parts["vae"]) == {
         **manifest("sd15/vae.fp16"), **{n: (s, NAMES[x.dtype]) for n, x in parts["vae"].items() for s in [x.shape]}}
-    assert_same(back(parts)["vae.ckpt"], original)
+    assert_same(back(parts)["vae.ckpt"], authors)
 
 
-def test_linear_layers_that_some_originals_already_have():
+def test_linear_layers_that_some_authors_already_have():
     """Both forms of a linear layer are read; the convolution is written."""
     state = views(FILES["text2video_pytorch_model"])
     mixed = {n: x[..., 0] if n == "input_blocks.1.2.proj_in.weight" else x for n, x in state.items()}
@@ -375,10 +376,10 @@ def test_loras_of_the_hub_and_of_peft(name):
     again, _ = there(parts["lora"])
     assert_same(again["lora"], parts["lora"])
     file = "motion_lora.ckpt" if "v1-5-3" not in name else "domain_adapter.ckpt"
-    original = back(parts)[file]
-    assert original.keys() == FILES["v2_lora" if file == "motion_lora.ckpt" else "v3_sd15_adapter"].keys()
-    assert_same(back({"": state})[file], original)
-    assert_same(there(original)[0]["lora"], parts["lora"])
+    authors = back(parts)[file]
+    assert authors.keys() == FILES["v2_lora" if file == "motion_lora.ckpt" else "v3_sd15_adapter"].keys()
+    assert_same(back({"": state})[file], authors)
+    assert_same(there(authors)[0]["lora"], parts["lora"])
 
 
 def test_kohya_s_lora_in_peft_s_names():
@@ -387,7 +388,7 @@ def test_kohya_s_lora_in_peft_s_names():
     assert parts["lora"]["unet.down_blocks.0.attentions.0.proj_in.lora_A.weight"].shape == (64, 320, 1, 1)
     assert parts["lora"]["unet.mid_block.resnets.1.conv2.alpha"].shape == ()
     assert_same(there(parts["lora"])[0]["lora"], parts["lora"])
-    with pytest.raises(ValueError, match="has no original file of its own"):
+    with pytest.raises(ValueError, match="has no file of its own in the authors' layout"):
         back(parts)
 
 
@@ -433,22 +434,22 @@ def random_state(shapes_: shapes.Shapes, dtype: torch.dtype, seed: int = 0) -> S
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", SMALL)
 def test_small_networks_of_random_bits(name, dtype):
-    """diffusers -> original -> diffusers, of networks with other depths and widths than the official ones."""
+    """diffusers -> authors -> diffusers, of networks with other depths and widths than the official ones."""
     shapes_of, config = SMALL[name]
     state = random_state(shapes_of(config), dtype)
     if name == "lora":
         state = {f"unet.{n}": x for n, x in state.items()}
-    (original,) = back({"": state}).values()
-    assert name == "unet2d" or original.keys() != state.keys()
-    kind = detect(header_of(original))
-    (plan,) = to_diffusers(kind, header_of(original)).values()
+    (authors,) = back({"": state}).values()
+    assert name == "unet2d" or authors.keys() != state.keys()
+    kind = detect(header_of(authors))
+    (plan,) = to_diffusers(kind, header_of(authors)).values()
     assert plan.config is None or {k: v for k, v in plan.config.items() if config.get(k, v) != v} == {}
-    parts, ignored = there(original)
-    (published,) = parts.values()
-    assert_same(published, state)
+    parts, ignored = there(authors)
+    (diffusers,) = parts.values()
+    assert_same(diffusers, state)
     assert not ignored
-    (again,) = back({"": published}).values()
-    assert_same(again, original)
+    (again,) = back({"": diffusers}).values()
+    assert_same(again, authors)
 
 
 def test_rows_of_a_small_open_clip():
@@ -479,14 +480,14 @@ def test_rows_of_a_small_open_clip():
 
 def test_the_copies_of_the_positions_must_be_copies():
     state = random_state(shapes.motion_adapter(SMALL["motion"][1]), torch.float32)
-    original = back({"": state})["motion_module.ckpt"]
-    twin = next(n for n in original if n.endswith("attention_blocks.1.pos_encoder.pe"))
-    original[twin] = original[twin] + 1
+    authors = back({"": state})["motion_module.ckpt"]
+    twin = next(n for n in authors if n.endswith("attention_blocks.1.pos_encoder.pe"))
+    authors[twin] = authors[twin] + 1
     with pytest.raises(ValueError, match="should be one tensor and differ"):
-        there(original)
+        there(authors)
 
 
-def test_positions_that_an_original_lacks_are_computed():
+def test_positions_that_an_authors_file_lacks_are_computed():
     """pe[p, 2i] = sin(p / 10000^(2i/C)), pe[p, 2i+1] = cos(the same)."""
     parts, _ = there(views(FILES["AnimateLCM_sd15_t2v"]))
     pe = parts["motion_adapter"]["down_blocks.0.motion_modules.0.transformer_blocks.0.pos_embed.pe"]
@@ -534,10 +535,10 @@ def test_a_merge_without_the_first_level_of_the_text_encoder():
 
 
 def test_from_diffusers_wants_what_diffusers_writes(manifest):
-    with pytest.raises(ValueError, match=r"no layout 'orginal' \(nearest: 'original'\)"):
-        from_diffusers({}, "orginal")
-    with pytest.raises(ValueError, match="unet is ModelScope's UNetSD .original., not of diffusers"):
-        from_diffusers({"unet": FILES["text2video_pytorch_model"]}, "original")
+    with pytest.raises(ValueError, match=r"no layout 'author' \(nearest: 'authors'\)"):
+        from_diffusers({}, "author")
+    with pytest.raises(ValueError, match="unet is ModelScope's UNetSD .authors., not of diffusers"):
+        from_diffusers({"unet": FILES["text2video_pytorch_model"]}, "authors")
     broken = manifest("sd15/unet")
     broken.pop("conv_in.bias")
     with pytest.raises(ValueError, match="1 missing: 'conv_in.bias'"):

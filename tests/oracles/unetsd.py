@@ -1,4 +1,4 @@
-"""ModelScope's UNetSD under its original names, written from prose and lists of names alone, plainly and in float64.
+"""ModelScope's UNetSD under its authors' names, written from prose and lists of names alone, plainly and in float64.
 
 This is an oracle to test with, not an implementation to use. What a video network shares with an image network (linear
 layers, convolutions, norms, attention, the timestep's waves, down and up) is that of animatediff.py beside it, which

@@ -1,0 +1,294 @@
+"""Every solver on data whose score is known: error against calls of the network, and the figures of docs/samplers.md.
+
+python benchmarks/solvers.py                 measure, write results/solvers.json, draw docs/figures/solvers.png
+python benchmarks/solvers.py --shapes        the embedded model: right videos against steps for every solver
+python benchmarks/solvers.py --draw          draw what was measured
+
+The data is a mixture of Gaussians in the shape of latents. What a perfect network says of it is known in closed form,
+at every noise level, so that all that a solver gets wrong is its own.
+"""
+
+import argparse
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import minit2v
+from minit2v.schedulers.base import Scheduler
+from minit2v.schedulers.names import scheduler_of
+
+HERE = Path(__file__).resolve().parent
+RESULT = HERE / "results" / "solvers.json"
+SHAPES = HERE / "results" / "solvers_shapes.json"
+FIGURES = HERE.parent / "docs" / "figures"
+COUNTS = (5, 7, 10, 14, 20, 28, 40, 56, 80, 113, 160, 200)
+# Stable Diffusion's and ModelScope's schedule, whose solvers on the table end in the noise of timestep 0.
+MODEL = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False,
+         "skip_prk_steps": True, "set_alpha_to_one": False}  # fmt: skip
+DETERMINISTIC = ("ddim", "plms", "euler", "lms", "heun", "dpm2", "dpm++-2s", "dpm++-2m", "dpm++-3m", "unipc", "deis")
+STOCHASTIC = ("ddpm", "euler-a", "dpm2-a", "dpm++-sde", "dpm++-2m-sde", "dpm++-3m-sde", "sa", "lcm", "tcd")
+
+
+class Mixture:
+    """Gaussians of one width about a few means, with equal weights: x_0 (b, *shape)."""
+
+    def __init__(self, shape: Sequence[int] = (4, 2, 2, 2), modes: int = 3, width: float = 0.5, spread: float = 0.5,
+                 seed: int = 0):  # fmt: skip
+        g = torch.Generator().manual_seed(seed)
+        self.shape, self.width = tuple(shape), width
+        self.means = spread * torch.randn(modes, math.prod(shape), generator=g, dtype=torch.float64)
+
+    def x0(self, x: Tensor, alpha: float, sigma: float) -> Tensor:
+        """E[x_0 | x] for x = alpha x_0 + sigma eps."""
+        flat, spread = x.flatten(1), (alpha * self.width) ** 2 + sigma**2
+        away = flat[:, None] - alpha * self.means  # (b, modes, d)
+        belongs = torch.softmax(-(away**2).sum(2) / (2 * spread), 1)
+        each = self.means + alpha * self.width**2 / spread * away
+        return torch.einsum("bk,bkd->bd", belongs, each).reshape(x.shape)
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """(n, *shape) of the data."""
+        which = torch.randint(len(self.means), (n,), generator=generator)
+        noise = torch.randn(n, self.means.shape[1], generator=generator, dtype=torch.float64)
+        return (self.means[which] + self.width * noise).reshape(n, *self.shape)
+
+    def flow(self, x: Tensor, start: float, end: float, steps: int = 2000) -> Tensor:
+        """x = x_0 + sigma eps at sigma = start, carried along the probability-flow ODE to `end`.
+
+        Runge and Kutta's method of order 4 in log sigma: dx / dlog(sigma) = x - E[x_0 | x], to about 1e-12.
+        """
+
+        def slope(x: Tensor, log: float) -> Tensor:
+            alpha = 1 / math.hypot(1, math.exp(log))
+            return x - self.x0(alpha * x, alpha, alpha * math.exp(log))
+
+        log, h = math.log(start), math.log(end / start) / steps
+        for _ in range(steps):
+            a = slope(x, log)
+            b = slope(x + h / 2 * a, log + h / 2)
+            c = slope(x + h / 2 * b, log + h / 2)
+            x = x + h / 6 * (a + 2 * b + 2 * c + slope(x + h * c, log + h))
+            log += h
+        return x
+
+
+def level(scheduler: Scheduler, i: int) -> tuple[float, float]:
+    """(alpha, sigma) of what the network sees at place i of the grid; at -1, where the last step ends."""
+    if hasattr(scheduler, "sigmas"):
+        ratio = scheduler.sigmas[i].item()
+        return 1 / math.hypot(1, ratio), ratio / math.hypot(1, ratio)
+    if i < 0:
+        bar = scheduler.final_alpha_cumprod.item()
+    else:
+        bar = scheduler.alphas_cumprod[int(scheduler.timesteps[i])].item()
+    return math.sqrt(bar), math.sqrt(1 - bar)
+
+
+def run(scheduler: Scheduler, x0_of: Callable[..., Tensor], x: Tensor, dtype: torch.dtype = torch.float64,
+        start: int = 0, **step: Any) -> Tensor:  # fmt: skip
+    """From x = x_0 + sigma eps (b ...) at the first level down the grid that is set; of that kind is what comes out.
+
+    x0_of(x, alpha, sigma) says E[x_0 | x]; it is told to the solver as its prediction_type wants it.
+    """
+    scheduler.set_begin_index(start) if hasattr(scheduler, "set_begin_index") else None
+    exploding = hasattr(scheduler, "_begin")
+    x = (x if exploding else x * level(scheduler, start)[0]).to(dtype)
+    for i, t in enumerate(scheduler.timesteps[start:], start):
+        alpha, sigma = level(scheduler, i)
+        seen = scheduler.scale_model_input(x, t)
+        x0 = x0_of(seen.double(), alpha, sigma)
+        eps = (seen - alpha * x0) / sigma
+        kinds = {"epsilon": eps, "sample": x0, "v_prediction": alpha * eps - sigma * x0}
+        x = scheduler.step(kinds[scheduler.config.prediction_type].to(dtype), t, x, **step)[0]
+    last = level(scheduler, -1)[0]
+    return x if exploding else x / last
+
+
+def ready(name: str, n: int, **fields: Any) -> Scheduler:
+    """A solver as it is used, whose grid makes about n calls of the network and ends clean."""
+    scheduler = scheduler_of(name, MODEL | {"set_alpha_to_one": True})
+    scheduler = type(scheduler).from_config(scheduler.config, **fields)
+    steps = max(1, round((n + 1) / 2)) if scheduler.order == 2 else n
+    if name in ("lcm", "tcd"):
+        steps = min(steps, scheduler.config.original_inference_steps)
+    scheduler.set_timesteps(max(1, steps - (name == "plms")))  # PLMS asks once more
+    return scheduler
+
+
+class Measured:
+    """What the solvers get wrong on a mixture."""
+
+    def __init__(self, mixture: Mixture, videos: int = 16):
+        self.mixture = mixture
+        g = torch.Generator().manual_seed(1)
+        self.noise = torch.randn(videos, *mixture.shape, generator=g, dtype=torch.float64)
+        self._truths: dict[tuple[float, float], Tensor] = {}
+
+    def truth(self, start: float, end: float) -> Tensor:
+        """Where the exact flow from our noise at sigma = start has come at sigma = end."""
+        if (start, end) not in self._truths:
+            self._truths[start, end] = self.mixture.flow(start * self.noise, start, end)
+        return self._truths[start, end]
+
+    def error(self, scheduler: Scheduler, **step: Any) -> float:
+        """Root of the mean square of what a deterministic solver misses."""
+        ends = [sigma / alpha for alpha, sigma in (level(scheduler, 0), level(scheduler, -1))]
+        if ends[1] == 0:  # a step to no noise at all is exact, but where the flow ends is not known to more than this
+            ends[1] = 1e-4
+        found = run(scheduler, self.mixture.x0, ends[0] * self.noise, **step)
+        return (found - self.truth(*ends)).square().mean().sqrt().item()
+
+    @cached_property
+    def data(self) -> Tensor:
+        return self.mixture.sample(100_000, torch.Generator().manual_seed(2))
+
+    def distance(self, scheduler: Scheduler, seed: int = 3, **step: Any) -> float:
+        """How far the samples of a stochastic solver are from the data: the quantiles along 64 directions (sliced
+        Wasserstein distance), relative to the width of the data."""
+        g = torch.Generator().manual_seed(seed)
+        start = level(scheduler, 0)[1] / level(scheduler, 0)[0]
+        noise = torch.randn(2000, *self.mixture.shape, generator=g, dtype=torch.float64)
+        found = run(scheduler, self.mixture.x0, start * noise, generator=g, **step).flatten(1)
+        directions = torch.randn(found.shape[1], 64, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        directions = directions / directions.norm(dim=0)
+        at = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+        a, b = (torch.quantile(v @ directions, at, dim=0) for v in (found, self.data[:20_000].flatten(1)))
+        return ((a - b).square().mean().sqrt() / (self.data.flatten(1) @ directions).std()).item()
+
+
+def measure() -> dict[str, Any]:
+    measured, curves = Measured(Mixture()), {"deterministic": {}, "stochastic": {}}
+    for kind, names in (("deterministic", DETERMINISTIC), ("stochastic", STOCHASTIC)):
+        for name in names:
+            points = []
+            for n in COUNTS:
+                scheduler = ready(name, n)
+                value = (measured.error if kind == "deterministic" else measured.distance)(scheduler)
+                if not points or len(scheduler.timesteps) > points[-1][0]:
+                    points.append((len(scheduler.timesteps), value))
+            curves[kind][name] = points
+            print(f"{name:14}" + "  ".join(f"{calls}: {value:.1e}" for calls, value in points), flush=True)
+    return curves
+
+
+def about() -> dict[str, Any]:
+    versions = {"minit2v": minit2v.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {"command": "python benchmarks/solvers.py " + " ".join(sys.argv[1:]), "date": date.today().isoformat(),
+            "machine": platform.machine(), "versions": versions}  # fmt: skip
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n")
+    part.replace(path)
+
+
+# ---------------------------------------------------------------------------------------------- the embedded model
+
+
+def shapes(counts: Sequence[int], videos: int) -> dict[str, list[tuple[int, float]]]:
+    """The share of right videos of the embedded model, as training/world.py reads them, by solver and steps."""
+    from minit2v import DiffusionPipeline
+    from minit2v.training import world
+
+    pipe = DiffusionPipeline.from_pretrained(Path(minit2v.__file__).parent / "assets" / "shapes")
+    pipe.set_progress_bar_config(disable=True)
+    config = pipe.scheduler.config
+    g = torch.Generator().manual_seed(0)
+    asked = [world.COMBINATIONS[i] for i in torch.randperm(len(world.COMBINATIONS), generator=g)[:videos].tolist()]
+    found: dict[str, list[tuple[int, float]]] = {}
+    for name in (*DETERMINISTIC, *STOCHASTIC):
+        found[name] = []
+        for n in counts:
+            pipe.scheduler = scheduler_of(name, config)
+            began, right = time.monotonic(), 0
+            steps = max(1, round((n + 1) / 2)) if pipe.scheduler.order == 2 else n
+            clips = pipe([world.captions(*a)[0] for a in asked], num_frames=world.FRAMES, num_inference_steps=steps,
+                         generator=[torch.Generator().manual_seed(s) for s in range(videos)], guidance_scale=2.0,
+                         output_type="pt").frames  # fmt: skip
+            right = sum(world.analyse(clip.transpose(0, 1)) == a for clip, a in zip(clips, asked, strict=True))
+            found[name].append((len(pipe.scheduler.timesteps), right / videos))
+            print(f"{name:14} {n:4} calls: {right}/{videos}  {time.monotonic() - began:.0f} s", flush=True)
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------- the figures
+
+INK, SOFT, GRID = "#1f2933", "#5a6672", "#dde3e8"
+COLOURS = ("#3b78b5", "#e07b27", "#3c8f5c", "#b3423a", "#8c6bb1", "#8a6d3b", "#d873b0", "#5a6672", "#b8a31f", "#2aa1b3",
+           "#1f2933")  # fmt: skip
+
+
+def draw(curves: dict[str, Any], titles: dict[str, tuple], path: Path, footer: str, logy: bool = True) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    page = Figure(figsize=(11, 4.8), dpi=110, facecolor="white")
+    panels = page.subplots(1, 2)
+    for axes, (kind, lines) in zip(panels, curves.items(), strict=True):
+        title, label = titles[kind]
+        for colour, (name, points) in zip(COLOURS, lines.items(), strict=False):
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, color=colour, linewidth=1.6, marker="o", markersize=3, label=name)
+        axes.set_xscale("log")
+        if logy:
+            axes.set_yscale("log")
+        axes.set_xticks(ticks := [5, 10, 20, 50, 100, 200], [str(t) for t in ticks])
+        axes.minorticks_off()
+        axes.set_title(title, loc="left", fontsize=11, color=INK)
+        axes.set_xlabel("calls of the network", fontsize=9, color=INK)
+        axes.set_ylabel(label, fontsize=9, color=INK)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8, colors=INK)
+        axes.grid(True, color=GRID, linewidth=0.8)
+        axes.legend(fontsize=7.5, frameon=False, ncol=2)
+    page.text(0.01, 0.01, footer, fontsize=7, color=SOFT)
+    page.tight_layout(rect=(0, 0.02, 1, 1))
+    page.savefig(path)
+
+
+def draw_all() -> None:
+    if RESULT.exists():
+        result = json.loads(RESULT.read_text())
+        footer = f"{result['command']} · {result['date']}"
+        titles = {"deterministic": ("A mixture of Gaussians, exact score: the ODE", "error (root of the mean square)"),
+                  "stochastic": ("The same, with noise in the steps", "distance of the distributions / width")}
+        draw(result["curves"], titles, FIGURES / "solvers.png", footer)
+    if SHAPES.exists():
+        result = json.loads(SHAPES.read_text())
+        right = result["right"]
+        halves = {"ode": {n: right[n] for n in DETERMINISTIC if n in right},
+                  "sde": {n: right[n] for n in STOCHASTIC if n in right}}
+        titles = {"ode": ("The embedded model: deterministic", "right videos"), "sde": ("With noise", "right videos")}
+        footer = f"{result['command']} · {result['videos']} videos each · {result['date']}"
+        draw(halves, titles, FIGURES / "solvers_shapes.png", footer, logy=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", action="store_true", help="measure the embedded model, not the mixture")
+    parser.add_argument("--counts", type=int, nargs="+", default=[5, 10, 20, 40], help="steps, of --shapes")
+    parser.add_argument("--videos", type=int, default=24, help="for every solver and count, of --shapes")
+    parser.add_argument("--draw", action="store_true", help="draw, and measure nothing")
+    args = parser.parse_args()
+    if args.shapes:
+        write(SHAPES, about() | {"videos": args.videos, "right": shapes(args.counts, args.videos)})
+    elif not args.draw:
+        write(RESULT, about() | {"counts": COUNTS, "curves": measure()})
+    draw_all()
+
+
+if __name__ == "__main__":
+    main()

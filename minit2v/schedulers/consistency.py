@@ -1,0 +1,116 @@
+"""Solvers for distilled models, which reach x_0 in a few steps: LCM and TCD."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from .base import Device, Generators, Scheduler, SchedulerOutput, Timestep, declare, randn
+
+
+class _Consistency(Scheduler):
+    """What both share: the grid, a part of the timesteps on which the model was distilled."""
+
+    Fields = declare(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", original_inference_steps=50,
+        clip_sample=False, clip_sample_range=1.0, set_alpha_to_one=True, steps_offset=0, prediction_type="epsilon",
+        thresholding=False, dynamic_thresholding_ratio=0.995, sample_max_value=1.0, timestep_spacing="leading",
+        timestep_scaling=10.0, rescale_betas_zero_snr=False,
+    )  # fmt: skip
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Device = None,
+        original_inference_steps: int | None = None, timesteps: Sequence[int] | None = None, strength: float = 1.0,
+    ) -> None:  # fmt: skip
+        """Lay the grid: so many of the timesteps of the distillation, the noisiest first, or these timesteps.
+
+        original_inference_steps: how many those were, in place of the config's. strength: only the lowest share.
+        Raises ValueError where there are not so many.
+        """
+        c, n = self.config, num_inference_steps
+        if timesteps is not None:
+            grid = self._whole_grid(n, timesteps)
+            grid = grid[len(grid) - min(int(len(grid) * strength), len(grid)) :]
+        else:
+            n, total = self._count(n), c.num_train_timesteps
+            given = c.original_inference_steps if original_inference_steps is None else original_inference_steps
+            origin = self._origin(given, total, strength, original_inference_steps is not None)
+            if given > total or n > len(origin):
+                raise ValueError(f"{n} steps of the {len(origin)} of the distillation: lower num_inference_steps, or "
+                                 f"raise original_inference_steps (to {total} at most) or strength")  # fmt: skip
+            grid = origin[::-1][np.floor(np.linspace(0, len(origin), n, endpoint=False)).astype(int)].tolist()
+        self._check_first(grid[0])
+        self.num_inference_steps = len(grid)
+        self._put_timesteps(grid, device)
+
+    def _origin(self, steps: int, total: int, strength: float, given: bool) -> np.ndarray:
+        """The timesteps of the distillation, rising."""
+        return np.arange(1, int(steps * strength) + 1) * (total // max(steps, 1)) - 1
+
+
+class LCMScheduler(_Consistency):
+    """Latent consistency models: Luo et al., arXiv:2310.04378, algorithm 2 (multistep): to x_0, and noise again.
+
+    timestep_scaling: how fast the model's own answer takes over from its input as t rises (section 4.1).
+    """
+
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput:  # fmt: skip
+        """x_t (b, ...) -> x_0, with the noise of the next timestep of the grid, if there is one."""
+        out, x = self._widen(model_output, sample)
+        t = int(self._number(timestep))
+        s, bar_t = self._after(t), self._bar(t)
+        x0 = self._clip(self._x0_and_eps(out, x, math.sqrt(bar_t), math.sqrt(1 - bar_t))[0])
+        # c_skip and c_out: the consistency function is its input at t = 0 (Song et al., arXiv:2303.01469, eq. 5).
+        data, scaled = 0.5, t * self.config.timestep_scaling
+        denoised = scaled / math.hypot(scaled, data) * x0 + data**2 / (scaled**2 + data**2) * x
+        x = denoised
+        if s >= 0:
+            noise = randn(model_output.shape, generator, model_output.device, model_output.dtype)
+            x = math.sqrt(self._bar(s)) * denoised + math.sqrt(1 - self._bar(s)) * noise
+        x, denoised = x.to(sample.dtype), denoised.to(sample.dtype)
+        return SchedulerOutput(x, denoised) if return_dict else (x, denoised)
+
+
+class TCDScheduler(_Consistency):
+    """Trajectory consistency distillation: Zheng et al., arXiv:2402.19159, algorithm 4 (strategic sampling).
+
+    final_level: the last step ends where set_alpha_to_one says ("config"), or, as published, always in the noise of
+    timestep 0 ("published").
+    """
+
+    Fields = declare(_Consistency.Fields, final_level="config")
+
+    choices = {"final_level": ("config", "published")}
+
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, eta: float = 0.3, generator: Generators = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput:  # fmt: skip
+        """x_t (b, ...) -> the sample at the next timestep, by way of (1 - eta) of it: eta (gamma) 0 is DDIM, 1 is LCM.
+
+        Beside it, the sample on that way. Raises ValueError where eta is not between 0 and 1.
+        """
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must lie between 0 and 1, not {eta}")
+        out, x = self._widen(model_output, sample)
+        t = int(self._number(timestep))
+        s, bar_t = self._after(t), self._bar(t)
+        if s >= 0:
+            bar_s, bar_way = self._bar(s), self._bar(math.floor((1 - eta) * s))
+        else:
+            bar_s = bar_way = self._bar(0 if self.config.final_level == "published" else -1)
+        x0, eps = self._x0_and_eps(out, x, math.sqrt(bar_t), math.sqrt(1 - bar_t))
+        x = way = math.sqrt(bar_way) * x0 + math.sqrt(1 - bar_way) * eps
+        if eta > 0 and s >= 0:
+            noise = randn(model_output.shape, generator, model_output.device, model_output.dtype)
+            x = math.sqrt(bar_s / bar_way) * way + math.sqrt(max(1 - bar_s / bar_way, 0.0)) * noise
+        x, way = x.to(sample.dtype), way.to(sample.dtype)
+        return SchedulerOutput(x, way) if return_dict else (x, way)
+
+    def _origin(self, steps: int, total: int, strength: float, given: bool) -> np.ndarray:
+        # As published: a number that is passed stands for all timesteps of the training.
+        return np.arange(int(total * strength)) if given else super()._origin(steps, total, strength, given)

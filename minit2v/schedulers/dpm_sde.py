@@ -1,0 +1,143 @@
+"""DPM-Solver++ for the stochastic equation, with noise from one Brownian path whatever the steps."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from .base import Generators, SchedulerOutput, Timestep, declare
+from .sigma import TwoStageScheduler
+
+
+class BrownianPath:
+    """Brownian motion B(u) on the clock u = exp(2 lambda), a function of the seeds alone: any grid reads the same path.
+
+    The noise that a step of the SDE adds is exactly sigma exp(-lambda) (B(u_end) - B(u_start)), so that runs of more
+    and of fewer steps come to the same video. A tree over lambda: each middle is drawn given its two ends, by a
+    generator seeded with the seed and the place in the tree. On the CPU: the same path for every device.
+    """
+
+    LOW, HIGH, DEPTH = -12.0, 12.0, 20
+
+    def __init__(self, seeds: Sequence[int], shape: Sequence[int]):
+        """One path for each seed, all of `shape`, stacked in the first axis."""
+        self.seeds, self.shape = list(seeds), tuple(shape)
+        self._way: list[tuple[int, Tensor]] = []  # the places of the last way down, and what was drawn there
+
+    def _draw(self, place: int, depth: int) -> Tensor:
+        if depth < len(self._way) and self._way[depth][0] == place:
+            return self._way[depth][1]
+        drawn = [torch.randn(self.shape, generator=Generator().manual_seed(_mix(seed, place))) for seed in self.seeds]
+        self._way[depth:] = [(place, torch.cat(drawn))]
+        return self._way[depth][1]
+
+    def __call__(self, lam: float) -> Tensor:
+        """(len(seeds) * shape[0], ...): B at u = exp(2 lam)."""
+        a, b, place = self.LOW, self.HIGH, 1
+        lam = min(max(lam, a), b)
+        u_a, u_b = math.exp(2 * a), math.exp(2 * b)
+        w_b = self._draw(0, 0) * math.sqrt(u_b - u_a)
+        w_a = torch.zeros_like(w_b)
+        for depth in range(1, self.DEPTH + 1):
+            middle = (a + b) / 2
+            u = math.exp(2 * middle)
+            share = (u - u_a) / (u_b - u_a)
+            w = torch.lerp(w_a, w_b, share) + math.sqrt(share * (u_b - u)) * self._draw(place, depth)
+            if lam < middle:
+                b, u_b, w_b, place = middle, u, w, 2 * place
+            else:
+                a, u_a, w_a, place = middle, u, w, 2 * place + 1
+        return torch.lerp(w_a, w_b, (math.exp(2 * lam) - u_a) / (u_b - u_a))
+
+
+def _mix(seed: int, place: int) -> int:
+    """A seed for a place in the tree, in 63 bits (splitmix64, so that neighbours have nothing in common)."""
+    x = (seed * 0x9E3779B97F4A7C15 + place * 0xD1B54A32D192ED03 + 1) % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return (x ^ (x >> 31)) >> 1
+
+
+class DPMSolverSDEScheduler(TwoStageScheduler):
+    """k-diffusion's dpmpp_sde: the reverse SDE in x_0, with a second prediction at the middle (in lambda) of each step.
+
+    noise_sampler_seed: which path; None: drawn from the generator, one path for each of a list.
+    noise_path: "exact" (BrownianPath), or as published: a path in sigma, from `torchsde` and the ends of the grid, so
+    that other steps walk another path; the generator is then not asked.
+    """
+
+    Fields = declare(
+        beta_start=0.00085, beta_end=0.012, prediction_type="epsilon", use_karras_sigmas=False,
+        use_exponential_sigmas=False, use_beta_sigmas=False, noise_sampler_seed=None, timestep_spacing="linspace",
+        steps_offset=0, rescale_betas_zero_snr=False, zero_snr="honoured", noised_at="timestep", noise_path="exact",
+    )  # fmt: skip
+
+    choices = {"noise_path": ("exact", "published")}
+
+    _seeds: list[int] | None = None
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._seeds = None
+        self._cached_path: Any = None
+
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True, s_noise: float = 1.0,
+        generator: Generators = None,
+    ) -> SchedulerOutput:  # fmt: skip
+        """x (b, ...) from one call of the network to the next. s_noise: the share of the noise that is added."""
+        if self._seeds is None:
+            generators = list(generator) if isinstance(generator, list | tuple) else [generator]
+            if not generators or len(sample) % len(generators):
+                raise ValueError(f"{len(generators)} generators cannot share out a batch of {len(sample)}")
+            given = self.config.noise_sampler_seed
+            self._seeds = [given] if given is not None else [_seed(g) for g in generators]
+        return self._two_stages(model_output, timestep, sample, return_dict, s_noise=s_noise)
+
+    def _leave(self, x: Tensor, x0: Tensor, levels: list[float], s_noise: float) -> Tensor:
+        return self._stochastic(x, x0, levels[0], levels[1], s_noise)
+
+    def _advance(
+        self, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], levels: list[float], s_noise: float,
+    ) -> Tensor:  # fmt: skip
+        return self._stochastic(first[0], second[1], levels[0], levels[2], s_noise)
+
+    def _stochastic(self, x: Tensor, x0: Tensor, sigma: float, target: float, s_noise: float) -> Tensor:
+        """From sigma to the target as if x_0 were known: (target / sigma)**2 of what x is off, and noise."""
+        if target == 0:
+            return x0
+        ratio = target / sigma
+        noise = self._noise(x, sigma, target)
+        return x0 + ratio**2 * (x - x0) + s_noise * target * math.sqrt(1 - ratio**2) * noise
+
+    def _noise(self, x: Tensor, sigma: float, target: float) -> Tensor:
+        """Standard normal, of the path between two sigmas."""
+        path = getattr(self, "_cached_path", None)
+        if path is None:
+            shape = (len(x) // len(self._seeds), *x.shape[1:])
+            levels = [s for s in self._sigmas if s > 0]
+            if self.config.noise_path == "exact":
+                path = BrownianPath(self._seeds, shape)
+            else:
+                path = _published_path(self._seeds, shape, x, min(levels), max(levels))
+            self._cached_path = path
+        if self.config.noise_path == "published":
+            return -torch.cat([p(target, sigma) for p in path]).to(x.device) / math.sqrt(sigma - target)
+        step = (path(-math.log(target)) - path(-math.log(sigma))) / math.sqrt(target**-2 - sigma**-2)
+        return step.to(x.device, x.dtype)
+
+
+def _seed(generator: Generator | None) -> int:
+    device = "cpu" if generator is None else generator.device
+    return int(torch.randint(0, 2**62, (), generator=generator, device=device))
+
+
+def _published_path(seeds: list[int], shape: tuple[int, ...], x: Tensor, low: float, high: float) -> list[Any]:
+    try:
+        import torchsde
+    except ImportError:
+        raise ImportError("noise_path='published' needs torchsde; noise_path='exact' does not") from None
+    same = {"t0": low, "t1": high, "size": shape, "dtype": x.dtype, "device": x.device}
+    return [torchsde.BrownianInterval(**same, entropy=s, tol=1e-6, pool_size=24, halfway_tree=True) for s in seeds]

@@ -1,0 +1,79 @@
+"""DPM-Solver and DPM-Solver++, singlestep: each step of order n takes n calls and forgets what was before."""
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from .base import Generators, SchedulerOutput, Timestep, declare, randn
+from .dpm_multistep import ALIASES, second_order_rule
+from .exponential import ExponentialScheduler
+
+
+class DPMSolverSinglestepScheduler(ExponentialScheduler):
+    """DPM-Solver-2S and 3S (Lu et al., arXiv:2206.00927, algorithms 1 and 2), DPM-Solver++(2S) (arXiv:2211.01095).
+
+    num_inference_steps counts calls: steps of `solver_order` calls, and shorter ones at the end where they do not
+    come out even, or with lower_order_final. algorithm_type "sde-dpmsolver++" adds noise at every call.
+    third_order: the published rule with noise has the sign of one constant turned ("published"), or not.
+    """
+
+    Fields = declare(
+        solver_order=2, prediction_type="epsilon", thresholding=False, dynamic_thresholding_ratio=0.995,
+        sample_max_value=1.0, algorithm_type="dpmsolver++", solver_type="midpoint", lower_order_final=False,
+        use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False, use_flow_sigmas=False,
+        flow_shift=1.0, final_sigmas_type="zero", lambda_min_clipped=-float("inf"), variance_type=None,
+        use_dynamic_shifting=False, time_shift_type="exponential", rescale_betas_zero_snr=False, zero_snr="honoured",
+        noised_at="timestep", spaced_timesteps="exact", third_order="corrected",
+    )  # fmt: skip
+
+    choices = {
+        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "dpmsolver"),
+        "solver_type": ("midpoint", "heun"),
+    }
+    aliases = ALIASES
+
+    def __init__(self, *args: Any, **values: Any):
+        super().__init__(*args, **values)
+        c = self.config
+        if c.algorithm_type == "dpmsolver" and c.final_sigmas_type == "zero":
+            raise ValueError("algorithm_type 'dpmsolver' needs final_sigmas_type='sigma_min'")
+
+    def _reset(self) -> None:
+        """Share the calls out among steps."""
+        super()._reset()
+        c, n = self.config, len(self._grid)
+        full, rest = divmod(n, c.solver_order)
+        if c.solver_order > 1 and rest == 0 and (c.lower_order_final or self._sigmas[-1] == 0):
+            # The last step is of first order, so the one before it has two calls less to make.
+            full, tail = full - 1, {2: [1, 1], 3: [1, 2, 1]}[c.solver_order]
+        else:
+            tail = list(range(1, rest + 1))
+        self._orders = [*range(1, c.solver_order + 1)] * full + tail
+        if self._sigmas[-1] == 0:
+            self._orders[-1] = 1
+        self._from: tuple[int, Tensor] | None = None  # the place and the sample at the start of this step
+
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput:  # fmt: skip
+        """x (b, ...) from one call of the network to the next; the k-th of a step begins again at the step's start."""
+        c, (out, x) = self.config, self._widen(model_output, sample)
+        i = self._start(timestep)
+        data, sde = c.algorithm_type.endswith("++"), c.algorithm_type.startswith("sde-")
+        noise = randn(model_output.shape, generator, model_output.device, model_output.dtype) if sde else None
+        found = self._read(out, x, i, data)
+        if self._orders[i] == 1 or self._from is None:  # None: the run began within this step
+            self._from, self.model_outputs = (i, x), []
+        self.model_outputs = [*self.model_outputs, found]
+        start, x = self._from
+        known = [(start + k, f) for k, f in enumerate(self.model_outputs)]
+        midpoint = c.solver_type == "midpoint"
+        if midpoint and len(known) == 3:  # of the third order: the ends of what is known, their integrals themselves
+            known, midpoint = known[::2], False
+        turned = sde and c.third_order == "published"
+        rule = partial(second_order_rule, midpoint=midpoint, third=lambda integral: integral - 2 * turned)
+        x = self._integrate(x, start, i + 1, known[: 1 if self._sigmas[i + 1] == 0 else None], data, rule,
+                            float(sde), noise)  # fmt: skip
+        return self._end(x, sample.dtype, return_dict)

@@ -1,0 +1,115 @@
+"""Solvers for models of EDM (Karras et al., arXiv:2206.00364, table 1), which know no timesteps."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .base import Device, Timestep, declare
+from .dpm_multistep import ALIASES, DPMSolverMultistepScheduler
+from .euler import EulerDiscreteScheduler
+from .exponential import MultistepScheduler
+from .sigma import ExplodingScheduler
+
+
+class _EDM(ExplodingScheduler):
+    """What both share: sigmas from sigma_max to sigma_min, and how the network's input and output are scaled."""
+
+    def _make_tables(self) -> None:
+        c = self.config
+        if c.num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps must be at least 1, not {c.num_train_timesteps}")
+        levels = self._by_schedule(np.linspace(0, 1, c.num_train_timesteps))
+        self._edm_table = torch.tensor(levels[::-1].copy(), dtype=torch.float64)
+        self.alphas_cumprod = 1 / (1 + self._edm_table**2)
+        self.final_alpha_cumprod = torch.ones((), dtype=torch.float64)
+
+    def __init__(self, *args: Any, **values: Any):
+        super().__init__(*args, **values)
+        self._put_timesteps([math.log(s) / 4 for s in self._sigmas[:-1]], dtype=torch.float32)
+
+    def _table(self, bar: Tensor | None = None) -> Tensor:
+        return self._edm_table
+
+    def _by_schedule(self, ramp: np.ndarray) -> np.ndarray:
+        """Sigmas at these shares of the way down, of equation (5) or even in log sigma."""
+        c = self.config
+        if c.sigma_schedule == "karras":
+            high, low = c.sigma_max ** (1 / c.rho), c.sigma_min ** (1 / c.rho)
+            return (high + ramp * (low - high)) ** c.rho
+        return np.exp(math.log(c.sigma_max) + ramp * math.log(c.sigma_min / c.sigma_max))
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Device = None, sigmas: Sequence[float] | None = None,
+    ) -> None:  # fmt: skip
+        """Lay the grid: so many steps, or these sigmas (with the last, usually 0, at the end)."""
+        self._one_of(num_inference_steps, None, sigmas)
+        if sigmas is None:
+            n = self._count(num_inference_steps)
+            levels = np.append(self._by_schedule(np.linspace(0, 1, n)), 0.0)
+            if self.config.final_sigmas_type == "sigma_min":
+                levels[-1] = self.config.sigma_min
+        else:
+            levels = self._custom(sigmas, "sigmas")
+        self._set_grid(np.log(levels[:-1]) / 4, levels, device, torch.float32)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """As published: sigma_max, and the unit of the data."""
+        return math.hypot(self.config.sigma_max, 1)
+
+    def scale_model_input(self, sample: Tensor, timestep: Timestep) -> Tensor:
+        """c_in x, of unit variance."""
+        self._scaled = True
+        return sample / math.hypot(self._sigmas[self._start(timestep)], self.config.sigma_data)
+
+    def _x0(self, out: Tensor, x: Tensor, sigma: float) -> Tensor:
+        """c_skip x + c_out F."""
+        data = self.config.sigma_data
+        c_out = sigma * data / math.hypot(sigma, data)
+        sign = -1 if self.config.prediction_type == "v_prediction" else 1
+        return self._clip(data**2 / (sigma**2 + data**2) * x + sign * c_out * out)
+
+    def _read(self, out: Tensor, x: Tensor, i: int, data: bool) -> Tensor:
+        return self._x0(out, x, self._sigmas[i])
+
+    def _place(self, t: float) -> int | None:
+        i = super()._place(t)
+        if i is None:  # c_noise is no training timestep
+            raise ValueError(f"{t:g} is not one of scheduler.timesteps")
+        return i
+
+
+class EDMEulerScheduler(_EDM):
+    """Euler's method, with churn: arXiv:2206.00364, algorithm 2 without its second-order correction."""
+
+    Fields = declare(
+        object, sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, sigma_schedule="karras", num_train_timesteps=1000,
+        prediction_type="epsilon", rho=7.0, final_sigmas_type="zero", noised_at="timestep",
+    )  # fmt: skip
+
+    choices = {"sigma_schedule": ("karras", "exponential"), "prediction_type": ("epsilon", "v_prediction")}
+    step = EulerDiscreteScheduler.step
+
+
+class EDMDPMSolverMultistepScheduler(_EDM, MultistepScheduler):
+    """DPM-Solver++ multistep, as DPMSolverMultistepScheduler."""
+
+    Fields = declare(
+        object, sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, sigma_schedule="karras", num_train_timesteps=1000,
+        prediction_type="epsilon", rho=7.0, solver_order=2, thresholding=False, dynamic_thresholding_ratio=0.995,
+        sample_max_value=1.0, algorithm_type="dpmsolver++", solver_type="midpoint", lower_order_final=True,
+        euler_at_final=False, final_sigmas_type="zero", third_order="corrected", noised_at="timestep",
+    )  # fmt: skip
+
+    choices = {
+        "sigma_schedule": ("karras", "exponential"),
+        "prediction_type": ("epsilon", "v_prediction"),
+        "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
+        "solver_type": ("midpoint", "heun"),
+    }
+    aliases = ALIASES
+    step = DPMSolverMultistepScheduler.step

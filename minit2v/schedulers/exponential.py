@@ -1,0 +1,177 @@
+"""What the exponential solvers share: DPM-Solver, DEIS, UniPC, SA-Solver are one formula with different weights.
+
+In lambda = log(alpha / sigma) the linear part of the equation is solved exactly, and a prediction f (of x_0 or of the
+noise) is integrated against an exponential (Lu et al., arXiv:2206.00927, proposition 3.1; arXiv:2211.01095, equation
+13; Xue et al., arXiv:2309.05019, equation 9). A polynomial through f at some places of the grid gives the weights.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .base import Device, SchedulerOutput
+from .grids import OPEN_GRIDS
+from .sigma import SPACINGS, SigmaScheduler
+
+Rule = Callable[[float, list[float]], None]
+
+
+def moments(k: float, n: int) -> list[float]:
+    """I_j, the integral over r from 0 to 1 of k exp(-k (1 - r)) r**j, for j < n. k > 0 for x_0, k = -h for the noise.
+
+    I_0 = 1 - exp(-k), and by parts I_j = 1 - j / k I_(j-1), which for small k loses its digits: there, the series.
+    """
+    if abs(k) > 1:
+        found = [-math.expm1(-k)]
+        for j in range(1, n):
+            found.append(1 - j / k * found[-1])
+        return found
+    found = []
+    for j in range(n):
+        term = total = k / (j + 1)
+        for m in range(1, 20):
+            term *= -k / (j + 1 + m)
+            total += term
+        found.append(total)
+    return found
+
+
+def weights(nodes: Sequence[float], integrals: Sequence[float]) -> list[float]:
+    """Weights of f at the nodes (in units of the step, from its start), of the polynomial's integral."""
+    if len(nodes) == 1:
+        return [integrals[0]]
+    return np.linalg.solve(np.vander(nodes, increasing=True).T, np.array(integrals)).tolist()
+
+
+class ExponentialScheduler(SigmaScheduler):
+    """Base of the solvers on this formula. x = alpha x_0 + sigma eps keeps the size that the network sees.
+
+    spaced_timesteps: with a spacing of sigmas the network is told the timesteps that belong to them ("exact"), or
+    whole numbers near them ("whole").
+    """
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Device = None, *, timesteps: list[float] | None = None,
+        sigmas: list[float] | None = None,
+    ) -> None:  # fmt: skip
+        """Lay the grid: so many steps, or these timesteps, or these sigmas (with the last, usually 0, at the end).
+
+        Raises ValueError where the config forbids it.
+        """
+        c, n = self.config, num_inference_steps
+        self._one_of(n, timesteps, sigmas)
+        table = self._table().numpy()
+        kind, last = torch.int64, self._last_sigma()
+        if sigmas is not None:
+            chosen = self._custom(sigmas, "sigmas")
+            levels, last = chosen[:-1], chosen[-1]
+            grid, kind = self._sigma_to_t(levels, table), torch.float32
+        elif any(self._own(name) for name in SPACINGS):
+            levels = self._spaced(table[-1].item(), table[0].item(), self._count(n))
+            if last >= levels[-1] * (1 - 1e-9):  # the spacing ends there already
+                last = levels[-1]
+            grid, kind = self._sigma_to_t(levels, table), torch.float32
+            if c.spaced_timesteps == "whole":
+                grid, kind = self._cut(len(levels)), torch.int64
+        else:
+            if timesteps is not None:
+                grid = self._in_range(self._custom(timesteps, "timesteps").astype(np.int64))
+            else:
+                # Timesteps that are noisier than lambda_min_clipped are left out (for the cosine schedule).
+                n, least = self._count(n), self._own("lambda_min_clipped")
+                clipped = 0 if least is None else int(np.searchsorted(-np.log(table)[::-1], least))
+                spacing = self._own("timestep_spacing") or "linspace"
+                step = {"step": c.num_train_timesteps / n} if spacing == "trailing" else {}
+                rule, offset = OPEN_GRIDS[spacing], self._own("steps_offset") or 0
+                grid = self._in_range(rule(c.num_train_timesteps - clipped, n, offset, **step).round())
+                if len(np.unique(grid)) < len(grid):
+                    raise ValueError(f"{n} steps repeat timesteps with timestep_spacing={spacing!r}; use fewer")
+            levels = np.interp(grid, np.arange(len(table)), table)
+        self._set_grid(grid, [*levels, last], device, kind)
+
+    def _reset(self) -> None:
+        self.model_outputs: list[Tensor] = []  # newest last
+
+    def _cut(self, n: int) -> np.ndarray:
+        """The published timesteps of spaced sigmas. Karras': rounded. The others' fractions are cut off, and whether
+        the first is 999 or 998 hangs on the last bit of a float32 table, which is why there is one here."""
+        rough = self._table(self._alphas_cumprod(self._betas(torch.float32))).numpy()
+        grid = self._sigma_to_t(self._spaced(rough[-1].item(), rough[0].item(), n), rough)
+        rounded = self.config.use_karras_sigmas or self._own("use_lu_lambdas")
+        return grid.round() if rounded and self.config.beta_schedule != "squaredcos_cap_v2" else grid
+
+    def _scales(self, sigma: float) -> tuple[float, float]:
+        alpha = 1 / math.hypot(sigma, 1)
+        return alpha, sigma * alpha
+
+    def _lambda(self, i: int) -> float:
+        return -math.log(self._sigmas[i]) if self._sigmas[i] > 0 else math.inf
+
+    def _read(self, out: Tensor, x: Tensor, i: int, data: bool) -> Tensor:
+        """The prediction at place i: of x_0, or of the noise."""
+        alpha, sigma = self._scales(self._sigmas[i])
+        x0, eps = self._x0_and_eps(out, x, alpha, sigma)
+        if self.config.thresholding:
+            x0 = self._threshold(x0)
+            eps = (x - alpha * x0) / sigma
+        return x0 if data else eps
+
+    def _integrate(
+        self, x: Tensor, start: int, end: int, known: Sequence[tuple[int, Tensor]], data: bool,
+        rule: Rule | None = None, tau: float = 0.0, noise: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x from one place of the grid to another, through the predictions `known` at other places.
+
+        data: they are of x_0. rule: changes the integrals I_j in place, for solvers that take simpler ones.
+        tau: how stochastic, 0 the ODE, 1 the SDE (arXiv:2309.05019). noise: standard normal, of the shape of x.
+        """
+        (alpha, sigma), (alpha_end, sigma_end) = (self._scales(self._sigmas[i]) for i in (start, end))
+        h = self._lambda(end) - self._lambda(start)
+        if h == 0:  # a repeated sigma: nothing to do, and no h to divide by
+            return x
+        if sigma_end == 0:  # the limit, where only the newest prediction counts
+            f = known[0][1]
+            return alpha_end * f if data else alpha_end / alpha * (x - sigma * f)
+        if data:
+            k, linear, scale = (1 + tau**2) * h, sigma_end / sigma * math.exp(-(tau**2) * h), alpha_end
+            std = sigma_end * math.sqrt(-math.expm1(-2 * tau**2 * h))
+        else:
+            k, linear, scale = -h, alpha_end / alpha, (1 + tau**2) * sigma_end
+            std = tau * sigma_end * math.sqrt(math.expm1(2 * h))
+        integrals = moments(k, len(known))
+        if rule is not None:
+            rule(k, integrals)
+        nodes = [(self._lambda(i) - self._lambda(start)) / h for i, _ in known]
+        x = linear * x
+        for weight, (_, f) in zip(weights(nodes, integrals), known, strict=True):
+            x = x + scale * weight * f
+        return x if noise is None or std == 0 else x + std * noise
+
+
+class MultistepScheduler(ExponentialScheduler):
+    """Base of the solvers that join the last predictions, of places that they have passed (Adams-Bashforth)."""
+
+    def _order(self, i: int) -> int:
+        """The order of step i: as many predictions as there are, and fewer at the end, where high orders are rough."""
+        c, n = self.config, len(self._grid)
+        order = min(c.solver_order, len(self.model_outputs))
+        short = c.lower_order_final and n < 15
+        if i == n - 1 and (self._own("euler_at_final") or short or self._sigmas[n] == 0):
+            return 1
+        return min(order, 2) if i == n - 2 and short else order
+
+    def _multistep(
+        self, out: Tensor, timestep: Any, sample: Tensor, return_dict: bool, data: bool, rule: Rule | None = None,
+        tau: float = 0.0, noise: Tensor | None = None,
+    ) -> SchedulerOutput:  # fmt: skip
+        """A step through the last predictions, as many as the order asks for."""
+        out, x = self._widen(out, sample)
+        i = self._start(timestep)
+        self.model_outputs = [*self.model_outputs, self._read(out, x, i, data)][-self.config.solver_order :]
+        known = [(i - k, self.model_outputs[-1 - k]) for k in range(self._order(i))]
+        x = self._integrate(x, i, i + 1, known, data, rule, tau, noise)
+        return self._end(x, sample.dtype, return_dict)

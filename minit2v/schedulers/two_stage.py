@@ -1,0 +1,92 @@
+"""Solvers that ask the network twice in a step: Heun's, the midpoint rule, and its stochastic sister."""
+
+
+import numpy as np
+from torch import Tensor
+
+from .base import Generators, SchedulerOutput, Timestep, declare, randn
+from .euler import ancestral
+from .sigma import TwoStageScheduler
+
+
+class HeunDiscreteScheduler(TwoStageScheduler):
+    """Karras et al., arXiv:2206.00364, algorithm 1: Euler's step, then again with the mean of its two slopes."""
+
+    Fields = declare(
+        beta_start=0.00085, beta_end=0.012, prediction_type="epsilon", use_karras_sigmas=False,
+        use_exponential_sigmas=False, use_beta_sigmas=False, clip_sample=False, clip_sample_range=1.0,
+        timestep_spacing="linspace", steps_offset=0, rescale_betas_zero_snr=False, zero_snr="honoured",
+        noised_at="timestep",
+    )  # fmt: skip
+
+    def _second_levels(self, levels: np.ndarray) -> np.ndarray:
+        return levels[1:]
+
+    def _second_timesteps(self, grid: np.ndarray, second: np.ndarray) -> np.ndarray:
+        return grid[1:]
+
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True,
+    ) -> SchedulerOutput:  # fmt: skip
+        """x (b, ...) from one call of the network to the next."""
+        return self._two_stages(model_output, timestep, sample, return_dict)
+
+    def _advance(self, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], levels: list[float]) -> Tensor:
+        (x, x0), (x_end, x0_end), (sigma, target, _) = first, second, levels
+        if self._ends_in_noise and sigma == self._sigmas[0] == self._table()[-1].item():
+            # From pure noise, sigma in the thousands: the slopes' difference, over that length, would be all there is.
+            return x_end
+        return x + (target - sigma) / 2 * ((x - x0) / sigma + (x_end - x0_end) / target)
+
+
+class KDPM2DiscreteScheduler(TwoStageScheduler):
+    """k-diffusion's dpm_2: the slope at the middle of the step, in log sigma (DPM-Solver-2 of arXiv:2206.00927).
+
+    spaced_timesteps: with Karras sigmas the network is told the timesteps that belong to them ("exact"), or these
+    rounded ("whole").
+    """
+
+    Fields = declare(
+        beta_start=0.00085, beta_end=0.012, use_karras_sigmas=False, use_exponential_sigmas=False,
+        use_beta_sigmas=False, prediction_type="epsilon", timestep_spacing="linspace", steps_offset=0,
+        rescale_betas_zero_snr=False, zero_snr="honoured", noised_at="timestep", spaced_timesteps="exact",
+    )  # fmt: skip
+
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True,
+    ) -> SchedulerOutput:  # fmt: skip
+        """x (b, ...) from one call of the network to the next."""
+        return self._two_stages(model_output, timestep, sample, return_dict)
+
+    def _advance(self, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], levels: list[float]) -> Tensor:
+        (x, _), (x_mid, x0_mid), (sigma, middle, target) = first, second, levels
+        return x + (target - sigma) / middle * (x_mid - x0_mid)
+
+
+class KDPM2AncestralDiscreteScheduler(TwoStageScheduler):
+    """k-diffusion's dpm_2_ancestral: the midpoint rule to a sigma below the one asked for, then noise up to it."""
+
+    Fields = KDPM2DiscreteScheduler.Fields
+
+    def _second_levels(self, levels: np.ndarray) -> np.ndarray:
+        down = [ancestral(*pair)[0] for pair in zip(levels[:-1], levels[1:], strict=True)]
+        return np.sqrt(levels[:-1] * down)
+
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput:  # fmt: skip
+        """x (b, ...) from one call of the network to the next; noise is added after the second."""
+        return self._two_stages(model_output, timestep, sample, return_dict, like=model_output, generator=generator)
+
+    def _leave(self, x: Tensor, x0: Tensor, levels: list[float], **noise) -> Tensor:
+        return super()._leave(x, x0, levels)
+
+    def _advance(
+        self, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], levels: list[float], like: Tensor,
+        generator: Generators,
+    ) -> Tensor:  # fmt: skip
+        (x, _), (x_mid, x0_mid), (sigma, middle, target) = first, second, levels
+        down, up = ancestral(sigma, target)
+        noise = randn(like.shape, generator, like.device, like.dtype)
+        return x + (down - sigma) / middle * (x_mid - x0_mid) + up * noise

@@ -1,0 +1,64 @@
+"""UniPC."""
+
+
+from torch import Tensor
+
+from .base import SchedulerOutput, Timestep, declare
+from .exponential import ExponentialScheduler
+
+
+class UniPCMultistepScheduler(ExponentialScheduler):
+    """Unified predictor-corrector: Zhao et al., arXiv:2302.04867, algorithms 5 to 8.
+
+    The prediction that the network makes for the next step also corrects the last one: an order more, without a call.
+    solver_type "bh1", "bh2": B(h) = h or exp(h) - 1, which is seen in the lowest orders alone. predict_x0: integrate
+    the prediction of x_0, not of the noise. disable_corrector: the steps (by their place) that are not corrected.
+    """
+
+    Fields = declare(
+        solver_order=2, prediction_type="epsilon", thresholding=False, dynamic_thresholding_ratio=0.995,
+        sample_max_value=1.0, predict_x0=True, solver_type="bh2", lower_order_final=True, disable_corrector=[],
+        solver_p=None, use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False,
+        use_flow_sigmas=False, flow_shift=1.0, timestep_spacing="linspace", steps_offset=0, final_sigmas_type="zero",
+        rescale_betas_zero_snr=False, use_dynamic_shifting=False, time_shift_type="exponential", sigma_min=None,
+        sigma_max=None, shift_terminal=None, noised_at="timestep", spaced_timesteps="exact",
+    )  # fmt: skip
+
+    choices = {
+        "solver_type": ("bh1", "bh2"),
+        "solver_p": (None,),  # another scheduler as the predictor
+        "shift_terminal": (None,),  # of flow matching
+    }
+    aliases = {"solver_type": {"midpoint": "bh2", "heun": "bh2", "logrho": "bh2"}}
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._last: tuple[Tensor, int] | None = None  # the sample from which the last step went, and its order
+
+    def _rule(self, k: float, integrals: list[float]) -> None:
+        """With two predictions, the paper's simpler weight: half of B(h)."""
+        if len(integrals) == 2:
+            integrals[1] = k / 2 if self.config.solver_type == "bh1" else integrals[0] / 2
+
+    def _known(self, i: int, order: int) -> list[tuple[int, Tensor]]:
+        """The predictions of the last `order` calls, that at place i the newest."""
+        return [(i - k, self.model_outputs[-1 - k]) for k in range(order)]
+
+    def step(
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True,
+    ) -> SchedulerOutput:  # fmt: skip
+        """x_t (b, ...) -> x_s: corrects the last step by this prediction (UniC), then predicts on (UniP)."""
+        c, (out, x) = self.config, self._widen(model_output, sample)
+        i = self._start(timestep)
+        found = self._read(out, x, i, c.predict_x0)
+        if self._last is not None and i - 1 not in c.disable_corrector:
+            before, order = self._last
+            known = [(i, found), *self._known(i - 1, order)]
+            # UniC with one prediction from before: B(h) / 2 again; with more: the integrals themselves.
+            x = self._integrate(before, i - 1, i, known, c.predict_x0, self._rule if order == 1 else None)
+        self.model_outputs = [*self.model_outputs, found][-c.solver_order :]
+        left = len(self._grid) - i if c.lower_order_final else c.solver_order
+        order = min(c.solver_order, left, len(self.model_outputs))
+        self._last = x, order
+        x = self._integrate(x, i, i + 1, self._known(i, order), c.predict_x0, self._rule)
+        return self._end(x, sample.dtype, return_dict)
