@@ -5,6 +5,7 @@ The fixtures return functions, because a folder of tests without `__init__.py` c
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,10 @@ import torch
 from torch import nn
 
 from minit2v_convert.sparse import Manifest, write_sparse_safetensors
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core for each: threads of two would wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 DATA = Path(__file__).parent / "data"
 
