@@ -136,7 +136,8 @@ def make_parser() -> Parser:
         sub.add_argument("--kernels", type=_kernels, metavar="CHOICE", help="how to run the fused operations: auto, "
                          "torch, triton, or with choices for some: torch,geglu=triton")
         sub.add_argument("--optimize", action=argparse.BooleanOptionalAction,
-                         help="lay the weights out for speed; on cuda, launch steps as CUDA graphs")
+                         help="move weights in memory for speed; on cuda, launch steps as CUDA graphs. With "
+                         "--no-optimize the networks run as they are written")
         sub.add_argument("-o", "--output", type=_output, metavar="PATH",
                          help=f"a file ({', '.join(SUFFIXES)}; replaced), or a folder (names are made, none replaced)")
 

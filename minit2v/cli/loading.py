@@ -57,8 +57,8 @@ def load(command: str, settings: dict[str, Any], from_video: bool) -> tuple[Any,
     pipe = cls.from_pretrained(main, **where, **weights, **parts).to(device)
     if settings.get("free_init"):
         pipe.enable_free_init()
-    if settings.get("optimize"):
-        pipe.optimize()
+    if "optimize" in settings:  # neither: the fast path, with the weights where they are
+        pipe.optimize() if settings["optimize"] else pipe.restore()
 
     same = ("guidance_scale", "negative_prompt", "height", "width", "strength" if from_video else "num_frames")
     names = {"steps": "num_inference_steps", **{name: name for name in same}}
