@@ -431,7 +431,7 @@ def test_one_clear_line_before_any_work(pipe, call, error, says):
         ([np.zeros((3, 16, 24, 3)), np.zeros((2, 16, 24, 3))], "one shape"),
         ([Image.new("RGB", (24, 16)), np.zeros((16, 24, 3))], "frames of"),
     ],
-    ids=str,
+    ids=lambda v: v if isinstance(v, str) else type(v).__name__,
 )
 def test_refused_videos(v2v, video, says):
     with pytest.raises(ValueError, match=says):
