@@ -143,7 +143,7 @@ class NoiseSchedule:
     trained_betas: Sequence[float] | None = None
 
 
-def declare(base: type = NoiseSchedule, **defaults: Any) -> type:
+def declare(base: type = NoiseSchedule, **defaults: Any) -> type[NoiseSchedule]:
     """The fields of a class: those of `base`, then these, in this order, by position too."""
     listed = [
         (name, Any, field(default_factory=value.copy) if isinstance(value, list) else value)

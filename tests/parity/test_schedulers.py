@@ -479,6 +479,54 @@ def test_solvers(name, configs, counts, run, in_double):
                 raise
 
 
+WITH_TABLE = [n for n in ours.__all__ if "EDM" not in n]
+NOISY = {n for n in ours.__all__ if "Ancestral" in n or n[:3] in ("DDP", "LCM", "TCD", "SAS")}
+
+
+def plain(name):
+    """A config of the checkpoints for any class, and the arguments of a run."""
+    own = getattr(ours, name).field_defaults()
+    seed = {"noise_sampler_seed": 3}
+    fields = {k: v for k, v in (SD | LATENT | seed | {"skip_prk_steps": True}).items() if k in own}
+    return fields, ONE if name in NOISY else {}
+
+
+@pytest.fixture(scope="module")
+def unet():
+    """A small UNet3D, every parameter random, that answers with numbers of the size of noise."""
+    from minit2v.models.unet3d import UNet3DConditionModel
+
+    torch.manual_seed(0)
+    model = UNet3DConditionModel(
+        block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32, attention_head_dim=8, sample_size=8,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"), up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+    ).eval()  # fmt: skip
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    context = torch.randn(1, 4, 32)
+    with torch.inference_mode():
+        scale = 1 / model(torch.randn(1, 4, 2, 8, 8), torch.tensor(500), context).std()
+    return lambda x, t: scale * model(x, t, context)
+
+
+@pytest.mark.parametrize("name", [n for n in WITH_TABLE if n != "DDIMInverseScheduler"])
+def test_a_network_in_float32(name, unet, in_double):
+    """5 steps in float32, as they are run; the reference's tables in float64, for its own rounding is not compared."""
+    fields, run = plain(name)
+    mine, peer = pair(name, **fields)
+    ends = []
+    for scheduler in (mine, peer):
+        scheduler.set_timesteps(5)
+        x = torch.randn(1, 4, 2, 8, 8, generator=torch.Generator().manual_seed(1)) * float(scheduler.init_noise_sigma)
+        g = torch.Generator().manual_seed(2)
+        for t in scheduler.timesteps:
+            with torch.inference_mode():
+                seen = scheduler.scale_model_input(x, t).float()
+                x = scheduler.step(unet(seen, t.float()), t, x, **({"generator": g} if run else {})).prev_sample.float()
+        ends.append(x)
+    assert (ends[0] - ends[1]).abs().max() < TOLERANCE * ends[1].abs().max()
+
+
 @pytest.mark.parametrize("name", WHOLE[1:])
 def test_timesteps_that_are_cut_off(name):
     for config, n in itertools.product(cases([SD], KARRAS), (3, 25)):
@@ -490,17 +538,6 @@ def test_the_others_in_double(name, in_double):
     for config in BASIC:
         known = {k: v for k, v in config.items() if k in getattr(ours, name).field_defaults()}
         assert_same(*pair(name, **known), n=16)
-
-
-NOISY = {n for n in ours.__all__ if "Ancestral" in n or n[:3] in ("DDP", "LCM", "TCD", "SAS")}
-
-
-def plain(name):
-    """A config of the checkpoints for any class, and the arguments of a run."""
-    own = getattr(ours, name).field_defaults()
-    seed = {"noise_sampler_seed": 3}
-    fields = {k: v for k, v in (SD | LATENT | seed | {"skip_prk_steps": True}).items() if k in own}
-    return fields, ONE if name in NOISY else {}
 
 
 @pytest.mark.parametrize("name", [n for n in ours.__all__ if n != "DDIMInverseScheduler" and "EDM" not in n])
@@ -550,9 +587,6 @@ def test_has_the_published_defaults(name):
     assert list(theirs) == list(mine.field_defaults())[: len(theirs)]  # by position too
     assert {k: mine.config[k] for k in theirs} == theirs
     assert set(peer.config["_use_default_values"]) <= set(mine.config["_use_default_values"])
-
-
-WITH_TABLE = [n for n in ours.__all__ if "EDM" not in n]
 
 
 @pytest.mark.parametrize("name", WITH_TABLE)
