@@ -373,6 +373,30 @@ def test_subclasses_and_changed_methods_run_as_written(unet3d, monkeypatch):
 
 
 @torch.no_grad()
+def test_layers_of_other_sizes_run_as_written(unet3d):
+    call, block = inputs(), unet3d.mid[0]
+    run, conv, c = fast.door(unet3d), torch.nn.Conv3d, unet3d.config.block_out_channels[-1]
+    changes = [
+        (block.temporal_conv.convs, "1", conv(c, c, (5, 1, 1), padding=(2, 0, 0))),
+        (block.temporal_conv.convs, "2", conv(c, c, (3, 1, 1), padding=(1, 0, 0), bias=False)),
+        (block.temporal_conv.convs, "0", conv(c, c, (3, 1, 1), padding=(1, 0, 0), padding_mode="circular")),
+        (block.res, "conv1", torch.nn.Conv2d(c, c, 3, padding=1, bias=False)),
+        (block.res, "conv2", torch.nn.Conv2d(c, c, 3, padding=2, dilation=2, groups=2)),
+        (block.res, "skip", torch.nn.Conv2d(c, c, 3, padding=1)),
+        (block.spatial.block.ff, "proj_in", torch.nn.Linear(c, 8 * c, bias=False)),
+        (block.res, "norm1", torch.nn.GroupNorm(4, c)),
+        (block.res, "norm2", torch.nn.GroupNorm(8, c, affine=False)),
+    ]
+    for parent, name, other in changes:
+        before = parent._modules[name]
+        parent._modules[name] = other
+        close(run(*call), unet3d(*call))
+        parent._modules[name] = before
+    close(run(*call), unet3d(*call))
+    assert whole(unet3d)
+
+
+@torch.no_grad()
 def test_autocast_and_other_dtypes_run_as_written(unet3d):
     call = inputs()
     with torch.autocast("cpu", torch.bfloat16):

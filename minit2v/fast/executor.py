@@ -167,7 +167,23 @@ def is_known(m: nn.Module) -> bool:
         return False
     if isinstance(m, nn.GroupNorm | nn.LayerNorm) and (m.weight is None or m.bias is None):
         return False
-    return all(type(part) in classes and is_known(part) for name, classes in parts.items() for part in named(m, name))
+    if not all(type(p) in classes and is_known(p) for name, classes in parts.items() for p in named(m, name)):
+        return False
+    return is_usual(m)
+
+
+def is_usual(m: nn.Module) -> bool:
+    """Whether the layers inside have the sizes and biases that the module's function counts on."""
+    if isinstance(m, modules.TemporalConv):
+        return all(
+            c.kernel_size == (3, 1, 1) and c.stride == c.dilation == (1, 1, 1) and c.padding == (1, 0, 0)
+            and c.groups == 1 and c.padding_mode == "zeros" and c.bias is not None
+            for c in m.convs
+        )  # fmt: skip
+    if isinstance(m, modules.ResBlock):
+        narrow = isinstance(m.skip, nn.Identity) or (m.skip.kernel_size == m.skip.stride == (1, 1))
+        return m.conv1.bias is not None and m.emb.bias is not None and narrow
+    return not isinstance(m, modules.FeedForward) or m.proj_in.bias is not None
 
 
 def named(m: nn.Module, name: str) -> Iterator[nn.Module | None]:
