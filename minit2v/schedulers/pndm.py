@@ -81,7 +81,8 @@ class PNDMScheduler(Scheduler):
             if by_ratio:
                 there = t - (0 if phase % 2 else self._ratio // 2)
             if phase == 0:
-                self._base, self._sum, self._history = (x, here), 0.0, [eps, *self._history]
+                self._sum, self._history = 0.0, [eps, *self._history]
+                self._base = None if self._is_noise(here) else (x, here)
             if self._base is not None:  # None: the run began within this step, so it goes down by plain steps
                 x, here = self._base
                 self._sum = self._sum + (1 / 6, 1 / 3, 1 / 3, 1 / 6)[phase] * eps
@@ -91,8 +92,7 @@ class PNDMScheduler(Scheduler):
             x, here = self._base
             if by_ratio:
                 here, there = t + self._ratio, t
-            # At no signal to speak of, x_0 would be the predictions' difference over alpha: there, the first alone.
-            newer = 0.0 if self._ends_in_noise and self._bar(here) < 1e-6 else 0.5
+            newer = 0.0 if self._is_noise(here) else 0.5
             eps, self._base = newer * eps + (1 - newer) * self._history[0], None
         else:
             if by_ratio:
@@ -106,6 +106,10 @@ class PNDMScheduler(Scheduler):
         self._i = i + 1
         x = self._transfer(x, eps, here, there).to(sample.dtype)
         return SchedulerOutput(x) if return_dict else (x,)
+
+    def _is_noise(self, t: int) -> bool:
+        """Where x_0 would be the difference of predictions over an alpha of nearly 0: there, the first alone counts."""
+        return self._ends_in_noise and self._bar(t) < 1e-6
 
     def _place(self, t: int) -> int:
         if t not in self._grid:

@@ -110,7 +110,9 @@ class SigmaScheduler(Scheduler):
         """(alpha, sigma) of the solver's own x at a noise level."""
         raise NotImplementedError
 
-    def _end(self, x: Tensor, dtype: torch.dtype, return_dict: bool, x0: Tensor | None = None) -> SchedulerOutput:
+    def _end(
+        self, x: Tensor, dtype: torch.dtype, return_dict: bool, x0: Tensor | None = None
+    ) -> SchedulerOutput:
         """What a step returns: the next sample, and the guess at x_0 of solvers that make one. The counter goes on."""
         self.step_index += 1
         found = (x.to(dtype),) if x0 is None else (x.to(dtype), x0.to(dtype))
