@@ -48,7 +48,7 @@ def test_commands_say_what_they_said(tmp_path, monkeypatch):
         got = out.getvalue() + "".join(f"{n}\n" for n in err.getvalue().splitlines() if n.startswith("minit2v: error"))
         assert check(want, got, doctest.ELLIPSIS), (command, got)
         assert (code != 0) == ("error:" in want), command
-    assert sorted(os.listdir()) == ["adapter", "folder", "model.ckpt", "model.safetensors", "motion.ckpt", "authors",
+    assert sorted(os.listdir()) == ["adapter", "authors", "folder", "model.ckpt", "model.safetensors", "motion.ckpt",
                                     "vae"]  # fmt: skip
 
 
