@@ -25,7 +25,7 @@ from . import modelscope_configuration as configuration
 from .detect import detect
 from .folders import CONFIG, INDEX, NO_NETWORKS, STEMS, WEIGHTS, Opened, open_path, read_configuration
 from .formats import Plan, Step, from_diffusers, rewritten, to_diffusers
-from .rename import nearest
+from .rename import nearest, shown
 from .shapes import Config
 from .stream import (
     Source,
@@ -36,7 +36,6 @@ from .stream import (
     parse_json,
     replacing,
     retyped,
-    shown,
     size_of,
     write_file,
 )  # fmt: skip

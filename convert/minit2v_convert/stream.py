@@ -30,6 +30,7 @@ from torch import Tensor
 from .containers import unwrap
 from .detect import SIZES
 from .formats import Plan, Step, make
+from .rename import shown
 from .sparse import DTYPES as COMMON
 
 DTYPES = {
@@ -85,11 +86,6 @@ def open_file(path: str | Path, mmap: bool = True) -> Source:
 def first_line(error: BaseException) -> str:
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line if len(line) <= 300 else line[:297] + "..."
-
-
-def shown(text: object) -> str:
-    """For messages: line breaks, control characters and what is no character at all, escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def _broken(path: Path, why: str) -> ValueError:

@@ -26,6 +26,7 @@ from ..files.weights import Weightless
 from ..models.unet_motion import known_resnet_norms
 from ..pipelines import files as pipeline_files
 from ..pipelines.base import DiffusionPipeline
+from .messages import tell
 
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pth", ".pt", ".msgpack", ".onnx")
 IMAGES = "StableDiffusionPipeline"  # no pipeline of this package, but one half of AnimateDiff's
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     """The exit code: 1 where something in the model does not fit."""
     lines, good = report(args.model, revision=getattr(args, "revision", None),
                          variant=getattr(args, "variant", None))
-    print("\n".join(lines))
+    tell(*lines)
     return 0 if good else 1
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import io
 import os
 import platform
 import re
@@ -9,13 +10,15 @@ import secrets
 import sys
 import tempfile
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..files import embedded
-from .arguments import SUFFIXES, Parser
-from .messages import one_line, say
+from .arguments import SUFFIXES, make_parser
+from .ends import importing
+from .messages import one_line, say, tell_path
 
 # The models that come with the package: what each command takes where no other is given.
 EMBEDDED = {
@@ -36,23 +39,23 @@ SETTINGS = ("model", "base", "adapter", "revision", "variant", "negative_prompt"
 DECODED_AT_ONCE = 8  # frames: what the VAE's last layers need would otherwise grow with the video
 
 
-def run(args: argparse.Namespace, parser: Parser) -> int:
+def run(args: argparse.Namespace) -> int:
     """The exit code: 1 where some prompts failed."""
     digest = None
     if "replay" in args:
-        args, digest = _replay(args, parser)
+        args, digest = _replay(args)
     given = {k: v for k, v in vars(args).items() if k in SETTINGS}
     video, source = getattr(args, "video", None), {}
     prompts = list(args.prompt) + (_read_prompts(args.prompts) if "prompts" in args else [])
     if not prompts:
-        parser.error("give a prompt or --prompts FILE" + " or --replay VIDEO" * (args.command != "restyle"))
+        args.usage_error("give a prompt or --prompts FILE" + " or --replay VIDEO" * (args.command != "restyle"))
     if video is not None and "num_frames" in given:
-        parser.error("--num-frames: a video has its own number of frames")
+        args.usage_error("--num-frames: a video has its own number of frames")
     if video is None and "strength" in given:
-        parser.error("--strength: how far to go from which video? Give --video VIDEO")
+        args.usage_error("--strength: how far to go from which video? Give --video VIDEO")
     models = dict(EMBEDDED[args.command])
     if "adapter" in given and "base" not in given:
-        parser.error("--adapter: to which image model? Give --base MODEL")
+        args.usage_error("--adapter: to which image model? Give --base MODEL")
     if given.get("base", models.get("base")) != models.get("base"):
         del models["adapter"]
     if "kernels" in args:
@@ -67,7 +70,11 @@ def run(args: argparse.Namespace, parser: Parser) -> int:
         video, measured, source = _read_source(video, digest)
         settings |= measured
     settings |= given
-    from .loading import load  # torch takes a second, in which all errors above have been said
+    for path in paths:
+        if not 0.01 <= settings["fps"] <= (most := 100 if path.suffix.lower() == ".gif" else 1000):
+            raise ValueError(f"{path} can have 0.01 to {most} frames per second, not {settings['fps']:g}: give --fps")
+    with importing():
+        from .loading import load  # torch takes a second, in which all errors above have been said
 
     pipe, call = load(args.command, settings, video is not None)
 
@@ -82,7 +89,7 @@ def run(args: argparse.Namespace, parser: Parser) -> int:
             about = {"minit2v": args.command, "prompt": prompt, **{k: settings[k] for k in SETTINGS if k in settings},
                      **source, "versions": _versions()}
             _write(frames, path, settings["fps"], about)
-            print(path, flush=True)
+            tell_path(path)
             say(f"{len(frames)} frames of {frames.shape[2]}x{frames.shape[1]} in {time.monotonic() - start:.1f} s")
         except Exception as e:
             if args.debug:
@@ -192,10 +199,15 @@ def _option(name: str, value: Any) -> str:
     return f"--{'' if value else 'no-'}{option}" if isinstance(value, bool) else f"--{option}={value}"
 
 
-def _replay(args: argparse.Namespace, parser: Parser) -> tuple[argparse.Namespace, str | None]:
-    """The arguments that made a video, under those given now; and the digest of the video that it began with."""
+def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None]:
+    """The arguments that made a video, under those given now; and the digest of the video that it began with.
+
+    Whoever made the file may have named any model and video: they are used with `--trust` alone.
+    """
     from ..files.video import read_metadata
-    from .loading import find_device
+
+    with importing():
+        from .loading import find_device
 
     stored = read_metadata(args.replay)
     command, source = stored.get("minit2v"), stored.get("video")
@@ -205,24 +217,46 @@ def _replay(args: argparse.Namespace, parser: Parser) -> tuple[argparse.Namespac
         again = "animate" if command == "animate" else "generate"
         raise ValueError(f"{args.replay} was made by {command}: minit2v {again} --replay makes it again")
     given = {k: v for k, v in vars(args).items() if k not in ("command", "replay", "prompt", "prompts")}
+    _check_trust(args, stored, given)
     words = [_option(k, stored[k]) for k in SETTINGS if stored.get(k) is not None]
     prompts = args.prompt or ([] if "prompts" in args else [stored["prompt"]])
     if source is not None and command == "animate":
         words.append(f"--video={source}")
     first = [str(source)] if command == "restyle" else []
-    again = parser.parse_args([command, *words, "--", *first, *prompts])
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
+            again = make_parser().parse_args([command, *words, "--", *first, *prompts])
+    except SystemExit:  # also of a scheduler named `help`, which lists them
+        why = said.getvalue().strip().partition(": error: ")[2].rpartition("; see ")[0]
+        raise ValueError(f"{args.replay}: what is stored in this file are no settings: {why or 'help'}") from None
     if "video" in given and "num_frames" in again:  # that of the video made of a text alone
         del again.num_frames
     for name, value in [*given.items(), *([("prompts", args.prompts)] if "prompts" in args else [])]:
         setattr(again, name, value)
 
-    then, now = stored.get("versions", {}), _versions()
+    then, now = stored.get("versions"), _versions()
+    then = then if isinstance(then, dict) else {}
     if changed := [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v]:
         say(f"warning: the video may come out differently, as versions have changed: {', '.join(changed)}")
     if "device" not in given:
         try:
-            find_device(again.device)
+            find_device(getattr(again, "device", "auto"))
         except ValueError:
             say(f"warning: made on {again.device}, which is not here: the numbers may differ a little")
             again.device = "auto"
     return again, None if "video" in given else stored.get("video_sha256")
+
+
+def _check_trust(args: argparse.Namespace, stored: dict[str, Any], given: dict[str, Any]) -> None:
+    """Says what a file names outside this package. ValueError where that was neither given here nor trusted."""
+    names = ("model", "base", "adapter", "video")
+    named = {k: str(stored[k]) for k in names if stored.get(k) is not None and k not in given
+             and (k == "video" or embedded.find(str(stored[k])) is None)}  # fmt: skip
+    if not named:
+        return
+    what = ", ".join(f"{k} {v!r}" for k, v in named.items())
+    if args.trust:
+        return say(f"{args.replay} names what is used now: {what}")
+    own = [f"--{k}" for k in named if k != "video" or args.command == "animate"]
+    raise ValueError(f"{args.replay} names {what}: with --trust they are used"
+                     + f", or give {' and '.join(own)} of your own" * bool(own))
