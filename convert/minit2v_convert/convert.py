@@ -171,6 +171,9 @@ def convert(
         raise ValueError(f"{what[0]}: only a folder in the layout of diffusers has any use for it, not {to}")
     if not safe_serialization and dst.suffix == ".safetensors":
         raise ValueError(f"{dst}: .bin files are asked for, and this name is that of another kind")
+    if dst.name == "-" or dst.name.lower() in WEIGHTS or dst.suffix.lower() in WEIGHTS and dst.suffix not in WEIGHTS:
+        raise ValueError(f"{shown(dst)}: a file's name is as name{dst.suffix.lower() or WEIGHTS[0]}, with a small "
+                         "ending, and any other name is a folder's")  # fmt: skip
     target = _target(dst)
     if not dry_run:
         _check_free(target, dst)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
+import numpy as np
 import torch
 
 from minit2v_convert.rename import nearest
@@ -59,6 +60,8 @@ def config_fields(config: Any) -> dict[str, Any]:
 
 
 def _tuples(value: Any) -> Any:
+    if isinstance(value, np.generic):  # NumPy's numbers are numbers
+        return value.item()
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 

@@ -82,7 +82,7 @@ def check_size(height: Any, width: Any, unet: nn.Module, factor: int) -> tuple[i
     width = columns * factor if width is None else width
     check_pixels("height", height, factor)
     check_pixels("width", width, factor)
-    return height, width
+    return int(height), int(width)
 
 
 def check_generator(generator: Generators, batch: int, device: torch.device) -> None:

@@ -82,7 +82,7 @@ def lay_grid(
     custom = {name: v for name, v in (("timesteps", timesteps), ("sigmas", sigmas)) if v is not None}
     if len(custom) == 2:
         raise ValueError("timesteps and sigmas are two ways to lay one grid: give one")
-    total = num_inference_steps
+    num_inference_steps = total = int(num_inference_steps)  # NumPy's small numbers overflow in products
     if custom:
         (name,) = custom
         if name not in inspect.signature(scheduler.set_timesteps).parameters:

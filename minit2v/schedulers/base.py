@@ -273,6 +273,7 @@ class Scheduler:
                 raise TypeError(f"{cls.__name__} has no field {name!r}{nearest(name, own)}")
 
     def _set_config(self, given: Mapping[str, Any], explicit: Iterable[str]) -> None:
+        given = {name: v.item() if isinstance(v, np.generic) else v for name, v in given.items()}
         values = self.field_defaults() | given
         for name, other in self.aliases.items():
             values[name] = other.get(values[name], values[name])
@@ -431,6 +432,8 @@ class Scheduler:
         chosen = np.array(values, dtype=np.float64)
         if chosen.ndim != 1 or not len(chosen) or (np.diff(chosen) > 0).any() or not np.isfinite(chosen).all():
             raise ValueError(f"{name} must be a list of falling numbers, not {values!r}")
+        if name == "sigmas" and (len(chosen) < 2 or (np.diff(chosen) == 0).any() or chosen[-1] < 0):
+            raise ValueError(f"sigmas must be two or more, each once, none below 0, not {values!r}")
         return chosen
 
     def set_timesteps(

@@ -608,6 +608,14 @@ def test_what_a_new_folder_cannot_replace_is_refused_before_anything_is_read(ima
         convert(image_model, "loop")
 
 
+@pytest.mark.parametrize("name", ["m.PT", "m.CKPT", "m.SafeTensors", "a/.safetensors", ".bin", "-"])
+def test_a_name_that_looks_like_a_file_makes_no_folder(image_model, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(module, "open_path", None)
+    with pytest.raises(ValueError, match="any other name is a folder's"):
+        convert(image_model, tmp_path / name, "single-file")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_link_to_an_empty_folder_is_followed(image_model, tmp_path, monkeypatch):
     """And the room is looked for where the folder is."""
     disk = tmp_path / "disk"
