@@ -17,6 +17,7 @@ from minit2v_convert.stream import parse_json, replacing
 from ..compat import compat_fields
 from ..files.config import config_fields, make_config, pick_dtype
 from ..files.hub import DIFFUSERS_VERSION, choose_weights, find_config, find_folder, write_json
+from ..files.saving import filling
 from ..files.weights import Weightless, fill, fill_from, open_weights
 
 
@@ -229,21 +230,32 @@ class Network(nn.Module):
     ) -> None:
         """Write config.json and the weights under diffusers' names, for us, diffusers and transformers to load.
 
-        safe_serialization: `.safetensors`, else `.bin`. variant: the infix of the weights' file. A file that exists is
-        replaced when the new one is complete; OSError where it cannot be.
+        safe_serialization: `.safetensors`, else `.bin`. variant: the infix of the weights' file. Both files appear
+        together, and weights of this variant that were there before go, in any kind of file; OSError where they cannot.
+        ValueError where something wraps layers of the network: what it would write could not be loaded.
         """
+        state, own = self.diffusers_state_dict(), self._own_names()
+        if added := [name for name in state if name not in own]:
+            raise ValueError(f"{type(self).__name__} has {len(added)} tensors that its config does not make "
+                             f"({added[0]!r}{', ...' * (len(added) > 1)}): first take out what wraps its layers")
         stem = self.weights_name if safe_serialization or self.weights_name != "model" else "pytorch_model"
         infix = f".{variant}" if variant else ""
-        with replacing(Path(folder) / f"{stem}{infix}.{'safetensors' if safe_serialization else 'bin'}") as temporary:
-            state = {name: value.detach().cpu().contiguous() for name, value in self.diffusers_state_dict().items()}
-            if safe_serialization:
-                from safetensors.torch import save_file
-
-                save_file(state, temporary, metadata={"format": "pt"})
-            else:
-                torch.save(state, temporary)
         name = type(self).__name__
         head = {"_class_name": name, "_diffusers_version": DIFFUSERS_VERSION}
         if self.head is not None:
             head = {**self.head, "architectures": [name]}
-        write_json(Path(folder) / "config.json", {**head, **config_fields(self.config)})
+        with filling(folder) as new:
+            with replacing(new / f"{stem}{infix}.{'safetensors' if safe_serialization else 'bin'}") as temporary:
+                state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+                if safe_serialization:
+                    from safetensors.torch import save_file
+
+                    save_file(state, temporary, metadata={"format": "pt"})
+                else:
+                    torch.save(state, temporary)
+            write_json(new / "config.json", {**head, **config_fields(self.config)})
+
+    def _own_names(self) -> set[str]:
+        """Diffusers' names of what a network of this config has."""
+        with torch.device("meta"), Weightless():
+            return set(type(self).from_config(self.config).diffusers_state_dict())

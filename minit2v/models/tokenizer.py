@@ -23,6 +23,7 @@ from minit2v_convert.rename import nearest
 
 from ..files.embedded import ASSETS
 from ..files.hub import find_folder, parse_json, replacing, write_json
+from ..files.saving import filling
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -311,17 +312,14 @@ class CLIPTokenizer:
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the files of a tokenizer folder, which transformers and `from_pretrained` read back."""
-        folder, whole = Path(folder), self.backend.to_str(pretty=True)
+        """Write the files of a tokenizer folder, which transformers and `from_pretrained` read back: all or none."""
+        whole = self.backend.to_str(pretty=True)
         model = json.loads(whole)["model"]
         texts = {
             "vocab.json": json.dumps(model["vocab"], ensure_ascii=False, separators=(",", ":")),
             "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, model["merges"]), ""]),
             "tokenizer.json": whole,
         }
-        for name, text in texts.items():
-            with replacing(folder / name) as temporary:
-                temporary.write_text(text, encoding="utf-8")
         described = {t.content: t for t in self.backend.get_added_tokens_decoder().values()}
         named = {}
         for name in NAMED:
@@ -336,8 +334,12 @@ class CLIPTokenizer:
             "model_max_length": self.model_max_length,
             "tokenizer_class": "CLIPTokenizer",
         }
-        write_json(folder / "special_tokens_map.json", named)
-        write_json(folder / "tokenizer_config.json", config)
+        with filling(folder) as new:
+            for name, text in texts.items():
+                with replacing(new / name) as temporary:
+                    temporary.write_text(text, encoding="utf-8")
+            write_json(new / "special_tokens_map.json", named)
+            write_json(new / "tokenizer_config.json", config)
 
 
 def _check_fields(file: str, fields: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -41,6 +41,7 @@ from .checks import (
     check_number,
     check_result,
     check_text,
+    is_parallel,
     unwrapped,
 )
 
@@ -170,8 +171,12 @@ class DiffusionPipeline:
 
         TypeError where a component is none that this package runs.
         """
-        if isinstance(value, nn.parallel.DistributedDataParallel):
-            value = value.module
+        if is_parallel(getattr(value, "_orig_mod", None)):
+            logger.warning("%s was compiled together with its %s, of which it is taken out: torch.compile the network.",
+                           name, type(value._orig_mod).__name__)  # fmt: skip
+            value = unwrapped(value)
+        if is_parallel(value):
+            value = unwrapped(value)
         if name in self.COMPONENTS:
             check_component(name, value, self.COMPONENTS[name])
         super().__setattr__(name, value)
@@ -300,7 +305,10 @@ class DiffusionPipeline:
     def save_pretrained(
         self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None
     ) -> None:
-        """Write the diffusers layout, which diffusers loads, too. Every file appears complete or not at all."""
+        """Write the diffusers layout, which diffusers loads, too. The whole folder changes at once, or not at all.
+
+        Files of `folder` that are none of the pipeline's stay. Errors as of `Network.save_pretrained`.
+        """
         fields = {name: getattr(self, name) for name in self.FIELDS}
         files.save_components(Path(folder), type(self), self.components,
                               {"compat": self.compat, **fields}, safe_serialization, variant)

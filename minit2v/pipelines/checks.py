@@ -125,9 +125,14 @@ def check_generator(generator: Generators, batch: int, device: torch.device) -> 
             raise ValueError(f"a generator on {g.device} cannot draw for a pipeline on {device}")
 
 
+def is_parallel(component: Any) -> bool:
+    """Whether it shares the work on a network out to others, of which only training has any use."""
+    return isinstance(component, nn.parallel.DistributedDataParallel | nn.parallel.DataParallel)
+
+
 def unwrapped(component: Any) -> Any:
-    """What torch.compile or DistributedDataParallel stands around; anything else as it is."""
-    if isinstance(component, nn.parallel.DistributedDataParallel):
+    """What torch.compile, DataParallel or DistributedDataParallel stand around; anything else as it is."""
+    if is_parallel(component):
         return unwrapped(component.module)
     return unwrapped(component._orig_mod) if hasattr(component, "_orig_mod") else component
 

@@ -12,6 +12,7 @@ from minit2v_convert.rename import nearest
 
 from ..files import hub
 from ..files.config import pick_dtype
+from ..files.saving import filling
 from ..models.network import Network
 from ..models.tokenizer import CLIPTokenizer
 from ..schedulers.base import Scheduler
@@ -250,25 +251,29 @@ def save_components(
     folder: Path, pipeline: type, components: dict[str, Any], fields: dict[str, Any], safe_serialization: bool,
     variant: str | None,
 ) -> None:
-    """Every component into its folder, then the index, last: where it lies, all lies."""
+    """Every component into its folder, and the index: all of them appear together."""
+    components = {name: unwrapped(component) for name, component in components.items()}
     missing = [name for name, component in components.items() if component is None and name not in pipeline.OPTIONAL]
     if missing:
         raise ValueError(f"a pipeline without {' and '.join(missing)} cannot be saved")
     for name, component in components.items():
         if component is not None and not callable(getattr(component, "save_pretrained", None)):
             raise TypeError(f"{name}: a {type(component).__name__} has no save_pretrained, and cannot be saved")
+        if type(component).__module__.split(".")[0] == "peft":  # which would save the adapter alone
+            raise TypeError(f"{name}: a {type(component).__name__} of peft is around it, and no pipeline loads that: "
+                            "save what its merge_and_unload() returns")  # fmt: skip
     index: dict[str, Any] = {
         "_class_name": pipeline.__name__, "_diffusers_version": hub.DIFFUSERS_VERSION, FIELDS_KEY: fields,
     }  # fmt: skip
-    for name, component in sorted(components.items()):
-        if component is None:
-            index[name] = NOTHING[0]
-            continue
-        component = unwrapped(component)
-        weights = dict(safe_serialization=safe_serialization, variant=variant)
-        component.save_pretrained(folder / name, **weights if isinstance(component, Network) else {})
-        library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"
-        if not type(component).__module__.startswith("minit2v."):  # which nobody imports: it tells a reader whose it is
-            library = type(component).__module__
-        index[name] = [library, type(component).__name__]
-    hub.write_json(folder / INDEX, index)
+    with filling(folder) as new:
+        for name, component in sorted(components.items()):
+            if component is None:
+                index[name] = NOTHING[0]
+                continue
+            weights = dict(safe_serialization=safe_serialization, variant=variant)
+            component.save_pretrained(new / name, **weights if isinstance(component, Network) else {})
+            library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"
+            if not type(component).__module__.startswith("minit2v."):
+                library = type(component).__module__  # nobody imports it: it tells a reader whose it is
+            index[name] = [library, type(component).__name__]
+        hub.write_json(new / INDEX, index)

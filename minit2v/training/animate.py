@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..files.hub import DIFFUSERS_VERSION, write_json
+from ..files.saving import filling
 from ..models.tokenizer import CLIPTokenizer
 from ..models.unet2d import UNet2DConditionModel
 from ..models.unet_motion import MotionAdapter, UNetMotionModel
@@ -152,13 +153,14 @@ def save_models(out: Path, vae: AutoencoderKL, painter: Painter) -> None:
     others = {"tokenizer": make_tokenizer(), "scheduler": make_scheduler()}
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": DIFFUSERS_VERSION}
     index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-    for name, component in (networks | others).items():
-        if name in networks:
-            component = copy.deepcopy(component).half()
-        component.save_pretrained(out / "shapes-image" / name)
-        library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"
-        index[name] = [library, type(component).__name__]
-    write_json(out / "shapes-image" / "model_index.json", index)
+    with filling(out / "shapes-image") as new:
+        for name, component in (networks | others).items():
+            if name in networks:
+                component = copy.deepcopy(component).half()
+            component.save_pretrained(new / name)
+            library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"
+            index[name] = [library, type(component).__name__]
+        write_json(new / "model_index.json", index)
     copy.deepcopy(painter.unet).half().save_motion_modules(out / "shapes-motion")
 
 
