@@ -192,9 +192,12 @@ def convert(
     return work
 
 
-def components(src: str | Path, ema: bool = False, config: str | Path | None = None) -> dict[str, Component]:
-    """{component: network} of a file, or of a folder in any layout; nothing is read but headers."""
-    return _components(open_path(Path(src)), ema, config)
+def components(
+    src: str | Path, ema: bool = False, config: str | Path | None = None, *, mmap: bool = True
+) -> dict[str, Component]:
+    """{component: network} of a file, or of a folder in any layout; nothing is read but headers. mmap: as of
+    `stream.open_file`."""
+    return _components(open_path(Path(src), mmap=mmap), ema, config)
 
 
 def schedule_of(src: str | Path, unet: str) -> Config:

@@ -40,6 +40,7 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 2**25  # bytes: the largest published ones have half a million, and JSON in memory is ten times as much
 LARGEST = 2**48  # numbers in a tensor
+LARGEST_JSON = 2**26  # bytes: a tokenizer's are 3 MB
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 
@@ -70,6 +71,7 @@ def open_file(path: str | Path, mmap: bool = True) -> Source:
     safetensors file's one by one; ValueError where the file has changed since it was opened.
     """
     path = Path(path)
+    _check_regular(path)
     with path.open("rb") as file:
         head = file.read(512)
     if not head:
@@ -399,8 +401,17 @@ def _header_of(name: str, x: Tensor) -> tuple[tuple[int, ...], str]:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
+def _check_regular(path: Path) -> None:
+    """ValueError on pipes and devices, which may never end. What is not there, or a folder, the reader says."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path} is a pipe or a device, not a file")
+
+
 def parse_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+    """The object in a JSON file. ValueError in one line where there is none, OSError where it cannot be read."""
+    _check_regular(path)
+    if path.is_file() and path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes: no config has")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

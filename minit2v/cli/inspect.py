@@ -16,13 +16,15 @@ from torch import Tensor
 
 from minit2v_convert.convert import components
 from minit2v_convert.detect import detect
-from minit2v_convert.folders import is_authors_layout, open_path, variants
+from minit2v_convert.folders import check_parts, is_authors_layout, open_path, variants
 from minit2v_convert.modelscope_configuration import NAME
 from minit2v_convert.rename import nearest
 from minit2v_convert.stream import DTYPES, first_line, open_file, parse_json
 
 from ..files import embedded, hub
+from ..files.config import BROKEN, quoted, read_from
 from ..files.weights import Weightless
+from ..models.tokenizer import CLIPTokenizer
 from ..models.unet_motion import known_resnet_norms
 from ..pipelines import files as pipeline_files
 from ..pipelines.base import DiffusionPipeline
@@ -44,6 +46,9 @@ class Source(Protocol):
     def tensors(self, part: str, name: str) -> dict[str, Tensor]:
         """The tensors of a weights' file, on `meta`."""
 
+    def tokenizer(self, part: str) -> CLIPTokenizer:
+        """The tokenizer, read whole."""
+
 
 class Folder:
     def __init__(self, root: Path):
@@ -59,6 +64,9 @@ class Folder:
     def tensors(self, part: str, name: str) -> dict[str, Tensor]:
         path = self.root / part / name
         return {n: _meta(name, n, dtype, shape) for n, (shape, dtype) in open_file(path).header.items()}
+
+    def tokenizer(self, part: str) -> CLIPTokenizer:
+        return CLIPTokenizer.from_pretrained(self.root / part)
 
 
 class Repository:
@@ -92,6 +100,9 @@ class Repository:
             raise OSError(f"the header of {name} cannot be read: {first_line(e)}") from None
         return {n: _meta(name, n, t.dtype, t.shape) for n, t in header.items()}
 
+    def tokenizer(self, part: str) -> CLIPTokenizer:
+        return CLIPTokenizer.from_pretrained(self.repo, subfolder=part or None, revision=self.revision)
+
 
 def _meta(file: str, name: str, dtype: str, shape: Sequence[int]) -> Tensor:
     if dtype not in DTYPES:
@@ -118,7 +129,10 @@ def report(model: str, revision: str | None = None, variant: str | None = None) 
     source = Folder(path) if path.is_dir() else _repository(model, revision)
     there = source.sizes("")
     if pipeline_files.INDEX in there:
-        title, parts, faults = _parts(source.json("", pipeline_files.INDEX))
+        with read_from(model):
+            index = source.json("", pipeline_files.INDEX)
+            check_parts(index)  # before a name becomes a path
+        title, parts, faults = _parts(index)
     elif "config.json" in there:
         title, parts, faults = "a single component", {"": None}, []
     else:
@@ -151,16 +165,16 @@ def _repository(repo: str, revision: str | None) -> Source:
 
 def _parts(index: dict[str, Any]) -> tuple[str, dict[str, str | None], list[str]]:
     """The pipeline's class, {component: its class} and what is wrong with the index."""
-    name = str(index.get("_class_name"))
+    name = str(index.get("_class_name"))[:200]
     parts: dict[str, str | None] = {}
     faults = []
     for part, entry in index.items():
         if part.startswith("_") or part in pipeline_files.UNUSED or entry in pipeline_files.NOTHING:
             continue
         if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
-            faults.append(f"{part}: the index should have [library, class], not {entry!r}")
+            faults.append(f"{part}: the index should have [library, class], not {quoted(entry)}")
             continue
-        parts[part] = entry[1]
+        parts[part] = entry[1][:200]
     pipeline = DiffusionPipeline.CLASSES.get("AnimateDiffPipeline" if name == IMAGES else name)
     if pipeline is None:
         faults.append(f"the pipeline {name!r} is not here{nearest(name, [*DiffusionPipeline.CLASSES, IMAGES])}")
@@ -182,15 +196,15 @@ def _inspect(
             return _inspect_network(source, part, cls, variant, name, sizes)
         shown = (part, cls, "", "", "", _files(sizes))
         if cls.startswith("CLIPTokenizer"):
-            whole = "tokenizer.json" in sizes or {"vocab.json", "merges.txt"} <= set(sizes)
-            return shown, 0, [] if whole else ["neither tokenizer.json nor vocab.json and merges.txt"]
+            source.tokenizer(part)
+            return shown, 0, []
         schedulers = importlib.import_module("minit2v.schedulers")
         known = [n for n in dir(schedulers) if n.endswith("Scheduler")]
         if cls not in known:
             return shown, 0, [f"the class {cls!r} is not here{nearest(cls, [*known, *pipeline_files.CLASSES])}"]
         getattr(schedulers, cls).from_config(source.json(part, "scheduler_config.json"))
         return shown, 0, []
-    except (ValueError, OSError) as e:
+    except (*BROKEN, OSError) as e:  # a file may say anything
         return (part, cls or "", "", "", "", _files(sizes)), 0, [first_line(e)]
 
 
@@ -198,7 +212,7 @@ def _inspect_network(
     source: Source, part: str, cls: str | None, variant: str | None, name: str, sizes: dict[str, int]
 ) -> tuple[tuple[str, ...], int, list[str]]:
     config = source.json(part, "config.json")
-    cls = cls or str(config.get("_class_name") or (config.get("architectures") or [None])[0])
+    cls = (cls or str(config.get("_class_name") or (config.get("architectures") or [None])[0]))[:200]
     if cls not in pipeline_files.CLASSES:
         raise ValueError(f"config.json is that of {cls!r}, which is not here{nearest(cls, [*pipeline_files.CLASSES])}")
     network = getattr(importlib.import_module(f"minit2v.{pipeline_files.CLASSES[cls]}"), cls)

@@ -15,7 +15,7 @@ from minit2v_convert.rename import Layout, nearest
 from minit2v_convert.stream import parse_json, replacing
 
 from ..compat import compat_fields
-from ..files.config import config_fields, make_config, pick_dtype
+from ..files.config import config_fields, make_config, pick_dtype, quoted, read_from
 from ..files.hub import DIFFUSERS_VERSION, choose_weights, find_config, find_folder, write_json
 from ..files.saving import filling
 from ..files.weights import Weightless, fill, fill_from, open_weights
@@ -89,10 +89,16 @@ class Network(nn.Module):
             return cls(config, compat=compat, **overrides)
         if not isinstance(config, Mapping):
             raise ValueError(f"config must be a dict or a {cls.Config.__name__}, not a {type(config).__name__}")
-        class_name = config.get("_class_name") or (config.get("architectures") or [cls.__name__])[0]
+        named = config.get("architectures")
+        if named is not None and not (isinstance(named, list | tuple) and named):
+            raise ValueError(f"architectures must be a list of names, not {quoted(named)}")
+        class_name = config.get("_class_name")
+        class_name = (named or [cls.__name__])[0] if class_name is None else class_name
+        if reserved := [name for name in ("self", "config", "compat") if name in config]:
+            raise ValueError(f"{cls.Config.__name__} has no field {reserved[0]!r}")
         if class_name not in cls.class_names():
-            wanted = f"the config is that of a {class_name}, not of a {cls.__name__}"
-            raise ValueError(f"{wanted}: load it with the class {class_name}")
+            wanted = f"the config is that of a {str(class_name)[:100]}, not of a {cls.__name__}"
+            raise ValueError(f"{wanted}: load it with the class {str(class_name)[:100]}")
         network = cls(**{**config, **overrides})
         network.explicit = frozenset(overrides)
         return network.set_compat(compat)
@@ -114,6 +120,7 @@ class Network(nn.Module):
         force_download: bool = False,
         compat: str | None = None,
         strict: bool = True,
+        mmap: bool = True,
         **config_overrides: Any,
     ) -> Self:
         """The network of a local folder or a hub id, ready to run (`eval`).
@@ -123,6 +130,7 @@ class Network(nn.Module):
         parameters that the file lacks keep their initialisation, and logs their names; the network is then first made
         with all its initial values, which takes its memory once more. Other keywords change fields of the config.
         A subclass reads the files of the classes that it extends: fields of its own have their defaults then.
+        mmap: False copies the weights into memory, so that nobody who writes to the files later changes them.
         A file in place of the folder is read as by `from_single_file`, and so is a folder of ModelScope's files.
         Raises FileNotFoundError on what is missing, ValueError on weights that do not fit, TypeError on an unknown
         argument, in one line each.
@@ -132,7 +140,8 @@ class Network(nn.Module):
         if subfolder is None and is_authors_layout(path_or_id):
             if variant is not None:
                 raise ValueError(f"{path_or_id} is in the authors' layout: it has no variant {variant!r}")
-            return cls.from_single_file(path_or_id, dtype=dtype, compat=compat, strict=strict, **config_overrides)
+            return cls.from_single_file(path_or_id, dtype=dtype, compat=compat, strict=strict, mmap=mmap,
+                                        **config_overrides)
         folder, names = find_folder(
             path_or_id,
             subfolder,
@@ -144,12 +153,10 @@ class Network(nn.Module):
             force_download=force_download,
         )
         files = [folder / name for name in names if name != "config.json"]
-        config = cls.config_of(parse_json(folder / "config.json"), (open_weights(path) for path in files))
-        try:
+        with read_from(folder / "config.json"):
+            config = cls.config_of(parse_json(folder / "config.json"), (open_weights(path, mmap) for path in files))
             model = cls._empty(config, compat, config_overrides, strict)
-        except ValueError as error:
-            raise ValueError(f"{folder / 'config.json'}: {error}") from None
-        fill(model, cls.layout, files, dtype, strict)
+        fill(model, cls.layout, files, dtype, strict, mmap)
         return model.eval()
 
     @classmethod
@@ -163,6 +170,7 @@ class Network(nn.Module):
         config: str | Path | Mapping[str, Any] | None = None,
         compat: str | None = None,
         strict: bool = True,
+        mmap: bool = True,
         **config_overrides: Any,
     ) -> Self:
         """The network out of a `.safetensors`, `.ckpt`, `.pth` or `.bin` file in any layout that is known.
@@ -170,14 +178,14 @@ class Network(nn.Module):
         What the shapes do not say (heads, groups) is as in the published model, or as `config` has it: a config.json,
         its content, or a folder or hub id that has one; keywords change fields of it.
         ema: take the moving average of the UNet, where the file has one. Nothing is written, and what has the dtype
-        already stays memory-mapped. `strict` and errors as of `from_pretrained`.
+        already stays memory-mapped. `strict`, `mmap` and errors as of `from_pretrained`.
         """
         from minit2v_convert.convert import components
 
         cls._check_fields("from_single_file", config_overrides)
         dtype = pick_dtype(torch_dtype, dtype)
         path = Path(path).expanduser()
-        found = components(path, ema)
+        found = components(path, ema, mmap=mmap)
         name, part = next(((n, p) for n, p in found.items() if p.cls in cls.class_names()), ("", None))
         if part is None:
             there = ", ".join(part.cls or name for name, part in found.items())

@@ -26,6 +26,7 @@ from minit2v_convert.rename import nearest
 
 from .. import fast
 from ..compat import compat_fields
+from ..files.config import read_from
 from ..models.clip import CLIPTextModel
 from ..models.tokenizer import CLIPTokenizer
 from ..models.unet import UNet
@@ -240,6 +241,7 @@ class DiffusionPipeline:
         cache_dir: str | Path | None = None,
         force_download: bool = False,
         compat: str | None = None,
+        mmap: bool = True,
         **overrides: Any,
     ) -> Self:
         """The pipeline of a local folder or a hub id.
@@ -249,24 +251,28 @@ class DiffusionPipeline:
         its own. Components given by name (`vae=...`, `scheduler=...`) are used in place of the folder's, also None; a
         class (`unet=MyUNet`, `scheduler=MyScheduler`) loads the folder's with that class. No file makes anything be
         imported: a pipeline that was saved with a class of your own has to be told it.
+        mmap: False copies the weights, so that nobody who writes to the files later changes them (docs/safety.md).
         A file in place of the folder is read as by `from_single_file`, and so is a folder of ModelScope's files.
         """
         if subfolder is None and is_authors_layout(path_or_id):
             if variant is not None:
                 raise ValueError(f"{path_or_id} is in the authors' layout: it has no variant {variant!r}")
-            return cls.from_single_file(path_or_id, torch_dtype=torch_dtype, dtype=dtype, compat=compat,
+            return cls.from_single_file(path_or_id, torch_dtype=torch_dtype, dtype=dtype, compat=compat, mmap=mmap,
                                         revision=revision, local_files_only=local_files_only, token=token,
                                         cache_dir=cache_dir, force_download=force_download, **overrides)
         where = dict(revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir,
                      force_download=force_download)
         index = files.read_index(path_or_id, subfolder, where)
         if cls is DiffusionPipeline:
-            cls = files.pick_class(index, DiffusionPipeline.CLASSES)
+            with read_from(path_or_id):
+                cls = files.pick_class(index, DiffusionPipeline.CLASSES)
         saved = index.get(files.FIELDS_KEY, {}) if compat is None else {"compat": compat}  # a mode given wins
         fields = {name: overrides.pop(name, saved.get(name)) for name in cls.FIELDS}
         dtypes = files.component_dtypes(torch_dtype, dtype, cls.COMPONENTS)
-        weights = dict(variant=variant, use_safetensors=use_safetensors, compat=saved.get("compat"))
-        components = files.load_components(path_or_id, subfolder, index, cls, overrides, dtypes, where, weights)
+        weights = dict(variant=variant, use_safetensors=use_safetensors, compat=saved.get("compat"),
+                       mmap=mmap)
+        with read_from(path_or_id, (ValueError,)):  # a TypeError is about the arguments
+            components = files.load_components(path_or_id, subfolder, index, cls, overrides, dtypes, where, weights)
         return cls(**components, compat=saved.get("compat"), **fields)
 
     @classmethod
@@ -283,6 +289,7 @@ class DiffusionPipeline:
         cache_dir: str | Path | None = None,
         force_download: bool = False,
         compat: str | None = None,
+        mmap: bool = True,
         **overrides: Any,
     ) -> Self:
         """The pipeline of one file of weights, `.safetensors`, `.ckpt` or `.pth`, in any layout that is known.
@@ -290,7 +297,7 @@ class DiffusionPipeline:
         `path` may be a folder of ModelScope's files, too.
         config: a folder or a hub id for what the file lacks. Without it, scheduler and tokenizer are those of the
         published model (the tokenizer is fetched from the hub where it is not given). `revision` and so on are of
-        `config`; the rest as for `from_pretrained`. Nothing is written.
+        `config`; the rest, `mmap` too, as for `from_pretrained`. Nothing is written.
         """
         where = dict(revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir,
                      force_download=force_download)
@@ -299,7 +306,7 @@ class DiffusionPipeline:
             cls = files.pick_class_of_file(path, DiffusionPipeline.CLASSES)
         fields = {name: overrides.pop(name, None) for name in cls.FIELDS}
         dtypes = files.component_dtypes(torch_dtype, dtype, cls.COMPONENTS)
-        parts = files.load_single_file(path, cls, config, overrides, dtypes, where, compat)
+        parts = files.load_single_file(path, cls, config, overrides, dtypes, where, compat, mmap)
         return cls(**parts, compat=compat, **fields)
 
     def save_pretrained(

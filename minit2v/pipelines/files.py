@@ -8,10 +8,12 @@ from typing import Any
 import torch
 
 from minit2v_convert.convert import FAMILIES, components, schedule_of
+from minit2v_convert.folders import check_parts
 from minit2v_convert.rename import nearest
 
+from ..compat import compat_fields
 from ..files import hub
-from ..files.config import pick_dtype
+from ..files.config import pick_dtype, quoted, read_from
 from ..files.saving import filling
 from ..models.network import Network
 from ..models.tokenizer import CLIPTokenizer
@@ -47,15 +49,26 @@ UNUSED = {
 
 
 def read_index(path_or_id: str | Path, subfolder: str | None, where: dict[str, Any]) -> dict[str, Any]:
-    """The content of model_index.json."""
-    return hub.read_json(path_or_id, INDEX, subfolder=subfolder, **where)
+    """The content of model_index.json. ValueError on names and fields that none has."""
+    index = hub.read_json(path_or_id, INDEX, subfolder=subfolder, **where)
+    with read_from(path_or_id):
+        check_parts(index)
+        fields = index.get(FIELDS_KEY, {})
+        if not isinstance(fields, dict):
+            raise ValueError(f"{INDEX}: {FIELDS_KEY} must be an object, not {quoted(fields)}")
+        for name, value in fields.items():
+            if name != "compat" and not isinstance(value, bool | str | None):
+                raise ValueError(f"{INDEX}: {FIELDS_KEY} {quoted(name)} cannot be {quoted(value)}")
+            if name == "compat":
+                compat_fields("", value)
+    return index
 
 
 def pick_class(index: dict[str, Any], classes: dict[str, type]) -> type:
     name = index.get("_class_name")
-    if name in classes:
+    if isinstance(name, str) and name in classes:
         return classes[name]
-    raise ValueError(f"{INDEX} names the pipeline {name!r}, which is not here{nearest(str(name), list(classes))}; "
+    raise ValueError(f"{INDEX} names the pipeline {quoted(name)}, which is not here{nearest(name, list(classes))}; "
                      f"call from_pretrained on the class you want: {', '.join(sorted(classes))}")
 
 
@@ -90,14 +103,14 @@ def load_components(
     for name in overrides:
         if name not in pipeline.COMPONENTS and name not in UNUSED:
             known = [*pipeline.COMPONENTS, *pipeline.FIELDS, "variant", "revision", "subfolder", "torch_dtype", "dtype",
-                     "use_safetensors", "local_files_only", "token", "cache_dir", "force_download", "compat"]
+                     "use_safetensors", "local_files_only", "token", "cache_dir", "force_download", "compat", "mmap"]
             raise TypeError(f"{pipeline.__name__}.from_pretrained() has no argument {name!r}{nearest(name, known)}")
     entries = {name: value for name, value in index.items() if not name.startswith("_")}
     for name in entries:
         if name in UNUSED:
             logger.info("%s is passed over: %s", name, UNUSED[name])
         elif name not in pipeline.COMPONENTS:
-            raise ValueError(f"{INDEX} has {name!r}, which {pipeline.__name__} does not know"
+            raise ValueError(f"{INDEX} has {quoted(name)}, which {pipeline.__name__} does not know"
                              f"{nearest(name, list(pipeline.COMPONENTS))}")
     classes = {}
     for name, fitting in pipeline.COMPONENTS.items():  # all checks before the first gigabyte
@@ -115,7 +128,13 @@ def load_components(
     for name, cls in classes.items():
         part = f"{subfolder}/{name}" if subfolder else name
         loaded[name] = _load(cls, path_or_id, part, where, weights, dtypes[name])
-    return {name: overrides.get(name, loaded.get(name)) for name in pipeline.COMPONENTS}
+    found = {name: overrides.get(name, loaded.get(name)) for name in pipeline.COMPONENTS}
+    length = getattr(found.get("tokenizer"), "model_max_length", None)
+    positions = getattr(getattr(found.get("text_encoder"), "config", None), "max_position_embeddings", None)
+    if isinstance(length, int) and isinstance(positions, int) and length > positions:
+        raise ValueError(f"the tokenizer's model_max_length is {length}, and the text_encoder has {positions} "
+                         "positions")  # fmt: skip
+    return found
 
 
 def _split_classes(given: dict[str, Any], pipeline: type) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -165,6 +184,7 @@ def load_single_file(
     dtypes: dict[str, torch.dtype],
     where: dict[str, Any],
     compat: str | None,
+    mmap: bool = True,
 ) -> dict[str, Any]:
     """name -> component, out of the file, from `overrides`, or from the folder or hub id `config`.
 
@@ -173,10 +193,10 @@ def load_single_file(
     """
     for name in overrides:
         if name not in pipeline.COMPONENTS:
-            known = [*pipeline.COMPONENTS, *pipeline.FIELDS, "config", "torch_dtype", "dtype", "compat"]
+            known = [*pipeline.COMPONENTS, *pipeline.FIELDS, "config", "torch_dtype", "dtype", "compat", "mmap"]
             raise TypeError(f"{pipeline.__name__}.from_single_file() has no argument {name!r}{nearest(name, known)}")
     own, overrides = _split_classes(overrides, pipeline)
-    found = components(path)
+    found = components(path, mmap=mmap)
     for name, cls in own.items():
         if name in found and not issubclass(cls, Network):
             raise TypeError(f"{name}={cls.__name__}: only networks of minit2v read a file of weights")
@@ -204,7 +224,7 @@ def load_single_file(
             made[name] = cls.from_component(found[name], str(path), dtypes[name], compat, {})
         elif config is not None:
             cls = own.get(name) or _component_class(name, index[name], fitting, pipeline.__name__)
-            made[name] = _load(cls, config, name, where, dict(compat=compat), dtypes[name])
+            made[name] = _load(cls, config, name, where, dict(compat=compat, mmap=mmap), dtypes[name])
         elif name == "scheduler":
             schedule = schedule_of(path, unet)
             cls = own.get(name) or _component_class(name, [None, schedule["_class_name"]], (), "")
@@ -231,8 +251,8 @@ def _component_class(name: str, entry: Any, fitting: tuple[str, ...], pipeline: 
     if entry in NOTHING:
         raise ValueError(f"{INDEX}: {name!r} was None when this was saved; give it as {name}=...")
     if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
-        raise ValueError(f"{INDEX}: {name!r} should be [library, class], not {entry!r}")
-    class_name = entry[1].removeprefix("Flax")
+        raise ValueError(f"{INDEX}: {name!r} should be [library, class], not {quoted(entry)}")
+    class_name = entry[1].removeprefix("Flax")[:200]
     if fitting:
         if class_name not in fitting:
             own = "" if class_name in CLASSES else f"; if that is a class of your own, pass {name}={class_name}"

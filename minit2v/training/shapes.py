@@ -12,17 +12,19 @@ import copy
 import csv
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from minit2v_convert.stream import first_line, replacing
 
 from ..models.clip import CLIPTextModel
 from ..models.tokenizer import CLIPTokenizer
@@ -64,6 +66,25 @@ NAMES = ("colour", "shape", "motion")
 GUIDANCE = 1.5  # more makes squares round and circles edged: it exaggerates what tells one shape from another
 
 
+def load_state(path: Path) -> Any:
+    """What torch.save has written. ValueError in one line where that is not whole."""
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception as error:  # a broken file breaks its reader anywhere
+        raise ValueError(f"{path} is broken ({first_line(error)}): remove it to begin anew") from None
+
+
+def forget_later(log: Path, step: int) -> None:
+    """Rows of later steps go: a kill has undone them, and they will be made again. So does a row that is not whole."""
+    if not log.exists():
+        return
+    lines = log.read_text().splitlines(keepends=True)
+    later = [not line.endswith("\n") or (n := line.split(",")[0]).isdecimal() and int(n) > step for line in lines]
+    if any(later):
+        with replacing(log) as temporary:
+            temporary.write_text("".join(line for line, gone in zip(lines, later, strict=True) if not gone))
+
+
 class Run:
     """Steps of one stage: checkpoint, resume, log. The state is everything that the next step depends on."""
 
@@ -72,19 +93,23 @@ class Run:
         self.modules, self.optimizer, self.every = modules, optimizer, seconds
         self.step, self.spent, self.saved = 0, 0.0, time.monotonic()
         if self.path.exists():
-            state = torch.load(self.path, weights_only=True)
-            for name, module in modules.items():
-                module.load_state_dict(state[name])
-            optimizer.load_state_dict(state["optimizer"])
-            self.step, self.spent = state["step"], state["seconds"]
+            state = load_state(self.path)
+            try:
+                for name, module in modules.items():
+                    module.load_state_dict(state[name])
+                optimizer.load_state_dict(state["optimizer"])
+                self.step, self.spent = state["step"], state["seconds"]
+            except (KeyError, TypeError, RuntimeError, ValueError) as error:
+                raise ValueError(f"{self.path} is no checkpoint of this stage ({first_line(error)}): remove it to "
+                                 "begin anew") from None  # fmt: skip
+        forget_later(self.log, self.step - 1)
         self.began = time.monotonic() - self.spent
 
     def save(self) -> None:
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= {"optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": time.monotonic() - self.began}
-        part = self.path.with_suffix(".part")
-        torch.save(state, part)
-        os.replace(part, self.path)
+        with replacing(self.path) as temporary:
+            torch.save(state, temporary)
         self.saved = time.monotonic()
 
     def steps(self, total: int) -> Iterator[int]:
@@ -260,7 +285,7 @@ def latents_of_world(vae: AutoencoderKL, out: Path, seed: int, per_combination: 
     """Latents of drawn clips of the trained combinations, (combination clip c f h w) in float16; cached in `out`."""
     path = out / "latents.pt"
     if path.exists():
-        return torch.load(path, weights_only=True)
+        return load_state(path)
     rng, _ = generators(seed, "latents", 0)
     rows = []
     for combination in tqdm(world.TRAINED, "encoding clips"):
@@ -269,8 +294,8 @@ def latents_of_world(vae: AutoencoderKL, out: Path, seed: int, per_combination: 
         z = torch.cat([vae.encode(x.contiguous(memory_format=torch.channels_last)).mode() for x in frames.split(128)])
         rows.append(rearrange(z, "(b f) c h w -> b c f h w", f=world.FRAMES).half())
     latents = torch.stack(rows)
-    torch.save(latents, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
+    with replacing(path) as temporary:
+        torch.save(latents, temporary)
     return latents
 
 
@@ -334,6 +359,8 @@ def train_diffusion(
     trained = [p for p in painter.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, rate, betas=(0.9, 0.99), weight_decay=1e-2)
     run = Run(out, stage, {"painter": painter, "average": average}, optimizer)
+    if pipeline:
+        forget_later(out / "panel.csv", run.step)
     alpha_bar = make_scheduler().alphas_cumprod.float()
     total, losses = sum(steps for *_, steps in course), []
     for step in run.steps(total):
