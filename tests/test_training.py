@@ -147,6 +147,10 @@ def test_one_command_goes_from_nothing_to_a_folder_that_loads(tmp_path, monkeypa
     assert step == 50
     shapes.main(["--out", str(tmp_path)])  # everything is done: nothing is trained again
     assert len((tmp_path / "panel.csv").read_text().split()) == 1
+    with pytest.raises(ValueError, match="training.json: a training with seed 0, not 1: give another folder"):
+        shapes.main(["--out", str(tmp_path), "--seed", "1"])
+    with pytest.raises(ValueError, match="a training with trainer 'shapes', not 'animate'"):
+        animate.main(["--out", str(tmp_path)])
 
 
 def test_animate_trains_the_motion_modules_alone(tmp_path, monkeypatch):
@@ -168,6 +172,8 @@ def test_animate_trains_the_motion_modules_alone(tmp_path, monkeypatch):
     shapes.make_pipeline(vae, painter, tokenizer).save_pretrained(tmp_path / "shapes")
 
     animate.main(["--out", str(tmp_path), "--video", str(tmp_path / "shapes")])
+    with pytest.raises(ValueError, match="a training with video '.*', not '.*': give another folder"):
+        animate.main(["--out", str(tmp_path)])
     image = torch.load(tmp_path / "image.ckpt", weights_only=True)
     motion = torch.load(tmp_path / "motion.ckpt", weights_only=True)
     assert image["step"] == 50 and motion["step"] == 50

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import io
+import itertools
 import os
 import platform
 import re
@@ -64,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
     main = given.get("model") or given["base"]
     preset = PRESETS[main] if embedded.find(main) else {}
     settings = {"seed": secrets.randbelow(2**32), "fps": 8.0, **preset}
-    paths = _output_paths(getattr(args, "output", None), prompts, given.get("seed", settings["seed"]))
+    output = getattr(args, "output", None)
+    paths = _output_paths(output, prompts, given.get("seed", settings["seed"]))
     if video is not None:
         settings.pop("num_frames", None)
         video, measured, source = _read_source(video, digest)
@@ -88,8 +90,7 @@ def run(args: argparse.Namespace) -> int:
             frames = _frames(pipe, call, prompt, settings["seed"], video)
             about = {"minit2v": args.command, "prompt": prompt, **{k: settings[k] for k in SETTINGS if k in settings},
                      **source, "versions": _versions()}
-            _write(frames, path, settings["fps"], about)
-            tell_path(path)
+            tell_path(_write(frames, path, settings["fps"], about, replace=path == output))
             say(f"{len(frames)} frames of {frames.shape[2]}x{frames.shape[1]} in {time.monotonic() - start:.1f} s")
         except Exception as e:
             if args.debug:
@@ -126,11 +127,42 @@ def _frames(pipe: Any, call: dict[str, Any], prompt: str, seed: int, video: Any)
                 decode_chunk_size=DECODED_AT_ONCE, **call, **extra).frames[0]
 
 
-def _write(frames: Any, path: Path, fps: float, about: dict[str, Any]) -> None:
+def _write(frames: Any, path: Path, fps: float, about: dict[str, Any], replace: bool) -> Path:
+    """Write a video, and return its name: `path`, or, where that is taken and not to be replaced, with a number."""
+    from minit2v_convert.stream import ended_cleanly
+
     from ..files.video import export_to_gif, export_to_video
 
     export = export_to_gif if path.suffix.lower() == ".gif" else export_to_video
-    export(frames, path, fps=fps, metadata=about)
+    if replace:
+        export(frames, path, fps=fps, metadata=about)
+        return path
+    with ended_cleanly(), tempfile.TemporaryDirectory(prefix=".minit2v-", dir=path.parent) as scratch:
+        whole = Path(scratch) / path.name
+        try:
+            export(frames, whole, fps=fps, metadata=about)
+        except OSError as e:
+            raise OSError(str(e).replace(str(whole), str(path))) from e
+        return _named(whole, path)
+
+
+def _named(whole: Path, path: Path) -> Path:
+    """Gives the file a name that nobody has. Whoever asks for the same at the same time gets another."""
+    for k in itertools.count(1):
+        name = path if k == 1 else path.with_name(f"{path.stem}-{k}{path.suffix}")
+        try:
+            os.link(whole, name)
+            return name
+        except FileExistsError:
+            continue
+        except OSError:  # a disk without links
+            try:
+                os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            except FileExistsError:
+                continue
+            os.replace(whole, name)
+            return name
+    raise AssertionError("there are numbers enough")
 
 
 def _versions() -> dict[str, str]:
@@ -140,12 +172,13 @@ def _versions() -> dict[str, str]:
 
 
 def _read_prompts(file: str) -> list[str]:
-    """The lines of a file, blank ones left out."""
+    """The lines of a file, blank ones left out. What ends a line is a line feed, a carriage return, or both."""
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
         raise ValueError(f"{file}: not UTF-8 text ({e.reason} at byte {e.start})") from None
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = re.split(r"[\r\n]+", text.removeprefix("\ufeff"))  # some editors begin a file with that mark
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{file}: no prompts in it")
     return prompts
@@ -156,7 +189,10 @@ def _quote(prompt: str) -> str:
 
 
 def _output_paths(output: Path | None, prompts: list[str], seed: int) -> list[Path]:
-    """A path for each prompt, in a folder that is there and can be written: found out before the work, not after it."""
+    """A path for each prompt, in a folder that is there and can be written: found out before the work, not after it.
+
+    Only that of a file for one prompt is sure: the others get a number where they are taken (`_write`).
+    """
     is_file = output is not None and output.suffix.lower() in SUFFIXES and not output.is_dir()
     folder = output.parent if is_file else output or Path()
     folder.mkdir(parents=True, exist_ok=True)
@@ -169,13 +205,10 @@ def _output_paths(output: Path | None, prompts: list[str], seed: int) -> list[Pa
         if output.exists():
             say(f"{output} will be replaced")
         return [output]
-    paths: list[Path] = []
-    for n, prompt in enumerate(prompts):
-        words = re.sub(r"[\W_]+", "-", prompt.lower())[:40].strip("-") or "video"
-        stem, suffix = (f"{output.stem}-{n + 1}", output.suffix) if is_file else (f"{words}-{seed}", ".mp4")
-        names = (folder / f"{stem}{f'-{k}' if k > 1 else ''}{suffix}" for k in range(1, 10**6))
-        paths.append(next(p for p in names if p not in paths and not p.exists()))
-    return paths
+    if is_file:
+        return [folder / f"{output.stem}-{n + 1}{output.suffix}" for n in range(len(prompts))]
+    words = [re.sub(r"[\W_]+", "-", prompt.lower())[:40].strip("-") or "video" for prompt in prompts]
+    return [folder / f"{w}-{seed}.mp4" for w in words]
 
 
 def _read_source(path: str, wanted: str | None) -> tuple[list, dict[str, Any], dict[str, str]]:

@@ -8,6 +8,7 @@ Two stages, checkpointed and resumed as those of `shapes.py`, of which they shar
 
 import argparse
 import copy
+import hashlib
 import random
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ..pipelines.text_to_video import TextToVideoSDPipeline
 from . import world
 from .shapes import (
     Painter,
+    claim,
     draw_batch,
     draw_curves,
     latents_of_world,
@@ -145,6 +147,12 @@ def make_pipeline(vae: AutoencoderKL, painter: Painter, tokenizer: CLIPTokenizer
     return AnimateDiffPipeline(vae, painter.text_encoder, tokenizer, painter.unet, None, make_scheduler())
 
 
+def digest(video: TextToVideoSDPipeline) -> str:
+    """What tells one video model from another: the SHA-256 of all its weights."""
+    networks = (video.unet, video.vae, video.text_encoder)
+    return hashlib.sha256(b"".join(x.numpy().tobytes() for n in networks for x in n.state_dict().values())).hexdigest()
+
+
 def save_models(out: Path, vae: AutoencoderKL, painter: Painter) -> None:
     """`shapes-image`, a folder as Stable Diffusion's, and `shapes-motion`, a motion adapter; both in float16."""
     image = UNet2DConditionModel(**IMAGE)
@@ -170,9 +178,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--video", type=Path, default=SHAPES, help="folder of the video model to begin with")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-
     video = TextToVideoSDPipeline.from_pretrained(args.video)
+    claim(args.out, trainer="animate", seed=args.seed, video=digest(video))
     image = train_image(args.out, args.seed, video.vae, video)
     save_models(args.out, video.vae, train_motion(args.out, args.seed, video.vae, image))
     draw_curves(args.out, (("image", "loss"), ("motion", "loss")))

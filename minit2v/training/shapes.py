@@ -24,8 +24,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minit2v_convert.stream import first_line, replacing
+from minit2v_convert.stream import first_line, parse_json, replacing
 
+from ..files.hub import write_json
 from ..models.clip import CLIPTextModel
 from ..models.tokenizer import CLIPTokenizer
 from ..models.unet3d import UNet3DConditionModel
@@ -83,6 +84,21 @@ def forget_later(log: Path, step: int) -> None:
     if any(later):
         with replacing(log) as temporary:
             temporary.write_text("".join(line for line, gone in zip(lines, later, strict=True) if not gone))
+
+
+def claim(out: Path, **of: Any) -> None:
+    """Makes the folder of a training, and writes into it of which one. ValueError where it is that of another.
+
+    Checkpoints and latents in it are taken up as they are: with another seed they would be those of the old one.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "training.json"
+    if not path.exists():
+        return write_json(path, of)
+    for name, value in parse_json(path).items():
+        if of.get(name) != value:
+            raise ValueError(f"{path}: a training with {name} {value!r}, not {of.get(name)!r}: give another folder as "
+                             "--out, or remove this one")  # fmt: skip
 
 
 class Run:
@@ -487,7 +503,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints, curves and the finished model")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
+    claim(args.out, trainer="shapes", seed=args.seed)
 
     vae = train_vae(args.out, args.seed)
     print("round trip:", json.dumps(vae_accuracy(vae, args.seed)), flush=True)
