@@ -54,18 +54,22 @@ SCHEDULE = {
 
 @dataclass(frozen=True)
 class Family:
-    """The pipeline around a UNet: what no file of the authors has. repository: on the hub, where its tokenizer is."""
+    """The pipeline around a UNet: what no file of the authors has. repository: on the hub, where its tokenizer is.
+
+    pad_token: with which the tokenizer, CLIP's in all of them, fills prompts up.
+    """
 
     pipeline: str
     scheduler: Config
     repository: str
+    pad_token: str
 
 
 FAMILIES = {
     "UNet3DConditionModel": Family("TextToVideoSDPipeline", {"_class_name": "DDIMScheduler", **SCHEDULE},
-                                   "ali-vilab/text-to-video-ms-1.7b"),
+                                   "ali-vilab/text-to-video-ms-1.7b", "!"),
     "UNet2DConditionModel": Family("StableDiffusionPipeline", {"_class_name": "PNDMScheduler", **SCHEDULE},
-                                   "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+                                   "stable-diffusion-v1-5/stable-diffusion-v1-5", "<|endoftext|>"),
 }  # fmt: skip
 
 

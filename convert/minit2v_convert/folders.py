@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from . import families
 from . import modelscope_configuration as configuration
 from .modelscope_configuration import Configuration
 from .shapes import Config
@@ -54,6 +55,7 @@ def open_path(src: Path, variant: str | None = None, mmap: bool = True) -> Opene
         return Opened({"": (source, parse_json(src / CONFIG))}, notes)
     if (src / INDEX).is_file():
         opened = Opened({})
+        families.refuse(families.of_index(parse_json(src / INDEX)), src)
         for name in networks(parse_json(src / INDEX)):
             if not (src / name / CONFIG).is_file():
                 missing = f"{src / name} has no {CONFIG}" if (src / name).is_dir() else f"there is no {src / name}"

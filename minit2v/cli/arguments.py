@@ -121,6 +121,9 @@ def make_parser() -> Parser:
                          help="steadier videos in three times the time (FreeInit)")
         whose = " (the base's)" if sub is animate else ""
         sub.add_argument("--revision", metavar="NAME", help=f"branch, tag or commit on the hub{whose}")
+        sub.add_argument("--vae", metavar="MODEL", help="another VAE: a file, a folder or a hub id")
+        sub.add_argument("--tokenizer", metavar="MODEL", help="another tokenizer: a folder or a hub id")
+        sub.add_argument("--config", metavar="MODEL", help="a folder or a hub id that has what a file of weights lacks")
         sub.add_argument("--variant", metavar="NAME", help="variant of the weights' files: fp16"
                          + " (of the adapter's where there is one)" * (sub is animate))
         sub.add_argument("--negative-prompt", metavar="TEXT", help="what not to show")

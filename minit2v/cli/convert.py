@@ -59,8 +59,8 @@ def _lines(work: Conversion, dst: str, dry_run: bool) -> list[str]:
 
 
 def _here(path_or_id: str) -> Path:
-    """A path as it is, or the folder of a model of this package."""
-    return embedded.find(path_or_id) or Path(path_or_id).expanduser()
+    """A path as it is, the folder of a model of this package, or a file fetched from the hub."""
+    return embedded.find(path_or_id) or Path(hub.local(path_or_id)).expanduser()
 
 
 def _tokenizer(path_or_id: str) -> Path:

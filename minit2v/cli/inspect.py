@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from minit2v_convert import families
 from minit2v_convert.convert import components
 from minit2v_convert.detect import detect
 from minit2v_convert.folders import check_parts, is_authors_layout, open_path, variants
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
 
 def report(model: str, revision: str | None = None, variant: str | None = None) -> tuple[list[str], bool]:
     """The lines of the report on a folder, a file or a hub id, and whether everything in it fits."""
-    path = embedded.find(model) or Path(model).expanduser()
+    path = embedded.find(model) or Path(hub.local(model)).expanduser()
     if is_authors_layout(path):
         return _report_folder(path) if path.is_dir() else _report_file(path)
     source = Folder(path) if path.is_dir() else _repository(model, revision)
@@ -132,6 +133,9 @@ def report(model: str, revision: str | None = None, variant: str | None = None) 
         with read_from(model):
             index = source.json("", pipeline_files.INDEX)
             check_parts(index)  # before a name becomes a path
+        families.refuse(families.of_index(index), model)
+        if "config.json" in source.sizes("unet"):
+            families.refuse(families.of_unet(source.json("unet", "config.json")), model)
         title, parts, faults = _parts(index)
     elif "config.json" in there:
         title, parts, faults = "a single component", {"": None}, []
@@ -212,6 +216,7 @@ def _inspect_network(
     source: Source, part: str, cls: str | None, variant: str | None, name: str, sizes: dict[str, int]
 ) -> tuple[tuple[str, ...], int, list[str]]:
     config = source.json(part, "config.json")
+    families.refuse(families.of_unet(config))
     cls = (cls or str(config.get("_class_name") or (config.get("architectures") or [None])[0]))[:200]
     if cls not in pipeline_files.CLASSES:
         raise ValueError(f"config.json is that of {cls!r}, which is not here{nearest(cls, [*pipeline_files.CLASSES])}")

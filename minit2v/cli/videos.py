@@ -34,9 +34,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # The settings that make a video, under the names of their options. They are stored in the file, and `--replay` reads
 # them back through the parser, so that a file says nothing that the command line could not.
-SETTINGS = ("model", "base", "adapter", "revision", "variant", "negative_prompt", "num_frames", "steps",
-            "guidance_scale", "strength", "free_init", "scheduler", "seed", "height", "width", "fps", "dtype", "device",
-            "compat", "kernels", "optimize")
+SETTINGS = ("model", "base", "adapter", "vae", "tokenizer", "config", "revision", "variant", "negative_prompt",
+            "num_frames", "steps", "guidance_scale", "strength", "free_init", "scheduler", "seed", "height", "width",
+            "fps", "dtype", "device", "compat", "kernels", "optimize")
 DECODED_AT_ONCE = 8  # frames: what the VAE's last layers need would otherwise grow with the video
 
 
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     with importing():
         from .loading import load  # torch takes a second, in which all errors above have been said
 
-    pipe, call = load(args.command, settings, video is not None)
+    pipe, call = load(args.command, settings, len(video) if video else None)
 
     say(_summary(settings, len(video) if video else settings["num_frames"]))
     failures = []
@@ -282,7 +282,7 @@ def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None]:
 
 def _check_trust(args: argparse.Namespace, stored: dict[str, Any], given: dict[str, Any]) -> None:
     """Says what a file names outside this package. ValueError where that was neither given here nor trusted."""
-    names = ("model", "base", "adapter", "video")
+    names = ("model", "base", "adapter", "vae", "tokenizer", "config", "video")
     named = {k: str(stored[k]) for k in names if stored.get(k) is not None and k not in given
              and (k == "video" or embedded.find(str(stored[k])) is None)}  # fmt: skip
     if not named:

@@ -10,13 +10,14 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from minit2v_convert import families
 from minit2v_convert.folders import is_authors_layout
 from minit2v_convert.rename import Layout, nearest
 from minit2v_convert.stream import parse_json, replacing
 
 from ..compat import compat_fields
 from ..files.config import config_fields, make_config, pick_dtype, quoted, read_from
-from ..files.hub import DIFFUSERS_VERSION, choose_weights, find_config, find_folder, write_json
+from ..files.hub import DIFFUSERS_VERSION, choose_weights, find_config, find_folder, local, write_json
 from ..files.saving import filling
 from ..files.weights import Weightless, fill, fill_from, open_weights
 
@@ -99,7 +100,11 @@ class Network(nn.Module):
         if class_name not in cls.class_names():
             wanted = f"the config is that of a {str(class_name)[:100]}, not of a {cls.__name__}"
             raise ValueError(f"{wanted}: load it with the class {str(class_name)[:100]}")
-        network = cls(**{**config, **overrides})
+        try:
+            network = cls(**{**config, **overrides})
+        except ValueError:
+            families.refuse(families.of_unet({"_class_name": class_name, **config}))
+            raise
         network.explicit = frozenset(overrides)
         return network.set_compat(compat)
 
@@ -137,6 +142,8 @@ class Network(nn.Module):
         """
         cls._check_fields("from_pretrained", config_overrides)
         dtype = pick_dtype(torch_dtype, dtype)
+        path_or_id = local(path_or_id, revision=revision, local_files_only=local_files_only, token=token,
+                           cache_dir=cache_dir, force_download=force_download)
         if subfolder is None and is_authors_layout(path_or_id):
             if variant is not None:
                 raise ValueError(f"{path_or_id} is in the authors' layout: it has no variant {variant!r}")
@@ -175,6 +182,8 @@ class Network(nn.Module):
     ) -> Self:
         """The network out of a `.safetensors`, `.ckpt`, `.pth` or `.bin` file in any layout that is known.
 
+        path: also the address of one on huggingface.co, which is fetched.
+
         What the shapes do not say (heads, groups) is as in the published model, or as `config` has it: a config.json,
         its content, or a folder or hub id that has one; keywords change fields of it.
         ema: take the moving average of the UNet, where the file has one. Nothing is written, and what has the dtype
@@ -184,7 +193,7 @@ class Network(nn.Module):
 
         cls._check_fields("from_single_file", config_overrides)
         dtype = pick_dtype(torch_dtype, dtype)
-        path = Path(path).expanduser()
+        path = Path(local(path)).expanduser()
         found = components(path, ema, mmap=mmap)
         name, part = next(((n, p) for n, p in found.items() if p.cls in cls.class_names()), ("", None))
         if part is None:

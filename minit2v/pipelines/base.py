@@ -26,6 +26,7 @@ from minit2v_convert.rename import nearest
 
 from .. import fast
 from ..compat import compat_fields
+from ..files import hub
 from ..files.config import read_from
 from ..models.clip import CLIPTextModel
 from ..models.tokenizer import CLIPTokenizer
@@ -254,6 +255,8 @@ class DiffusionPipeline:
         mmap: False copies the weights, so that nobody who writes to the files later changes them (docs/safety.md).
         A file in place of the folder is read as by `from_single_file`, and so is a folder of ModelScope's files.
         """
+        path_or_id = hub.local(path_or_id, revision=revision, local_files_only=local_files_only, token=token,
+                               cache_dir=cache_dir, force_download=force_download)
         if subfolder is None and is_authors_layout(path_or_id):
             if variant is not None:
                 raise ValueError(f"{path_or_id} is in the authors' layout: it has no variant {variant!r}")
@@ -294,14 +297,14 @@ class DiffusionPipeline:
     ) -> Self:
         """The pipeline of one file of weights, `.safetensors`, `.ckpt` or `.pth`, in any layout that is known.
 
-        `path` may be a folder of ModelScope's files, too.
-        config: a folder or a hub id for what the file lacks. Without it, scheduler and tokenizer are those of the
-        published model (the tokenizer is fetched from the hub where it is not given). `revision` and so on are of
-        `config`; the rest, `mmap` too, as for `from_pretrained`. Nothing is written.
+        `path` may be a folder of ModelScope's files, too, or the address of a file on huggingface.co, which is fetched.
+        config: a folder or a hub id for what the file lacks. Without it, the scheduler is that of the published model,
+        and the tokenizer is CLIP's, which is in this package. `revision` is of `config`; the rest, `mmap` too, as for
+        `from_pretrained`. Nothing is written.
         """
-        where = dict(revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir,
-                     force_download=force_download)
-        path = Path(path).expanduser()
+        where: dict[str, Any] = dict(revision=revision, local_files_only=local_files_only, token=token,
+                                     cache_dir=cache_dir, force_download=force_download)
+        path = Path(hub.local(path, **where)).expanduser()
         if cls is DiffusionPipeline:
             cls = files.pick_class_of_file(path, DiffusionPipeline.CLASSES)
         fields = {name: overrides.pop(name, None) for name in cls.FIELDS}

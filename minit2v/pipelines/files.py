@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from minit2v_convert import families
 from minit2v_convert.convert import FAMILIES, components, schedule_of
 from minit2v_convert.folders import check_parts
 from minit2v_convert.rename import nearest
@@ -51,6 +52,7 @@ UNUSED = {
 def read_index(path_or_id: str | Path, subfolder: str | None, where: dict[str, Any]) -> dict[str, Any]:
     """The content of model_index.json. ValueError on names and fields that none has."""
     index = hub.read_json(path_or_id, INDEX, subfolder=subfolder, **where)
+    families.refuse(families.of_index(index), path_or_id)
     with read_from(path_or_id):
         check_parts(index)
         fields = index.get(FIELDS_KEY, {})
@@ -123,6 +125,10 @@ def load_components(
         if name not in entries:
             raise ValueError(f"{INDEX} has no {name!r}, which {pipeline.__name__} needs; give it as {name}=...")
         classes[name] = own.get(name) or _component_class(name, entries[name], fitting, pipeline.__name__)
+    if "unet" in classes:
+        part = f"{subfolder}/unet" if subfolder else "unet"
+        config = hub.read_json(path_or_id, "config.json", subfolder=part, **where)
+        families.refuse(families.of_unet(config), f"{path_or_id}/{part}")
     _check_motion(classes, overrides, pipeline)
     loaded = {}
     for name, cls in classes.items():
@@ -170,9 +176,10 @@ OF_UNETS = {"UNet2DConditionModel": "AnimateDiffPipeline", "UNet3DConditionModel
 
 def pick_class_of_file(path: Path, classes: dict[str, type]) -> type:
     """The pipeline that a file of weights is for."""
-    unet = components(path).get("unet")
+    found = components(path)
+    unet = found.get("unet")
     if unet is None or unet.cls not in OF_UNETS:
-        raise ValueError(f"{path} has no UNet of {' or '.join(OF_UNETS)}: it is no pipeline")
+        raise ValueError(f"{path} is {next(iter(found.values())).title}: it has no UNet of {' or '.join(OF_UNETS)}")
     return classes[OF_UNETS[unet.cls]]
 
 
@@ -188,8 +195,8 @@ def load_single_file(
 ) -> dict[str, Any]:
     """name -> component, out of the file, from `overrides`, or from the folder or hub id `config`.
 
-    Without `config`, the scheduler is the published model's, and so is the tokenizer, which no file has. What shapes do
-    not say of a network in the file (heads, groups), its config.json in `config` says.
+    Where neither has them, the scheduler is the published model's, and the tokenizer is CLIP's own. What shapes do not
+    say of a network in the file (heads, groups), its config.json in `config` says.
     """
     for name in overrides:
         if name not in pipeline.COMPONENTS:
@@ -209,20 +216,20 @@ def load_single_file(
     index = read_index(config, None, where) if config is not None else {}
     wanted = [n for n in pipeline.COMPONENTS if n not in overrides and (n in found or n not in pipeline.OPTIONAL)]
     for name in wanted:  # all checks before the first gigabyte
-        if name not in found and name not in index and (config or name not in ("scheduler", "tokenizer")):
-            raise ValueError(f"{path} has no {name}: give it as {name}=..., or a folder or hub id that has it as "
-                             "config=...")  # fmt: skip
+        if name not in found and name not in index and name not in ("scheduler", "tokenizer"):
+            raise ValueError(f"{path} has no {name}: give it as {name}=... (--{name}), or a folder or hub id that has "
+                             "it as config=... (--config)")  # fmt: skip
     for name in wanted:
         if name in found and name in index and index[name][-1] == found[name].cls:
-            own = hub.read_json(str(config), "config.json", subfolder=name, **where)
-            found[name] = found[name].configured(own, f"{config}/{name}/config.json")
+            said = hub.read_json(str(config), "config.json", subfolder=name, **where)
+            found[name] = found[name].configured(said, f"{config}/{name}/config.json")
     made: dict[str, Any] = dict(overrides)
     for name in wanted:
         fitting = pipeline.COMPONENTS[name]
         if name in found:
             cls = own.get(name) or _component_class(name, [None, found[name].cls], fitting, pipeline.__name__)
             made[name] = cls.from_component(found[name], str(path), dtypes[name], compat, {})
-        elif config is not None:
+        elif name in index:
             cls = own.get(name) or _component_class(name, index[name], fitting, pipeline.__name__)
             made[name] = _load(cls, config, name, where, dict(compat=compat, mmap=mmap), dtypes[name])
         elif name == "scheduler":
@@ -230,8 +237,11 @@ def load_single_file(
             cls = own.get(name) or _component_class(name, [None, schedule["_class_name"]], (), "")
             made[name] = cls.from_config(schedule)
         else:
-            cls = own.get(name) or _component_class(name, [None, "CLIPTokenizer"], fitting, pipeline.__name__)
-            made[name] = cls.from_pretrained(FAMILIES[unet].repository, subfolder=name, **where)
+            made[name] = own.get(name, CLIPTokenizer).clip(FAMILIES[unet].pad_token)
+            rows = found["text_encoder"].config["vocab_size"] if "text_encoder" in found else made[name].vocab_size
+            if rows < made[name].vocab_size:
+                raise ValueError(f"{path} has no tokenizer, and its text encoder knows {rows:,} ids, fewer than CLIP's "
+                                 f"{made[name].vocab_size:,}: give its own as tokenizer=... (--tokenizer)")
     return {name: made.get(name) for name in pipeline.COMPONENTS}
 
 
