@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,11 @@ def load_components(
         elif name not in pipeline.COMPONENTS:
             raise ValueError(f"{INDEX} has {quoted(name)}, which {pipeline.__name__} does not know"
                              f"{nearest(name, list(pipeline.COMPONENTS))}")
+    if "unet" in entries and "unet" not in overrides:
+        part = f"{subfolder}/unet" if subfolder else "unet"
+        with suppress(FileNotFoundError):  # loading says what is not there
+            config = hub.read_json(path_or_id, "config.json", subfolder=part, **where)
+            families.refuse(families.of_unet(config), f"{path_or_id}/{part}")
     classes = {}
     for name, fitting in pipeline.COMPONENTS.items():  # all checks before the first gigabyte
         if name in overrides or name in UNUSED:
@@ -125,10 +131,6 @@ def load_components(
         if name not in entries:
             raise ValueError(f"{INDEX} has no {name!r}, which {pipeline.__name__} needs; give it as {name}=...")
         classes[name] = own.get(name) or _component_class(name, entries[name], fitting, pipeline.__name__)
-    if "unet" in classes:
-        part = f"{subfolder}/unet" if subfolder else "unet"
-        config = hub.read_json(path_or_id, "config.json", subfolder=part, **where)
-        families.refuse(families.of_unet(config), f"{path_or_id}/{part}")
     _check_motion(classes, overrides, pipeline)
     loaded = {}
     for name, cls in classes.items():
