@@ -124,7 +124,8 @@ def run(args: argparse.Namespace) -> int:
 
 def report(model: str, revision: str | None = None, variant: str | None = None) -> tuple[list[str], bool]:
     """The lines of the report on a folder, a file or a hub id, and whether everything in it fits."""
-    path = embedded.find(model) or Path(hub.local(model)).expanduser()
+    model = str(hub.local(model, revision=revision))
+    path = embedded.find(model) or Path(model).expanduser()
     if is_authors_layout(path):
         return _report_folder(path) if path.is_dir() else _report_file(path)
     source = Folder(path) if path.is_dir() else _repository(model, revision)

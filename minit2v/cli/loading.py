@@ -62,7 +62,8 @@ def load(command: str, settings: dict[str, Any], video_frames: int | None) -> tu
     if "tokenizer" in settings:
         parts["tokenizer"] = _load_part("tokenizer", CLIPTokenizer, settings["tokenizer"], {})
     _check_size(main, parts.get("vae"), settings, where)
-    say(f"loading {main}" + "".join(f" with {settings[name]}" for name in ("adapter", "vae") if name in settings))
+    others = [settings[name] for name in ("adapter", "vae", "tokenizer") if name in settings]
+    say(f"loading {main}" + f" with {' and '.join(others)}" * bool(others))
     if solver is not None:
         known = {k: v for k, v in for_motion.items() if k in solver.field_defaults()} | chosen
         parts["scheduler"] = solver.from_config(schedule, **known)

@@ -752,6 +752,10 @@ class DiffusionPipeline:
         for name in ("unet", "scheduler", "vae")[: 2 if output_type == "latent" else 3]:
             if getattr(self, name) is None:
                 raise ValueError(f"to make a video, the pipeline needs its {name}, which is None")
+        if output_type != "latent":
+            made, read = self.unet.config.out_channels, self.vae.config.latent_channels
+            if made != read:
+                raise ValueError(f"the VAE's latents have {read} channels, and the UNet's {made}: they do not fit")
         check_count("num_inference_steps", num_inference_steps)
         if decode_chunk_size is not None:
             check_count("decode_chunk_size", decode_chunk_size)

@@ -129,13 +129,16 @@ def load_components(
                 raise ValueError(f"{INDEX} has no {name!r} to be loaded with {own[name].__name__}")
             continue
         if name not in entries:
-            raise ValueError(f"{INDEX} has no {name!r}, which {pipeline.__name__} needs; give it as {name}=...")
+            raise ValueError(f"{INDEX} has no {name!r}, which {pipeline.__name__} needs; give it as {_argument(name)}")
         classes[name] = own.get(name) or _component_class(name, entries[name], fitting, pipeline.__name__)
     _check_motion(classes, overrides, pipeline)
     loaded = {}
     for name, cls in classes.items():
         part = f"{subfolder}/{name}" if subfolder else name
-        loaded[name] = _load(cls, path_or_id, part, where, weights, dtypes[name])
+        try:
+            loaded[name] = _load(cls, path_or_id, part, where, weights, dtypes[name])
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; the {name} may be given as {_argument(name)}") from error
     found = {name: overrides.get(name, loaded.get(name)) for name in pipeline.COMPONENTS}
     length = getattr(found.get("tokenizer"), "model_max_length", None)
     positions = getattr(getattr(found.get("text_encoder"), "config", None), "max_position_embeddings", None)
@@ -143,6 +146,11 @@ def load_components(
         raise ValueError(f"the tokenizer's model_max_length is {length}, and the text_encoder has {positions} "
                          "positions")  # fmt: skip
     return found
+
+
+def _argument(name: str) -> str:
+    """How a component is given in Python, and on the command line where that can be."""
+    return f"{name}=..." + f" (--{name})" * (name in ("vae", "tokenizer", "scheduler"))
 
 
 def _split_classes(given: dict[str, Any], pipeline: type) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -219,8 +227,8 @@ def load_single_file(
     wanted = [n for n in pipeline.COMPONENTS if n not in overrides and (n in found or n not in pipeline.OPTIONAL)]
     for name in wanted:  # all checks before the first gigabyte
         if name not in found and name not in index and name not in ("scheduler", "tokenizer"):
-            raise ValueError(f"{path} has no {name}: give it as {name}=... (--{name}), or a folder or hub id that has "
-                             "it as config=... (--config)")  # fmt: skip
+            raise ValueError(f"{path} has no {name}: give it as {_argument(name)}, or a folder or hub id that has it "
+                             "as config=... (--config)")  # fmt: skip
     for name in wanted:
         if name in found and name in index and index[name][-1] == found[name].cls:
             said = hub.read_json(str(config), "config.json", subfolder=name, **where)
@@ -261,7 +269,7 @@ def _check_motion(classes: dict[str, type], overrides: dict[str, Any], pipeline:
 def _component_class(name: str, entry: Any, fitting: tuple[str, ...], pipeline: str) -> type:
     """The class that an index entry [library, class] names."""
     if entry in NOTHING:
-        raise ValueError(f"{INDEX}: {name!r} was None when this was saved; give it as {name}=...")
+        raise ValueError(f"{INDEX}: {name!r} was None when this was saved; give it as {_argument(name)}")
     if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
         raise ValueError(f"{INDEX}: {name!r} should be [library, class], not {quoted(entry)}")
     class_name = entry[1].removeprefix("Flax")[:200]
