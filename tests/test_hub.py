@@ -847,7 +847,7 @@ def test_bin_only_repositories_and_revisions(hub, repository):
 
 
 def test_the_cache_without_the_hub(hub, repository, tmp_path):
-    with pytest.raises(FileNotFoundError, match="owner/name is not in the cache, and the hub is not asked"):
+    with pytest.raises(FileNotFoundError, match="owner/name/unet is not in the cache, and the hub is not asked"):
         Tiny.from_pretrained("owner/name", subfolder="unet", local_files_only=True)
     assert not hub.asked
     net = Tiny.from_pretrained("owner/name", subfolder="unet", cache_dir=tmp_path / "mine")
@@ -867,7 +867,7 @@ def test_a_hub_that_cannot_be_reached(hub, repository, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     with pytest.warns(UserWarning, match="the hub cannot be reached .*owner/name is read from the cache"):
         assert same(Tiny.from_pretrained("owner/name", subfolder="unet"), net)
-    with pytest.warns(UserWarning), pytest.raises(FileNotFoundError, match="other/name is not in the cache"):
+    with pytest.warns(UserWarning), pytest.raises(FileNotFoundError, match="other/name/unet is not in the cache"):
         Tiny.from_pretrained("other/name", subfolder="unet")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert same(Tiny.from_pretrained("owner/name", subfolder="unet"), net)

@@ -19,6 +19,7 @@ from minit2v import (
 from minit2v.cli import main
 from minit2v.files import hub
 from minit2v.files.video import read_metadata
+from minit2v.pipelines.files import load_single_file
 from minit2v_convert.convert import convert
 from minit2v_convert.sparse import write_sparse_safetensors
 
@@ -74,11 +75,14 @@ def test_a_file_of_full_size_and_a_motion_module_need_no_network(tmp_path):
         half = {n: (shape, "F16" if dtype[0] == "F" else dtype) for n, (shape, dtype) in files[name].items()}
         write_sparse_safetensors(tmp_path / f"{name}.safetensors", half)
     adapter = MotionAdapter.from_single_file(tmp_path / "mm_sd_v15_v2.safetensors", dtype=torch.float16)
-    pipe = AnimateDiffPipeline.from_single_file(tmp_path / "civitai_fp16_pruned.safetensors", motion_adapter=adapter,
-                                                dtype=torch.float16)  # fmt: skip
-    assert pipe.tokenizer.encode("a photo of a cat!") == [49406, 320, 1125, 539, 320, 2368, 256, 49407]
-    assert pipe.tokenizer.pad_token == "<|endoftext|>" and pipe.scheduler.config.beta_schedule == "scaled_linear"
-    assert pipe.unet.config.motion_max_seq_length == 32 and pipe.vae_scale_factor == 8
+    names = AnimateDiffPipeline.COMPONENTS  # without the pipeline, which copies the UNet
+    parts = load_single_file(tmp_path / "civitai_fp16_pruned.safetensors", AnimateDiffPipeline, None,
+                             {"motion_adapter": adapter}, dict.fromkeys(names, torch.float16), {}, None)  # fmt: skip
+    assert [type(parts[n]).__name__ for n in ("unet", "vae", "text_encoder", "tokenizer", "scheduler")] == [
+        "UNet2DConditionModel", "AutoencoderKL", "CLIPTextModel", "CLIPTokenizer", "PNDMScheduler"]
+    assert parts["tokenizer"].encode("a photo of a cat!") == [49406, 320, 1125, 539, 320, 2368, 256, 49407]
+    assert parts["tokenizer"].pad_token == "<|endoftext|>"
+    assert parts["scheduler"].config.beta_schedule == "scaled_linear"
 
 
 def test_a_file_and_a_motion_module_s_file_make_a_video(animate, made):
@@ -205,8 +209,9 @@ def test_an_address_on_the_hub_is_fetched(made, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     url = "https://huggingface.co/owner/name/blob/main/deep/sd.safetensors"
-    for address in (url, url.replace("blob", "resolve") + "?download=true", Path(url),
-                    url.replace("main", "refs%2Fpr%2F1"), "https://hf.co/owner/name/resolve/main/deep/sd.safetensors"):  # fmt: skip
+    of_request = url.replace("main", "refs%2Fpr%2F1")
+    for address in (url, url.replace("blob", "resolve") + "?download=true", Path(url), of_request,
+                    "https://hf.co/owner/name/resolve/main/deep/sd.safetensors"):  # fmt: skip
         assert hub.local(address) == made / "sd.safetensors"
     assert [a[2] for a in asked] == ["main", "main", "main", "refs/pr/1", "main"]
     assert {a[:2] for a in asked} == {("owner/name", "deep/sd.safetensors")}

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from minit2v_convert import families
 from minit2v_convert.convert import components
-from minit2v_convert.detect import detect
+from minit2v_convert.detect import FLOATS, detect
 from minit2v_convert.folders import check_parts, is_authors_layout, open_path, variants
 from minit2v_convert.modelscope_configuration import NAME
 from minit2v_convert.rename import nearest
+from minit2v_convert.shapes import POSITION_IDS
 from minit2v_convert.stream import DTYPES, first_line, open_file, parse_json
 
 from ..files import embedded, hub
@@ -255,7 +256,9 @@ def _inspect_network(
     dtype = ", ".join(dtypes) if len(dtypes) < 2 else ", ".join(f"{n} {k}" for k, n in dtypes.most_common())
     fits = len(have) - len(shapes)
     keys = f"all {fits} match" if not (missing or unknown or shapes) else f"{fits} of {len(expected)} match"
-    faults = {"missing": [*map(repr, missing)], "unknown": [*map(repr, unknown)], "of another shape": shapes}
+    whole = [repr(found[n]) for n, x in have.items() if expected[n].is_floating_point() and not x.is_floating_point()]
+    faults = {"missing": [*map(repr, missing)], "unknown": [*map(repr, unknown)], "of another shape": shapes,
+              "in whole numbers": whole}
     wrong = [f"{len(items)} keys {what}: {_some(items)}" for what, items in faults.items() if items]
     return (*shown, dtype, keys, files), count, wrong
 
@@ -337,4 +340,9 @@ def _report_file(path: Path) -> tuple[list[str], bool]:
     lines += [f"not converted: {name}, {why}" for name, why in (source.ignored or {}).items()]
     if kind.layout.refused:
         lines.append(kind.layout.refused)
-    return [*lines, "complete" if kind.complete else "not complete"], kind.complete
+    whole = [n for part in kind.parts for n in sorted(part.mapped)
+             if source.header[n][1] not in FLOATS and not n.endswith(POSITION_IDS)]  # fmt: skip
+    if whole:
+        lines.append(f"wrong: {len(whole)} in whole numbers: {_some([*map(repr, whole)])}")
+    good = kind.complete and not whole
+    return [*lines, "complete" if good else "not complete"], good

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minit2v import AutoencoderKL, CLIPTextModel, MotionAdapter, UNet2DConditionModel, UNet3DConditionModel
+from minit2v.cli import inspect
 from minit2v_convert import animatediff, configs, shapes
 from minit2v_convert import convert as module
 from minit2v_convert.convert import components, convert
@@ -652,6 +653,9 @@ def test_whole_numbers_are_no_weights(image_model, tmp_path, dtype):
                  lambda: UNet2DConditionModel.from_single_file(path, config=tmp_path / "unet" / "config.json")):
         with pytest.raises(ValueError, match="'conv_in.weight' is (I8|I64|U8|BOOL): weights"):
             load()
+    for what in (tmp_path / "unet", path):
+        lines, good = inspect.report(str(what))
+        assert not good and any("in whole numbers: 'conv_in.weight'" in line for line in lines), lines
 
 
 def test_a_single_file_whose_vae_is_between_old_names_and_new(image_model, single, tmp_path):
