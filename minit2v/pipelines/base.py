@@ -183,11 +183,13 @@ class DiffusionPipeline:
             check_component(name, value, self.COMPONENTS[name])
         super().__setattr__(name, value)
 
-    def __getattr__(self, name: str) -> Any:
-        if hasattr(type(self), name):  # a property whose own error says more
-            return object.__getattribute__(self, name)
-        near = "" if name.startswith("_") else nearest(name, [n for n in dir(self) if not n.startswith("_")])
-        raise AttributeError(f"{type(self).__name__} has no {name!r}{near}", name=name)
+    if not TYPE_CHECKING:  # a type checker would believe that there is every name
+
+        def __getattr__(self, name: str) -> Any:
+            if hasattr(type(self), name):  # a property whose own error says more
+                return object.__getattribute__(self, name)
+            near = "" if name.startswith("_") else nearest(name, [n for n in dir(self) if not n.startswith("_")])
+            raise AttributeError(f"{type(self).__name__} has no {name!r}{near}", name=name)
 
     @property
     def components(self) -> dict[str, Any]:

@@ -726,7 +726,7 @@ def test_a_pipeline_around_modelscope_s_unet(video_model, tmp_path):
 
     convert(video_model, tmp_path / "o", to="authors")
     file = tmp_path / "o" / "text2video_pytorch_model.pth"
-    with pytest.raises(ValueError, match="has no vae: give it as vae=..., or a folder or hub id"):
+    with pytest.raises(ValueError, match="has no vae: give it as vae=... .--vae., or a folder or hub id"):
         DiffusionPipeline.from_single_file(file)
     unet = UNet3DConditionModel.from_single_file(file, norm_num_groups=8, attention_head_dim=8)
     same(unet.state_dict(), UNet3DConditionModel.from_pretrained(video_model / "unet").state_dict())
@@ -744,13 +744,11 @@ def test_the_command_line_takes_files_too(tmp_path, make_official_folder, monkey
     adapter.save_pretrained(tmp_path / "adapter")
     convert(folder, base := tmp_path / "model.ckpt", to="single-file")
     convert(tmp_path / "adapter", motion := tmp_path / "mm.ckpt", to="authors")
-    family = replace(module.FAMILIES["UNet2DConditionModel"], repository=str(folder))
-    monkeypatch.setitem(module.FAMILIES, "UNet2DConditionModel", family)
     made = []
     for b, a in ((folder, tmp_path / "adapter"), (base, motion)):
         out = tmp_path / f"{b.name}.mp4"
         assert cli.main(["animate", "a cat", f"--base={b}", f"--adapter={a}", "--num-frames=2", "--steps=2",
-                         "--height=16", "--width=16", "--seed=0", "-o", str(out)]) == 0  # fmt: skip
+                         "--height=16", "--width=16", "--seed=0", f"--tokenizer={folder}", "-o", str(out)]) == 0
         made.append(read_metadata(out))
     assert made[0]["scheduler"] == made[1]["scheduler"] == "DDIMScheduler"
     assert cli.main(["animate", "a cat", f"--base={motion}", f"--adapter={motion}"]) == 1
