@@ -125,6 +125,19 @@ def _write_tiny_vocabulary(folder: Path) -> None:
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
 
 
+def _default_signals() -> None:
+    import signal
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+
+
+@pytest.fixture(scope="session")
+def default_signals() -> Callable[[], None]:
+    """For `preexec_fn` of a child that gets signals: whoever runs the tests in the background has them ignored."""
+    return _default_signals
+
+
 @pytest.fixture(scope="session")
 def manifest() -> Callable[[str], Manifest]:
     """manifest("ms-1.7b/unet") -> {diffusers' name: (shape, dtype)}: what is inside the published files.

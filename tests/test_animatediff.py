@@ -441,7 +441,8 @@ def test_a_motion_unet_is_used_as_it_is(pipe):
     assert type(parts["unet"]) is UNetMotionModel
     assert AnimateDiffPipeline(**parts | {"motion_adapter": None}).unet is parts["unet"]
     v2v = AnimateDiffVideoToVideoPipeline.from_pipe(pipe)
-    assert v2v.components == parts and AnimateDiffPipeline.from_pipe(v2v).unet is pipe.unet
+    assert {**v2v.components, "scheduler": parts["scheduler"]} == parts
+    assert AnimateDiffPipeline.from_pipe(v2v).unet is pipe.unet
 
 
 def test_an_adapter_without_a_mid_block_goes_into_any_unet(pipe, adapter):
@@ -462,8 +463,8 @@ def test_an_adapter_without_a_mid_block_goes_into_any_unet(pipe, adapter):
     ("change", "error", "says"),
     [
         (dict(motion_adapter="guoyww/x"), TypeError, "motion_adapter must be a MotionAdapter, not a str"),
-        (dict(motion_adapter=MotionAdapter), TypeError, "must be a MotionAdapter, not MotionAdapter"),
-        (dict(unet=UNet3DConditionModel), TypeError, "a UNet2DConditionModel or a UNetMotionModel, not UNet3DCond"),
+        (dict(motion_adapter=MotionAdapter), TypeError, "motion_adapter must be a component, not the class"),
+        (dict(unet=UNet3DConditionModel), TypeError, "unet must be a component, not the class UNet3DCond"),
         (dict(feature_extractor=object()), ValueError, "feature_extractor must be None: image prompts"),
         (dict(image_encoder=object()), ValueError, "image_encoder must be None"),
     ],

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -68,6 +69,13 @@ def tiny(tmp_path):
     net = Tiny(dim=5)
     net.save_pretrained(tmp_path / "tiny")
     return net, tmp_path / "tiny"
+
+
+def add_bin(net: nn.Module, folder: Path) -> None:
+    """The weights as a pickle, beside those that are there: one `save_pretrained` takes the place of another."""
+    net.save_pretrained(folder / "aside", safe_serialization=False)
+    (folder / "aside" / "diffusion_pytorch_model.bin").rename(folder / "diffusion_pytorch_model.bin")
+    shutil.rmtree(folder / "aside")
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -283,7 +291,7 @@ def test_full_size(tmp_path, manifest, published_config, published_class):
 
 def test_roundtrip_in_every_form(tiny):
     net, folder = tiny
-    net.save_pretrained(folder, safe_serialization=False)
+    add_bin(net, folder)
     net.half().save_pretrained(folder, variant="fp16")
     net = Tiny.from_pretrained(folder)
     assert same(Tiny.from_pretrained(folder, use_safetensors=False), net)
@@ -305,7 +313,7 @@ def test_roundtrip_in_every_form(tiny):
 def test_safetensors_come_first_and_bin_without_them(tiny):
     net, folder = tiny
     other = Tiny(dim=5)
-    other.save_pretrained(folder, safe_serialization=False)
+    add_bin(other, folder)
     assert same(Tiny.from_pretrained(folder), net)
     assert same(Tiny.from_pretrained(folder, use_safetensors=False), other)
     (folder / "diffusion_pytorch_model.safetensors").unlink()
@@ -756,7 +764,7 @@ def repository(hub, tmp_path):
     folder = tmp_path / "served"
     net = Tiny(dim=2)
     net.save_pretrained(folder / "unet")
-    net.save_pretrained(folder / "unet", safe_serialization=False)
+    add_bin(net, folder / "unet")
     net.half().save_pretrained(folder / "unet", variant="fp16")
     net.save_pretrained(folder / "safety_checker")
     (folder / "model_index.json").write_text('{"_class_name": "TextToVideoSDPipeline"}')
@@ -839,7 +847,7 @@ def test_bin_only_repositories_and_revisions(hub, repository):
 
 
 def test_the_cache_without_the_hub(hub, repository, tmp_path):
-    with pytest.raises(FileNotFoundError, match="owner/name is not in the cache, and the hub is not asked"):
+    with pytest.raises(FileNotFoundError, match="owner/name/unet is not in the cache, and the hub is not asked"):
         Tiny.from_pretrained("owner/name", subfolder="unet", local_files_only=True)
     assert not hub.asked
     net = Tiny.from_pretrained("owner/name", subfolder="unet", cache_dir=tmp_path / "mine")
@@ -859,7 +867,7 @@ def test_a_hub_that_cannot_be_reached(hub, repository, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     with pytest.warns(UserWarning, match="the hub cannot be reached .*owner/name is read from the cache"):
         assert same(Tiny.from_pretrained("owner/name", subfolder="unet"), net)
-    with pytest.warns(UserWarning), pytest.raises(FileNotFoundError, match="other/name is not in the cache"):
+    with pytest.warns(UserWarning), pytest.raises(FileNotFoundError, match="other/name/unet is not in the cache"):
         Tiny.from_pretrained("other/name", subfolder="unet")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert same(Tiny.from_pretrained("owner/name", subfolder="unet"), net)

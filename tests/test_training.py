@@ -1,10 +1,12 @@
 """The shapes world, what reads it back, and a trainer that a kill does not change."""
 
+import io
 import random
 from collections import Counter
 
 import pytest
 import torch
+from torch import nn
 
 from minit2v.training import animate, shapes, world
 
@@ -145,6 +147,10 @@ def test_one_command_goes_from_nothing_to_a_folder_that_loads(tmp_path, monkeypa
     assert step == 50
     shapes.main(["--out", str(tmp_path)])  # everything is done: nothing is trained again
     assert len((tmp_path / "panel.csv").read_text().split()) == 1
+    with pytest.raises(ValueError, match="training.json: a training with seed 0, not 1: give another folder"):
+        shapes.main(["--out", str(tmp_path), "--seed", "1"])
+    with pytest.raises(ValueError, match="a training with trainer 'shapes', not 'animate'"):
+        animate.main(["--out", str(tmp_path)])
 
 
 def test_animate_trains_the_motion_modules_alone(tmp_path, monkeypatch):
@@ -166,6 +172,8 @@ def test_animate_trains_the_motion_modules_alone(tmp_path, monkeypatch):
     shapes.make_pipeline(vae, painter, tokenizer).save_pretrained(tmp_path / "shapes")
 
     animate.main(["--out", str(tmp_path), "--video", str(tmp_path / "shapes")])
+    with pytest.raises(ValueError, match="a training with video '.*', not '.*': give another folder"):
+        animate.main(["--out", str(tmp_path)])
     image = torch.load(tmp_path / "image.ckpt", weights_only=True)
     motion = torch.load(tmp_path / "motion.ckpt", weights_only=True)
     assert image["step"] == 50 and motion["step"] == 50
@@ -205,3 +213,46 @@ def test_fewer_frames_keep_their_numbers():
             m.positions = m.positions[:, [0, 5, 10, 15]]
         torch.testing.assert_close(spread, unet(x, t, painter.text_encoder(ids)), rtol=0, atol=0)
     assert (spread - first_four).abs().max() > 1e-3
+
+
+def test_rows_that_a_kill_has_undone_are_not_there_twice(tmp_path):
+    def run(until, save_at):
+        torch.manual_seed(0)
+        layer = nn.Linear(2, 2)
+        run = shapes.Run(tmp_path, "x", {"layer": layer}, torch.optim.AdamW(layer.parameters()), 1e9)
+        for step in run.steps(9):
+            run.write(loss=step)
+            if step == save_at:
+                run.step += 1
+                run.save()
+                run.step -= 1
+            if step == until:
+                return
+
+    run(5, 3)  # killed in step 5; the checkpoint is that after step 3
+    with (tmp_path / "x.csv").open("a") as file:
+        file.write("6,0.0")  # in the middle of a row
+    run(9, None)
+    rows = (tmp_path / "x.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["step", *map(str, range(9))]
+    (tmp_path / "panel.csv").write_text("500,1,1\n1000,2,1\n1500,3,1\n")
+    shapes.forget_later(tmp_path / "panel.csv", 1000)
+    assert (tmp_path / "panel.csv").read_text() == "500,1,1\n1000,2,1\n"
+
+
+def test_a_broken_checkpoint_is_one_line_that_names_it(tmp_path):
+    layer = nn.Linear(2, 2)
+    run = shapes.Run(tmp_path, "x", {"layer": layer}, torch.optim.AdamW(layer.parameters()))
+    run.save()
+    whole = (tmp_path / "x.ckpt").read_bytes()
+    other = io.BytesIO()
+    torch.save({"layer": nn.Linear(3, 3).state_dict()}, other)
+    for content in (b"", whole[:100], whole[:-300], b"x" * 500, other.getvalue()):
+        (tmp_path / "x.ckpt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"^\S*x.ckpt is .*: remove it to begin anew$") as error:
+            shapes.Run(tmp_path, "x", {"layer": layer}, torch.optim.AdamW(layer.parameters()))
+        assert "\n" not in str(error.value)
+    (tmp_path / "latents.pt").write_bytes(whole[:100])
+    with pytest.raises(ValueError, match="latents.pt is broken"):
+        shapes.latents_of_world(None, tmp_path, 0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latents.pt", "x.ckpt"]

@@ -315,7 +315,7 @@ def test_explicit_fields_and_modes(image, make_adapter):
         (MotionAdapter, {"motion_layers_per_block": (1, 1, 1)}, "motion_layers_per_block must be .* 2 levels"),
         (MotionAdapter, {"motion_transformer_layers_per_block": 0}, "motion_transformer_layers_per_block must be at"),
         (MotionAdapter, {"motion_transformer_layers_per_mid_block": 0}, "layers_per_mid_block must be at least 1"),
-        (MotionAdapter, {"motion_norm_num_groups": 0}, "motion_norm_num_groups 0 must divide"),
+        (MotionAdapter, {"motion_norm_num_groups": 0}, "motion_norm_num_groups must be at least 1"),
         (MotionAdapter, {"motion_max_seq_length": 0}, "motion_max_seq_length must be at least 1"),
         (UNetMotionModel, {"attention_head_dim": 8}, "no field 'attention_head_dim'"),
         (UNetMotionModel, {"transformer_layers_per_mid_block": 2}, "transformer_layers_per_mid_block must be"),

@@ -312,7 +312,7 @@ def test_interrupt_kills_the_encoder_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("minit2v.files.video.np.ascontiguousarray", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_to_video(solid(8, 8), tmp_path / "a.mp4")
-    assert os.listdir(tmp_path) == [] and started[0].poll() == -9
+    assert os.listdir(tmp_path) == [] and started[-1].poll() == -9  # the first may ask for the version
 
 
 FULL = """

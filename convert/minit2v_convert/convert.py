@@ -25,7 +25,7 @@ from . import modelscope_configuration as configuration
 from .detect import detect
 from .folders import CONFIG, INDEX, NO_NETWORKS, STEMS, WEIGHTS, Opened, open_path, read_configuration
 from .formats import Plan, Step, from_diffusers, rewritten, to_diffusers
-from .rename import nearest
+from .rename import nearest, shown
 from .shapes import Config
 from .stream import (
     Source,
@@ -36,7 +36,6 @@ from .stream import (
     parse_json,
     replacing,
     retyped,
-    shown,
     size_of,
     write_file,
 )  # fmt: skip
@@ -55,18 +54,22 @@ SCHEDULE = {
 
 @dataclass(frozen=True)
 class Family:
-    """The pipeline around a UNet: what no file of the authors has. repository: on the hub, where its tokenizer is."""
+    """The pipeline around a UNet: what no file of the authors has. repository: on the hub, where its tokenizer is.
+
+    pad_token: with which the tokenizer, CLIP's in all of them, fills prompts up.
+    """
 
     pipeline: str
     scheduler: Config
     repository: str
+    pad_token: str
 
 
 FAMILIES = {
     "UNet3DConditionModel": Family("TextToVideoSDPipeline", {"_class_name": "DDIMScheduler", **SCHEDULE},
-                                   "ali-vilab/text-to-video-ms-1.7b"),
+                                   "ali-vilab/text-to-video-ms-1.7b", "!"),
     "UNet2DConditionModel": Family("StableDiffusionPipeline", {"_class_name": "PNDMScheduler", **SCHEDULE},
-                                   "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+                                   "stable-diffusion-v1-5/stable-diffusion-v1-5", "<|endoftext|>"),
 }  # fmt: skip
 
 
@@ -172,6 +175,9 @@ def convert(
         raise ValueError(f"{what[0]}: only a folder in the layout of diffusers has any use for it, not {to}")
     if not safe_serialization and dst.suffix == ".safetensors":
         raise ValueError(f"{dst}: .bin files are asked for, and this name is that of another kind")
+    if dst.name == "-" or dst.name.lower() in WEIGHTS or dst.suffix.lower() in WEIGHTS and dst.suffix not in WEIGHTS:
+        raise ValueError(f"{shown(dst)}: a file's name is as name{dst.suffix.lower() or WEIGHTS[0]}, with a small "
+                         "ending, and any other name is a folder's")  # fmt: skip
     target = _target(dst)
     if not dry_run:
         _check_free(target, dst)
@@ -190,9 +196,12 @@ def convert(
     return work
 
 
-def components(src: str | Path, ema: bool = False, config: str | Path | None = None) -> dict[str, Component]:
-    """{component: network} of a file, or of a folder in any layout; nothing is read but headers."""
-    return _components(open_path(Path(src)), ema, config)
+def components(
+    src: str | Path, ema: bool = False, config: str | Path | None = None, *, mmap: bool = True
+) -> dict[str, Component]:
+    """{component: network} of a file, or of a folder in any layout; nothing is read but headers. mmap: as of
+    `stream.open_file`."""
+    return _components(open_path(Path(src), mmap=mmap), ema, config)
 
 
 def schedule_of(src: str | Path, unet: str) -> Config:

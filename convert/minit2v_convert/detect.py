@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import adapters, animatediff, configs, ldm, modelscope, shapes
+from . import adapters, animatediff, configs, families, ldm, modelscope, shapes
 from .configs import CLIP_H, CLIP_L, UNET2D, UNET3D, UNET_MOTION
 from .rename import nearest
 from .shapes import Config
@@ -169,6 +169,8 @@ LAYOUTS = (
         ("cond_stage_model.transformer.", (ldm.TEXT, ldm.BARE_TEXT)),
     ), ("model.diffusion_model.",), without=("cond_stage_model.model.",),
            ignored={**ldm.BUFFERS, **ldm.COUNTERS, **ldm.AVERAGE, **ldm.DREAMBOOTH}),
+    Layout("Stable Diffusion 2.x, of which only the VAE is run here (ModelScope's VQGAN_autoencoder.pth)", "authors",
+           (("first_stage_model.", VAES),), ("first_stage_model.", "cond_stage_model.model."), ignored=ldm.UNUSED),
     Layout("VAE in a checkpoint (ModelScope's VQGAN_autoencoder.pth)", "authors",
            (("first_stage_model.", VAES),), ("first_stage_model.",), ignored=ldm.UNUSED),
     Layout("VAE of latent diffusion", "authors", (("", VAES),), ("decoder.",),
@@ -216,7 +218,10 @@ LAYOUTS = (
 
 
 def detect(header: Header) -> Kind:
-    """What the file with this header is. Raises ValueError in one line where it is nothing that is known."""
+    """What the file with this header is. Raises ValueError in one line where it is nothing that is known.
+
+    A family that is not run here is named.
+    """
     if not header:
         raise ValueError("there are no tensors in it")
     for name, (shape, dtype) in header.items():
@@ -226,6 +231,7 @@ def detect(header: Header) -> Kind:
             raise ValueError(f"{name[:200]!r} has the impossible shape {list(shape)}")
     prefix = "module." if all(name.startswith("module.") for name in header) else ""
     plain = {name[len(prefix):]: (tuple(shape), dtype) for name, (shape, dtype) in header.items()}
+    families.refuse(families.of_header(plain))
     text = "\n".join(plain)
     found = [_compare(layout, prefix, plain) for layout in LAYOUTS
              if not any(sign in text for sign in layout.without) and all(sign in text for sign in layout.signs)]

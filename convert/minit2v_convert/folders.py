@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from . import families
 from . import modelscope_configuration as configuration
 from .modelscope_configuration import Configuration
 from .shapes import Config
@@ -40,17 +41,21 @@ class Opened:
     configuration: Configuration | None = None
 
 
-def open_path(src: Path, variant: str | None = None) -> Opened:
-    """A file, or a folder in any layout; nothing is read but headers. ValueError where it has no weights."""
+def open_path(src: Path, variant: str | None = None, mmap: bool = True) -> Opened:
+    """A file, or a folder in any layout; nothing is read but headers. ValueError where it has no weights.
+
+    mmap: as of `open_file`.
+    """
     if not src.is_dir():
         if variant is not None:
             raise ValueError(f"{src} is a file: it has no variant {variant!r}")
-        return Opened({"": (open_file(src), None)})
+        return Opened({"": (open_file(src, mmap), None)})
     if (src / CONFIG).is_file():
-        source, notes = _weights(src, variant)
+        source, notes = _weights(src, variant, mmap)
         return Opened({"": (source, parse_json(src / CONFIG))}, notes)
     if (src / INDEX).is_file():
         opened = Opened({})
+        families.refuse(families.of_index(parse_json(src / INDEX)), src)
         for name in networks(parse_json(src / INDEX)):
             if not (src / name / CONFIG).is_file():
                 missing = f"{src / name} has no {CONFIG}" if (src / name).is_dir() else f"there is no {src / name}"
@@ -59,20 +64,28 @@ def open_path(src: Path, variant: str | None = None) -> Opened:
             if part.name in NO_NETWORKS:
                 opened.notes.append(f"{part.name} is left out: {NO_NETWORKS[part.name]}")
                 continue
-            source, notes = _weights(part, variant)
+            source, notes = _weights(part, variant, mmap)
             opened.weights[part.name] = source, parse_json(part / CONFIG)
             opened.notes += notes
         return opened
     if variant is not None:
         raise ValueError(f"{src} is no folder of diffusers: it has no variant {variant!r}")
-    return _authors_files(src)
+    return _authors_files(src, mmap)
 
 
 def networks(index: Config) -> list[str]:
     """The parts that a pipeline's index names and that have weights."""
+    check_parts(index)
     classes = {name: str(value[-1]) for name, value in index.items()
                if isinstance(value, list) and value and value[-1] and name not in NO_NETWORKS}  # fmt: skip
     return [name for name, cls in classes.items() if not WEIGHTLESS.search(cls)]
+
+
+def check_parts(index: Config) -> None:
+    """ValueError where the index names a part as none can be called: each is the name of a folder beside it."""
+    for name in index:
+        if not re.fullmatch(r"[\w-]+", name):
+            raise ValueError(f"{INDEX} names the part {name[:100]!r}, which is no name of a folder beside it")
 
 
 def is_authors_layout(path: str | Path) -> bool:
@@ -95,7 +108,7 @@ def read_configuration(folder: Path) -> Configuration | None:
         raise ValueError(f"{error}" if str(path) in str(error) else f"{path}: {error}") from None
 
 
-def _authors_files(src: Path) -> Opened:
+def _authors_files(src: Path, mmap: bool) -> Opened:
     """Files side by side. Where a configuration.json names them, those and no others."""
     said = read_configuration(src)
     there = sorted(p.name for p in src.iterdir() if p.suffix in WEIGHTS)
@@ -108,7 +121,7 @@ def _authors_files(src: Path) -> Opened:
         raise ValueError(f"{src} has no {missing['unet']}, which {configuration.NAME} names as the unet")
     notes = [f"{configuration.NAME} names {n} as the {c}, and it is not there" for c, n in missing.items()]
     notes += [f"{n} is left out: {configuration.NAME} does not name it" for n in there if n not in names]
-    return Opened({n: (open_file(src / n), None) for n in names}, notes, said)
+    return Opened({n: (open_file(src / n, mmap), None) for n in names}, notes, said)
 
 
 def variants(names: Iterable[str], stems: Sequence[str] = STEMS) -> dict[str, list[str]]:
@@ -120,7 +133,7 @@ def variants(names: Iterable[str], stems: Sequence[str] = STEMS) -> dict[str, li
     return found
 
 
-def _weights(folder: Path, variant: str | None) -> tuple[Source, list[str]]:
+def _weights(folder: Path, variant: str | None, mmap: bool) -> tuple[Source, list[str]]:
     """The weights of one component, and notes: `.safetensors` before `.bin`, one file before shards.
 
     Without `variant` those that have none, or the only variant that there is.
@@ -140,12 +153,12 @@ def _weights(folder: Path, variant: str | None) -> tuple[Source, list[str]]:
     for ending in (".safetensors", ".bin"):
         mine = {n: m for n, m in parts.items() if m["ending"] == ending}
         if whole := [n for n, m in mine.items() if not m["n"]]:
-            return open_file(folder / whole[0]), notes
+            return open_file(folder / whole[0], mmap), notes
         if mine:
             count = int(next(iter(mine.values()))["count"])
             if len(mine) != count:
                 raise ValueError(f"{folder} has {len(mine)} of the {count} shards of its weights")
-            return _joined(folder, [open_file(folder / n) for n in mine]), notes
+            return _joined(folder, [open_file(folder / n, mmap) for n in mine]), notes
     raise AssertionError("a name has one of two endings")
 
 

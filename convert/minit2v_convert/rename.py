@@ -69,8 +69,15 @@ def under(source: str, target: str, rules: Rules) -> list[tuple[str, str]]:
     return [(source + s, target + t) for s, t in rules]
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """` (nearest: ...)`, or nothing where nothing is near."""
+def shown(text: object) -> str:
+    """For messages: line breaks, control characters and what is no character at all, escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def nearest(name: object, known: Sequence[str]) -> str:
+    """` (nearest: ...)`, or nothing where nothing is near. name: what a file says, of any kind and length."""
+    if not isinstance(name, str) or len(name) > 200:
+        return ""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (nearest: {close[0]!r})" if close else ""
 

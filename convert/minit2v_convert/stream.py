@@ -30,6 +30,7 @@ from torch import Tensor
 from .containers import unwrap
 from .detect import SIZES
 from .formats import Plan, Step, make
+from .rename import shown
 from .sparse import DTYPES as COMMON
 
 DTYPES = {
@@ -39,6 +40,7 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 LONGEST_HEADER = 2**25  # bytes: the largest published ones have half a million, and JSON in memory is ten times as much
 LARGEST = 2**48  # numbers in a tensor
+LARGEST_JSON = 2**26  # bytes: a tokenizer's are 3 MB
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 
@@ -69,6 +71,7 @@ def open_file(path: str | Path, mmap: bool = True) -> Source:
     safetensors file's one by one; ValueError where the file has changed since it was opened.
     """
     path = Path(path)
+    _check_regular(path)
     with path.open("rb") as file:
         head = file.read(512)
     if not head:
@@ -85,11 +88,6 @@ def open_file(path: str | Path, mmap: bool = True) -> Source:
 def first_line(error: BaseException) -> str:
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line if len(line) <= 300 else line[:297] + "..."
-
-
-def shown(text: object) -> str:
-    """For messages: line breaks, control characters and what is no character at all, escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def _broken(path: Path, why: str) -> ValueError:
@@ -403,8 +401,17 @@ def _header_of(name: str, x: Tensor) -> tuple[tuple[int, ...], str]:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
+def _check_regular(path: Path) -> None:
+    """ValueError on pipes and devices, which may never end. What is not there, or a folder, the reader says."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path} is a pipe or a device, not a file")
+
+
 def parse_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
+    """The object in a JSON file. ValueError in one line where there is none, OSError where it cannot be read."""
+    _check_regular(path)
+    if path.is_file() and path.stat().st_size > LARGEST_JSON:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes: no config has")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""The `minit2v` command: a file for each of its commands, what they share in arguments, loading and messages.
+"""The `minit2v` command: a file for each of its commands, what they share in arguments, loading, messages and ends.
 
 Nothing outside this folder imports it. What needs torch is imported when its command runs, so that `minit2v --help`
 and a wrong option answer at once.
@@ -6,39 +6,38 @@ and a wrong option answer at once.
 
 from collections.abc import Sequence
 
-from .arguments import make_parser
-from .messages import one_line, said_in_one_line, say
+from .ends import importing, open_closed_streams, settings_of_a_call
 
 __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 0, 1 after an error, 2 on wrong usage, 130 when interrupted."""
-    parser = make_parser()
+    """Run the command and return its exit code: 0, 1 after an error, 2 on wrong usage, 130 when interrupted.
+
+    SIGTERM and SIGHUP end the process as always, with nothing half-written. The environment stays as it is.
+    """
+    open_closed_streams()
+    with importing():
+        from .arguments import make_parser
+        from .messages import one_line, said_in_one_line, say
     debug = False
     try:
-        with said_in_one_line():
+        with settings_of_a_call(), said_in_one_line():
+            parser = make_parser()
             args = parser.parse_args(argv)
             debug = args.debug
-            if args.command == "inspect":
-                from . import inspect
-
-                return inspect.run(args)
-            if args.command == "convert":
-                from . import convert
-
-                return convert.run(args)
-            if args.command == "blank":
-                from . import blank
-
-                return blank.run(args)
-            if args.command == "bisect":
-                from . import bisect
-
-                return bisect.run(args)
-            from . import videos
-
-            return videos.run(args, parser)
+            with importing():
+                if args.command == "inspect":
+                    from .inspect import run
+                elif args.command == "convert":
+                    from .convert import run
+                elif args.command == "blank":
+                    from .blank import run
+                elif args.command == "bisect":
+                    from .bisect import run
+                else:
+                    from .videos import run
+            return run(args)
     except SystemExit as e:  # of argparse, which has said why
         return e.code if isinstance(e.code, int) else 1
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ from minit2v_convert.rename import nearest
 
 from .. import __version__
 from ..files import embedded
+from .messages import clean, tell
 
 ADAPTER = "guoyww/animatediff-motion-adapter-v1-5-2"  # for every other image model
 SUFFIXES = (".mp4", ".gif", ".mkv", ".mov", ".m4v")
@@ -19,7 +20,7 @@ def _scheduler(text: str) -> str:
     if text == "help":
         from ..schedulers.names import table
 
-        print(table())
+        tell(*table().splitlines())
         raise SystemExit(0)
     return text
 
@@ -63,6 +64,8 @@ def _kernels(text: str) -> str:
 
 def _output(text: str) -> Path:
     path = Path(text)
+    if not text or text == "-" or path.name.lower() in SUFFIXES:  # a variable without a value, or so
+        raise argparse.ArgumentTypeError(f"{text!r} is no name: give a file, such as video.mp4, or a folder")
     if path.suffix and path.suffix.lower() not in SUFFIXES and not path.is_dir() and not text.endswith(os.sep):
         raise argparse.ArgumentTypeError(f"{text}: a file must end in {', '.join(SUFFIXES)}; a folder in {os.sep}")
     return path
@@ -82,7 +85,7 @@ class Parser(argparse.ArgumentParser):
         return namespace, rest
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+        self.exit(2, clean(f"{self.prog}: error: {message}; see {self.prog} --help") + "\n")
 
 
 def make_parser() -> Parser:
@@ -100,6 +103,8 @@ def make_parser() -> Parser:
         sub.add_argument("--prompts", metavar="FILE", help="a file with one prompt per line, - for standard input")
         if sub is not restyle:
             sub.add_argument("--replay", metavar="VIDEO", help="make this video again; options given here win")
+            sub.add_argument("--trust", action="store_true", default=False,
+                             help="use the models and videos that the replayed file names, whoever made it")
             sub.add_argument("--num-frames", type=_whole, metavar="N", help="length of the video")
         if sub is animate:
             sub.add_argument("--base", metavar="MODEL", help="an image model of Stable Diffusion 1.5, or a whole "
@@ -116,6 +121,9 @@ def make_parser() -> Parser:
                          help="steadier videos in three times the time (FreeInit)")
         whose = " (the base's)" if sub is animate else ""
         sub.add_argument("--revision", metavar="NAME", help=f"branch, tag or commit on the hub{whose}")
+        sub.add_argument("--vae", metavar="MODEL", help="another VAE: a file, a folder or a hub id")
+        sub.add_argument("--tokenizer", metavar="MODEL", help="another tokenizer: a folder or a hub id")
+        sub.add_argument("--config", metavar="MODEL", help="a folder or a hub id that has what a file of weights lacks")
         sub.add_argument("--variant", metavar="NAME", help="variant of the weights' files: fp16"
                          + " (of the adapter's where there is one)" * (sub is animate))
         sub.add_argument("--negative-prompt", metavar="TEXT", help="what not to show")
@@ -127,7 +135,7 @@ def make_parser() -> Parser:
         size = {generate: "the model's", restyle: "the video's"}.get(sub, "the video's or the model's")
         sub.add_argument("--height", type=_whole, metavar="PIXELS", help=f"if not {size}")
         sub.add_argument("--width", type=_whole, metavar="PIXELS", help=f"if not {size}")
-        sub.add_argument("--fps", type=_number(0, 1000, True), metavar="RATE",
+        sub.add_argument("--fps", type=_number(0.01, 1000), metavar="RATE",
                          help="frames per second: 8" + ", if not the video's" * (sub is not generate))
         sub.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
                          help="of the weights: float16 on cuda, else float32")
@@ -177,4 +185,5 @@ def make_parser() -> Parser:
 
     for sub in (generate, restyle, animate, inspect, convert, blank, bisect):
         sub.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
+        sub.set_defaults(usage_error=sub.error)  # for what is wrong together: points to the command's own help
     return parser

@@ -7,7 +7,7 @@ import torch
 
 from ..pipelines.checks import check_pixels
 from .loading import find_device
-from .messages import say
+from .messages import say, tell
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,6 +25,6 @@ def run(args: argparse.Namespace) -> int:
          + (": by Triton's interpreter, which is slow" if device.type != "cuda" else ""))
     good = True
     for line, fine in bisect.lines(bisect.bisect(unet, *given)):
-        print(line, flush=True)
+        tell(line)
         good &= fine
     return 0 if good else 1

@@ -3,7 +3,7 @@
 import argparse
 
 from ..pipelines.blank import write_blank
-from .messages import say
+from .messages import say, tell_path
 
 
 def run(args: argparse.Namespace) -> int:
@@ -13,5 +13,5 @@ def run(args: argparse.Namespace) -> int:
     size, disk = (sum(sizes) for sizes in zip(*((s.st_size, 512 * getattr(s, "st_blocks", 0)) for s in
                                                  (p.stat() for p in files)), strict=True))  # fmt: skip
     say(f"{folder} has no weights: its {size / 1e9:.1f} GB are zeros, which take {disk / 1e6:.1f} MB of disk")
-    print(folder)
+    tell_path(folder)
     return 0

@@ -1,10 +1,7 @@
 """`minit2v convert`: from one layout to another."""
 
 import argparse
-import signal
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from ..models.unet2d import UNet2DConditionModel
 from ..models.unet3d import UNet3DConditionModel
 from ..models.unet_motion import MotionAdapter, UNetMotionModel
 from ..models.vae import AutoencoderKL
+from .messages import tell
 
 TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -31,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = _tokenizer(args.tokenizer) if "tokenizer" in args else None
     config = _config(args.config) if "config" in args else None
     src, dst = _here(args.src), Path(args.dst).expanduser()
-    with _stopped_by_signals(), tqdm(unit="B", unit_scale=True, dynamic_ncols=True, disable=args.dry_run) as bar:
+    with tqdm(unit="B", unit_scale=True, dynamic_ncols=True, disable=args.dry_run) as bar:
 
         def show(file: str, n: int, total: int) -> None:
             bar.total = total
@@ -41,28 +39,8 @@ def run(args: argparse.Namespace) -> int:
         work = convert(src, dst, getattr(args, "to", LAYOUTS[0]), dtype, args.dry_run, ema=args.ema,
                        tokenizer=tokenizer, config=config, variant=getattr(args, "variant", None),
                        safe_serialization=not args.bin, progress=show, check=_check)
-    print("\n".join(_lines(work, args.dst, args.dry_run)))
+    tell(*_lines(work, args.dst, args.dry_run))
     return 0
-
-
-@contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP are what Ctrl-C is, so that nothing half written is left."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP"):  # there is no SIGHUP on Windows; nohup has it ignored
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
-                before[number] = signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _check(cls: str, config: Mapping[str, Any]) -> None:
@@ -81,8 +59,8 @@ def _lines(work: Conversion, dst: str, dry_run: bool) -> list[str]:
 
 
 def _here(path_or_id: str) -> Path:
-    """A path as it is, or the folder of a model of this package."""
-    return embedded.find(path_or_id) or Path(path_or_id).expanduser()
+    """A path as it is, the folder of a model of this package, or a file fetched from the hub."""
+    return embedded.find(path_or_id) or Path(hub.local(path_or_id)).expanduser()
 
 
 def _tokenizer(path_or_id: str) -> Path:

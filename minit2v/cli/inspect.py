@@ -14,18 +14,23 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from minit2v_convert import families
 from minit2v_convert.convert import components
-from minit2v_convert.detect import detect
-from minit2v_convert.folders import is_authors_layout, open_path, variants
+from minit2v_convert.detect import FLOATS, detect
+from minit2v_convert.folders import check_parts, is_authors_layout, open_path, variants
 from minit2v_convert.modelscope_configuration import NAME
 from minit2v_convert.rename import nearest
+from minit2v_convert.shapes import POSITION_IDS
 from minit2v_convert.stream import DTYPES, first_line, open_file, parse_json
 
 from ..files import embedded, hub
+from ..files.config import BROKEN, quoted, read_from
 from ..files.weights import Weightless
+from ..models.tokenizer import CLIPTokenizer
 from ..models.unet_motion import known_resnet_norms
 from ..pipelines import files as pipeline_files
 from ..pipelines.base import DiffusionPipeline
+from .messages import tell
 
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pth", ".pt", ".msgpack", ".onnx")
 IMAGES = "StableDiffusionPipeline"  # no pipeline of this package, but one half of AnimateDiff's
@@ -43,6 +48,9 @@ class Source(Protocol):
     def tensors(self, part: str, name: str) -> dict[str, Tensor]:
         """The tensors of a weights' file, on `meta`."""
 
+    def tokenizer(self, part: str) -> CLIPTokenizer:
+        """The tokenizer, read whole."""
+
 
 class Folder:
     def __init__(self, root: Path):
@@ -58,6 +66,9 @@ class Folder:
     def tensors(self, part: str, name: str) -> dict[str, Tensor]:
         path = self.root / part / name
         return {n: _meta(name, n, dtype, shape) for n, (shape, dtype) in open_file(path).header.items()}
+
+    def tokenizer(self, part: str) -> CLIPTokenizer:
+        return CLIPTokenizer.from_pretrained(self.root / part)
 
 
 class Repository:
@@ -91,6 +102,9 @@ class Repository:
             raise OSError(f"the header of {name} cannot be read: {first_line(e)}") from None
         return {n: _meta(name, n, t.dtype, t.shape) for n, t in header.items()}
 
+    def tokenizer(self, part: str) -> CLIPTokenizer:
+        return CLIPTokenizer.from_pretrained(self.repo, subfolder=part or None, revision=self.revision)
+
 
 def _meta(file: str, name: str, dtype: str, shape: Sequence[int]) -> Tensor:
     if dtype not in DTYPES:
@@ -105,19 +119,26 @@ def run(args: argparse.Namespace) -> int:
     """The exit code: 1 where something in the model does not fit."""
     lines, good = report(args.model, revision=getattr(args, "revision", None),
                          variant=getattr(args, "variant", None))
-    print("\n".join(lines))
+    tell(*lines)
     return 0 if good else 1
 
 
 def report(model: str, revision: str | None = None, variant: str | None = None) -> tuple[list[str], bool]:
     """The lines of the report on a folder, a file or a hub id, and whether everything in it fits."""
+    model = str(hub.local(model, revision=revision))
     path = embedded.find(model) or Path(model).expanduser()
     if is_authors_layout(path):
         return _report_folder(path) if path.is_dir() else _report_file(path)
     source = Folder(path) if path.is_dir() else _repository(model, revision)
     there = source.sizes("")
     if pipeline_files.INDEX in there:
-        title, parts, faults = _parts(source.json("", pipeline_files.INDEX))
+        with read_from(model):
+            index = source.json("", pipeline_files.INDEX)
+            check_parts(index)  # before a name becomes a path
+        families.refuse(families.of_index(index), model)
+        if "config.json" in source.sizes("unet"):
+            families.refuse(families.of_unet(source.json("unet", "config.json")), model)
+        title, parts, faults = _parts(index)
     elif "config.json" in there:
         title, parts, faults = "a single component", {"": None}, []
     else:
@@ -150,16 +171,16 @@ def _repository(repo: str, revision: str | None) -> Source:
 
 def _parts(index: dict[str, Any]) -> tuple[str, dict[str, str | None], list[str]]:
     """The pipeline's class, {component: its class} and what is wrong with the index."""
-    name = str(index.get("_class_name"))
+    name = str(index.get("_class_name"))[:200]
     parts: dict[str, str | None] = {}
     faults = []
     for part, entry in index.items():
         if part.startswith("_") or part in pipeline_files.UNUSED or entry in pipeline_files.NOTHING:
             continue
         if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
-            faults.append(f"{part}: the index should have [library, class], not {entry!r}")
+            faults.append(f"{part}: the index should have [library, class], not {quoted(entry)}")
             continue
-        parts[part] = entry[1]
+        parts[part] = entry[1][:200]
     pipeline = DiffusionPipeline.CLASSES.get("AnimateDiffPipeline" if name == IMAGES else name)
     if pipeline is None:
         faults.append(f"the pipeline {name!r} is not here{nearest(name, [*DiffusionPipeline.CLASSES, IMAGES])}")
@@ -181,15 +202,15 @@ def _inspect(
             return _inspect_network(source, part, cls, variant, name, sizes)
         shown = (part, cls, "", "", "", _files(sizes))
         if cls.startswith("CLIPTokenizer"):
-            whole = "tokenizer.json" in sizes or {"vocab.json", "merges.txt"} <= set(sizes)
-            return shown, 0, [] if whole else ["neither tokenizer.json nor vocab.json and merges.txt"]
+            source.tokenizer(part)
+            return shown, 0, []
         schedulers = importlib.import_module("minit2v.schedulers")
         known = [n for n in dir(schedulers) if n.endswith("Scheduler")]
         if cls not in known:
             return shown, 0, [f"the class {cls!r} is not here{nearest(cls, [*known, *pipeline_files.CLASSES])}"]
         getattr(schedulers, cls).from_config(source.json(part, "scheduler_config.json"))
         return shown, 0, []
-    except (ValueError, OSError) as e:
+    except (*BROKEN, OSError) as e:  # a file may say anything
         return (part, cls or "", "", "", "", _files(sizes)), 0, [first_line(e)]
 
 
@@ -197,7 +218,8 @@ def _inspect_network(
     source: Source, part: str, cls: str | None, variant: str | None, name: str, sizes: dict[str, int]
 ) -> tuple[tuple[str, ...], int, list[str]]:
     config = source.json(part, "config.json")
-    cls = cls or str(config.get("_class_name") or (config.get("architectures") or [None])[0])
+    families.refuse(families.of_unet(config))
+    cls = (cls or str(config.get("_class_name") or (config.get("architectures") or [None])[0]))[:200]
     if cls not in pipeline_files.CLASSES:
         raise ValueError(f"config.json is that of {cls!r}, which is not here{nearest(cls, [*pipeline_files.CLASSES])}")
     network = getattr(importlib.import_module(f"minit2v.{pipeline_files.CLASSES[cls]}"), cls)
@@ -234,7 +256,9 @@ def _inspect_network(
     dtype = ", ".join(dtypes) if len(dtypes) < 2 else ", ".join(f"{n} {k}" for k, n in dtypes.most_common())
     fits = len(have) - len(shapes)
     keys = f"all {fits} match" if not (missing or unknown or shapes) else f"{fits} of {len(expected)} match"
-    faults = {"missing": [*map(repr, missing)], "unknown": [*map(repr, unknown)], "of another shape": shapes}
+    whole = [repr(found[n]) for n, x in have.items() if expected[n].is_floating_point() and not x.is_floating_point()]
+    faults = {"missing": [*map(repr, missing)], "unknown": [*map(repr, unknown)], "of another shape": shapes,
+              "in whole numbers": whole}
     wrong = [f"{len(items)} keys {what}: {_some(items)}" for what, items in faults.items() if items]
     return (*shown, dtype, keys, files), count, wrong
 
@@ -316,4 +340,9 @@ def _report_file(path: Path) -> tuple[list[str], bool]:
     lines += [f"not converted: {name}, {why}" for name, why in (source.ignored or {}).items()]
     if kind.layout.refused:
         lines.append(kind.layout.refused)
-    return [*lines, "complete" if kind.complete else "not complete"], kind.complete
+    whole = [n for part in kind.parts for n in sorted(part.mapped)
+             if source.header[n][1] not in FLOATS and not n.endswith(POSITION_IDS)]  # fmt: skip
+    if whole:
+        lines.append(f"wrong: {len(whole)} in whole numbers: {_some([*map(repr, whole)])}")
+    good = kind.complete and not whole
+    return [*lines, "complete" if good else "not complete"], good

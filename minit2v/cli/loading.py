@@ -11,14 +11,15 @@ from minit2v_convert.convert import FAMILIES, components, schedule_of
 from minit2v_convert.folders import is_authors_layout
 
 from .. import pipelines, schedulers
-from ..files import embedded
-from ..files.hub import read_json
+from ..files import embedded, hub
+from ..models.tokenizer import CLIPTokenizer
 from ..models.unet_motion import MotionAdapter
-from ..pipelines.checks import check_size
-from ..pipelines.files import read_index
+from ..models.vae import AutoencoderKL
+from ..pipelines.checks import check_pixels, check_size
+from ..pipelines.files import INDEX, read_index
 from ..schedulers.names import solver_of
 from .arguments import ADAPTER
-from .messages import say
+from .messages import one_line, say
 
 PIPELINES = {  # (command, whether there is a video to begin with)
     ("generate", False): "TextToVideoSDPipeline",
@@ -32,27 +33,43 @@ PIPELINES = {  # (command, whether there is a video to begin with)
 MOTION_SCHEDULE = {"beta_schedule": "linear", "timestep_spacing": "linspace", "steps_offset": 1, "clip_sample": False}
 
 
-def load(command: str, settings: dict[str, Any], from_video: bool) -> tuple[Any, dict[str, Any]]:
-    """The pipeline, and the arguments of its call; `settings` gets what was chosen for options that were not given."""
+def load(command: str, settings: dict[str, Any], video_frames: int | None) -> tuple[Any, dict[str, Any]]:
+    """The pipeline, and the arguments of its call; `settings` gets what was chosen for options that were not given.
+
+    video_frames: of the video to begin with, None where there is none.
+    """
+    from_video = video_frames is not None
     solver, chosen = solver_of(settings["scheduler"]) if settings.get("scheduler") else (None, {})
     device = find_device(settings.get("device", "auto"))
     dtype = settings.setdefault("dtype", "float16" if device.type == "cuda" else "float32")
     where = {"revision": settings.get("revision")}
     weights = {"variant": settings.get("variant"), "dtype": getattr(torch, dtype), "compat": settings.get("compat")}
+    for name in ("model", "base", "adapter", "vae"):
+        if name in settings:
+            settings[name] = str(hub.local(settings[name]))
     main = settings.get("model") or settings["base"]
-    schedule = _schedule_of_motion(main, settings, where) if command == "animate" else {}
-    if schedule and solver is None:
+    if "config" in settings and not is_authors_layout(main):
+        raise ValueError(f"--config: {main} has configs of its own; only a file of weights lacks them")
+    family, schedule = _family(main, where)
+    for_motion = _schedule_of_motion(family, schedule, settings) if command == "animate" else {}
+    if for_motion and solver is None:
         solver = schedulers.DDIMScheduler
-    say(f"loading {main}" + (f" with {settings['adapter']}" if "adapter" in settings else ""))
-    parts: dict[str, Any] = {}
+    if solver is None and not is_authors_layout(main) and not _has_scheduler(main, read_index(main, None, where)):
+        solver = getattr(schedulers, schedule["_class_name"])
+    parts: dict[str, Any] = {"config": settings["config"]} if "config" in settings else {}
+    if "vae" in settings:
+        parts["vae"] = _load_part("vae", AutoencoderKL, settings["vae"], weights)
+    if "tokenizer" in settings:
+        parts["tokenizer"] = _load_part("tokenizer", CLIPTokenizer, settings["tokenizer"], {})
+    _check_size(main, parts.get("vae"), settings, where)
+    others = [settings[name] for name in ("adapter", "vae", "tokenizer") if name in settings]
+    say(f"loading {main}" + f" with {' and '.join(others)}" * bool(others))
     if solver is not None:
-        known = {k: v for k, v in schedule.items() if k in solver.field_defaults()} | chosen
-        if is_authors_layout(main):
-            parts["scheduler"] = solver.from_config(_family_of_file(main)[1], **known)
-        else:
-            parts["scheduler"] = solver.from_pretrained(main, subfolder="scheduler", **where, **known)
+        known = {k: v for k, v in for_motion.items() if k in solver.field_defaults()} | chosen
+        parts["scheduler"] = solver.from_config(schedule, **known)
     if "adapter" in settings:
-        parts["motion_adapter"] = _load_adapter(settings["adapter"], weights)
+        parts["motion_adapter"] = adapter = _load_part("adapter", MotionAdapter, settings["adapter"], weights)
+        _check_frames(video_frames or settings.get("num_frames"), adapter.config.motion_max_seq_length)
     cls = getattr(pipelines, PIPELINES[command, from_video])
     pipe = cls.from_pretrained(main, **where, **weights, **parts).to(device)
     if settings.get("free_init"):
@@ -67,7 +84,7 @@ def load(command: str, settings: dict[str, Any], from_video: bool) -> tuple[Any,
         settings["height"], settings["width"] = check_size(height, width, pipe.unet, pipe.vae_scale_factor)
     defaults = inspect.signature(cls.__call__).parameters
     call = {argument: settings.setdefault(name, defaults[argument].default) for name, argument in names.items()}
-    for name in settings.keys() & {"model", "base", "adapter"}:
+    for name in settings.keys() & {"model", "base", "adapter", "vae", "tokenizer", "config"}:
         if embedded.find(settings[name]) is None and Path(settings[name]).exists():
             settings[name] = os.path.abspath(settings[name])  # to be found from other folders, too
     if not chosen:  # a name with fields says more than its class
@@ -77,39 +94,76 @@ def load(command: str, settings: dict[str, Any], from_video: bool) -> tuple[Any,
     return pipe, call
 
 
-def _schedule_of_motion(path: str, settings: dict[str, Any], where: dict[str, Any]) -> dict[str, Any]:
+def _family(path: str, where: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The class of a model's UNet, and its scheduler's config: the published model's, where the model has none."""
+    if is_authors_layout(path):
+        found = components(path)
+        if "unet" not in found or found["unet"].cls not in FAMILIES:
+            raise ValueError(f"{path} is {next(iter(found.values())).title}: it has no UNet of {' or '.join(FAMILIES)}")
+        return found["unet"].cls, dict(schedule_of(path, found["unet"].cls))
+    index = read_index(path, None, where)
+    entry = index.get("unet")
+    unet = entry[-1] if isinstance(entry, list) and entry and isinstance(entry[-1], str) else ""
+    if unet in FAMILIES and not _has_scheduler(path, index):
+        say(f"{path} has no scheduler: that of the published model is taken")
+        return unet, dict(FAMILIES[unet].scheduler)
+    return unet, hub.read_json(path, "scheduler_config.json", subfolder="scheduler", **where)
+
+
+def _has_scheduler(path: str, index: dict[str, Any]) -> bool:
+    here = embedded.find(path) or Path(path).expanduser()
+    return "scheduler" in index and (not here.is_dir() or (here / "scheduler").is_dir())
+
+
+def _schedule_of_motion(unet: str, own: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     """The fields of the noise schedule in which motion modules differ from the image model, which gets an adapter."""
-    if is_file := is_authors_layout(path):
-        unet, own = _family_of_file(path)
-    else:
-        unet = (read_index(path, None, where).get("unet") or [None])[-1]
     if unet != "UNet2DConditionModel":  # a whole AnimateDiff model, or what the pipeline will refuse
         if "adapter" in settings:
             raise ValueError(f"--adapter: it goes into a UNet2DConditionModel, and {settings['base']} has a {unet}")
         return {}
     settings.setdefault("adapter", ADAPTER)
-    if not is_file:
-        own = read_json(path, "scheduler_config.json", subfolder="scheduler", **where)
     is_stable = own.get("beta_schedule") == "scaled_linear" and own.get("prediction_type", "epsilon") == "epsilon"
     return MOTION_SCHEDULE if is_stable else {}
 
 
-def _family_of_file(path: str) -> tuple[str, dict[str, Any]]:
-    """The class of the UNet in authors' files, and its scheduler's config: the published one, where none is said."""
-    unet = components(path).get("unet")
-    if unet is None or unet.cls not in FAMILIES:
-        raise ValueError(f"{path} has no UNet of {' or '.join(FAMILIES)}: it is no model")
-    return unet.cls, dict(schedule_of(path, unet.cls))
-
-
-def _load_adapter(name: str, weights: dict[str, Any]) -> Any:
+def _load_part(option: str, cls: Any, name: str, weights: dict[str, Any]) -> Any:
+    """What an option names: a file, a folder or hub id of the part alone, or of a whole model that has it."""
     try:
-        return MotionAdapter.from_pretrained(name, **weights)
-    except FileNotFoundError:
-        if weights["variant"] is None:
-            raise
-        say(f"{name} has no variant {weights['variant']}: its other weights are read")
-        return MotionAdapter.from_pretrained(name, **{**weights, "variant": None})
+        folder = None
+        if not is_authors_layout(name):
+            _, names = hub.find_folder(name, None, lambda names: [n for n in names if n == INDEX])
+            folder = option if names else None
+        if weights.get("variant") is not None and not is_authors_layout(name):
+            try:
+                return cls.from_pretrained(name, subfolder=folder, **weights)
+            except FileNotFoundError:
+                say(f"{name} has no variant {weights['variant']}: its other weights are read")
+        return cls.from_pretrained(name, subfolder=folder, **{k: v for k, v in weights.items() if k != "variant"})
+    except (ValueError, OSError) as error:
+        given = f"--{option}" if option != "adapter" or name != ADAPTER else (
+            "the image model needs a motion adapter, and the usual one cannot be had; give one with --adapter")
+        raise (OSError if isinstance(error, OSError) else ValueError)(f"{given}: {one_line(error)}") from error
+
+
+def _check_size(main: str, vae: Any, settings: dict[str, Any], where: dict[str, Any]) -> None:
+    """ValueError on a height or width that the VAE does not know, before anything large is loaded."""
+    if vae is not None:
+        factor = vae.config.factor
+    else:
+        try:
+            own = (components(main)["vae"].config if is_authors_layout(main) else
+                   hub.read_json(main, "config.json", subfolder="vae", **where))  # fmt: skip
+            factor = 2 ** (len(own["block_out_channels"]) - 1)
+        except (KeyError, TypeError, OSError, ValueError):  # loading says what is wrong
+            return
+    for name in ("height", "width"):
+        if settings.get(name) is not None:
+            check_pixels(f"--{name}", settings[name], factor)
+
+
+def _check_frames(frames: int | None, most: int) -> None:
+    if frames is not None and frames > most:
+        raise ValueError(f"{frames} frames are too many: the motion adapter knows the positions of {most}")
 
 
 def find_device(name: str) -> Any:

@@ -1,17 +1,66 @@
-"""What the command says on stderr: one line for each thing."""
+"""The doors through which text leaves the command. What may be of a file (names, metadata, errors) is escaped here, and
+nowhere else: `say` on stderr, one line for each thing; `tell` on stdout."""
 
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
+
+from minit2v_convert.rename import shown
+
+LONGEST = 2000  # characters of a line: what a file says can be of any length
 
 
 def say(text: str) -> None:
     """A line on stderr."""
-    text = text.encode("utf-8", "backslashreplace").decode()  # an argument that is not UTF-8 can be quoted, too
-    print(f"minit2v: {text}", file=sys.stderr, flush=True)
+    _write(sys.stderr, f"minit2v: {clean(text)}\n")
+
+
+def tell(*lines: str) -> None:
+    """Lines on stdout."""
+    _write(sys.stdout, "".join(f"{shown(line)}\n" for line in lines))
+
+
+def tell_path(path: str | os.PathLike) -> None:
+    """A path on stdout: at a terminal escaped, else byte for byte, as a script needs it."""
+    text = os.fspath(path)
+    if sys.stdout.isatty() or not hasattr(sys.stdout, "buffer"):
+        return tell(text)
+    sys.stdout.flush()
+    try:
+        sys.stdout.buffer.write(os.fsencode(text) + os.linesep.encode())
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _lead_nowhere(sys.stdout)
+
+
+def clean(text: str) -> str:
+    """Escaped, and cut where it is longer than anybody reads."""
+    text = shown(text)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """Whatever the stream's encoding is: what it lacks is escaped. Nobody reads any more: that is no error."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
+    except BrokenPipeError:
+        _lead_nowhere(stream)
+    except OSError:
+        if stream is not sys.stderr:  # a full disk; on stderr nobody could be told
+            raise
+
+
+def _lead_nowhere(stream: TextIO) -> None:
+    """So that Python does not fail on it once more when it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def one_line(e: BaseException) -> str:
@@ -24,6 +73,11 @@ def one_line(e: BaseException) -> str:
     return " ".join(text.split()) or type(e).__name__
 
 
+class _Escaped(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return clean(" ".join(super().format(record).split()))
+
+
 @contextmanager
 def said_in_one_line() -> Iterator[None]:
     """Warnings and the package's log messages as single lines, each once."""
@@ -33,7 +87,7 @@ def said_in_one_line() -> Iterator[None]:
         say(f"warning: {text if len(text) <= 300 else text[:297] + '...'}")
 
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("minit2v: warning: %(message)s"))
+    handler.setFormatter(_Escaped("minit2v: warning: %(message)s"))
     handler.setLevel(logging.WARNING)
     logger = logging.getLogger("minit2v")
     before, propagate = warnings.showwarning, logger.propagate

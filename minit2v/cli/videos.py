@@ -2,6 +2,8 @@
 
 import argparse
 import hashlib
+import io
+import itertools
 import os
 import platform
 import re
@@ -9,13 +11,15 @@ import secrets
 import sys
 import tempfile
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..files import embedded
-from .arguments import SUFFIXES, Parser
-from .messages import one_line, say
+from .arguments import SUFFIXES, make_parser
+from .ends import importing
+from .messages import one_line, say, tell_path
 
 # The models that come with the package: what each command takes where no other is given.
 EMBEDDED = {
@@ -30,29 +34,29 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # The settings that make a video, under the names of their options. They are stored in the file, and `--replay` reads
 # them back through the parser, so that a file says nothing that the command line could not.
-SETTINGS = ("model", "base", "adapter", "revision", "variant", "negative_prompt", "num_frames", "steps",
-            "guidance_scale", "strength", "free_init", "scheduler", "seed", "height", "width", "fps", "dtype", "device",
-            "compat", "kernels", "optimize")
+SETTINGS = ("model", "base", "adapter", "vae", "tokenizer", "config", "revision", "variant", "negative_prompt",
+            "num_frames", "steps", "guidance_scale", "strength", "free_init", "scheduler", "seed", "height", "width",
+            "fps", "dtype", "device", "compat", "kernels", "optimize")
 DECODED_AT_ONCE = 8  # frames: what the VAE's last layers need would otherwise grow with the video
 
 
-def run(args: argparse.Namespace, parser: Parser) -> int:
+def run(args: argparse.Namespace) -> int:
     """The exit code: 1 where some prompts failed."""
     digest = None
     if "replay" in args:
-        args, digest = _replay(args, parser)
+        args, digest = _replay(args)
     given = {k: v for k, v in vars(args).items() if k in SETTINGS}
     video, source = getattr(args, "video", None), {}
     prompts = list(args.prompt) + (_read_prompts(args.prompts) if "prompts" in args else [])
     if not prompts:
-        parser.error("give a prompt or --prompts FILE" + " or --replay VIDEO" * (args.command != "restyle"))
+        args.usage_error("give a prompt or --prompts FILE" + " or --replay VIDEO" * (args.command != "restyle"))
     if video is not None and "num_frames" in given:
-        parser.error("--num-frames: a video has its own number of frames")
+        args.usage_error("--num-frames: a video has its own number of frames")
     if video is None and "strength" in given:
-        parser.error("--strength: how far to go from which video? Give --video VIDEO")
+        args.usage_error("--strength: how far to go from which video? Give --video VIDEO")
     models = dict(EMBEDDED[args.command])
     if "adapter" in given and "base" not in given:
-        parser.error("--adapter: to which image model? Give --base MODEL")
+        args.usage_error("--adapter: to which image model? Give --base MODEL")
     if given.get("base", models.get("base")) != models.get("base"):
         del models["adapter"]
     if "kernels" in args:
@@ -61,15 +65,20 @@ def run(args: argparse.Namespace, parser: Parser) -> int:
     main = given.get("model") or given["base"]
     preset = PRESETS[main] if embedded.find(main) else {}
     settings = {"seed": secrets.randbelow(2**32), "fps": 8.0, **preset}
-    paths = _output_paths(getattr(args, "output", None), prompts, given.get("seed", settings["seed"]))
+    output = getattr(args, "output", None)
+    paths = _output_paths(output, prompts, given.get("seed", settings["seed"]))
     if video is not None:
         settings.pop("num_frames", None)
         video, measured, source = _read_source(video, digest)
         settings |= measured
     settings |= given
-    from .loading import load  # torch takes a second, in which all errors above have been said
+    for path in paths:
+        if not 0.01 <= settings["fps"] <= (most := 100 if path.suffix.lower() == ".gif" else 1000):
+            raise ValueError(f"{path} can have 0.01 to {most} frames per second, not {settings['fps']:g}: give --fps")
+    with importing():
+        from .loading import load  # torch takes a second, in which all errors above have been said
 
-    pipe, call = load(args.command, settings, video is not None)
+    pipe, call = load(args.command, settings, len(video) if video else None)
 
     say(_summary(settings, len(video) if video else settings["num_frames"]))
     failures = []
@@ -81,8 +90,7 @@ def run(args: argparse.Namespace, parser: Parser) -> int:
             frames = _frames(pipe, call, prompt, settings["seed"], video)
             about = {"minit2v": args.command, "prompt": prompt, **{k: settings[k] for k in SETTINGS if k in settings},
                      **source, "versions": _versions()}
-            _write(frames, path, settings["fps"], about)
-            print(path, flush=True)
+            tell_path(_write(frames, path, settings["fps"], about, replace=path == output))
             say(f"{len(frames)} frames of {frames.shape[2]}x{frames.shape[1]} in {time.monotonic() - start:.1f} s")
         except Exception as e:
             if args.debug:
@@ -119,11 +127,42 @@ def _frames(pipe: Any, call: dict[str, Any], prompt: str, seed: int, video: Any)
                 decode_chunk_size=DECODED_AT_ONCE, **call, **extra).frames[0]
 
 
-def _write(frames: Any, path: Path, fps: float, about: dict[str, Any]) -> None:
+def _write(frames: Any, path: Path, fps: float, about: dict[str, Any], replace: bool) -> Path:
+    """Write a video, and return its name: `path`, or, where that is taken and not to be replaced, with a number."""
+    from minit2v_convert.stream import ended_cleanly
+
     from ..files.video import export_to_gif, export_to_video
 
     export = export_to_gif if path.suffix.lower() == ".gif" else export_to_video
-    export(frames, path, fps=fps, metadata=about)
+    if replace:
+        export(frames, path, fps=fps, metadata=about)
+        return path
+    with ended_cleanly(), tempfile.TemporaryDirectory(prefix=".minit2v-", dir=path.parent) as scratch:
+        whole = Path(scratch) / path.name
+        try:
+            export(frames, whole, fps=fps, metadata=about)
+        except OSError as e:
+            raise OSError(str(e).replace(str(whole), str(path))) from e
+        return _named(whole, path)
+
+
+def _named(whole: Path, path: Path) -> Path:
+    """Gives the file a name that nobody has. Whoever asks for the same at the same time gets another."""
+    for k in itertools.count(1):
+        name = path if k == 1 else path.with_name(f"{path.stem}-{k}{path.suffix}")
+        try:
+            os.link(whole, name)
+            return name
+        except FileExistsError:
+            continue
+        except OSError:  # a disk without links
+            try:
+                os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            except FileExistsError:
+                continue
+            os.replace(whole, name)
+            return name
+    raise AssertionError("there are numbers enough")
 
 
 def _versions() -> dict[str, str]:
@@ -133,12 +172,13 @@ def _versions() -> dict[str, str]:
 
 
 def _read_prompts(file: str) -> list[str]:
-    """The lines of a file, blank ones left out."""
+    """The lines of a file, blank ones left out. What ends a line is a line feed, a carriage return, or both."""
     try:
         text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
         raise ValueError(f"{file}: not UTF-8 text ({e.reason} at byte {e.start})") from None
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = re.split(r"[\r\n]+", text.removeprefix("\ufeff"))  # some editors begin a file with that mark
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise ValueError(f"{file}: no prompts in it")
     return prompts
@@ -149,7 +189,10 @@ def _quote(prompt: str) -> str:
 
 
 def _output_paths(output: Path | None, prompts: list[str], seed: int) -> list[Path]:
-    """A path for each prompt, in a folder that is there and can be written: found out before the work, not after it."""
+    """A path for each prompt, in a folder that is there and can be written: found out before the work, not after it.
+
+    Only that of a file for one prompt is sure: the others get a number where they are taken (`_write`).
+    """
     is_file = output is not None and output.suffix.lower() in SUFFIXES and not output.is_dir()
     folder = output.parent if is_file else output or Path()
     folder.mkdir(parents=True, exist_ok=True)
@@ -162,13 +205,10 @@ def _output_paths(output: Path | None, prompts: list[str], seed: int) -> list[Pa
         if output.exists():
             say(f"{output} will be replaced")
         return [output]
-    paths: list[Path] = []
-    for n, prompt in enumerate(prompts):
-        words = re.sub(r"[\W_]+", "-", prompt.lower())[:40].strip("-") or "video"
-        stem, suffix = (f"{output.stem}-{n + 1}", output.suffix) if is_file else (f"{words}-{seed}", ".mp4")
-        names = (folder / f"{stem}{f'-{k}' if k > 1 else ''}{suffix}" for k in range(1, 10**6))
-        paths.append(next(p for p in names if p not in paths and not p.exists()))
-    return paths
+    if is_file:
+        return [folder / f"{output.stem}-{n + 1}{output.suffix}" for n in range(len(prompts))]
+    words = [re.sub(r"[\W_]+", "-", prompt.lower())[:40].strip("-") or "video" for prompt in prompts]
+    return [folder / f"{w}-{seed}.mp4" for w in words]
 
 
 def _read_source(path: str, wanted: str | None) -> tuple[list, dict[str, Any], dict[str, str]]:
@@ -192,10 +232,15 @@ def _option(name: str, value: Any) -> str:
     return f"--{'' if value else 'no-'}{option}" if isinstance(value, bool) else f"--{option}={value}"
 
 
-def _replay(args: argparse.Namespace, parser: Parser) -> tuple[argparse.Namespace, str | None]:
-    """The arguments that made a video, under those given now; and the digest of the video that it began with."""
+def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None]:
+    """The arguments that made a video, under those given now; and the digest of the video that it began with.
+
+    Whoever made the file may have named any model and video: they are used with `--trust` alone.
+    """
     from ..files.video import read_metadata
-    from .loading import find_device
+
+    with importing():
+        from .loading import find_device
 
     stored = read_metadata(args.replay)
     command, source = stored.get("minit2v"), stored.get("video")
@@ -205,24 +250,46 @@ def _replay(args: argparse.Namespace, parser: Parser) -> tuple[argparse.Namespac
         again = "animate" if command == "animate" else "generate"
         raise ValueError(f"{args.replay} was made by {command}: minit2v {again} --replay makes it again")
     given = {k: v for k, v in vars(args).items() if k not in ("command", "replay", "prompt", "prompts")}
+    _check_trust(args, stored, given)
     words = [_option(k, stored[k]) for k in SETTINGS if stored.get(k) is not None]
     prompts = args.prompt or ([] if "prompts" in args else [stored["prompt"]])
     if source is not None and command == "animate":
         words.append(f"--video={source}")
     first = [str(source)] if command == "restyle" else []
-    again = parser.parse_args([command, *words, "--", *first, *prompts])
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
+            again = make_parser().parse_args([command, *words, "--", *first, *prompts])
+    except SystemExit:  # also of a scheduler named `help`, which lists them
+        why = said.getvalue().strip().partition(": error: ")[2].rpartition("; see ")[0]
+        raise ValueError(f"{args.replay}: what is stored in this file are no settings: {why or 'help'}") from None
     if "video" in given and "num_frames" in again:  # that of the video made of a text alone
         del again.num_frames
     for name, value in [*given.items(), *([("prompts", args.prompts)] if "prompts" in args else [])]:
         setattr(again, name, value)
 
-    then, now = stored.get("versions", {}), _versions()
+    then, now = stored.get("versions"), _versions()
+    then = then if isinstance(then, dict) else {}
     if changed := [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v]:
         say(f"warning: the video may come out differently, as versions have changed: {', '.join(changed)}")
     if "device" not in given:
         try:
-            find_device(again.device)
+            find_device(getattr(again, "device", "auto"))
         except ValueError:
             say(f"warning: made on {again.device}, which is not here: the numbers may differ a little")
             again.device = "auto"
     return again, None if "video" in given else stored.get("video_sha256")
+
+
+def _check_trust(args: argparse.Namespace, stored: dict[str, Any], given: dict[str, Any]) -> None:
+    """Says what a file names outside this package. ValueError where that was neither given here nor trusted."""
+    names = ("model", "base", "adapter", "vae", "tokenizer", "config", "video")
+    named = {k: str(stored[k]) for k in names if stored.get(k) is not None and k not in given
+             and (k == "video" or embedded.find(str(stored[k])) is None)}  # fmt: skip
+    if not named:
+        return
+    what = ", ".join(f"{k} {v!r}" for k, v in named.items())
+    if args.trust:
+        return say(f"{args.replay} names what is used now: {what}")
+    own = [f"--{k}" for k in named if k != "video" or args.command == "animate"]
+    raise ValueError(f"{args.replay} names {what}: with --trust they are used"
+                     + f", or give {' and '.join(own)} of your own" * bool(own))

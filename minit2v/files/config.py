@@ -1,11 +1,16 @@
 """What a config.json may say: every field known, of the right type, and none passed over in silence."""
 
+import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields as dataclass_fields
+from dataclasses import is_dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from minit2v_convert.rename import nearest
@@ -25,28 +30,65 @@ HISTORY = (
 MOST_LAYERS = 64  # of anything: no published network has more, and a file with a wild number must not fill the memory
 
 
+LARGEST = 2**20  # of any other number: a vocabulary has 49,408
+BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
+
+
+@contextmanager
+def read_from(path: str | Path, kinds: tuple[type[Exception], ...] = BROKEN) -> Iterator[None]:
+    """Whatever fails because of what a file says is a ValueError in one line that names it."""
+    try:
+        yield
+    except kinds as error:
+        if type(error) is ValueError and str(path) in str(error):
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: {text if len(text) <= 1000 else text[:997] + '...'}") from error
+
+
+def quoted(value: Any) -> str:
+    """What a file says, for messages: cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
 def make_config(cls: type, values: Mapping[str, Any]) -> Any:
     """An instance of the frozen dataclass `cls` from the fields of a config file. Raises ValueError on unknown ones."""
     if "__dataclass_fields__" not in vars(cls):
         raise ValueError(f"{cls.__name__} has no fields of its own without @dataclass(frozen=True) above it")
     hints = typing.get_type_hints(cls)
     known = [f.name for f in dataclass_fields(cls)]
+    ours = {f.name for c in cls.__mro__ if c.__module__.startswith("minit2v.") and is_dataclass(c)
+            for f in dataclass_fields(c)}  # fmt: skip
     kept = {}
     for name, value in values.items():
         value = _tuples(value)
         if name in known:
             if not _fits(value, hints[name]):
                 hint = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
-                raise ValueError(f"{cls.__name__}: {name} must be {hint}, not {value!r}")
-            if "layers" in name and any(isinstance(n, int) and n > MOST_LAYERS for n in (value, *_items(value))):
-                raise ValueError(f"{cls.__name__}: {name} must be at most {MOST_LAYERS}, not {value!r}")
+                raise ValueError(f"{cls.__name__}: {name} must be {hint}, not {quoted(value)}")
+            if name in ours:
+                _check_range(f"{cls.__name__}: {name}", value, 0 if "layers" in name else 1,
+                             MOST_LAYERS if "layers" in name else LARGEST)  # fmt: skip
             kept[name] = value
         elif name in cls.FIXED:
             if value != cls.FIXED[name]:
-                raise ValueError(f"{cls.__name__}: only {name}={cls.FIXED[name]!r} is supported, not {value!r}")
+                raise ValueError(f"{cls.__name__}: only {name}={cls.FIXED[name]!r} is supported, not {quoted(value)}")
         elif name not in cls.IGNORED and name not in HISTORY:
-            raise ValueError(f"{cls.__name__} has no field {name!r}{nearest(name, [*known, *cls.FIXED])}")
+            raise ValueError(f"{cls.__name__} has no field {quoted(name)}{nearest(name, [*known, *cls.FIXED])}")
     return cls(**kept)
+
+
+def _check_range(what: str, value: Any, low: int, high: int) -> None:
+    """ValueError on numbers that no network can have. A field of a user's own class may mean anything."""
+    for n in (value, *_items(value)):
+        if type(n) is int and not low <= n <= high:
+            bound = f"at least {low}" if n < low else f"at most {high}"
+            raise ValueError(f"{what} must be {bound}, not {quoted(value)}")
+        if type(n) is float and not 0 < n < math.inf:
+            raise ValueError(f"{what} must be a number above 0, not {quoted(value)}")
+    if len(_items(value)) > MOST_LAYERS:
+        raise ValueError(f"{what} must have at most {MOST_LAYERS} items, not {len(value)}")
 
 
 def _items(value: Any) -> tuple[Any, ...]:
@@ -59,6 +101,8 @@ def config_fields(config: Any) -> dict[str, Any]:
 
 
 def _tuples(value: Any) -> Any:
+    if isinstance(value, np.generic):  # NumPy's numbers are numbers
+        return value.item()
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 

@@ -10,12 +10,14 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from minit2v_convert.rename import nearest
 from minit2v_convert.stream import first_line, json_text, parse_json, replacing
 
 from . import embedded
 
+HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 DIFFUSERS_VERSION = "0.30.0"  # the version whose file layout we write, as its own files say
 Choose = Callable[[Sequence[str]], Sequence[str]]  # the names of the files in a folder -> those that are needed
 
@@ -60,7 +62,7 @@ def find_folder(
     if offline:
         cached = _cached_snapshot(hf, repo, revision, cache_dir)
         if cached is None:
-            raise FileNotFoundError(f"{repo} is not in the cache, and the hub is not asked: {offline}")
+            raise FileNotFoundError(f"{label} is not in the cache, and the hub is not asked: {offline}")
         return _choose_in(cached, subfolder, choose, f"the cached copy of {label}")
 
     prefix = f"{subfolder}/" if subfolder else ""
@@ -86,6 +88,43 @@ def find_folder(
     if absent := [n for n in wanted if not (root / prefix / n).is_file()]:  # its answer when the line breaks down
         raise OSError(f"fetching {label} failed: {', '.join(absent)} did not come")
     return root / prefix, wanted
+
+
+def local(
+    path_or_id: str | Path,
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+    force_download: bool = False,
+) -> str | Path:
+    """What is no address, as it is. Of an address on huggingface.co: the path of the file, fetched; a repository's id.
+
+    revision: for such an id alone, the address of a file has its own. ValueError on any other address.
+    """
+    url = re.fullmatch(r"https?:/+([^/]+)/?([^?#]*).*", str(path_or_id))  # a Path has made one slash of two
+    if url is None:
+        return path_or_id
+    import huggingface_hub as hf
+    from huggingface_hub import constants, errors
+
+    where = [unquote(part) for part in url[2].strip("/").split("/")]
+    known = url[1].lower() in (*HOSTS, constants.ENDPOINT.split("//")[-1]) and not {"", ".", ".."} & {*where}
+    if known and (len(where) == 2 or where[2:] == ["tree", revision or "main"]):
+        return "/".join(where[:2])
+    if not known or len(where) < 5 or where[2] not in ("blob", "resolve"):
+        raise ValueError(f"{path_or_id}: of addresses only those of files on huggingface.co are fetched, "
+                         "https://huggingface.co/owner/name/blob/main/file; download others yourself")  # fmt: skip
+    repo, revision, name = "/".join(where[:2]), where[3], "/".join(where[4:])
+    try:
+        return Path(hf.hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir, token=token,
+                                       local_files_only=local_files_only, force_download=force_download))
+    except Exception as error:
+        _raise_refusal(error, repo, revision)
+        if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+            raise FileNotFoundError(f"{repo} has no {name} in revision {revision!r}") from None
+        raise OSError(f"fetching {name} of {repo} failed: {first_line(error)}") from error
 
 
 def check_hub_id(name: str) -> None:

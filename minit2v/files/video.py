@@ -24,8 +24,8 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from minit2v_convert.rename import nearest
-from minit2v_convert.stream import beside, ended_cleanly, first_line, shown
+from minit2v_convert.rename import nearest, shown
+from minit2v_convert.stream import beside, ended_cleanly, first_line
 
 MUXERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -18,22 +18,25 @@ from minit2v_convert.stream import cast, open_file
 logger = logging.getLogger(__name__)
 
 
-def open_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` or `torch.save` file under their names, memory-mapped.
+def open_weights(path: Path, mmap: bool = True) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` or `torch.save` file under their names, memory-mapped; copies with mmap=False.
 
     A pickle may hold tensors and what trainers put around them. ValueError in one line that says what else it is.
     """
-    return open_file(path).tensors
+    return open_file(path, mmap).tensors
 
 
-def fill(model: nn.Module, layout: Layout, files: Sequence[Path], dtype: torch.dtype, strict: bool = True) -> None:
+def fill(
+    model: nn.Module, layout: Layout, files: Sequence[Path], dtype: torch.dtype, strict: bool = True, mmap: bool = True
+) -> None:
     """Give a model on `meta` the weights of `files`, strictly. ValueError in one line where they do not fit it.
 
     layout: from the names in the files to the model's own. strict: False for a model that has its initial values, and
     keeps those of parameters that the files lack: the log names them. What the model does not know stays an error.
+    mmap: False copies the weights, and raises ValueError where a file changes meanwhile.
     """
     label = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-    fill_from(model, layout, label, lambda: _open_all(files), dtype, strict)
+    fill_from(model, layout, label, lambda: _open_all(files, mmap), dtype, strict)
 
 
 def fill_from(
@@ -108,10 +111,10 @@ class Weightless(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _open_all(files: Sequence[Path]) -> dict[str, Tensor]:
+def _open_all(files: Sequence[Path], mmap: bool) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for path in files:
-        for name, value in open_weights(path).items():
+        for name, value in open_weights(path, mmap).items():
             if name in tensors:
                 raise ValueError(f"{path} repeats {name!r}, which another shard has")
             tensors[name] = value

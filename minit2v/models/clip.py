@@ -12,6 +12,7 @@ layer out.
 """
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -159,5 +160,6 @@ class CLIPTextModel(Network):
                 f"token ids {int(ids.min())} ... {int(ids.max())} are not in the text encoder's vocabulary of "
                 f"{c.vocab_size}: is this its tokenizer?"
             )
-        if clip_skip is not None and (type(clip_skip) is not int or not 0 <= clip_skip <= len(self.layers)):
+        whole = isinstance(clip_skip, Integral) and not isinstance(clip_skip, bool)
+        if clip_skip is not None and not (whole and 0 <= clip_skip <= len(self.layers)):
             raise ValueError(f"clip_skip must be None or one of 0 ... {len(self.layers)}, not {clip_skip!r}")

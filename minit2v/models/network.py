@@ -10,13 +10,15 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from minit2v_convert import families
 from minit2v_convert.folders import is_authors_layout
 from minit2v_convert.rename import Layout, nearest
 from minit2v_convert.stream import parse_json, replacing
 
 from ..compat import compat_fields
-from ..files.config import config_fields, make_config, pick_dtype
-from ..files.hub import DIFFUSERS_VERSION, choose_weights, find_config, find_folder, write_json
+from ..files.config import config_fields, make_config, pick_dtype, quoted, read_from
+from ..files.hub import DIFFUSERS_VERSION, choose_weights, find_config, find_folder, local, write_json
+from ..files.saving import filling
 from ..files.weights import Weightless, fill, fill_from, open_weights
 
 
@@ -88,11 +90,21 @@ class Network(nn.Module):
             return cls(config, compat=compat, **overrides)
         if not isinstance(config, Mapping):
             raise ValueError(f"config must be a dict or a {cls.Config.__name__}, not a {type(config).__name__}")
-        class_name = config.get("_class_name") or (config.get("architectures") or [cls.__name__])[0]
+        named = config.get("architectures")
+        if named is not None and not (isinstance(named, list | tuple) and named):
+            raise ValueError(f"architectures must be a list of names, not {quoted(named)}")
+        class_name = config.get("_class_name")
+        class_name = (named or [cls.__name__])[0] if class_name is None else class_name
+        if reserved := [name for name in ("self", "config", "compat") if name in config]:
+            raise ValueError(f"{cls.Config.__name__} has no field {reserved[0]!r}")
         if class_name not in cls.class_names():
-            wanted = f"the config is that of a {class_name}, not of a {cls.__name__}"
-            raise ValueError(f"{wanted}: load it with the class {class_name}")
-        network = cls(**{**config, **overrides})
+            wanted = f"the config is that of a {str(class_name)[:100]}, not of a {cls.__name__}"
+            raise ValueError(f"{wanted}: load it with the class {str(class_name)[:100]}")
+        try:
+            network = cls(**{**config, **overrides})
+        except ValueError:
+            families.refuse(families.of_unet({"_class_name": class_name, **config}))
+            raise
         network.explicit = frozenset(overrides)
         return network.set_compat(compat)
 
@@ -113,6 +125,7 @@ class Network(nn.Module):
         force_download: bool = False,
         compat: str | None = None,
         strict: bool = True,
+        mmap: bool = True,
         **config_overrides: Any,
     ) -> Self:
         """The network of a local folder or a hub id, ready to run (`eval`).
@@ -122,16 +135,20 @@ class Network(nn.Module):
         parameters that the file lacks keep their initialisation, and logs their names; the network is then first made
         with all its initial values, which takes its memory once more. Other keywords change fields of the config.
         A subclass reads the files of the classes that it extends: fields of its own have their defaults then.
+        mmap: False copies the weights into memory, so that nobody who writes to the files later changes them.
         A file in place of the folder is read as by `from_single_file`, and so is a folder of ModelScope's files.
         Raises FileNotFoundError on what is missing, ValueError on weights that do not fit, TypeError on an unknown
         argument, in one line each.
         """
         cls._check_fields("from_pretrained", config_overrides)
         dtype = pick_dtype(torch_dtype, dtype)
+        path_or_id = local(path_or_id, revision=revision, local_files_only=local_files_only, token=token,
+                           cache_dir=cache_dir, force_download=force_download)
         if subfolder is None and is_authors_layout(path_or_id):
             if variant is not None:
                 raise ValueError(f"{path_or_id} is in the authors' layout: it has no variant {variant!r}")
-            return cls.from_single_file(path_or_id, dtype=dtype, compat=compat, strict=strict, **config_overrides)
+            return cls.from_single_file(path_or_id, dtype=dtype, compat=compat, strict=strict, mmap=mmap,
+                                        **config_overrides)
         folder, names = find_folder(
             path_or_id,
             subfolder,
@@ -143,12 +160,10 @@ class Network(nn.Module):
             force_download=force_download,
         )
         files = [folder / name for name in names if name != "config.json"]
-        config = cls.config_of(parse_json(folder / "config.json"), (open_weights(path) for path in files))
-        try:
+        with read_from(folder / "config.json"):
+            config = cls.config_of(parse_json(folder / "config.json"), (open_weights(path, mmap) for path in files))
             model = cls._empty(config, compat, config_overrides, strict)
-        except ValueError as error:
-            raise ValueError(f"{folder / 'config.json'}: {error}") from None
-        fill(model, cls.layout, files, dtype, strict)
+        fill(model, cls.layout, files, dtype, strict, mmap)
         return model.eval()
 
     @classmethod
@@ -162,21 +177,24 @@ class Network(nn.Module):
         config: str | Path | Mapping[str, Any] | None = None,
         compat: str | None = None,
         strict: bool = True,
+        mmap: bool = True,
         **config_overrides: Any,
     ) -> Self:
         """The network out of a `.safetensors`, `.ckpt`, `.pth` or `.bin` file in any layout that is known.
 
+        path: also the address of one on huggingface.co, which is fetched.
+
         What the shapes do not say (heads, groups) is as in the published model, or as `config` has it: a config.json,
         its content, or a folder or hub id that has one; keywords change fields of it.
         ema: take the moving average of the UNet, where the file has one. Nothing is written, and what has the dtype
-        already stays memory-mapped. `strict` and errors as of `from_pretrained`.
+        already stays memory-mapped. `strict`, `mmap` and errors as of `from_pretrained`.
         """
         from minit2v_convert.convert import components
 
         cls._check_fields("from_single_file", config_overrides)
         dtype = pick_dtype(torch_dtype, dtype)
-        path = Path(path).expanduser()
-        found = components(path, ema)
+        path = Path(local(path)).expanduser()
+        found = components(path, ema, mmap=mmap)
         name, part = next(((n, p) for n, p in found.items() if p.cls in cls.class_names()), ("", None))
         if part is None:
             there = ", ".join(part.cls or name for name, part in found.items())
@@ -229,21 +247,32 @@ class Network(nn.Module):
     ) -> None:
         """Write config.json and the weights under diffusers' names, for us, diffusers and transformers to load.
 
-        safe_serialization: `.safetensors`, else `.bin`. variant: the infix of the weights' file. A file that exists is
-        replaced when the new one is complete; OSError where it cannot be.
+        safe_serialization: `.safetensors`, else `.bin`. variant: the infix of the weights' file. Both files appear
+        together, and weights of this variant that were there before go, in any kind of file; OSError where they cannot.
+        ValueError where something wraps layers of the network: what it would write could not be loaded.
         """
+        state, own = self.diffusers_state_dict(), self._own_names()
+        if added := [name for name in state if name not in own]:
+            raise ValueError(f"{type(self).__name__} has {len(added)} tensors that its config does not make "
+                             f"({added[0]!r}{', ...' * (len(added) > 1)}): first take out what wraps its layers")
         stem = self.weights_name if safe_serialization or self.weights_name != "model" else "pytorch_model"
         infix = f".{variant}" if variant else ""
-        with replacing(Path(folder) / f"{stem}{infix}.{'safetensors' if safe_serialization else 'bin'}") as temporary:
-            state = {name: value.detach().cpu().contiguous() for name, value in self.diffusers_state_dict().items()}
-            if safe_serialization:
-                from safetensors.torch import save_file
-
-                save_file(state, temporary, metadata={"format": "pt"})
-            else:
-                torch.save(state, temporary)
         name = type(self).__name__
         head = {"_class_name": name, "_diffusers_version": DIFFUSERS_VERSION}
         if self.head is not None:
             head = {**self.head, "architectures": [name]}
-        write_json(Path(folder) / "config.json", {**head, **config_fields(self.config)})
+        with filling(folder) as new:
+            with replacing(new / f"{stem}{infix}.{'safetensors' if safe_serialization else 'bin'}") as temporary:
+                state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+                if safe_serialization:
+                    from safetensors.torch import save_file
+
+                    save_file(state, temporary, metadata={"format": "pt"})
+                else:
+                    torch.save(state, temporary)
+            write_json(new / "config.json", {**head, **config_fields(self.config)})
+
+    def _own_names(self) -> set[str]:
+        """Diffusers' names of what a network of this config has."""
+        with torch.device("meta"), Weightless():
+            return set(type(self).from_config(self.config).diffusers_state_dict())

@@ -10,6 +10,7 @@ makes every `!` of a prompt a special token of its own, id 0, neither merged nor
 
 import gzip
 import json
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,9 +21,12 @@ import torch
 from torch import Tensor
 
 from minit2v_convert.rename import nearest
+from minit2v_convert.stream import LARGEST_JSON
 
+from ..files.config import quoted, read_from
 from ..files.embedded import ASSETS
 from ..files.hub import find_folder, parse_json, replacing, write_json
+from ..files.saving import filling
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -43,6 +47,7 @@ IGNORED = {
     "add_prefix_space": "of GPT-2's tokenizer",
     "pad_token_type_id": "of sentence pairs",
 }
+FLAGS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")  # what may be said of a token
 # Fields of which these values are supported, the first is the usual one.
 FIXED = {
     "do_lower_case": (True,),
@@ -266,6 +271,14 @@ class CLIPTokenizer:
             force_download=force_download,
         )
 
+        with read_from(folder):
+            for name in names:
+                if (size := (folder / name).stat().st_size) > LARGEST_JSON:
+                    raise ValueError(f"{folder / name} has {size:,} bytes: no tokenizer has")
+            return cls._read(folder, names)
+
+    @classmethod
+    def _read(cls, folder: Path, names: Sequence[str]) -> Self:
         def read(name: str) -> dict[str, Any]:
             return parse_json(folder / name) if name in names else {}
 
@@ -281,6 +294,7 @@ class CLIPTokenizer:
                 raise ValueError(f"{folder / 'tokenizer.json'} holds no byte-pair vocabulary")
             vocab, merges = model["vocab"], model["merges"]
             merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
+            _check_table(folder / "tokenizer.json", vocab, merges)
         elif "vocab.json" in names and "merges.txt" in names:
             from tokenizers.models import BPE
 
@@ -288,6 +302,7 @@ class CLIPTokenizer:
                 vocab, merges = BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
             except Exception as error:  # the library raises no narrower class
                 raise ValueError(f"{folder}: vocab.json or merges.txt is broken: {error}") from None
+            _check_table(folder / "vocab.json", vocab, merges)
         else:
             raise FileNotFoundError(f"{folder} has neither tokenizer.json nor vocab.json and merges.txt")
 
@@ -301,27 +316,29 @@ class CLIPTokenizer:
             learned = read("added_tokens.json").items()
             added = {t: {"content": t, "id": n, "normalized": t not in contents} for t, n in learned}
             added |= {t["content"]: t for t in whole.get("added_tokens", [])}
-        length = config.get("model_max_length") or 77
-        return cls(
+        length = config.get("model_max_length")
+        length = 77 if length is None else length
+        if isinstance(length, bool) or not isinstance(length, int | float) or not 2 <= length < math.inf:
+            raise ValueError(f"tokenizer_config.json: model_max_length must be at least 2, not {quoted(length)}")
+        tokenizer = cls(
             vocab,
             merges,
             **named,
             added=sorted(added.values(), key=lambda t: t["id"]),
             model_max_length=77 if length > 10**9 else length,  # 1e30 stands for "unknown" in these files
         )
+        _check_merges(folder, vocab, merges, {BOS, EOS, *added, *map(_content, named.values())})
+        return tokenizer
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the files of a tokenizer folder, which transformers and `from_pretrained` read back."""
-        folder, whole = Path(folder), self.backend.to_str(pretty=True)
+        """Write the files of a tokenizer folder, which transformers and `from_pretrained` read back: all or none."""
+        whole = self.backend.to_str(pretty=True)
         model = json.loads(whole)["model"]
         texts = {
             "vocab.json": json.dumps(model["vocab"], ensure_ascii=False, separators=(",", ":")),
             "merges.txt": "\n".join(["#version: 0.2", *map(" ".join, model["merges"]), ""]),
             "tokenizer.json": whole,
         }
-        for name, text in texts.items():
-            with replacing(folder / name) as temporary:
-                temporary.write_text(text, encoding="utf-8")
         described = {t.content: t for t in self.backend.get_added_tokens_decoder().values()}
         named = {}
         for name in NAMED:
@@ -336,16 +353,39 @@ class CLIPTokenizer:
             "model_max_length": self.model_max_length,
             "tokenizer_class": "CLIPTokenizer",
         }
-        write_json(folder / "special_tokens_map.json", named)
-        write_json(folder / "tokenizer_config.json", config)
+        with filling(folder) as new:
+            for name, text in texts.items():
+                with replacing(new / name) as temporary:
+                    temporary.write_text(text, encoding="utf-8")
+            write_json(new / "special_tokens_map.json", named)
+            write_json(new / "tokenizer_config.json", config)
+
+
+def _check_table(path: Path, vocab: Any, merges: Any) -> None:
+    """ValueError where this is no vocabulary: symbols and their ids, each once from 0 on, and pairs of symbols."""
+    if not isinstance(vocab, dict) or any(type(n) is not int for n in vocab.values()):
+        raise ValueError(f"{path}: a vocabulary gives each symbol a whole number")
+    if sorted(vocab.values()) != list(range(len(vocab))):
+        raise ValueError(f"{path}: the ids of a vocabulary are 0 to {len(vocab) - 1}, each once")
+    if any(len(pair) != 2 or not all(isinstance(symbol, str) for symbol in pair) for pair in merges):
+        raise ValueError(f"{path}: a merge is a pair of symbols")
+
+
+def _check_merges(folder: Path, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], named: set[str]) -> None:
+    """ValueError where merges are lost: prompts would silently become other ids."""
+    made = {first + second for first, second in merges}
+    lost = [s for s in vocab if len(s.removesuffix(END)) > 1 and s not in made and s not in named]
+    if lost:
+        raise ValueError(f"{folder}: the merges do not make {len(lost)} of the {len(vocab)} symbols of the vocabulary, "
+                         f"such as {quoted(lost[0])}: some are lost")  # fmt: skip
 
 
 def _check_fields(file: str, fields: Mapping[str, Any], known: Sequence[str]) -> None:
     for name, value in fields.items():
         if name in FIXED and value not in FIXED[name]:
-            raise ValueError(f"{file}: {name}={value!r} is not supported, only {FIXED[name][0]!r}")
+            raise ValueError(f"{file}: {name}={quoted(value)} is not supported, only {FIXED[name][0]!r}")
         if name not in FIXED and name not in IGNORED and name not in known:
-            raise ValueError(f"{file}: unknown field {name!r}{nearest(name, [*known, *FIXED, *IGNORED])}")
+            raise ValueError(f"{file}: unknown field {quoted(name)}{nearest(name, [*known, *FIXED, *IGNORED])}")
 
 
 def _content(token: str | Mapping[str, Any]) -> str:
@@ -359,4 +399,7 @@ def _added_token(token: str | Mapping[str, Any], special: bool | None = None) ->
     if isinstance(token, str):
         return AddedToken(token, special=True, normalized=False)
     fields = {k: v for k, v in token.items() if k not in ("__type", "id")}
+    for name, value in fields.items():
+        if name not in FLAGS or not isinstance(value, str if name == "content" else bool):
+            raise ValueError(f"the token {quoted(token['content'])} cannot have {quoted(name)} {quoted(value)}")
     return AddedToken(**(fields if special is None else fields | {"special": special}))

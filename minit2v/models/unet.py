@@ -177,7 +177,7 @@ class UNet(Network):
             raise ValueError(f"dim must be 0 (frames) or 1 (pixels), not {dim!r}")
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, not {chunk_size!r}")
-        self.set_chunking((chunk_size or 1, dim - 3))  # axes of (... frames pixels d), from the end
+        self.set_chunking((int(chunk_size or 1), int(dim) - 3))  # axes of (... frames pixels d), from the end
 
     def disable_forward_chunking(self) -> None:
         self.set_chunking(None)

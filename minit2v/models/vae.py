@@ -269,7 +269,7 @@ class AutoencoderKL(Network):
         """half(x) in chunks of frames, and in tiles where x is larger than one; units: pixels per latent in and out."""
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, not {chunk_size!r}")
-        chunks = x.split(1 if self.slicing else chunk_size or max(1, len(x)))
+        chunks = x.split(1 if self.slicing else int(chunk_size or max(1, len(x))))
         tiled = self.tiling is not None and max(x.shape[2:]) > self.tiling[0] * unit
         pieces = [self.run_tiles(half, c, unit, unit_out) if tiled else half(c) for c in chunks]
         return torch.cat(pieces)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..models.unet2d import UNet2DConditionModel
@@ -16,8 +15,17 @@ from ..models.unet_motion import MotionAdapter, UNetMotionModel
 from ..schedulers.base import randn
 from ..techniques.free_init import NoisedVideo
 from . import source
-from .base import DiffusionPipeline, PipelineOutput, StepCallbacks
-from .checks import Generators, check_count, check_generator, check_latents, check_number, check_size, unwrapped
+from .base import DiffusionPipeline, PipelineOutput, StepCallbacks, alone
+from .checks import (
+    Generators,
+    check_component,
+    check_count,
+    check_generator,
+    check_latents,
+    check_number,
+    check_size,
+    unwrapped,
+)
 from .frames import RESIZES
 
 
@@ -74,8 +82,10 @@ class AnimateDiffPipeline(DiffusionPipeline):
         for name, component in (("feature_extractor", feature_extractor), ("image_encoder", image_encoder)):
             if component is not None:
                 raise ValueError(f"{name} must be None: image prompts (IP-Adapter) are not here yet")
+        for name, component in (("unet", unet), ("motion_adapter", motion_adapter)):
+            check_component(name, component, self.COMPONENTS[name])
         if not isinstance(motion_adapter, MotionAdapter | None):
-            raise TypeError(f"motion_adapter must be a MotionAdapter, not {_kind(motion_adapter)}")
+            raise TypeError(f"motion_adapter must be a MotionAdapter, not a {type(motion_adapter).__name__}")
         inner = unwrapped(unet)
         if isinstance(inner, UNet2DConditionModel):
             if motion_adapter is None:
@@ -86,13 +96,13 @@ class AnimateDiffPipeline(DiffusionPipeline):
             in_mode = inner.with_compat(compat)  # another pipeline may share it
             unet = unet if in_mode is inner else in_mode
         elif unet is not None:
-            raise TypeError(f"unet must be a UNet2DConditionModel or a UNetMotionModel, not {_kind(unet)}")
+            raise TypeError(f"unet must be a UNet2DConditionModel or a UNetMotionModel, not a {type(unet).__name__}")
         components = dict(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
                           motion_adapter=motion_adapter, scheduler=scheduler, feature_extractor=None,
                           image_encoder=None)
         super().__init__(components, compat, {"clip_skip_negative": clip_skip_negative})
 
-    @torch.no_grad()
+    @alone
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -183,7 +193,7 @@ class AnimateDiffVideoToVideoPipeline(AnimateDiffPipeline):
 
     FIELDS = ("clip_skip_negative", "array_resize")
     HINTS = {
-        "num_frames": "; the video has its number of frames",
+        "num_frames": "; the video has its number of frames, and AnimateDiffPipeline.from_pipe(pipe) needs no video",
         "image": "; a video is given as video=",
     }
 
@@ -209,7 +219,7 @@ class AnimateDiffVideoToVideoPipeline(AnimateDiffPipeline):
                          image_encoder, compat=compat, clip_skip_negative=clip_skip_negative)
         self.array_resize = array_resize or self.array_resize
 
-    @torch.no_grad()
+    @alone
     def __call__(  # type: ignore[override]
         self,
         video: Any = None,
@@ -290,7 +300,3 @@ class AnimateDiffVideoToVideoPipeline(AnimateDiffPipeline):
             x = self.denoise(x, grid, steps, text, negative, guidance_scale, eta, generator, callbacks, start)
         video = self._output(x, output_type, decode_chunk_size)
         return AnimateDiffPipelineOutput(video) if return_dict else (video,)
-
-
-def _kind(component: Any) -> str:
-    return component.__name__ if isinstance(component, type) else f"a {type(component).__name__}"

@@ -6,12 +6,14 @@
     frames = decode_latents(x)                  VAE
 """
 
+import copy
 import inspect
 import logging
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -24,13 +26,26 @@ from minit2v_convert.rename import nearest
 
 from .. import fast
 from ..compat import compat_fields
+from ..files import hub
+from ..files.config import read_from
 from ..models.clip import CLIPTextModel
 from ..models.tokenizer import CLIPTokenizer
 from ..models.unet import UNet
 from ..models.vae import AutoencoderKL
 from ..techniques.free_init import FREQUENCIES, METHODS, NOISES, FreeInit, FreeInitRounds, NoisedVideo
 from . import files, frames
-from .checks import Generators, check_count, check_generator, check_latents, check_number, check_result, check_text
+from .checks import (
+    Generators,
+    check_component,
+    check_count,
+    check_generator,
+    check_latents,
+    check_number,
+    check_result,
+    check_text,
+    is_parallel,
+    unwrapped,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +112,22 @@ class StepCallbacks:
         return list(state.values())
 
 
+def alone(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A pipeline's `__call__`: without gradients, and RuntimeError where it, or its scheduler, is in a call already."""
+
+    @wraps(call)
+    @torch.no_grad()
+    def run(self: "DiffusionPipeline", *args: Any, **kw: Any) -> Any:
+        with self._alone():
+            return call(self, *args, **kw)
+
+    return run
+
+
+_running: list[tuple[set[int], set[int]]] = []  # of each call the ids of what it has for itself, and of all it uses
+_running_lock = threading.Lock()
+
+
 class DiffusionPipeline:
     """Components under the names of model_index.json, and what can be done with all of them together."""
 
@@ -129,10 +160,8 @@ class DiffusionPipeline:
         for name in self.FIELDS:
             setattr(self, name, defaults[name] if fields.get(name) is None else fields[name])
         for name in self.COMPONENTS:
-            if isinstance(components[name], type):
-                raise TypeError(f"{name} must be a component, not the class {components[name].__name__}: only "
-                                "from_pretrained and from_single_file load one")  # fmt: skip
             setattr(self, name, components[name])
+        self._interrupt = False
         self._offload_to: torch.device | None = None
         self._free_init: FreeInit | None = None
         self._progress: dict[str, Any] = {}
@@ -140,8 +169,27 @@ class DiffusionPipeline:
     # Components ------------------------------------------------------------------------------------------------------
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """A network in DistributedDataParallel comes out of it: without gradients that has nothing to do but wait."""
-        super().__setattr__(name, value.module if isinstance(value, nn.parallel.DistributedDataParallel) else value)
+        """A network in DistributedDataParallel comes out of it: without gradients that has nothing to do but wait.
+
+        TypeError where a component is none that this package runs.
+        """
+        if is_parallel(getattr(value, "_orig_mod", None)):
+            logger.warning("%s was compiled together with its %s, of which it is taken out: torch.compile the network.",
+                           name, type(value._orig_mod).__name__)  # fmt: skip
+            value = unwrapped(value)
+        if is_parallel(value):
+            value = unwrapped(value)
+        if name in self.COMPONENTS:
+            check_component(name, value, self.COMPONENTS[name])
+        super().__setattr__(name, value)
+
+    if not TYPE_CHECKING:  # a type checker would believe that there is every name
+
+        def __getattr__(self, name: str) -> Any:
+            if hasattr(type(self), name):  # a property whose own error says more
+                return object.__getattribute__(self, name)
+            near = "" if name.startswith("_") else nearest(name, [n for n in dir(self) if not n.startswith("_")])
+            raise AttributeError(f"{type(self).__name__} has no {name!r}{near}", name=name)
 
     @property
     def components(self) -> dict[str, Any]:
@@ -196,6 +244,7 @@ class DiffusionPipeline:
         cache_dir: str | Path | None = None,
         force_download: bool = False,
         compat: str | None = None,
+        mmap: bool = True,
         **overrides: Any,
     ) -> Self:
         """The pipeline of a local folder or a hub id.
@@ -205,24 +254,30 @@ class DiffusionPipeline:
         its own. Components given by name (`vae=...`, `scheduler=...`) are used in place of the folder's, also None; a
         class (`unet=MyUNet`, `scheduler=MyScheduler`) loads the folder's with that class. No file makes anything be
         imported: a pipeline that was saved with a class of your own has to be told it.
+        mmap: False copies the weights, so that nobody who writes to the files later changes them (docs/safety.md).
         A file in place of the folder is read as by `from_single_file`, and so is a folder of ModelScope's files.
         """
+        path_or_id = hub.local(path_or_id, revision=revision, local_files_only=local_files_only, token=token,
+                               cache_dir=cache_dir, force_download=force_download)
         if subfolder is None and is_authors_layout(path_or_id):
             if variant is not None:
                 raise ValueError(f"{path_or_id} is in the authors' layout: it has no variant {variant!r}")
-            return cls.from_single_file(path_or_id, torch_dtype=torch_dtype, dtype=dtype, compat=compat,
+            return cls.from_single_file(path_or_id, torch_dtype=torch_dtype, dtype=dtype, compat=compat, mmap=mmap,
                                         revision=revision, local_files_only=local_files_only, token=token,
                                         cache_dir=cache_dir, force_download=force_download, **overrides)
         where = dict(revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir,
                      force_download=force_download)
         index = files.read_index(path_or_id, subfolder, where)
         if cls is DiffusionPipeline:
-            cls = files.pick_class(index, DiffusionPipeline.CLASSES)
+            with read_from(path_or_id):
+                cls = files.pick_class(index, DiffusionPipeline.CLASSES)
         saved = index.get(files.FIELDS_KEY, {}) if compat is None else {"compat": compat}  # a mode given wins
         fields = {name: overrides.pop(name, saved.get(name)) for name in cls.FIELDS}
         dtypes = files.component_dtypes(torch_dtype, dtype, cls.COMPONENTS)
-        weights = dict(variant=variant, use_safetensors=use_safetensors, compat=saved.get("compat"))
-        components = files.load_components(path_or_id, subfolder, index, cls, overrides, dtypes, where, weights)
+        weights = dict(variant=variant, use_safetensors=use_safetensors, compat=saved.get("compat"),
+                       mmap=mmap)
+        with read_from(path_or_id, (ValueError,)):  # a TypeError is about the arguments
+            components = files.load_components(path_or_id, subfolder, index, cls, overrides, dtypes, where, weights)
         return cls(**components, compat=saved.get("compat"), **fields)
 
     @classmethod
@@ -239,29 +294,33 @@ class DiffusionPipeline:
         cache_dir: str | Path | None = None,
         force_download: bool = False,
         compat: str | None = None,
+        mmap: bool = True,
         **overrides: Any,
     ) -> Self:
         """The pipeline of one file of weights, `.safetensors`, `.ckpt` or `.pth`, in any layout that is known.
 
-        `path` may be a folder of ModelScope's files, too.
-        config: a folder or a hub id for what the file lacks. Without it, scheduler and tokenizer are those of the
-        published model (the tokenizer is fetched from the hub where it is not given). `revision` and so on are of
-        `config`; the rest as for `from_pretrained`. Nothing is written.
+        `path` may be a folder of ModelScope's files, too, or the address of a file on huggingface.co, which is fetched.
+        config: a folder or a hub id for what the file lacks. Without it, the scheduler is that of the published model,
+        and the tokenizer is CLIP's, which is in this package. `revision` is of `config`; the rest, `mmap` too, as for
+        `from_pretrained`. Nothing is written.
         """
-        where = dict(revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir,
-                     force_download=force_download)
-        path = Path(path).expanduser()
+        where: dict[str, Any] = dict(revision=revision, local_files_only=local_files_only, token=token,
+                                     cache_dir=cache_dir, force_download=force_download)
+        path = Path(hub.local(path, **where)).expanduser()
         if cls is DiffusionPipeline:
             cls = files.pick_class_of_file(path, DiffusionPipeline.CLASSES)
         fields = {name: overrides.pop(name, None) for name in cls.FIELDS}
         dtypes = files.component_dtypes(torch_dtype, dtype, cls.COMPONENTS)
-        parts = files.load_single_file(path, cls, config, overrides, dtypes, where, compat)
+        parts = files.load_single_file(path, cls, config, overrides, dtypes, where, compat, mmap)
         return cls(**parts, compat=compat, **fields)
 
     def save_pretrained(
         self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None
     ) -> None:
-        """Write the diffusers layout, which diffusers loads, too. Every file appears complete or not at all."""
+        """Write the diffusers layout, which diffusers loads, too. The whole folder changes at once, or not at all.
+
+        Files of `folder` that are none of the pipeline's stay. Errors as of `Network.save_pretrained`.
+        """
         fields = {name: getattr(self, name) for name in self.FIELDS}
         files.save_components(Path(folder), type(self), self.components,
                               {"compat": self.compat, **fields}, safe_serialization, variant)
@@ -269,7 +328,10 @@ class DiffusionPipeline:
     @classmethod
     def from_pipe(cls, pipe: "DiffusionPipeline", *, torch_dtype: torch.dtype | None = None,
                   dtype: torch.dtype | None = None, **overrides: Any) -> Self:
-        """A pipeline of this class around the same components: no copy, and no cast where no dtype is given."""
+        """A pipeline of this class around the same components: no copy, and no cast where no dtype is given.
+
+        The scheduler alone is a copy, so that the two pipelines may run at the same time.
+        """
         if not isinstance(pipe, DiffusionPipeline):
             raise TypeError(f"from_pipe() takes a pipeline of minit2v, not a {type(pipe).__name__}")
         known = {**pipe.components, "compat": pipe.compat, **{f: getattr(pipe, f) for f in pipe.FIELDS}}
@@ -280,9 +342,44 @@ class DiffusionPipeline:
         for name in overrides:
             if name not in accepted:
                 raise TypeError(f"{cls.__name__}.from_pipe() has no argument {name!r}{nearest(name, accepted)}")
+        if "scheduler" not in overrides:
+            known["scheduler"] = copy.deepcopy(pipe.scheduler)
         new = cls(**known | overrides)
         new._offload_to, new._progress = pipe._offload_to, dict(pipe._progress)
         return new.to(dtype=dtype or torch_dtype)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """A call steps its scheduler, and moves networks that are offloaded: others must not use them meanwhile."""
+        used = {id(unwrapped(c)) for c in (self, *self.components.values()) if c is not None}
+        mine = {id(self), id(self.scheduler)} & used
+        if self._offload_to is not None:
+            mine |= {id(unwrapped(n)) for n in self._networks.values()}
+        call = mine, used
+        with _running_lock:
+            if any(mine & theirs or used & own for own, theirs in _running):
+                raise RuntimeError(f"this {type(self).__name__}, or one with the same scheduler or offloaded networks, "
+                                   "is in the middle of a call: make another around the same networks, with "
+                                   f"{type(self).__name__}.from_pipe(pipe), for each thread")  # fmt: skip
+            _running.append(call)
+        self._interrupt = False
+        try:
+            yield
+        finally:
+            with _running_lock:
+                _running[:] = [c for c in _running if c is not call]
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call that runs is to make no more steps; what it has by then is decoded.
+
+        To be set in a callback or from another thread, also as `_interrupt`. Every call begins with False.
+        """
+        return self._interrupt
+
+    @interrupt.setter
+    def interrupt(self, value: bool) -> None:
+        self._interrupt = value
 
     # Devices ---------------------------------------------------------------------------------------------------------
 
@@ -354,6 +451,26 @@ class DiffusionPipeline:
         from tqdm.auto import tqdm
 
         return tqdm(iterable, total=total, **self._progress)
+
+    # What others need for less memory, and is here at all times -------------------------------------------------------
+
+    def enable_attention_slicing(self, slice_size: Any = "auto") -> None:
+        _say_unneeded("enable_attention_slicing", "attention takes little memory as it is")
+
+    def disable_attention_slicing(self) -> None:
+        _say_unneeded("disable_attention_slicing", "attention is never sliced")
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
+        _say_unneeded("enable_xformers_memory_efficient_attention", "PyTorch's own attention takes as little memory")
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        _say_unneeded("disable_xformers_memory_efficient_attention", "xformers is never used")
+
+    def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
+        _say_unneeded("fuse_qkv_projections", "pipe.optimize() lays q, k and v together")
+
+    def unfuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
+        _say_unneeded("unfuse_qkv_projections", "pipe.restore() takes the weights back to where they were")
 
     # Speed -----------------------------------------------------------------------------------------------------------
 
@@ -532,6 +649,8 @@ class DiffusionPipeline:
         rounds = FreeInitRounds(self._free_init, self.scheduler, x, timesteps, steps, video, generator)
         with self.progress_bar(total=sum(r.steps for r in rounds.plan)) as bar:
             for i, r in enumerate(rounds.plan):
+                if self._interrupt:
+                    break
                 x, timesteps = rounds.begin(i, x)
                 x = once(x, timesteps, r.steps, bar)
         return x
@@ -560,6 +679,9 @@ class DiffusionPipeline:
             predict = fast.door(unet)  # the same numbers, computed faster where nothing of the UNet was changed
             context = _join(negative, text).to(unet.dtype)
             for i, t in enumerate(timesteps):
+                if self._interrupt:
+                    check_result(x, unet, "the UNet")
+                    break
                 batch = self.scheduler.scale_model_input(x.repeat(len(context) // len(x), 1, 1, 1, 1), t)
                 eps = predict(batch.to(unet.dtype), t, context)
                 if negative is not None:
@@ -632,6 +754,10 @@ class DiffusionPipeline:
         for name in ("unet", "scheduler", "vae")[: 2 if output_type == "latent" else 3]:
             if getattr(self, name) is None:
                 raise ValueError(f"to make a video, the pipeline needs its {name}, which is None")
+        if output_type != "latent":
+            made, read = self.unet.config.out_channels, self.vae.config.latent_channels
+            if made != read:
+                raise ValueError(f"the VAE's latents have {read} channels, and the UNet's {made}: they do not fit")
         check_count("num_inference_steps", num_inference_steps)
         if decode_chunk_size is not None:
             check_count("decode_chunk_size", decode_chunk_size)
@@ -646,7 +772,17 @@ class DiffusionPipeline:
         negatives = check_text("negative_prompt", negative_prompt, negative_prompt_embeds, self.unet, required=False)
         if negatives not in (1, batch):
             raise ValueError(f"{negatives} negative prompts for {batch} prompts: give one, or one for each")
+        if prompt_embeds is not None and negative_prompt_embeds is None and guidance_scale > 1:
+            length, encoder = prompt_embeds.shape[1], self.text_encoder
+            if encoder is None or length > encoder.config.max_position_embeddings:
+                why = "there is no text encoder" if encoder is None else (
+                    f"the text encoder reads {encoder.config.max_position_embeddings} tokens")  # fmt: skip
+                raise ValueError(f"give negative_prompt_embeds of {length} tokens, as prompt_embeds has: {why}")
         return batch
+
+
+def _say_unneeded(method: str, why: str) -> None:
+    logger.warning("%s() changes nothing, and nothing is needed: %s.", method, why)
 
 
 def _join(negative: Tensor | None, text: Tensor) -> Tensor:

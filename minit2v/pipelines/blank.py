@@ -17,6 +17,7 @@ from minit2v_convert.convert import FAMILIES
 from minit2v_convert.rename import inverse, nearest, rename_one
 from minit2v_convert.shapes import POSITION_IDS
 from minit2v_convert.sparse import Manifest, write_sparse_safetensors
+from minit2v_convert.stream import ended_cleanly
 
 from ..files.hub import DIFFUSERS_VERSION, write_json
 from ..files.weights import Weightless
@@ -90,8 +91,8 @@ def write_blank(name: str, folder: str | Path) -> Path:
     model, folder = find_official_model(name), Path(folder).expanduser()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists, and is not an empty folder")
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.absolute().parent) as temporary:
+    (parent := folder.absolute().parent).mkdir(parents=True, exist_ok=True)
+    with ended_cleanly(), tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=parent) as temporary:
         new = Path(temporary) / "new"  # since the temporary one is for nobody else to read
         _write(model, new)
         if folder.exists():

@@ -3,14 +3,43 @@
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..files.weights import first_nonfinite
+from ..models.network import Network
+from ..models.tokenizer import CLIPTokenizer
+from ..schedulers.base import Scheduler
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
+OTHERS = ("diffusers", "transformers")  # libraries that have classes of the same names
+PLAIN = (str, bytes, Path, int, float, dict, list, tuple)  # what no component is
+
+
+def check_component(name: str, component: Any, fitting: Sequence[str]) -> None:
+    """TypeError where a pipeline cannot run it: a class, another library's, one that has another place.
+
+    fitting: the names of the classes of this place, none for a scheduler. Classes of the user's own pass, and None.
+    """
+    if isinstance(component, type):
+        raise TypeError(f"{name} must be a component, not the class {component.__name__}: only from_pretrained and "
+                        "from_single_file load one")  # fmt: skip
+    inner = unwrapped(component)
+    classes = type(inner).__mro__
+    wanted = " or ".join(n for n in fitting if not n.endswith("Fast")) or "scheduler"
+    ours = isinstance(inner, Network | CLIPTokenizer | Scheduler)
+    for library in OTHERS:
+        theirs = next((c.__name__ for c in classes if c.__module__.split(".")[0] == library), None)
+        if theirs is not None and not ours:
+            load = f"load it with minit2v.{wanted.split(' or ')[0]}.from_pretrained(...)" if fitting else (
+                f"make one of minit2v.schedulers, with {theirs}.from_config({name}.config)")  # fmt: skip
+            raise TypeError(f"{name} is a {theirs} of {library}, which runs in pipelines of {library} alone: {load}")
+    fits = isinstance(inner, Scheduler) if not fitting else any(c.__name__ in fitting for c in classes)
+    if isinstance(inner, PLAIN) or ours and not fits:
+        raise TypeError(f"{name} must be a {wanted}, not a {type(inner).__name__}")
 
 
 def check_count(name: str, value: Any) -> None:
@@ -82,7 +111,7 @@ def check_size(height: Any, width: Any, unet: nn.Module, factor: int) -> tuple[i
     width = columns * factor if width is None else width
     check_pixels("height", height, factor)
     check_pixels("width", width, factor)
-    return height, width
+    return int(height), int(width)
 
 
 def check_generator(generator: Generators, batch: int, device: torch.device) -> None:
@@ -96,9 +125,14 @@ def check_generator(generator: Generators, batch: int, device: torch.device) -> 
             raise ValueError(f"a generator on {g.device} cannot draw for a pipeline on {device}")
 
 
+def is_parallel(component: Any) -> bool:
+    """Whether it shares the work on a network out to others, of which only training has any use."""
+    return isinstance(component, nn.parallel.DistributedDataParallel | nn.parallel.DataParallel)
+
+
 def unwrapped(component: Any) -> Any:
-    """What torch.compile or DistributedDataParallel stands around; anything else as it is."""
-    if isinstance(component, nn.parallel.DistributedDataParallel):
+    """What torch.compile, DataParallel or DistributedDataParallel stand around; anything else as it is."""
+    if is_parallel(component):
         return unwrapped(component.module)
     return unwrapped(component._orig_mod) if hasattr(component, "_orig_mod") else component
 

@@ -2,16 +2,21 @@
 
 import importlib
 import logging
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from minit2v_convert import families
 from minit2v_convert.convert import FAMILIES, components, schedule_of
+from minit2v_convert.folders import check_parts
 from minit2v_convert.rename import nearest
 
+from ..compat import compat_fields
 from ..files import hub
-from ..files.config import pick_dtype
+from ..files.config import pick_dtype, quoted, read_from
+from ..files.saving import filling
 from ..models.network import Network
 from ..models.tokenizer import CLIPTokenizer
 from ..schedulers.base import Scheduler
@@ -46,15 +51,27 @@ UNUSED = {
 
 
 def read_index(path_or_id: str | Path, subfolder: str | None, where: dict[str, Any]) -> dict[str, Any]:
-    """The content of model_index.json."""
-    return hub.read_json(path_or_id, INDEX, subfolder=subfolder, **where)
+    """The content of model_index.json. ValueError on names and fields that none has."""
+    index = hub.read_json(path_or_id, INDEX, subfolder=subfolder, **where)
+    families.refuse(families.of_index(index), path_or_id)
+    with read_from(path_or_id):
+        check_parts(index)
+        fields = index.get(FIELDS_KEY, {})
+        if not isinstance(fields, dict):
+            raise ValueError(f"{INDEX}: {FIELDS_KEY} must be an object, not {quoted(fields)}")
+        for name, value in fields.items():
+            if name != "compat" and not isinstance(value, bool | str | None):
+                raise ValueError(f"{INDEX}: {FIELDS_KEY} {quoted(name)} cannot be {quoted(value)}")
+            if name == "compat":
+                compat_fields("", value)
+    return index
 
 
 def pick_class(index: dict[str, Any], classes: dict[str, type]) -> type:
     name = index.get("_class_name")
-    if name in classes:
+    if isinstance(name, str) and name in classes:
         return classes[name]
-    raise ValueError(f"{INDEX} names the pipeline {name!r}, which is not here{nearest(str(name), list(classes))}; "
+    raise ValueError(f"{INDEX} names the pipeline {quoted(name)}, which is not here{nearest(name, list(classes))}; "
                      f"call from_pretrained on the class you want: {', '.join(sorted(classes))}")
 
 
@@ -89,15 +106,20 @@ def load_components(
     for name in overrides:
         if name not in pipeline.COMPONENTS and name not in UNUSED:
             known = [*pipeline.COMPONENTS, *pipeline.FIELDS, "variant", "revision", "subfolder", "torch_dtype", "dtype",
-                     "use_safetensors", "local_files_only", "token", "cache_dir", "force_download", "compat"]
+                     "use_safetensors", "local_files_only", "token", "cache_dir", "force_download", "compat", "mmap"]
             raise TypeError(f"{pipeline.__name__}.from_pretrained() has no argument {name!r}{nearest(name, known)}")
     entries = {name: value for name, value in index.items() if not name.startswith("_")}
     for name in entries:
         if name in UNUSED:
             logger.info("%s is passed over: %s", name, UNUSED[name])
         elif name not in pipeline.COMPONENTS:
-            raise ValueError(f"{INDEX} has {name!r}, which {pipeline.__name__} does not know"
+            raise ValueError(f"{INDEX} has {quoted(name)}, which {pipeline.__name__} does not know"
                              f"{nearest(name, list(pipeline.COMPONENTS))}")
+    if "unet" in entries and "unet" not in overrides:
+        part = f"{subfolder}/unet" if subfolder else "unet"
+        with suppress(FileNotFoundError):  # loading says what is not there
+            config = hub.read_json(path_or_id, "config.json", subfolder=part, **where)
+            families.refuse(families.of_unet(config), f"{path_or_id}/{part}")
     classes = {}
     for name, fitting in pipeline.COMPONENTS.items():  # all checks before the first gigabyte
         if name in overrides or name in UNUSED:
@@ -107,14 +129,28 @@ def load_components(
                 raise ValueError(f"{INDEX} has no {name!r} to be loaded with {own[name].__name__}")
             continue
         if name not in entries:
-            raise ValueError(f"{INDEX} has no {name!r}, which {pipeline.__name__} needs; give it as {name}=...")
+            raise ValueError(f"{INDEX} has no {name!r}, which {pipeline.__name__} needs; give it as {_argument(name)}")
         classes[name] = own.get(name) or _component_class(name, entries[name], fitting, pipeline.__name__)
     _check_motion(classes, overrides, pipeline)
     loaded = {}
     for name, cls in classes.items():
         part = f"{subfolder}/{name}" if subfolder else name
-        loaded[name] = _load(cls, path_or_id, part, where, weights, dtypes[name])
-    return {name: overrides.get(name, loaded.get(name)) for name in pipeline.COMPONENTS}
+        try:
+            loaded[name] = _load(cls, path_or_id, part, where, weights, dtypes[name])
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; the {name} may be given as {_argument(name)}") from error
+    found = {name: overrides.get(name, loaded.get(name)) for name in pipeline.COMPONENTS}
+    length = getattr(found.get("tokenizer"), "model_max_length", None)
+    positions = getattr(getattr(found.get("text_encoder"), "config", None), "max_position_embeddings", None)
+    if isinstance(length, int) and isinstance(positions, int) and length > positions:
+        raise ValueError(f"the tokenizer's model_max_length is {length}, and the text_encoder has {positions} "
+                         "positions")  # fmt: skip
+    return found
+
+
+def _argument(name: str) -> str:
+    """How a component is given in Python, and on the command line where that can be."""
+    return f"{name}=..." + f" (--{name})" * (name in ("vae", "tokenizer", "scheduler"))
 
 
 def _split_classes(given: dict[str, Any], pipeline: type) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -150,9 +186,10 @@ OF_UNETS = {"UNet2DConditionModel": "AnimateDiffPipeline", "UNet3DConditionModel
 
 def pick_class_of_file(path: Path, classes: dict[str, type]) -> type:
     """The pipeline that a file of weights is for."""
-    unet = components(path).get("unet")
+    found = components(path)
+    unet = found.get("unet")
     if unet is None or unet.cls not in OF_UNETS:
-        raise ValueError(f"{path} has no UNet of {' or '.join(OF_UNETS)}: it is no pipeline")
+        raise ValueError(f"{path} is {next(iter(found.values())).title}: it has no UNet of {' or '.join(OF_UNETS)}")
     return classes[OF_UNETS[unet.cls]]
 
 
@@ -164,18 +201,19 @@ def load_single_file(
     dtypes: dict[str, torch.dtype],
     where: dict[str, Any],
     compat: str | None,
+    mmap: bool = True,
 ) -> dict[str, Any]:
     """name -> component, out of the file, from `overrides`, or from the folder or hub id `config`.
 
-    Without `config`, the scheduler is the published model's, and so is the tokenizer, which no file has. What shapes do
-    not say of a network in the file (heads, groups), its config.json in `config` says.
+    Where neither has them, the scheduler is the published model's, and the tokenizer is CLIP's own. What shapes do not
+    say of a network in the file (heads, groups), its config.json in `config` says.
     """
     for name in overrides:
         if name not in pipeline.COMPONENTS:
-            known = [*pipeline.COMPONENTS, *pipeline.FIELDS, "config", "torch_dtype", "dtype", "compat"]
+            known = [*pipeline.COMPONENTS, *pipeline.FIELDS, "config", "torch_dtype", "dtype", "compat", "mmap"]
             raise TypeError(f"{pipeline.__name__}.from_single_file() has no argument {name!r}{nearest(name, known)}")
     own, overrides = _split_classes(overrides, pipeline)
-    found = components(path)
+    found = components(path, mmap=mmap)
     for name, cls in own.items():
         if name in found and not issubclass(cls, Network):
             raise TypeError(f"{name}={cls.__name__}: only networks of minit2v read a file of weights")
@@ -188,29 +226,32 @@ def load_single_file(
     index = read_index(config, None, where) if config is not None else {}
     wanted = [n for n in pipeline.COMPONENTS if n not in overrides and (n in found or n not in pipeline.OPTIONAL)]
     for name in wanted:  # all checks before the first gigabyte
-        if name not in found and name not in index and (config or name not in ("scheduler", "tokenizer")):
-            raise ValueError(f"{path} has no {name}: give it as {name}=..., or a folder or hub id that has it as "
-                             "config=...")  # fmt: skip
+        if name not in found and name not in index and name not in ("scheduler", "tokenizer"):
+            raise ValueError(f"{path} has no {name}: give it as {_argument(name)}, or a folder or hub id that has it "
+                             "as config=... (--config)")  # fmt: skip
     for name in wanted:
         if name in found and name in index and index[name][-1] == found[name].cls:
-            own = hub.read_json(str(config), "config.json", subfolder=name, **where)
-            found[name] = found[name].configured(own, f"{config}/{name}/config.json")
+            said = hub.read_json(str(config), "config.json", subfolder=name, **where)
+            found[name] = found[name].configured(said, f"{config}/{name}/config.json")
     made: dict[str, Any] = dict(overrides)
     for name in wanted:
         fitting = pipeline.COMPONENTS[name]
         if name in found:
             cls = own.get(name) or _component_class(name, [None, found[name].cls], fitting, pipeline.__name__)
             made[name] = cls.from_component(found[name], str(path), dtypes[name], compat, {})
-        elif config is not None:
+        elif name in index:
             cls = own.get(name) or _component_class(name, index[name], fitting, pipeline.__name__)
-            made[name] = _load(cls, config, name, where, dict(compat=compat), dtypes[name])
+            made[name] = _load(cls, config, name, where, dict(compat=compat, mmap=mmap), dtypes[name])
         elif name == "scheduler":
             schedule = schedule_of(path, unet)
             cls = own.get(name) or _component_class(name, [None, schedule["_class_name"]], (), "")
             made[name] = cls.from_config(schedule)
         else:
-            cls = own.get(name) or _component_class(name, [None, "CLIPTokenizer"], fitting, pipeline.__name__)
-            made[name] = cls.from_pretrained(FAMILIES[unet].repository, subfolder=name, **where)
+            made[name] = own.get(name, CLIPTokenizer).clip(FAMILIES[unet].pad_token)
+            rows = found["text_encoder"].config["vocab_size"] if "text_encoder" in found else made[name].vocab_size
+            if rows < made[name].vocab_size:
+                raise ValueError(f"{path} has no tokenizer, and its text encoder knows {rows:,} ids, fewer than CLIP's "
+                                 f"{made[name].vocab_size:,}: give its own as tokenizer=... (--tokenizer)")
     return {name: made.get(name) for name in pipeline.COMPONENTS}
 
 
@@ -228,10 +269,10 @@ def _check_motion(classes: dict[str, type], overrides: dict[str, Any], pipeline:
 def _component_class(name: str, entry: Any, fitting: tuple[str, ...], pipeline: str) -> type:
     """The class that an index entry [library, class] names."""
     if entry in NOTHING:
-        raise ValueError(f"{INDEX}: {name!r} was None when this was saved; give it as {name}=...")
+        raise ValueError(f"{INDEX}: {name!r} was None when this was saved; give it as {_argument(name)}")
     if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
-        raise ValueError(f"{INDEX}: {name!r} should be [library, class], not {entry!r}")
-    class_name = entry[1].removeprefix("Flax")
+        raise ValueError(f"{INDEX}: {name!r} should be [library, class], not {quoted(entry)}")
+    class_name = entry[1].removeprefix("Flax")[:200]
     if fitting:
         if class_name not in fitting:
             own = "" if class_name in CLASSES else f"; if that is a class of your own, pass {name}={class_name}"
@@ -250,25 +291,29 @@ def save_components(
     folder: Path, pipeline: type, components: dict[str, Any], fields: dict[str, Any], safe_serialization: bool,
     variant: str | None,
 ) -> None:
-    """Every component into its folder, then the index, last: where it lies, all lies."""
+    """Every component into its folder, and the index: all of them appear together."""
+    components = {name: unwrapped(component) for name, component in components.items()}
     missing = [name for name, component in components.items() if component is None and name not in pipeline.OPTIONAL]
     if missing:
         raise ValueError(f"a pipeline without {' and '.join(missing)} cannot be saved")
     for name, component in components.items():
         if component is not None and not callable(getattr(component, "save_pretrained", None)):
             raise TypeError(f"{name}: a {type(component).__name__} has no save_pretrained, and cannot be saved")
+        if type(component).__module__.split(".")[0] == "peft":  # which would save the adapter alone
+            raise TypeError(f"{name}: a {type(component).__name__} of peft is around it, and no pipeline loads that: "
+                            "save what its merge_and_unload() returns")  # fmt: skip
     index: dict[str, Any] = {
         "_class_name": pipeline.__name__, "_diffusers_version": hub.DIFFUSERS_VERSION, FIELDS_KEY: fields,
     }  # fmt: skip
-    for name, component in sorted(components.items()):
-        if component is None:
-            index[name] = NOTHING[0]
-            continue
-        component = unwrapped(component)
-        weights = dict(safe_serialization=safe_serialization, variant=variant)
-        component.save_pretrained(folder / name, **weights if isinstance(component, Network) else {})
-        library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"
-        if not type(component).__module__.startswith("minit2v."):  # which nobody imports: it tells a reader whose it is
-            library = type(component).__module__
-        index[name] = [library, type(component).__name__]
-    hub.write_json(folder / INDEX, index)
+    with filling(folder) as new:
+        for name, component in sorted(components.items()):
+            if component is None:
+                index[name] = NOTHING[0]
+                continue
+            weights = dict(safe_serialization=safe_serialization, variant=variant)
+            component.save_pretrained(new / name, **weights if isinstance(component, Network) else {})
+            library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"
+            if not type(component).__module__.startswith("minit2v."):
+                library = type(component).__module__  # nobody imports it: it tells a reader whose it is
+            index[name] = [library, type(component).__name__]
+        hub.write_json(new / INDEX, index)

@@ -4,6 +4,7 @@ Meng et al., SDEdit: Guided Image Synthesis and Editing with Stochastic Differen
 by frame; what ties the frames together is the UNet.
 """
 
+import copy
 import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .. import fast
 from ..schedulers.base import randn
-from .checks import Generators, check_finite, check_latents, check_pixels, check_result
+from .checks import Generators, check_finite, check_latents, check_pixels, check_result, unwrapped
 from .frames import to_tensor
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def lay_grid(
     custom = {name: v for name, v in (("timesteps", timesteps), ("sigmas", sigmas)) if v is not None}
     if len(custom) == 2:
         raise ValueError("timesteps and sigmas are two ways to lay one grid: give one")
-    total = num_inference_steps
+    num_inference_steps = total = int(num_inference_steps)  # NumPy's small numbers overflow in products
     if custom:
         (name,) = custom
         if name not in inspect.signature(scheduler.set_timesteps).parameters:
@@ -121,14 +122,10 @@ def encode_video(
     if x.shape[1] == pipe.unet.config.in_channels:
         return spread(x.to(dtype), batch)
     with pipe._placed("vae") as vae:
-        usual = vae.dtype
-        try:
-            if upcast and vae.config.force_upcast:
-                vae.float()
-            gaussian = fast.door(vae).encode(rearrange(x.to(vae.dtype), "b c f h w -> (b f) c h w"), chunk)
-            check_result(gaussian.mean, vae, "the VAE")
-        finally:
-            vae.to(usual)
+        if upcast and vae.config.force_upcast and vae.dtype != torch.float32:
+            vae = copy.deepcopy(unwrapped(vae)).float()  # other pipelines may be using this one
+        gaussian = fast.door(vae).encode(rearrange(x.to(vae.dtype), "b c f h w -> (b f) c h w"), chunk)
+        check_result(gaussian.mean, vae, "the VAE")
         scale = vae.config.scaling_factor
     mean, std = (spread(rearrange(v, "(b f) c h w -> b f c h w", b=len(x)), batch) for v in
                  (gaussian.mean, gaussian.std))

@@ -4,12 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..models.unet3d import UNet3DConditionModel
 from ..schedulers.base import randn
-from .base import DiffusionPipeline, PipelineOutput, StepCallbacks
+from .base import DiffusionPipeline, PipelineOutput, StepCallbacks, alone
 from .checks import Generators, check_count, check_generator, check_latents, check_number, check_size
 from .source import lay_grid
 
@@ -43,7 +42,7 @@ class TextToVideoSDPipeline(DiffusionPipeline):
         components = dict(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
         super().__init__(components, compat, {"clip_skip_negative": clip_skip_negative})
 
-    @torch.no_grad()
+    @alone
     def __call__(
         self,
         prompt: str | list[str] | None = None,

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..techniques.free_init import NoisedVideo
 from . import source
-from .base import StepCallbacks
+from .base import StepCallbacks, alone
 from .checks import Generators, check_generator, check_number
 from .text_to_video import TextToVideoSDPipeline, TextToVideoSDPipelineOutput
 
@@ -17,11 +16,11 @@ class VideoToVideoSDPipeline(TextToVideoSDPipeline):
     """Videos from texts and videos, by the same components as `TextToVideoSDPipeline`."""
 
     HINTS = {
-        "num_frames": "; the video has its number of frames",
+        "num_frames": "; the video has its number of frames, and TextToVideoSDPipeline.from_pipe(pipe) needs no video",
         "image": "; a video is given as video=",
     }
 
-    @torch.no_grad()
+    @alone
     def __call__(  # type: ignore[override]
         self,
         prompt: str | list[str] | None = None,

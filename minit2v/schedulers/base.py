@@ -273,17 +273,18 @@ class Scheduler:
                 raise TypeError(f"{cls.__name__} has no field {name!r}{nearest(name, own)}")
 
     def _set_config(self, given: Mapping[str, Any], explicit: Iterable[str]) -> None:
+        given = {name: v.item() if isinstance(v, np.generic) else v for name, v in given.items()}
         values = self.field_defaults() | given
         for name, other in self.aliases.items():
-            values[name] = other.get(values[name], values[name])
+            values[name] = next((new for old, new in other.items() if old == values[name]), values[name])
         for name, default in self.field_defaults().items():
             if not _fits(values[name], default):
                 wanted = type(default).__name__
-                raise ValueError(f"{type(self).__name__}: {name} must be of type {wanted}, not {values[name]!r}")
+                raise ValueError(f"{type(self).__name__}: {name} must be of type {wanted}, not {values[name]!r:.200}")
         for name, allowed in (CHOICES | self.choices).items():
             if name in self.field_defaults() and values[name] not in allowed:
                 listed = ", ".join(map(repr, allowed))
-                raise ValueError(f"{type(self).__name__}: {name} must be one of {listed}, not {values[name]!r}")
+                raise ValueError(f"{type(self).__name__}: {name} must be one of {listed}, not {values[name]!r:.200}")
         if isinstance(values.get("trained_betas"), np.ndarray | Tensor):
             values["trained_betas"] = values["trained_betas"].tolist()
         if unset := [name for name in self.field_defaults() if name not in given]:
@@ -347,6 +348,7 @@ class Scheduler:
         force_download: bool = False, compat: str | None = None, **overrides: Any,
     ) -> Self:  # fmt: skip
         """From a folder that holds scheduler_config.json, from that file itself, or from a repository on the hub."""
+        from ..files.config import read_from
         from ..files.hub import parse_json, read_json
 
         if Path(path_or_id).is_file():
@@ -362,7 +364,9 @@ class Scheduler:
                 cache_dir=cache_dir,
                 force_download=force_download,
             )
-        return cls.from_config(config, compat=compat, **overrides)
+        cls._check_fields(overrides)
+        with read_from(f"{path_or_id}{f'/{subfolder}' if subfolder else ''}/{CONFIG_NAME}"):
+            return cls.from_config(config, compat=compat, **overrides)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write scheduler_config.json. In the file every field counts as set."""
@@ -388,7 +392,7 @@ class Scheduler:
 
     def _betas(self, dtype: torch.dtype) -> Tensor:
         c = self.config
-        if c.num_train_timesteps < 1:
+        if not 1 <= c.num_train_timesteps <= 10**5:
             raise ValueError(f"num_train_timesteps must be at least 1, not {c.num_train_timesteps}")
         if c.trained_betas is None:
             betas = BETA_SCHEDULES[c.beta_schedule](c.beta_start, c.beta_end, c.num_train_timesteps, dtype)
@@ -431,6 +435,8 @@ class Scheduler:
         chosen = np.array(values, dtype=np.float64)
         if chosen.ndim != 1 or not len(chosen) or (np.diff(chosen) > 0).any() or not np.isfinite(chosen).all():
             raise ValueError(f"{name} must be a list of falling numbers, not {values!r}")
+        if name == "sigmas" and (len(chosen) < 2 or (np.diff(chosen) == 0).any() or chosen[-1] < 0):
+            raise ValueError(f"sigmas must be two or more, each once, none below 0, not {values!r}")
         return chosen
 
     def set_timesteps(
@@ -544,9 +550,10 @@ def _fits(value: Any, default: Any) -> bool:
         case bool():
             return isinstance(value, bool | None)
         case int():
-            return isinstance(value, Integral) and not isinstance(value, bool)
-        case float():
-            return isinstance(value, Real) and not isinstance(value, bool)
+            return isinstance(value, Integral) and not isinstance(value, bool) and abs(value) < 2**63
+        case float():  # no NaN, and infinity only where it is usual
+            return (isinstance(value, Real) and not isinstance(value, bool)
+                    and (abs(value) < 1e30 or value == default))
     return True
 
 

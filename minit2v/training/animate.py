@@ -8,6 +8,7 @@ Two stages, checkpointed and resumed as those of `shapes.py`, of which they shar
 
 import argparse
 import copy
+import hashlib
 import random
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..files.hub import DIFFUSERS_VERSION, write_json
+from ..files.saving import filling
 from ..models.tokenizer import CLIPTokenizer
 from ..models.unet2d import UNet2DConditionModel
 from ..models.unet_motion import MotionAdapter, UNetMotionModel
@@ -25,6 +27,7 @@ from ..pipelines.text_to_video import TextToVideoSDPipeline
 from . import world
 from .shapes import (
     Painter,
+    claim,
     draw_batch,
     draw_curves,
     latents_of_world,
@@ -144,6 +147,12 @@ def make_pipeline(vae: AutoencoderKL, painter: Painter, tokenizer: CLIPTokenizer
     return AnimateDiffPipeline(vae, painter.text_encoder, tokenizer, painter.unet, None, make_scheduler())
 
 
+def digest(video: TextToVideoSDPipeline) -> str:
+    """What tells one video model from another: the SHA-256 of all its weights."""
+    networks = (video.unet, video.vae, video.text_encoder)
+    return hashlib.sha256(b"".join(x.numpy().tobytes() for n in networks for x in n.state_dict().values())).hexdigest()
+
+
 def save_models(out: Path, vae: AutoencoderKL, painter: Painter) -> None:
     """`shapes-image`, a folder as Stable Diffusion's, and `shapes-motion`, a motion adapter; both in float16."""
     image = UNet2DConditionModel(**IMAGE)
@@ -152,13 +161,14 @@ def save_models(out: Path, vae: AutoencoderKL, painter: Painter) -> None:
     others = {"tokenizer": make_tokenizer(), "scheduler": make_scheduler()}
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": DIFFUSERS_VERSION}
     index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-    for name, component in (networks | others).items():
-        if name in networks:
-            component = copy.deepcopy(component).half()
-        component.save_pretrained(out / "shapes-image" / name)
-        library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"
-        index[name] = [library, type(component).__name__]
-    write_json(out / "shapes-image" / "model_index.json", index)
+    with filling(out / "shapes-image") as new:
+        for name, component in (networks | others).items():
+            if name in networks:
+                component = copy.deepcopy(component).half()
+            component.save_pretrained(new / name)
+            library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"
+            index[name] = [library, type(component).__name__]
+        write_json(new / "model_index.json", index)
     copy.deepcopy(painter.unet).half().save_motion_modules(out / "shapes-motion")
 
 
@@ -168,9 +178,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--video", type=Path, default=SHAPES, help="folder of the video model to begin with")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-
     video = TextToVideoSDPipeline.from_pretrained(args.video)
+    claim(args.out, trainer="animate", seed=args.seed, video=digest(video))
     image = train_image(args.out, args.seed, video.vae, video)
     save_models(args.out, video.vae, train_motion(args.out, args.seed, video.vae, image))
     draw_curves(args.out, (("image", "loss"), ("motion", "loss")))

@@ -12,11 +12,11 @@ import copy
 import csv
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from minit2v_convert.stream import first_line, parse_json, replacing
+
+from ..files.hub import write_json
 from ..models.clip import CLIPTextModel
 from ..models.tokenizer import CLIPTokenizer
 from ..models.unet3d import UNet3DConditionModel
@@ -64,6 +67,40 @@ NAMES = ("colour", "shape", "motion")
 GUIDANCE = 1.5  # more makes squares round and circles edged: it exaggerates what tells one shape from another
 
 
+def load_state(path: Path) -> Any:
+    """What torch.save has written. ValueError in one line where that is not whole."""
+    try:
+        return torch.load(path, weights_only=True)
+    except Exception as error:  # a broken file breaks its reader anywhere
+        raise ValueError(f"{path} is broken ({first_line(error)}): remove it to begin anew") from None
+
+
+def forget_later(log: Path, step: int) -> None:
+    """Rows of later steps go: a kill has undone them, and they will be made again. So does a row that is not whole."""
+    if not log.exists():
+        return
+    lines = log.read_text().splitlines(keepends=True)
+    later = [not line.endswith("\n") or (n := line.split(",")[0]).isdecimal() and int(n) > step for line in lines]
+    if any(later):
+        with replacing(log) as temporary:
+            temporary.write_text("".join(line for line, gone in zip(lines, later, strict=True) if not gone))
+
+
+def claim(out: Path, **of: Any) -> None:
+    """Makes the folder of a training, and writes into it of which one. ValueError where it is that of another.
+
+    Checkpoints and latents in it are taken up as they are: with another seed they would be those of the old one.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "training.json"
+    if not path.exists():
+        return write_json(path, of)
+    for name, value in parse_json(path).items():
+        if of.get(name) != value:
+            raise ValueError(f"{path}: a training with {name} {value!r}, not {of.get(name)!r}: give another folder as "
+                             "--out, or remove this one")  # fmt: skip
+
+
 class Run:
     """Steps of one stage: checkpoint, resume, log. The state is everything that the next step depends on."""
 
@@ -72,19 +109,23 @@ class Run:
         self.modules, self.optimizer, self.every = modules, optimizer, seconds
         self.step, self.spent, self.saved = 0, 0.0, time.monotonic()
         if self.path.exists():
-            state = torch.load(self.path, weights_only=True)
-            for name, module in modules.items():
-                module.load_state_dict(state[name])
-            optimizer.load_state_dict(state["optimizer"])
-            self.step, self.spent = state["step"], state["seconds"]
+            state = load_state(self.path)
+            try:
+                for name, module in modules.items():
+                    module.load_state_dict(state[name])
+                optimizer.load_state_dict(state["optimizer"])
+                self.step, self.spent = state["step"], state["seconds"]
+            except (KeyError, TypeError, RuntimeError, ValueError) as error:
+                raise ValueError(f"{self.path} is no checkpoint of this stage ({first_line(error)}): remove it to "
+                                 "begin anew") from None  # fmt: skip
+        forget_later(self.log, self.step - 1)
         self.began = time.monotonic() - self.spent
 
     def save(self) -> None:
         state = {name: module.state_dict() for name, module in self.modules.items()}
         state |= {"optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": time.monotonic() - self.began}
-        part = self.path.with_suffix(".part")
-        torch.save(state, part)
-        os.replace(part, self.path)
+        with replacing(self.path) as temporary:
+            torch.save(state, temporary)
         self.saved = time.monotonic()
 
     def steps(self, total: int) -> Iterator[int]:
@@ -260,7 +301,7 @@ def latents_of_world(vae: AutoencoderKL, out: Path, seed: int, per_combination: 
     """Latents of drawn clips of the trained combinations, (combination clip c f h w) in float16; cached in `out`."""
     path = out / "latents.pt"
     if path.exists():
-        return torch.load(path, weights_only=True)
+        return load_state(path)
     rng, _ = generators(seed, "latents", 0)
     rows = []
     for combination in tqdm(world.TRAINED, "encoding clips"):
@@ -269,8 +310,8 @@ def latents_of_world(vae: AutoencoderKL, out: Path, seed: int, per_combination: 
         z = torch.cat([vae.encode(x.contiguous(memory_format=torch.channels_last)).mode() for x in frames.split(128)])
         rows.append(rearrange(z, "(b f) c h w -> b c f h w", f=world.FRAMES).half())
     latents = torch.stack(rows)
-    torch.save(latents, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
+    with replacing(path) as temporary:
+        torch.save(latents, temporary)
     return latents
 
 
@@ -334,6 +375,8 @@ def train_diffusion(
     trained = [p for p in painter.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, rate, betas=(0.9, 0.99), weight_decay=1e-2)
     run = Run(out, stage, {"painter": painter, "average": average}, optimizer)
+    if pipeline:
+        forget_later(out / "panel.csv", run.step)
     alpha_bar = make_scheduler().alphas_cumprod.float()
     total, losses = sum(steps for *_, steps in course), []
     for step in run.steps(total):
@@ -460,7 +503,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints, curves and the finished model")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
+    claim(args.out, trainer="shapes", seed=args.seed)
 
     vae = train_vae(args.out, args.seed)
     print("round trip:", json.dumps(vae_accuracy(vae, args.seed)), flush=True)

@@ -94,6 +94,8 @@ def test_every_layout_has_a_file_that_is_it(manifest):
     whole = {n: x for n, x in FILES["civitai_fp16_pruned"].items() if n.startswith("model.diffusion_model.")}
     made: dict[str, Header] = {
         "VAE of latent diffusion": ldm_vae,
+        "Stable Diffusion 2.x, of which only the VAE is run here (ModelScope's VQGAN_autoencoder.pth)": {
+            **FILES["VQGAN_autoencoder.first_stage_model"], "cond_stage_model.model.ln_final.bias": ([1024], "F32")},
         "UNet of latent diffusion": {n.removeprefix("model.diffusion_model."): x for n, x in whole.items()},
         "AnimateDiff trainer's whole UNet": {**unet, **motion},
         "UNetMotionModel": {**unet, **manifest("adapter-v1-5-3/motion_adapter")},

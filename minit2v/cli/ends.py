@@ -1,0 +1,60 @@
+"""How the command begins and ends cleanly: Ctrl-C while modules are imported, streams that are closed, settings that
+belong to a call alone. No torch, and little else, so that it stands before anything can be interrupted."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+OURS = ("MINIT2V_KERNELS", "TRITON_INTERPRET")  # variables that options set, for what is imported later
+
+
+def _end(number: int, frame: Any) -> None:
+    os.write(2, b"minit2v: interrupted; nothing half-written is left\n")
+    os._exit(130)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Ctrl-C ends the process at once: nothing is written yet, and an import that is interrupted raises anything."""
+    ours = (threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler)  # not where it is ignored (nohup)
+    if ours:
+        signal.signal(signal.SIGINT, _end)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def settings_of_a_call() -> Iterator[None]:
+    """The environment is afterwards as it was."""
+    before = {name: os.environ.get(name) for name in OURS}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def open_closed_streams() -> None:
+    """Standard streams that the caller has closed lead nowhere. Left closed, the next file would get their number, and
+    what is meant for stderr would be written into it."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                nowhere = os.open(os.devnull, os.O_RDWR)
+                if nowhere != number:
+                    os.dup2(nowhere, number)
+                    os.close(nowhere)
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
