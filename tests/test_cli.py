@@ -684,7 +684,7 @@ def test_inspect_a_model_of_full_size_without_its_weights(run, make_official_fol
     make_official_folder(tmp_path / "ms", "ms-1.7b", variant="fp16")
     code, out, _ = run("inspect", tmp_path / "ms", "--variant", "fp16")
     rows = {line.split()[0]: line for line in out if line.strip()}
-    assert code == 0, out
+    assert code == 0, "\n".join(out)
     assert re.search(r"1,411,\d+,\d+\s+float16\s+all \d+ match .*fp16\.safetensors 2\.8 GB", rows["unet"])
     look = "import sys; from minit2v.cli import main; main(sys.argv[1:]); print('torch._dynamo' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", look, "inspect", str(tmp_path / "ms"), "--variant", "fp16"],
@@ -815,10 +815,16 @@ def test_inspect_a_hub_id_reads_headers_only(run, model, tmp_path, monkeypatch):
     def read_json(repo, name, subfolder=None, revision=None):
         return hub.parse_json(model / (subfolder or "") / name)
 
+    class Tokenizer(inspection.CLIPTokenizer):
+        @classmethod
+        def from_pretrained(cls, repo, *, subfolder=None, revision=None):
+            return super().from_pretrained(model / subfolder if subfolder else repo)
+
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(inspection, "CLIPTokenizer", Tokenizer)
     monkeypatch.setattr(inspection, "hub", SimpleNamespace(**{**vars(hub), "read_json": read_json}))
     code, out, _ = run("inspect", "owner/name", "--revision", "v1")
-    assert code == 0, out
+    assert code == 0, "\n".join(out)
     local = run("inspect", model)[1]
     assert out[1:] == local[1:] and len(read) == 3
     fails(run("inspect", "owner/name"), "owner/name", "404")

@@ -10,6 +10,7 @@ INPAINTING = "an inpainting model (9 channels in)"
 CHANNELS = {5: "a model of images and depth (5 channels in)", 9: INPAINTING,
             8: "a model that is given an image, such as InstructPix2Pix (8 channels in)"}  # fmt: skip
 
+WIDTH = 320  # channels behind the first convolution of Stable Diffusion
 # The first letters of a pipeline's class in model_index.json.
 PIPELINES = {
     "AnimateDiffSDXL": "AnimateDiff for Stable Diffusion XL",
@@ -58,11 +59,15 @@ def of_unet(config: Mapping[str, Any]) -> str:
         return ""
     if config.get("time_cond_proj_dim") is not None:
         return LCM
-    return SD2 if config.get("use_linear_projection") else _of_channels(config.get("in_channels"))
+    if config.get("use_linear_projection"):
+        return SD2
+    widths = config.get("block_out_channels", [WIDTH])
+    return _of_channels(config.get("in_channels"), widths[0] if isinstance(widths, list | tuple) and widths else 0)
 
 
-def _of_channels(channels: Any) -> str:
-    return CHANNELS.get(channels, "") if type(channels) is int else ""
+def _of_channels(channels: Any, width: Any) -> str:
+    """The family of a first convolution, where it is as wide as the published models': a fork's own is not refused."""
+    return CHANNELS.get(channels, "") if type(channels) is int and width == WIDTH else ""
 
 
 def of_header(header: Mapping[str, tuple[Sequence[int], str]]) -> str:
@@ -81,7 +86,7 @@ def of_header(header: Mapping[str, tuple[Sequence[int], str]]) -> str:
             shape = _shape(header, f"{prefix}{first}.weight")
             if len(shape) != 4 or not any(name.startswith(f"{prefix}time_embed") for name in header):
                 continue
-            if family := _of_channels(shape[1]):
+            if family := _of_channels(shape[1], shape[0]):
                 return family
             text_width = _shape(header, f"{prefix}{inner}.transformer_blocks.0.attn2.to_k.weight")[1:]
             is_linear = len(_shape(header, f"{prefix}{inner}.proj_in.weight")) == 2
