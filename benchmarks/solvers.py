@@ -1,7 +1,7 @@
 """Every solver on data whose score is known: error against calls of the network, and the figures of docs/samplers.md.
 
 python benchmarks/solvers.py                 measure, write results/solvers.json, draw docs/figures/solvers.png
-python benchmarks/solvers.py --shapes        the embedded models: right videos against calls, results/solvers_shapes.json
+python benchmarks/solvers.py --shapes        the embedded models: right videos against calls of the network
 python benchmarks/solvers.py --draw          draw what was measured
 
 The data is a mixture of Gaussians in the shape of latents. What a perfect network says of it is known in closed form,
@@ -248,7 +248,8 @@ def shapes(counts: Sequence[int], videos: int) -> None:
             right = sum(world.analyse(clip.transpose(0, 1)) == a for clip, a in zip(clips, asked, strict=True))
             points.append((calls, right))
             write(SHAPES, result)
-            print(f"{model:13} {name:13} {calls:3} calls: {right}/{videos}  {time.monotonic() - began:.0f} s", flush=True)
+            seconds = time.monotonic() - began
+            print(f"{model:13} {name:13} {calls:3} calls: {right}/{videos}  {seconds:.0f} s", flush=True)
 
 
 # -------------------------------------------------------------------------------------------------------- the figures

@@ -59,13 +59,26 @@ CHOICES: dict[str, tuple] = {
     "use_dynamic_shifting": (False, None),
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
     "solver_order": (1, 2, 3),
-    "third_order": ("corrected", "published"),
-    # Our own fields: minit2v/compat.py says what the second value is for.
-    "previous_timestep": ("grid", "ratio"),
+    "predictor_order": (1, 2, 3, 4),
+    "corrector_order": (1, 2, 3, 4),
+    "interpolation_type": ("linear", "log_linear"),
+    "timestep_type": ("discrete", "continuous"),
+    "sigma_schedule": ("karras", "exponential"),
+}
+# Fields that we add to the published ones: minit2v/compat.py says what the second value is for.
+ADDED: dict[str, tuple] = {
+    "average": ("epsilon", "prediction"),
+    "final_level": ("config", "published"),
+    "history": ("known", "counted"),
+    "last_noise": ("none", "published"),
+    "noise_path": ("exact", "published"),
     "noised_at": ("timestep", "counter"),
+    "previous_timestep": ("grid", "ratio"),
     "spaced_timesteps": ("exact", "whole"),
+    "third_order": ("corrected", "published"),
     "zero_snr": ("honoured", "ignored"),
 }
+CHOICES |= ADDED
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,9 +95,7 @@ def randn(
     Raises ValueError where the rows cannot be shared out, or where a GPU generator would have to draw for the CPU.
     """
     device = torch.device(device or "cpu")
-    generators = list(generator) if isinstance(generator, list | tuple) else [generator]
-    if not generators or shape[0] % len(generators):
-        raise ValueError(f"{len(generators)} generators cannot share out a batch of {shape[0]}; give one per video")
+    generators = each_generator(generator, shape[0])
     share = (shape[0] // len(generators), *shape[1:])
     parts = []
     for g in generators:
@@ -93,6 +104,14 @@ def randn(
             raise ValueError(f"a generator on {source} cannot draw noise for {device}; use torch.Generator('cpu')")
         parts.append(torch.randn(share, generator=g, device=source, dtype=dtype))
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(device)
+
+
+def each_generator(generator: Generators, rows: int) -> list[Generator | None]:
+    """One generator, or those of a list. Raises ValueError where they cannot share out a batch of so many rows."""
+    generators = list(generator) if isinstance(generator, list | tuple) else [generator]
+    if not generators or rows % len(generators):
+        raise ValueError(f"{len(generators)} generators cannot share out a batch of {rows}; give one per video")
+    return generators
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -288,7 +307,7 @@ class Scheduler:
             values["trained_betas"] = values["trained_betas"].tolist()
         if unset := [name for name in self.field_defaults() if name not in given]:
             values["_use_default_values"] = unset
-        if own := sorted(self.field_defaults().keys() - DIFFUSERS_FIELDS - _EXTRA_FIELDS):
+        if own := sorted(self.field_defaults().keys() - DIFFUSERS_FIELDS - ADDED.keys()):
             values[OWN_FIELDS] = own
         self._config = SchedulerConfig(values, explicit)
         self._own_values = {name: values[name] for name in self.field_defaults()}
@@ -312,7 +331,7 @@ class Scheduler:
         unset = config.get("_use_default_values", ())
         of_users = config.get(OWN_FIELDS, ())
         values = {k: v for k, v in config.items() if k not in unset and k != "_use_default_values"}
-        known = DIFFUSERS_FIELDS | own.keys() | _EXTRA_FIELDS | {*of_users}
+        known = DIFFUSERS_FIELDS | own.keys() | ADDED.keys() | {*of_users}
         for name in values:
             if name not in known and not name.startswith("_"):
                 raise ValueError(f"scheduler config: unknown field {name!r}{nearest(name, sorted(known))}")
@@ -537,6 +556,11 @@ class Scheduler:
         s = s.reshape(-1, *[1] * (x0.ndim - 1))
         return x0.clamp(-s, s) / s
 
+    def _end(self, x: Tensor, dtype: torch.dtype, return_dict: bool, x0: Tensor | None = None) -> Any:
+        """What a step returns: the next sample, and the guess at x_0 of solvers that make one."""
+        found = (x.to(dtype),) if x0 is None else (x.to(dtype), x0.to(dtype))
+        return SchedulerOutput(*found) if return_dict else found
+
 
 def _fits(value: Any, default: Any) -> bool:
     """Whether a value is of the kind of a field's default. Flags may be None, as in published files."""
@@ -548,13 +572,6 @@ def _fits(value: Any, default: Any) -> bool:
         case float():
             return isinstance(value, Real) and not isinstance(value, bool)
     return True
-
-
-# Fields that we add to the published ones (minit2v/compat.py lists them with their reasons).
-_EXTRA_FIELDS = frozenset(
-    "average final_level history last_noise noise_path noised_at previous_timestep spaced_timesteps third_order"
-    " zero_snr".split()
-)
 
 
 def _compat_fields(cls: type[Scheduler], compat: str | None) -> dict[str, Any]:

@@ -13,8 +13,6 @@ class DDPMScheduler(Scheduler):
     variance_type: the variance of the posterior given x_0 ("fixed_small", "fixed_small_log") or of the forward step
     ("fixed_large", "fixed_large_log"); both names of a pair are one variance. Learned variances: no text-to-video
     UNet has them.
-    last_noise: the step that ends clean adds no noise ("none", as in the paper), or, as published, adds it unless it
-    begins at timestep 0 ("published").
     """
 
     Fields = declare(
@@ -22,8 +20,6 @@ class DDPMScheduler(Scheduler):
         dynamic_thresholding_ratio=0.995, clip_sample_range=1.0, sample_max_value=1.0, timestep_spacing="leading",
         steps_offset=0, rescale_betas_zero_snr=False, last_noise="none",
     )  # fmt: skip
-
-    choices = {"last_noise": ("none", "published")}
 
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None,
@@ -45,5 +41,4 @@ class DDPMScheduler(Scheduler):
                 variance *= (1 - bar_s) / (1 - bar_t)
             noise = randn(model_output.shape, generator, model_output.device, model_output.dtype)
             x = x + math.sqrt(max(variance, 0.0)) * noise
-        x, x0 = x.to(sample.dtype), x0.to(sample.dtype)
-        return SchedulerOutput(x, x0) if return_dict else (x, x0)
+        return self._end(x, sample.dtype, return_dict, x0)

@@ -1,6 +1,5 @@
 """DEIS."""
 
-
 from torch import Tensor
 
 from .base import SchedulerOutput, Timestep, declare
@@ -12,8 +11,6 @@ class DEISMultistepScheduler(MultistepScheduler):
     """Diffusion exponential integrator: Zhang and Chen, arXiv:2204.13902, tAB-DEIS with the polynomial in log rho.
 
     That is a multistep DPM-Solver on the noise with the polynomial's integrals themselves.
-    final_sigmas_type: the last step ends clean ("zero"), or, as published, in the noise of timestep 0 ("sigma_min");
-    with a spacing of sigmas that is where the last call of the network already is.
     """
 
     Fields = declare(

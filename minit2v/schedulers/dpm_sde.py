@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from .base import Generators, SchedulerOutput, Timestep, declare
-from .sigma import TwoStageScheduler
+from .base import Generators, SchedulerOutput, Timestep, declare, each_generator
+from .sigma import Stage, TwoStageScheduler
 
 
 class BrownianPath:
@@ -61,20 +61,13 @@ def _mix(seed: int, place: int) -> int:
 
 
 class DPMSolverSDEScheduler(TwoStageScheduler):
-    """k-diffusion's dpmpp_sde: the reverse SDE in x_0, with a second prediction at the middle (in lambda) of each step.
-
-    noise_sampler_seed: which path; None: drawn from the generator, one path for each of a list.
-    noise_path: "exact" (BrownianPath), or as published: a path in sigma, from `torchsde` and the ends of the grid, so
-    that other steps walk another path; the generator is then not asked.
-    """
+    """k-diffusion's dpmpp_sde: the reverse SDE in x_0, with a second prediction in the middle (of lambda)."""
 
     Fields = declare(
         beta_start=0.00085, beta_end=0.012, prediction_type="epsilon", use_karras_sigmas=False,
         use_exponential_sigmas=False, use_beta_sigmas=False, noise_sampler_seed=None, timestep_spacing="linspace",
         steps_offset=0, rescale_betas_zero_snr=False, zero_snr="honoured", noised_at="timestep", noise_path="exact",
     )  # fmt: skip
-
-    choices = {"noise_path": ("exact", "published")}
 
     _seeds: list[int] | None = None
 
@@ -89,19 +82,14 @@ class DPMSolverSDEScheduler(TwoStageScheduler):
     ) -> SchedulerOutput:  # fmt: skip
         """x (b, ...) from one call of the network to the next. s_noise: the share of the noise that is added."""
         if self._seeds is None:
-            generators = list(generator) if isinstance(generator, list | tuple) else [generator]
-            if not generators or len(sample) % len(generators):
-                raise ValueError(f"{len(generators)} generators cannot share out a batch of {len(sample)}")
-            given = self.config.noise_sampler_seed
+            generators, given = each_generator(generator, len(sample)), self.config.noise_sampler_seed
             self._seeds = [given] if given is not None else [_seed(g) for g in generators]
         return self._two_stages(model_output, timestep, sample, return_dict, s_noise=s_noise)
 
     def _leave(self, x: Tensor, x0: Tensor, levels: list[float], s_noise: float) -> Tensor:
         return self._stochastic(x, x0, levels[0], levels[1], s_noise)
 
-    def _advance(
-        self, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], levels: list[float], s_noise: float,
-    ) -> Tensor:  # fmt: skip
+    def _advance(self, first: Stage, second: Stage, levels: list[float], s_noise: float) -> Tensor:
         return self._stochastic(first[0], second[1], levels[0], levels[2], s_noise)
 
     def _stochastic(self, x: Tensor, x0: Tensor, sigma: float, target: float, s_noise: float) -> Tensor:

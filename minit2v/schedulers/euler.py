@@ -1,7 +1,6 @@
 """Euler's method in sigma, plain and ancestral."""
 
 import math
-from typing import Any
 
 from torch import Tensor
 
@@ -24,15 +23,11 @@ class EulerDiscreteScheduler(ExplodingScheduler):
         steps_offset=0, rescale_betas_zero_snr=False, final_sigmas_type="zero", noised_at="timestep",
     )  # fmt: skip
 
-    choices = {"interpolation_type": ("linear", "log_linear"), "timestep_type": ("discrete", "continuous")}
     aliases = {"prediction_type": {"original_sample": "sample"}}
 
-    def __init__(self, *args: Any, **values: Any):
-        super().__init__(*args, **values)
-        # What the network is told: the timestep, or, for models trained so, log(sigma) / 4.
-        self._continuous = self.config.timestep_type == "continuous" and self.config.prediction_type == "v_prediction"
-        if self._continuous:
-            self._put_timesteps([math.log(s) / 4 for s in self._sigmas[:-1]], dtype=self.timesteps.dtype)
+    @property
+    def _continuous(self) -> bool:
+        return self.config.timestep_type == "continuous" and self.config.prediction_type == "v_prediction"
 
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, s_churn: float = 0.0, s_tmin: float = 0.0,

@@ -1,6 +1,5 @@
 """UniPC."""
 
-
 from torch import Tensor
 
 from .base import SchedulerOutput, Timestep, declare
@@ -11,8 +10,7 @@ class UniPCMultistepScheduler(ExponentialScheduler):
     """Unified predictor-corrector: Zhao et al., arXiv:2302.04867, algorithms 5 to 8.
 
     The prediction that the network makes for the next step also corrects the last one: an order more, without a call.
-    solver_type "bh1", "bh2": B(h) = h or exp(h) - 1, which is seen in the lowest orders alone. predict_x0: integrate
-    the prediction of x_0, not of the noise. disable_corrector: the steps (by their place) that are not corrected.
+    solver_type "bh1", "bh2": B(h) = h or exp(h) - 1, which is seen in the lowest orders alone.
     """
 
     Fields = declare(
@@ -39,10 +37,6 @@ class UniPCMultistepScheduler(ExponentialScheduler):
         """With two predictions, the paper's simpler weight: half of B(h)."""
         if len(integrals) == 2:
             integrals[1] = k / 2 if self.config.solver_type == "bh1" else integrals[0] / 2
-
-    def _known(self, i: int, order: int) -> list[tuple[int, Tensor]]:
-        """The predictions of the last `order` calls, that at place i the newest."""
-        return [(i - k, self.model_outputs[-1 - k]) for k in range(order)]
 
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True,
