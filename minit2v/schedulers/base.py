@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from minit2v_convert.rename import nearest
 
-from .fields import describe, signature
+from .fields import MEANINGS, describe, signature
 from .grids import BETA_SCHEDULES, GRIDS, zero_terminal_snr
 
 CONFIG_NAME = "scheduler_config.json"
@@ -25,28 +25,6 @@ OWN_FIELDS = "_own_fields"  # in a config: the fields of a class of the user's o
 Generators = Generator | list[Generator] | None
 Device = torch.device | str | None
 Timestep = int | float | Tensor
-
-# Every field that some published scheduler takes. Folders name one class and hold fields of others (ModelScope's DDIM
-# file has PNDM's `skip_prk_steps`), so all of these are kept and handed on; anything else is a spelling mistake.
-DIFFUSERS_FIELDS = frozenset(
-    """
-    algorithm_type alpha_cum_end alpha_cum_start base_image_seq_len base_shift beta_end beta_max beta_min beta_schedule
-    beta_start block_length clip_denoised clip_sample clip_sample_range correct_steps corrector_k corrector_order
-    corrector_selection corrector_selection_tau corrector_steps disable_corrector dynamic_thresholding_ratio
-    editing_threshold entropy_bound eps eta euler_at_final final_sigmas_type final_step_size_scale flow_shift gamma
-    gamma_cum_end gamma_cum_start interpolation_type invert_sigmas lambda_min_clipped lower_order_final mask_token_id
-    masking_schedule max_image_seq_len max_shift minimal_topk n_grid noise_mode noise_sampler_seed num_inference_steps
-    num_policy_substeps num_train_timesteps num_vec_classes original_inference_steps predict_x0 prediction_type
-    predictor_order rescale_betas_zero_snr rho s s_churn s_max s_min s_noise sample_max_value sampling_eps scale_factors
-    scaler schedule_mode scheduler_type set_alpha_to_one shift shift_terminal sigma_data sigma_max sigma_min
-    sigma_schedule skip_prk_steps snr snr_shift_scale solver_order solver_p solver_type stage_range stages steps_offset
-    stochastic_sampling t_lim_ode t_lim_ode_below t_max t_min tail_step_multiplier tail_steps tau_func threshold
-    thresholding time_shift_type timestep_scaling timestep_spacing timestep_type trained_betas tsr_k tsr_sigma
-    upscale_mode use_beta_sigmas use_dynamic_shifting use_exponential_sigmas use_flow_sigmas use_karras_sigmas
-    use_lu_lambdas variance_type
-    """.split()
-)
-
 
 # What a field may be, for every class that has it.
 CHOICES: dict[str, tuple] = {
@@ -80,9 +58,19 @@ ADDED: dict[str, tuple] = {
 }
 CHOICES |= ADDED
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Noise
+# Every field that some published scheduler takes: ours, and those of others. Folders name one class and hold fields of
+# others (ModelScope's DDIM file has PNDM's `skip_prk_steps`), so all are kept and handed on; others are misspelled.
+DIFFUSERS_FIELDS = (MEANINGS.keys() - ADDED.keys()) | frozenset(
+    """
+    alpha_cum_end alpha_cum_start base_image_seq_len base_shift beta_max beta_min block_length clip_denoised
+    correct_steps corrector_k corrector_selection corrector_selection_tau corrector_steps editing_threshold
+    entropy_bound eps eta final_step_size_scale gamma gamma_cum_end gamma_cum_start invert_sigmas mask_token_id
+    masking_schedule max_image_seq_len max_shift minimal_topk n_grid noise_mode num_inference_steps num_policy_substeps
+    num_vec_classes s s_churn s_max s_min s_noise sampling_eps scale_factors scaler schedule_mode scheduler_type shift
+    snr snr_shift_scale stage_range stages stochastic_sampling t_lim_ode t_lim_ode_below t_max t_min
+    tail_step_multiplier tail_steps threshold tsr_k tsr_sigma upscale_mode
+    """.split()
+)
 
 
 def randn(
@@ -114,10 +102,6 @@ def each_generator(generator: Generators, rows: int) -> list[Generator | None]:
     return generators
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Config
-
-
 class SchedulerConfig(dict):
     """A scheduler's fields: those of its class, and those of others that its file held. Read-only.
 
@@ -130,17 +114,15 @@ class SchedulerConfig(dict):
         object.__setattr__(self, "explicit", frozenset(explicit))
 
     def __getattr__(self, name: str) -> Any:
-        try:
+        if name in self:
             return self[name]
-        except KeyError:
-            near = nearest(name, list(self))
-            raise AttributeError(f"the scheduler's config has no field {name!r}{near}") from None
+        raise AttributeError(f"the scheduler's config has no field {name!r}{nearest(name, list(self))}")
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:
-        raise AttributeError(f"a scheduler's config is read-only: {_REMADE}")
+        raise AttributeError(_READ_ONLY)
 
     def _refuse(self, *args: Any, **kw: Any) -> NoReturn:
-        raise TypeError(f"a scheduler's config is read-only: {_REMADE}")
+        raise TypeError(_READ_ONLY)
 
     __delattr__ = __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
 
@@ -148,7 +130,7 @@ class SchedulerConfig(dict):
         return SchedulerConfig, (dict(self), self.explicit)
 
 
-_REMADE = "make another scheduler, Class.from_config(scheduler.config, field=value)"
+_READ_ONLY = "a scheduler's config is read-only: make another, Class.from_config(scheduler.config, field=value)"
 
 
 @dataclass(frozen=True)
@@ -160,6 +142,11 @@ class NoiseSchedule:
     beta_end: float = 0.02
     beta_schedule: str = "linear"
     trained_betas: Sequence[float] | None = None
+
+
+# Fields that several classes have side by side.
+THRESHOLDED = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
+SPACED = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 
 
 def declare(base: type = NoiseSchedule, **defaults: Any) -> type[NoiseSchedule]:
@@ -189,10 +176,6 @@ class SchedulerOutput:
 
     def __getitem__(self, key: int | slice | str) -> Any:
         return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Schedulers
 
 
 class Scheduler:
@@ -488,6 +471,14 @@ class Scheduler:
             return t - self.config.num_train_timesteps // self.num_inference_steps
         return next((s for s in self._grid if s < t), -1)
 
+    def _places(self, t: float, timesteps: Tensor | None = None) -> list[int]:
+        """Where the grid has a timestep. Raises ValueError where it does not."""
+        grid = self._grid if timesteps is None else timesteps.tolist()
+        places = [i for i, s in enumerate(grid) if s == t]
+        if not places:
+            raise ValueError(f"{t:g} is not one of scheduler.timesteps")
+        return places
+
     def _bar(self, t: int) -> float:
         """alpha_bar at a timestep; below 0, that after the last step."""
         return torch.cat((self.alphas_cumprod, self.final_alpha_cumprod.reshape(1)))[max(t, -1)].item()
@@ -556,7 +547,7 @@ class Scheduler:
         s = s.reshape(-1, *[1] * (x0.ndim - 1))
         return x0.clamp(-s, s) / s
 
-    def _end(self, x: Tensor, dtype: torch.dtype, return_dict: bool, x0: Tensor | None = None) -> Any:
+    def _end(self, x: Tensor, dtype: torch.dtype, return_dict: bool, x0: Tensor | None = None) -> SchedulerOutput:
         """What a step returns: the next sample, and the guess at x_0 of solvers that make one."""
         found = (x.to(dtype),) if x0 is None else (x.to(dtype), x0.to(dtype))
         return SchedulerOutput(*found) if return_dict else found

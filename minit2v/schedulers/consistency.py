@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from .base import Device, Generators, Scheduler, SchedulerOutput, Timestep, declare, randn
+from .base import THRESHOLDED, Device, Generators, Scheduler, SchedulerOutput, Timestep, declare, randn
 
 
 class _Consistency(Scheduler):
@@ -15,8 +15,7 @@ class _Consistency(Scheduler):
     Fields = declare(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", original_inference_steps=50,
         clip_sample=False, clip_sample_range=1.0, set_alpha_to_one=True, steps_offset=0, prediction_type="epsilon",
-        thresholding=False, dynamic_thresholding_ratio=0.995, sample_max_value=1.0, timestep_spacing="leading",
-        timestep_scaling=10.0, rescale_betas_zero_snr=False,
+        **THRESHOLDED, timestep_spacing="leading", timestep_scaling=10.0, rescale_betas_zero_snr=False,
     )  # fmt: skip
 
     def set_timesteps(

@@ -17,11 +17,6 @@ class DDIMScheduler(Scheduler):
         rescale_betas_zero_snr=False, previous_timestep="grid",
     )  # fmt: skip
 
-    def __init__(self, *args: Any, **values: Any):
-        super().__init__(*args, **values)
-        if self.config.timestep_spacing != "leading":
-            self._check_first(self.config.num_train_timesteps - 1)
-
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, eta: float = 0.0,
         use_clipped_model_output: bool = False, generator: Generators = None, variance_noise: Tensor | None = None,

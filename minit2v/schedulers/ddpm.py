@@ -32,9 +32,8 @@ class DDPMScheduler(Scheduler):
         bar_t, bar_s = self._bar(t), self._bar(s)
         alpha_step = bar_t / bar_s  # the signal that is left of the step from s to t
         x0 = self._clip(self._x0_and_eps(out, x, math.sqrt(bar_t), math.sqrt(1 - bar_t))[0])
-        x = math.sqrt(bar_s) * (1 - alpha_step) / (1 - bar_t) * x0 + math.sqrt(alpha_step) * (1 - bar_s) / (
-            1 - bar_t
-        ) * x
+        of_x0, of_x = math.sqrt(bar_s) * (1 - alpha_step), math.sqrt(alpha_step) * (1 - bar_s)
+        x = of_x0 / (1 - bar_t) * x0 + of_x / (1 - bar_t) * x
         if s >= 0 or (self.config.last_noise == "published" and t > 0):
             variance = 1 - alpha_step
             if "large" not in (self.config.variance_type or "fixed_small"):

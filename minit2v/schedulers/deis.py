@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .base import SchedulerOutput, Timestep, declare
+from .base import SPACED, THRESHOLDED, SchedulerOutput, Timestep, declare
 from .dpm_multistep import DPMSolverMultistepScheduler
 from .exponential import MultistepScheduler
 
@@ -14,12 +14,10 @@ class DEISMultistepScheduler(MultistepScheduler):
     """
 
     Fields = declare(
-        solver_order=2, prediction_type="epsilon", thresholding=False, dynamic_thresholding_ratio=0.995,
-        sample_max_value=1.0, algorithm_type="deis", solver_type="logrho", lower_order_final=True,
-        use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False, use_flow_sigmas=False,
-        flow_shift=1.0, timestep_spacing="linspace", steps_offset=0, use_dynamic_shifting=False,
-        time_shift_type="exponential", rescale_betas_zero_snr=False, zero_snr="honoured", noised_at="timestep",
-        spaced_timesteps="exact", final_sigmas_type="zero",
+        solver_order=2, prediction_type="epsilon", **THRESHOLDED, algorithm_type="deis", solver_type="logrho",
+        lower_order_final=True, **SPACED, use_flow_sigmas=False, flow_shift=1.0, timestep_spacing="linspace",
+        steps_offset=0, use_dynamic_shifting=False, time_shift_type="exponential", rescale_betas_zero_snr=False,
+        zero_snr="honoured", noised_at="timestep", spaced_timesteps="exact", final_sigmas_type="zero",
     )  # fmt: skip
 
     choices = {"algorithm_type": ("deis",), "solver_type": ("logrho",)}

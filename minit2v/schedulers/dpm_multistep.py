@@ -1,12 +1,11 @@
 """DPM-Solver and DPM-Solver++, multistep."""
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import Generators, SchedulerOutput, Timestep, declare, randn
+from .base import SPACED, THRESHOLDED, Generators, SchedulerOutput, Timestep, declare, randn
 from .exponential import MultistepScheduler
 
 # DEIS, UniPC and SA-Solver have fields of the same names.
@@ -28,13 +27,11 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
     """DPM-Solver++ (Lu et al., arXiv:2211.01095) and DPM-Solver (arXiv:2206.00927), multistep, orders 1 to 3."""
 
     Fields = declare(
-        solver_order=2, prediction_type="epsilon", thresholding=False, dynamic_thresholding_ratio=0.995,
-        sample_max_value=1.0, algorithm_type="dpmsolver++", solver_type="midpoint", lower_order_final=True,
-        euler_at_final=False, use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False,
-        use_lu_lambdas=False, use_flow_sigmas=False, flow_shift=1.0, final_sigmas_type="zero",
-        lambda_min_clipped=-float("inf"), variance_type=None, timestep_spacing="linspace", steps_offset=0,
-        rescale_betas_zero_snr=False, use_dynamic_shifting=False, time_shift_type="exponential",
-        third_order="corrected", noised_at="timestep", spaced_timesteps="exact",
+        solver_order=2, prediction_type="epsilon", **THRESHOLDED, algorithm_type="dpmsolver++", solver_type="midpoint",
+        lower_order_final=True, euler_at_final=False, **SPACED, use_lu_lambdas=False, use_flow_sigmas=False,
+        flow_shift=1.0, final_sigmas_type="zero", lambda_min_clipped=-float("inf"), variance_type=None,
+        timestep_spacing="linspace", steps_offset=0, rescale_betas_zero_snr=False, use_dynamic_shifting=False,
+        time_shift_type="exponential", third_order="corrected", noised_at="timestep", spaced_timesteps="exact",
     )  # fmt: skip
 
     choices = {
@@ -42,11 +39,6 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
         "solver_type": ("midpoint", "heun"),
     }
     aliases = ALIASES
-
-    def __init__(self, *args: Any, **values: Any):
-        super().__init__(*args, **values)
-        if self.config.algorithm_type == "sde-dpmsolver" and self.config.solver_order == 3:
-            raise ValueError("algorithm_type 'sde-dpmsolver' has no third order: use solver_order=2")
 
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None,

@@ -4,7 +4,7 @@ from functools import partial
 
 from torch import Tensor
 
-from .base import Generators, SchedulerOutput, Timestep, declare, randn
+from .base import SPACED, THRESHOLDED, Generators, SchedulerOutput, Timestep, declare, randn
 from .dpm_multistep import ALIASES, dpm_rule
 from .exponential import ExponentialScheduler
 
@@ -17,12 +17,11 @@ class DPMSolverSinglestepScheduler(ExponentialScheduler):
     """
 
     Fields = declare(
-        solver_order=2, prediction_type="epsilon", thresholding=False, dynamic_thresholding_ratio=0.995,
-        sample_max_value=1.0, algorithm_type="dpmsolver++", solver_type="midpoint", lower_order_final=False,
-        use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False, use_flow_sigmas=False,
-        flow_shift=1.0, final_sigmas_type="zero", lambda_min_clipped=-float("inf"), variance_type=None,
-        use_dynamic_shifting=False, time_shift_type="exponential", rescale_betas_zero_snr=False, zero_snr="honoured",
-        noised_at="timestep", spaced_timesteps="exact", third_order="corrected",
+        solver_order=2, prediction_type="epsilon", **THRESHOLDED, algorithm_type="dpmsolver++", solver_type="midpoint",
+        lower_order_final=False, **SPACED, use_flow_sigmas=False, flow_shift=1.0, final_sigmas_type="zero",
+        lambda_min_clipped=-float("inf"), variance_type=None, use_dynamic_shifting=False, time_shift_type="exponential",
+        rescale_betas_zero_snr=False, zero_snr="honoured", noised_at="timestep", spaced_timesteps="exact",
+        third_order="corrected",
     )  # fmt: skip
 
     choices = {

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Device, Timestep, declare
+from .base import THRESHOLDED, Device, Timestep, declare
 from .dpm_multistep import ALIASES, DPMSolverMultistepScheduler
 from .euler import EulerDiscreteScheduler
 from .exponential import MultistepScheduler
@@ -17,6 +17,11 @@ from .sigma import ExplodingScheduler
 
 class _EDM(ExplodingScheduler):
     """What both share: sigmas from sigma_max to sigma_min, and how the network's input and output are scaled."""
+
+    Fields = declare(
+        object, sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, sigma_schedule="karras", num_train_timesteps=1000,
+        prediction_type="epsilon", rho=7.0,
+    )  # fmt: skip
 
     choices = {"prediction_type": ("epsilon", "v_prediction")}
     _continuous = property(lambda self: True)
@@ -77,11 +82,7 @@ class _EDM(ExplodingScheduler):
 class EDMEulerScheduler(_EDM):
     """Euler's method, with churn: arXiv:2206.00364, algorithm 2 without its second-order correction."""
 
-    Fields = declare(
-        object, sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, sigma_schedule="karras", num_train_timesteps=1000,
-        prediction_type="epsilon", rho=7.0, final_sigmas_type="zero", noised_at="timestep",
-    )  # fmt: skip
-
+    Fields = declare(_EDM.Fields, final_sigmas_type="zero", noised_at="timestep")
     step = EulerDiscreteScheduler.step
 
 
@@ -89,10 +90,9 @@ class EDMDPMSolverMultistepScheduler(_EDM, MultistepScheduler):
     """DPM-Solver++ multistep, as DPMSolverMultistepScheduler."""
 
     Fields = declare(
-        object, sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, sigma_schedule="karras", num_train_timesteps=1000,
-        prediction_type="epsilon", rho=7.0, solver_order=2, thresholding=False, dynamic_thresholding_ratio=0.995,
-        sample_max_value=1.0, algorithm_type="dpmsolver++", solver_type="midpoint", lower_order_final=True,
-        euler_at_final=False, final_sigmas_type="zero", third_order="corrected", noised_at="timestep",
+        _EDM.Fields, solver_order=2, **THRESHOLDED, algorithm_type="dpmsolver++", solver_type="midpoint",
+        lower_order_final=True, euler_at_final=False, final_sigmas_type="zero", third_order="corrected",
+        noised_at="timestep",
     )  # fmt: skip
 
     choices = _EDM.choices | {

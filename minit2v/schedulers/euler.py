@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from .base import Generators, SchedulerOutput, Timestep, declare, randn
+from .base import SPACED, Generators, SchedulerOutput, Timestep, declare, randn
 from .sigma import ExplodingScheduler
 
 
@@ -18,9 +18,9 @@ class EulerDiscreteScheduler(ExplodingScheduler):
     """Karras et al., arXiv:2206.00364, algorithm 2 without its second-order correction."""
 
     Fields = declare(
-        prediction_type="epsilon", interpolation_type="linear", use_karras_sigmas=False, use_exponential_sigmas=False,
-        use_beta_sigmas=False, sigma_min=None, sigma_max=None, timestep_spacing="linspace", timestep_type="discrete",
-        steps_offset=0, rescale_betas_zero_snr=False, final_sigmas_type="zero", noised_at="timestep",
+        prediction_type="epsilon", interpolation_type="linear", **SPACED, sigma_min=None, sigma_max=None,
+        timestep_spacing="linspace", timestep_type="discrete", steps_offset=0, rescale_betas_zero_snr=False,
+        final_sigmas_type="zero", noised_at="timestep",
     )  # fmt: skip
 
     aliases = {"prediction_type": {"original_sample": "sample"}}

@@ -55,6 +55,8 @@ class ExponentialScheduler(SigmaScheduler):
         kind, end = self._own("algorithm_type"), self._own("final_sigmas_type")
         if kind in ("dpmsolver", "sde-dpmsolver") and end == "zero":
             raise ValueError(f"algorithm_type {kind!r} needs final_sigmas_type='sigma_min'")
+        if kind == "sde-dpmsolver" and self.config.solver_order == 3:
+            raise ValueError("algorithm_type 'sde-dpmsolver' has no third order: use solver_order=2")
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Device = None, *, timesteps: list[float] | None = None,

@@ -19,7 +19,6 @@ MEANINGS = {
     "euler_at_final": "make the last step of first order",
     "final_level": "where the last step ends: as set_alpha_to_one says, or always at the level of timestep 0",
     "final_sigmas_type": "the noise level after the last step: none, or the lowest of training",
-    "flow_shift": "a field of flow models, without effect here",
     "history": "where a run begins, the weights of the predictions that there are, or of as many as its place allows",
     "interpolation_type": "how noise levels between two training timesteps are found",
     "lambda_min_clipped": "the lowest log-SNR at which a step may begin",
@@ -38,7 +37,6 @@ MEANINGS = {
     "rho": "how much denser the noise levels are at the low end",
     "sample_max_value": "the most that thresholding scales down by",
     "set_alpha_to_one": "end at clean samples, not at the level of timestep 0",
-    "shift_terminal": "a field of flow models",
     "sigma_data": "the standard deviation of the data that the model was trained with",
     "sigma_max": "the first noise level of the Karras, exponential and beta spacings; None: as trained",
     "sigma_min": "the last noise level of the Karras, exponential and beta spacings; None: as trained",
@@ -52,20 +50,19 @@ MEANINGS = {
     "tau_func": "how stochastic a step is, by its timestep: 0 the ODE, 1 the SDE; None: 1 from 200 to 800",
     "third_order": "the third-order rule, or as published: the last term halved, with noise a sign turned",
     "thresholding": "scale the guess at x_0 down where it leaves [-1, 1]: for pixels, not for latents",
-    "time_shift_type": "a field of flow models, without effect here",
     "timestep_scaling": "how fast the model's answer takes over from its input as t rises (LCM, section 4.1)",
     "timestep_spacing": "how the timesteps of a run are spread over those of training",
     "timestep_type": "what the network is told: the timestep, or a function of sigma",
     "trained_betas": "the variances themselves, in place of beta_start, beta_end and beta_schedule",
     "use_beta_sigmas": "space the noise levels as quantiles of a beta distribution",
-    "use_dynamic_shifting": "a field of flow models, without effect here",
     "use_exponential_sigmas": "space the noise levels evenly in log sigma",
-    "use_flow_sigmas": "a field of flow models",
     "use_karras_sigmas": "space the noise levels evenly in sigma ** (1/7)",
     "use_lu_lambdas": "space the noise levels evenly in log-SNR",
     "variance_type": "of networks that predict a variance, too, which is cut off",
     "zero_snr": "whether rescale_betas_zero_snr is heeded",
 }
+OF_FLOWS = ("flow_shift", "shift_terminal", "time_shift_type", "use_dynamic_shifting", "use_flow_sigmas")
+MEANINGS |= dict.fromkeys(OF_FLOWS, "a field of flow models, without effect here")
 
 
 def describe(doc: str, defaults: Mapping[str, Any], choices: Mapping[str, Sequence[Any]]) -> str:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .base import SchedulerOutput, Timestep, declare
+from .base import SPACED, SchedulerOutput, Timestep, declare
 from .exponential import weights
 from .sigma import ExplodingScheduler
 
@@ -11,9 +11,8 @@ class LMSDiscreteScheduler(ExplodingScheduler):
     """k-diffusion's lms: the last four predictions of eps = dx / dsigma, joined by a polynomial in sigma."""
 
     Fields = declare(
-        use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False, prediction_type="epsilon",
-        timestep_spacing="linspace", steps_offset=0, rescale_betas_zero_snr=False, zero_snr="honoured",
-        noised_at="timestep", history="known",
+        **SPACED, prediction_type="epsilon", timestep_spacing="linspace", steps_offset=0, rescale_betas_zero_snr=False,
+        zero_snr="honoured", noised_at="timestep", history="known",
     )  # fmt: skip
 
     def _reset(self) -> None:

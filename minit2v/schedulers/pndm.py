@@ -62,7 +62,7 @@ class PNDMScheduler(Scheduler):
         out, x = self._widen(model_output, sample)
         t, by_ratio = int(self._number(timestep)), self.config.previous_timestep == "ratio"
         if self._i is None:
-            self._i = 0 if by_ratio else self._place(t)
+            self._i = 0 if by_ratio else self._places(t)[0]
         i = self._i
         if i >= len(self._grid):
             raise ValueError(f"all {len(self._grid)} steps are done; call set_timesteps for another video")
@@ -102,11 +102,6 @@ class PNDMScheduler(Scheduler):
     def _is_noise(self, t: int) -> bool:
         """Where x_0 would be the difference of predictions over an alpha of nearly 0: there, the first alone counts."""
         return self._ends_in_noise and self._bar(t) < 1e-6
-
-    def _place(self, t: int) -> int:
-        if t not in self._grid:
-            raise ValueError(f"{t} is not one of scheduler.timesteps")
-        return self._grid.index(t)
 
     def _eps(self, out: Tensor, x: Tensor, t: int) -> Tensor:
         bar = self._bar(t)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .base import Generators, SchedulerOutput, Timestep, declare, randn
+from .base import SPACED, THRESHOLDED, Generators, SchedulerOutput, Timestep, declare, randn
 from .exponential import ExponentialScheduler
 
 
@@ -10,12 +10,10 @@ class SASolverScheduler(ExponentialScheduler):
     """Stochastic Adams: Xue et al., arXiv:2309.05019, algorithm 1. A file cannot hold a tau_func."""
 
     Fields = declare(
-        predictor_order=2, corrector_order=2, prediction_type="epsilon", tau_func=None, thresholding=False,
-        dynamic_thresholding_ratio=0.995, sample_max_value=1.0, algorithm_type="data_prediction",
-        lower_order_final=True, use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False,
-        use_flow_sigmas=False, flow_shift=1.0, lambda_min_clipped=-float("inf"), variance_type=None,
-        timestep_spacing="linspace", steps_offset=0, rescale_betas_zero_snr=False, zero_snr="honoured",
-        spaced_timesteps="exact", final_sigmas_type="zero",
+        predictor_order=2, corrector_order=2, prediction_type="epsilon", tau_func=None, **THRESHOLDED,
+        algorithm_type="data_prediction", lower_order_final=True, **SPACED, use_flow_sigmas=False, flow_shift=1.0,
+        lambda_min_clipped=-float("inf"), variance_type=None, timestep_spacing="linspace", steps_offset=0,
+        rescale_betas_zero_snr=False, zero_snr="honoured", spaced_timesteps="exact", final_sigmas_type="zero",
     )  # fmt: skip
 
     choices = {"algorithm_type": ("data_prediction", "noise_prediction")}

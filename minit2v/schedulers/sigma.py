@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Device, Scheduler, Timestep
+from .base import SPACED, Device, Scheduler, SchedulerOutput, Timestep
 from .grids import GRIDS, beta_sigmas, exponential_sigmas, karras_sigmas
 
 Stage = tuple[Tensor, Tensor]  # a sample, and the x_0 that the network sees in it
-SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+SPACINGS = (*SPACED, "use_lu_lambdas")
 
 
 class SigmaScheduler(Scheduler):
@@ -58,9 +58,7 @@ class SigmaScheduler(Scheduler):
         """The grid of n timesteps that the config asks for."""
         raise NotImplementedError
 
-    def _lay(
-        self, n: int | None, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None,
-    ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    def _lay(self, n: int | None, timesteps: Any, sigmas: Any) -> tuple[np.ndarray, np.ndarray]:
         """Timesteps, and the sigmas between which the steps go, one more."""
         self._one_of(n, timesteps, sigmas)
         table = self._table().numpy()
@@ -114,12 +112,7 @@ class SigmaScheduler(Scheduler):
     def index_for_timestep(self, timestep: Timestep, schedule_timesteps: Tensor | None = None) -> int:
         """The place of a timestep in the grid; the second one where it occurs twice, so that a start in the middle does
         not repeat a noise level. Raises ValueError where it does not occur."""
-        grid = self._grid if schedule_timesteps is None else schedule_timesteps.tolist()
-        t = self._number(timestep)
-        places = [i for i, s in enumerate(grid) if s == t]
-        if not places:
-            raise ValueError(f"{t:g} is not one of scheduler.timesteps")
-        return places[min(1, len(places) - 1)]
+        return self._places(self._number(timestep), schedule_timesteps)[:2][-1]
 
     def _start(self, timestep: Timestep) -> int:
         """The place at which this step starts."""
@@ -137,7 +130,7 @@ class SigmaScheduler(Scheduler):
         """(alpha, sigma) of the solver's own x at a noise level."""
         raise NotImplementedError
 
-    def _end(self, x: Tensor, dtype: torch.dtype, return_dict: bool, x0: Tensor | None = None) -> Any:
+    def _end(self, x: Tensor, dtype: torch.dtype, return_dict: bool, x0: Tensor | None = None) -> SchedulerOutput:
         self.step_index += 1
         return super()._end(x, dtype, return_dict, x0)
 

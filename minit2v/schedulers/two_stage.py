@@ -3,7 +3,7 @@
 import numpy as np
 from torch import Tensor
 
-from .base import Generators, SchedulerOutput, Timestep, declare, randn
+from .base import SPACED, Generators, SchedulerOutput, Timestep, declare, randn
 from .euler import ancestral
 from .sigma import Stage, TwoStageScheduler
 
@@ -12,10 +12,9 @@ class HeunDiscreteScheduler(TwoStageScheduler):
     """Karras et al., arXiv:2206.00364, algorithm 1: Euler's step, then again with the mean of its two slopes."""
 
     Fields = declare(
-        beta_start=0.00085, beta_end=0.012, prediction_type="epsilon", use_karras_sigmas=False,
-        use_exponential_sigmas=False, use_beta_sigmas=False, clip_sample=False, clip_sample_range=1.0,
-        timestep_spacing="linspace", steps_offset=0, rescale_betas_zero_snr=False, zero_snr="honoured",
-        noised_at="timestep",
+        beta_start=0.00085, beta_end=0.012, prediction_type="epsilon", **SPACED, clip_sample=False,
+        clip_sample_range=1.0, timestep_spacing="linspace", steps_offset=0, rescale_betas_zero_snr=False,
+        zero_snr="honoured", noised_at="timestep",
     )  # fmt: skip
 
     def _second_levels(self, levels: np.ndarray) -> np.ndarray:
@@ -42,9 +41,9 @@ class KDPM2DiscreteScheduler(TwoStageScheduler):
     """k-diffusion's dpm_2: the slope at the middle of the step, in log sigma (DPM-Solver-2 of arXiv:2206.00927)."""
 
     Fields = declare(
-        beta_start=0.00085, beta_end=0.012, use_karras_sigmas=False, use_exponential_sigmas=False,
-        use_beta_sigmas=False, prediction_type="epsilon", timestep_spacing="linspace", steps_offset=0,
-        rescale_betas_zero_snr=False, zero_snr="honoured", noised_at="timestep", spaced_timesteps="exact",
+        beta_start=0.00085, beta_end=0.012, **SPACED, prediction_type="epsilon", timestep_spacing="linspace",
+        steps_offset=0, rescale_betas_zero_snr=False, zero_snr="honoured", noised_at="timestep",
+        spaced_timesteps="exact",
     )  # fmt: skip
 
     step = HeunDiscreteScheduler.step

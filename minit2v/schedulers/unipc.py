@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .base import SchedulerOutput, Timestep, declare
+from .base import SPACED, THRESHOLDED, SchedulerOutput, Timestep, declare
 from .exponential import ExponentialScheduler
 
 
@@ -14,12 +14,11 @@ class UniPCMultistepScheduler(ExponentialScheduler):
     """
 
     Fields = declare(
-        solver_order=2, prediction_type="epsilon", thresholding=False, dynamic_thresholding_ratio=0.995,
-        sample_max_value=1.0, predict_x0=True, solver_type="bh2", lower_order_final=True, disable_corrector=[],
-        solver_p=None, use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False,
-        use_flow_sigmas=False, flow_shift=1.0, timestep_spacing="linspace", steps_offset=0, final_sigmas_type="zero",
-        rescale_betas_zero_snr=False, use_dynamic_shifting=False, time_shift_type="exponential", sigma_min=None,
-        sigma_max=None, shift_terminal=None, noised_at="timestep", spaced_timesteps="exact",
+        solver_order=2, prediction_type="epsilon", **THRESHOLDED, predict_x0=True, solver_type="bh2",
+        lower_order_final=True, disable_corrector=[], solver_p=None, **SPACED, use_flow_sigmas=False, flow_shift=1.0,
+        timestep_spacing="linspace", steps_offset=0, final_sigmas_type="zero", rescale_betas_zero_snr=False,
+        use_dynamic_shifting=False, time_shift_type="exponential", sigma_min=None, sigma_max=None, shift_terminal=None,
+        noised_at="timestep", spaced_timesteps="exact",
     )  # fmt: skip
 
     choices = {
