@@ -263,6 +263,10 @@ class TwoStageScheduler(ExplodingScheduler):
             x = self._leave(x, x0, self._sigmas[i : i + 3], **more)
         return self._end(x, sample.dtype, return_dict, x0)
 
+    def _is_noise(self, sigma: float) -> bool:
+        """Whether this is pure noise, sigma in the thousands: times that, the difference of two slopes would be all."""
+        return self._ends_in_noise and sigma == self._table()[-1].item()
+
     def _leave(self, x: Tensor, x0: Tensor, levels: list[float], **more: Any) -> Tensor:
         """From the first of these levels to the second, by the prediction at the first: Euler's step."""
         return x0 + levels[1] / levels[0] * (x - x0)
@@ -270,4 +274,6 @@ class TwoStageScheduler(ExplodingScheduler):
     def _advance(self, first: Stage, second: Stage, levels: list[float], **more: Any) -> Tensor:
         """From (x, x_0) at levels[0], and at levels[1] where the first led, to x at levels[2]: the midpoint rule."""
         (x, _), (x_mid, x0_mid), (sigma, middle, target) = first, second, levels
+        if self._is_noise(sigma):
+            return x0_mid + target / sigma * (x - x0_mid)
         return x + (target - sigma) / middle * (x_mid - x0_mid)

@@ -31,8 +31,7 @@ class HeunDiscreteScheduler(TwoStageScheduler):
 
     def _advance(self, first: Stage, second: Stage, levels: list[float]) -> Tensor:
         (x, x0), (x_end, x0_end), (sigma, target, _) = first, second, levels
-        if self._ends_in_noise and sigma == self._sigmas[0] == self._table()[-1].item():
-            # From pure noise, sigma in the thousands: the slopes' difference, over that length, would be all there is.
+        if self._is_noise(sigma):
             return x_end
         return x + (target - sigma) / 2 * ((x - x0) / sigma + (x_end - x0_end) / target)
 
