@@ -2,7 +2,7 @@
 
 python benchmarks/solvers.py                 measure, write results/solvers.json, draw docs/figures/solvers.png
 python benchmarks/solvers.py --shapes        the embedded models: right videos against calls of the network
-python benchmarks/solvers.py --draw          draw what was measured
+python benchmarks/solvers.py --draw          draw what was measured, and print the table of docs/samplers.md
 
 The data is a mixture of Gaussians in the shape of latents. What a perfect network says of it is known in closed form,
 at every noise level, so that all that a solver gets wrong is its own.
@@ -233,7 +233,7 @@ def shapes(counts: Sequence[int], videos: int) -> None:
             pipe.scheduler = scheduler_of(name, config)
             steps = steps_of(name, n, pipe.scheduler)
             pipe.scheduler.set_timesteps(steps)
-            calls, points = len(pipe.scheduler.timesteps), rows.setdefault(name, [])
+            calls, points = len(pipe.scheduler.timesteps), rows.get(name, [])
             if calls in (known for known, _ in points):
                 continue
             began = time.monotonic()
@@ -246,7 +246,7 @@ def shapes(counts: Sequence[int], videos: int) -> None:
                 output_type="pt",
             ).frames  # (b f c h w)
             right = sum(world.analyse(clip.transpose(0, 1)) == a for clip, a in zip(clips, asked, strict=True))
-            points.append((calls, right))
+            rows[name] = sorted([*points, (calls, right)], key=lambda point: point[0])
             write(SHAPES, result)
             seconds = time.monotonic() - began
             print(f"{model:13} {name:13} {calls:3} calls: {right}/{videos}  {seconds:.0f} s", flush=True)
@@ -259,24 +259,21 @@ COLOURS = ("#3b78b5", "#e07b27", "#3c8f5c", "#b3423a", "#8c6bb1", "#8a6d3b", "#d
            "#1f2933")  # fmt: skip
 
 
-def draw(curves: dict[str, Any], titles: dict[str, tuple], path: Path, footer: str, logy: bool = True) -> None:
+def draw(curves: dict[str, Any], titles: dict[str, tuple], path: Path, footer: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    page = Figure(figsize=(11, 2.4 * len(curves)), dpi=110, facecolor="white")
-    panels = page.subplots(len(curves) // 2, 2)
-    for axes, (kind, lines) in zip(panels.flat, curves.items(), strict=True):
+    page = Figure(figsize=(11, 4.8), dpi=110, facecolor="white")
+    for axes, (kind, lines) in zip(page.subplots(1, 2), curves.items(), strict=True):
         title, label = titles[kind]
         for colour, (name, points) in zip(COLOURS, lines.items(), strict=False):
             x, y = zip(*points, strict=True)
             axes.plot(x, y, color=colour, linewidth=1.6, marker="o", markersize=3, label=name)
         axes.set_xscale("log")
-        if logy:
-            axes.set_yscale("log")
-        most = max(x for points in lines.values() for x, _ in points)
-        axes.set_xticks(ticks := [t for t in (5, 10, 20, 50, 100, 200) if t <= most], [str(t) for t in ticks])
+        axes.set_yscale("log")
+        axes.set_xticks(ticks := [5, 10, 20, 50, 100, 200], [str(t) for t in ticks])
         axes.minorticks_off()
         axes.set_title(title, loc="left", fontsize=11, color=INK)
         axes.set_xlabel("calls of the network", fontsize=9, color=INK)
@@ -290,6 +287,17 @@ def draw(curves: dict[str, Any], titles: dict[str, tuple], path: Path, footer: s
     page.savefig(path)
 
 
+def table(curves: dict[str, Any]) -> str:
+    """The curves at a few counts of calls, as docs/samplers.md shows them."""
+    counts = (10, 20, 40, 80, 200)
+    rows = ["| solver | " + " | ".join(f"{n} calls" for n in counts) + " |", "|---" * (len(counts) + 1) + "|"]
+    for kind, form in (("deterministic", "{:.1e}"), ("stochastic", "{:.3f}")):
+        for name, points in curves[kind].items():
+            near = [min((abs(calls - n), value) for calls, value in points)[1] for n in counts]
+            rows.append(f"| `{name}` | " + " | ".join(map(form.format, near)) + " |")
+    return "\n".join(rows)
+
+
 def draw_all() -> None:
     if RESULT.exists():
         result = json.loads(RESULT.read_text())
@@ -297,23 +305,44 @@ def draw_all() -> None:
         titles = {"deterministic": ("A mixture of Gaussians, exact score: the ODE", "error (root of the mean square)"),
                   "stochastic": ("The same, with noise in the steps", "distance of the distributions / width")}
         draw(result["curves"], titles, FIGURES / "solvers.png", footer)
+        print(table(result["curves"]))
     if SHAPES.exists():
         result = json.loads(SHAPES.read_text())
         footer = f"{result['command']} · {result['date']}"
-        label = f"right videos of {result['videos']}"
-        titles = {}
-        curves = {}
-        for model, rows in result["right"].items():
-            for kind, names in (("without noise", DETERMINISTIC), ("with noise", STOCHASTIC)):
-                titles[f"{model}, {kind}"] = f"{model}, {kind}", label
-                curves[f"{model}, {kind}"] = {name: rows[name] for name in names if name in rows}
-        draw(curves, titles, FIGURES / "solvers_shapes.png", footer, logy=False)
+        draw_right(result["right"], result["videos"], FIGURES / "solvers_shapes.png", footer)
+
+
+def draw_right(right: dict[str, dict[str, list]], videos: int, path: Path, footer: str) -> None:
+    """A panel for each model: a row for each solver, and in its columns how many videos are right."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    names = [*DETERMINISTIC, *STOCHASTIC]
+    page = Figure(figsize=(9, 7), dpi=110, facecolor="white")
+    for axes, (model, rows) in zip(page.subplots(1, len(right)), right.items(), strict=True):
+        columns = max(len(points) for points in rows.values())
+        for y, name in enumerate(names):
+            for x, (calls, n) in enumerate(rows[name]):
+                axes.add_patch(Rectangle((x, y), 0.94, 0.9, color=COLOURS[0], alpha=0.08 + 0.82 * n / videos))
+                dark = n > 0.6 * videos
+                axes.text(x + 0.47, y + 0.45, f"{n}", fontsize=9, ha="center", va="center",
+                          color="white" if dark else INK)  # fmt: skip
+                axes.text(x + 0.91, y + 0.82, f"{calls}", fontsize=5.5, ha="right", va="bottom",
+                          color="white" if dark else SOFT)  # fmt: skip
+        axes.set(xlim=(0, columns), ylim=(len(names), 0), xticks=[], xlabel="calls of the network in small figures")
+        axes.set_yticks([y + 0.45 for y in range(len(names))], names)
+        axes.set_title(f"{model}: right videos of {videos}", loc="left", fontsize=11, color=INK)
+        axes.tick_params(length=0, labelsize=8.5, colors=INK)
+        axes.spines[:].set_visible(False)
+    page.text(0.01, 0.01, footer, fontsize=7, color=SOFT)
+    page.tight_layout(rect=(0, 0.02, 1, 1))
+    page.savefig(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", action="store_true", help="measure the embedded models, not the mixture")
-    parser.add_argument("--counts", type=int, nargs="+", default=[5, 10, 20], help="calls of the network, of --shapes")
+    parser.add_argument("--counts", type=int, nargs="+", default=[3, 5, 7, 10, 20], help="calls, of --shapes")
     parser.add_argument("--videos", type=int, default=8, help="for every solver and count, of --shapes")
     parser.add_argument("--draw", action="store_true", help="draw, and measure nothing")
     args = parser.parse_args()

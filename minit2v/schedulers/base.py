@@ -481,7 +481,7 @@ class Scheduler:
 
     def _bar(self, t: int) -> float:
         """alpha_bar at a timestep; below 0, that after the last step."""
-        return torch.cat((self.alphas_cumprod, self.final_alpha_cumprod.reshape(1)))[max(t, -1)].item()
+        return (self.alphas_cumprod[t] if t >= 0 else self.final_alpha_cumprod).item()
 
     def _rows(self, values: Tensor, x: Tensor) -> Tensor:
         """(n,) float64 levels -> (n, 1, 1, ...) on the device of x, in the dtype in which its step is computed."""
