@@ -1,8 +1,8 @@
 """Every solver on data whose score is known: error against calls of the network, and the figures of docs/samplers.md.
 
 python benchmarks/solvers.py                 measure, write results/solvers.json, draw docs/figures/solvers.png
-python benchmarks/solvers.py --shapes        the embedded model: right videos against steps for every solver
-python benchmarks/solvers.py --draw          draw what was measured
+python benchmarks/solvers.py --shapes        the embedded models: right videos against calls of the network
+python benchmarks/solvers.py --draw          draw what was measured, and print the table of docs/samplers.md
 
 The data is a mixture of Gaussians in the shape of latents. What a perfect network says of it is known in closed form,
 at every noise level, so that all that a solver gets wrong is its own.
@@ -118,11 +118,14 @@ def ready(name: str, n: int, **fields: Any) -> Scheduler:
     """A solver as it is used, whose grid makes about n calls of the network and ends clean."""
     scheduler = scheduler_of(name, MODEL | {"set_alpha_to_one": True})
     scheduler = type(scheduler).from_config(scheduler.config, **fields)
-    steps = max(1, round((n + 1) / 2)) if scheduler.order == 2 else n
-    if name in ("lcm", "tcd"):
-        steps = min(steps, scheduler.config.original_inference_steps)
-    scheduler.set_timesteps(max(1, steps - (name == "plms")))  # PLMS asks once more
+    scheduler.set_timesteps(steps_of(name, n, scheduler))
     return scheduler
+
+
+def steps_of(name: str, n: int, scheduler: Scheduler) -> int:
+    """The steps for which a solver makes about n calls of the network."""
+    steps = round((n + 1) / 2) if scheduler.order == 2 else n - (name == "plms")  # PLMS asks once more
+    return max(1, min(steps, scheduler.config.get("original_inference_steps", steps)))
 
 
 class Measured:
@@ -193,33 +196,60 @@ def write(path: Path, result: dict[str, Any]) -> None:
     part.replace(path)
 
 
-# ---------------------------------------------------------------------------------------------- the embedded model
+# --------------------------------------------------------------------------------------------- the embedded models
 
 
-def shapes(counts: Sequence[int], videos: int) -> dict[str, list[tuple[int, float]]]:
-    """The share of right videos of the embedded model, as training/world.py reads them, by solver and steps."""
-    from minit2v import DiffusionPipeline
+def embedded_models() -> dict[str, Any]:
+    """The pipelines of the package's own models, by name."""
+    from minit2v import AnimateDiffPipeline, DiffusionPipeline, MotionAdapter
+
+    assets = Path(minit2v.__file__).parent / "assets"
+    adapter = MotionAdapter.from_pretrained(assets / "shapes-motion")
+    pipes = {
+        "shapes": DiffusionPipeline.from_pretrained(assets / "shapes"),
+        "shapes-image": AnimateDiffPipeline.from_pretrained(assets / "shapes-image", motion_adapter=adapter),
+    }
+    for pipe in pipes.values():
+        pipe.set_progress_bar_config(disable=True)
+    return pipes
+
+
+def shapes(counts: Sequence[int], videos: int) -> None:
+    """Right videos of the embedded models, as training/world.py reads them, by model, solver and calls.
+
+    The file is written after every point, and points that it has are not measured again.
+    """
+    from minit2v.cli.videos import PRESETS
     from minit2v.training import world
 
-    pipe = DiffusionPipeline.from_pretrained(Path(minit2v.__file__).parent / "assets" / "shapes")
-    pipe.set_progress_bar_config(disable=True)
-    config = pipe.scheduler.config
-    g = torch.Generator().manual_seed(0)
-    asked = [world.COMBINATIONS[i] for i in torch.randperm(len(world.COMBINATIONS), generator=g)[:videos].tolist()]
-    found: dict[str, list[tuple[int, float]]] = {}
-    for name in (*DETERMINISTIC, *STOCHASTIC):
-        found[name] = []
-        for n in counts:
+    order = torch.randperm(len(world.COMBINATIONS), generator=torch.Generator().manual_seed(0)).tolist()
+    asked = [world.COMBINATIONS[i] for i in order[:videos]]
+    result = about() | {"videos": videos, "right": {}}
+    if SHAPES.exists() and (old := json.loads(SHAPES.read_text()))["videos"] == videos:
+        result = old
+    for model, pipe in embedded_models().items():
+        config, rows = pipe.scheduler.config, result["right"].setdefault(model, {})
+        for n, name in ((n, name) for n in counts for name in (*DETERMINISTIC, *STOCHASTIC)):
             pipe.scheduler = scheduler_of(name, config)
-            began, right = time.monotonic(), 0
-            steps = max(1, round((n + 1) / 2)) if pipe.scheduler.order == 2 else n
-            clips = pipe([world.captions(*a)[0] for a in asked], num_frames=world.FRAMES, num_inference_steps=steps,
-                         generator=[torch.Generator().manual_seed(s) for s in range(videos)], guidance_scale=2.0,
-                         output_type="pt").frames  # fmt: skip
+            steps = steps_of(name, n, pipe.scheduler)
+            pipe.scheduler.set_timesteps(steps)
+            calls, points = len(pipe.scheduler.timesteps), rows.get(name, [])
+            if calls in (known for known, _ in points):
+                continue
+            began = time.monotonic()
+            clips = pipe(
+                [world.captions(*a)[0] for a in asked],
+                num_frames=world.FRAMES,
+                num_inference_steps=steps,
+                generator=[torch.Generator().manual_seed(seed) for seed in range(videos)],
+                guidance_scale=PRESETS[model]["guidance_scale"],
+                output_type="pt",
+            ).frames  # (b f c h w)
             right = sum(world.analyse(clip.transpose(0, 1)) == a for clip, a in zip(clips, asked, strict=True))
-            found[name].append((len(pipe.scheduler.timesteps), right / videos))
-            print(f"{name:14} {n:4} calls: {right}/{videos}  {time.monotonic() - began:.0f} s", flush=True)
-    return found
+            rows[name] = sorted([*points, (calls, right)], key=lambda point: point[0])
+            write(SHAPES, result)
+            seconds = time.monotonic() - began
+            print(f"{model:13} {name:13} {calls:3} calls: {right}/{videos}  {seconds:.0f} s", flush=True)
 
 
 # -------------------------------------------------------------------------------------------------------- the figures
@@ -229,22 +259,20 @@ COLOURS = ("#3b78b5", "#e07b27", "#3c8f5c", "#b3423a", "#8c6bb1", "#8a6d3b", "#d
            "#1f2933")  # fmt: skip
 
 
-def draw(curves: dict[str, Any], titles: dict[str, tuple], path: Path, footer: str, logy: bool = True) -> None:
+def draw(curves: dict[str, Any], titles: dict[str, tuple], path: Path, footer: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
     page = Figure(figsize=(11, 4.8), dpi=110, facecolor="white")
-    panels = page.subplots(1, 2)
-    for axes, (kind, lines) in zip(panels, curves.items(), strict=True):
+    for axes, (kind, lines) in zip(page.subplots(1, 2), curves.items(), strict=True):
         title, label = titles[kind]
         for colour, (name, points) in zip(COLOURS, lines.items(), strict=False):
             x, y = zip(*points, strict=True)
             axes.plot(x, y, color=colour, linewidth=1.6, marker="o", markersize=3, label=name)
         axes.set_xscale("log")
-        if logy:
-            axes.set_yscale("log")
+        axes.set_yscale("log")
         axes.set_xticks(ticks := [5, 10, 20, 50, 100, 200], [str(t) for t in ticks])
         axes.minorticks_off()
         axes.set_title(title, loc="left", fontsize=11, color=INK)
@@ -259,6 +287,17 @@ def draw(curves: dict[str, Any], titles: dict[str, tuple], path: Path, footer: s
     page.savefig(path)
 
 
+def table(curves: dict[str, Any]) -> str:
+    """The curves at a few counts of calls, as docs/samplers.md shows them."""
+    counts = (10, 20, 40, 80, 200)
+    rows = ["| solver | " + " | ".join(f"{n} calls" for n in counts) + " |", "|---" * (len(counts) + 1) + "|"]
+    for kind, form in (("deterministic", "{:.1e}"), ("stochastic", "{:.3f}")):
+        for name, points in curves[kind].items():
+            near = [min((abs(calls - n), value) for calls, value in points)[1] for n in counts]
+            rows.append(f"| `{name}` | " + " | ".join(map(form.format, near)) + " |")
+    return "\n".join(rows)
+
+
 def draw_all() -> None:
     if RESULT.exists():
         result = json.loads(RESULT.read_text())
@@ -266,25 +305,49 @@ def draw_all() -> None:
         titles = {"deterministic": ("A mixture of Gaussians, exact score: the ODE", "error (root of the mean square)"),
                   "stochastic": ("The same, with noise in the steps", "distance of the distributions / width")}
         draw(result["curves"], titles, FIGURES / "solvers.png", footer)
+        print(table(result["curves"]))
     if SHAPES.exists():
         result = json.loads(SHAPES.read_text())
-        right = result["right"]
-        halves = {"ode": {n: right[n] for n in DETERMINISTIC if n in right},
-                  "sde": {n: right[n] for n in STOCHASTIC if n in right}}
-        titles = {"ode": ("The embedded model: deterministic", "right videos"), "sde": ("With noise", "right videos")}
-        footer = f"{result['command']} · {result['videos']} videos each · {result['date']}"
-        draw(halves, titles, FIGURES / "solvers_shapes.png", footer, logy=False)
+        footer = f"{result['command']} · {result['date']}"
+        draw_right(result["right"], result["videos"], FIGURES / "solvers_shapes.png", footer)
+
+
+def draw_right(right: dict[str, dict[str, list]], videos: int, path: Path, footer: str) -> None:
+    """A panel for each model: a row for each solver, and in its columns how many videos are right."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    names = [*DETERMINISTIC, *STOCHASTIC]
+    page = Figure(figsize=(9, 7), dpi=110, facecolor="white")
+    for axes, (model, rows) in zip(page.subplots(1, len(right)), right.items(), strict=True):
+        columns = max(len(points) for points in rows.values())
+        for y, name in enumerate(names):
+            for x, (calls, n) in enumerate(rows[name]):
+                axes.add_patch(Rectangle((x, y), 0.94, 0.9, color=COLOURS[0], alpha=0.08 + 0.82 * n / videos))
+                dark = n > 0.6 * videos
+                axes.text(x + 0.47, y + 0.45, f"{n}", fontsize=9, ha="center", va="center",
+                          color="white" if dark else INK)  # fmt: skip
+                axes.text(x + 0.91, y + 0.82, f"{calls}", fontsize=5.5, ha="right", va="bottom",
+                          color="white" if dark else SOFT)  # fmt: skip
+        axes.set(xlim=(0, columns), ylim=(len(names), 0), xticks=[], xlabel="calls of the network in small figures")
+        axes.set_yticks([y + 0.45 for y in range(len(names))], names)
+        axes.set_title(f"{model}: right videos of {videos}", loc="left", fontsize=11, color=INK)
+        axes.tick_params(length=0, labelsize=8.5, colors=INK)
+        axes.spines[:].set_visible(False)
+    page.text(0.01, 0.01, footer, fontsize=7, color=SOFT)
+    page.tight_layout(rect=(0, 0.02, 1, 1))
+    page.savefig(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", action="store_true", help="measure the embedded model, not the mixture")
-    parser.add_argument("--counts", type=int, nargs="+", default=[5, 10, 20, 40], help="steps, of --shapes")
-    parser.add_argument("--videos", type=int, default=24, help="for every solver and count, of --shapes")
+    parser.add_argument("--shapes", action="store_true", help="measure the embedded models, not the mixture")
+    parser.add_argument("--counts", type=int, nargs="+", default=[3, 5, 7, 10, 20], help="calls, of --shapes")
+    parser.add_argument("--videos", type=int, default=8, help="for every solver and count, of --shapes")
     parser.add_argument("--draw", action="store_true", help="draw, and measure nothing")
     args = parser.parse_args()
     if args.shapes:
-        write(SHAPES, about() | {"videos": args.videos, "right": shapes(args.counts, args.videos)})
+        shapes(args.counts, args.videos)
     elif not args.draw:
         write(RESULT, about() | {"counts": COUNTS, "curves": measure()})
     draw_all()

@@ -66,7 +66,7 @@ def test_every_field_of_a_pipeline_is_in_the_table():
 
 def test_every_field_that_schedulers_add_is_in_the_table():
     ours = {d.field for d in DEVIATIONS if d.owner not in (*PIPELINES, *NETWORKS, "FreeInit")}
-    assert schedulers.base._EXTRA_FIELDS == ours - schedulers.base.DIFFUSERS_FIELDS
+    assert schedulers.base.ADDED.keys() == ours - schedulers.base.DIFFUSERS_FIELDS
 
 
 def test_an_unknown_mode_is_named():

@@ -1,5 +1,6 @@
 """The embedded models: they are small, they are whole, and they show what they are told."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import minit2v
-from minit2v import AnimateDiffPipeline, DiffusionPipeline, MotionAdapter
+from minit2v import AnimateDiffPipeline, DiffusionPipeline, MotionAdapter, schedulers
 from minit2v.cli import main
 from minit2v.cli.videos import PRESETS
 from minit2v.training import animate, shapes, world
@@ -77,6 +78,29 @@ def check_six(seen):
     for axis in range(3):
         right = sum(s[axis] == c[axis] for s, c in zip(seen, SIX, strict=True))
         assert right >= 5, (seen, SIX)  # all six, where this was written
+
+
+# Down from noise, for models that know timesteps.
+SOLVERS = [name for name in schedulers.__all__ if "EDM" not in name and name != "DDIMInverseScheduler"]
+
+
+@pytest.mark.parametrize("model", ["pipe", "animated"])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_every_solver_makes_a_right_video(name, model, request, monkeypatch):
+    """In 5 calls of the network (PNDM: 14). benchmarks/solvers.py --shapes counts more videos, at 3 to 20 calls."""
+    pipe, solver, asked = request.getfixturevalue(model), getattr(schedulers, name), ("white", "square", "left")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is missing from the models' configs
+        monkeypatch.setattr(pipe, "scheduler", solver.from_config(pipe.scheduler.config))
+        video = pipe(
+            world.captions(*asked)[0],
+            num_frames=world.FRAMES,
+            num_inference_steps=3 if solver.order == 2 else 5,
+            guidance_scale=1.0,
+            generator=torch.Generator().manual_seed(4),
+            output_type="pt",
+        ).frames[0]
+    assert world.analyse(video.transpose(0, 1)) == asked
 
 
 def test_its_videos_follow_the_seed_and_the_words(pipe):

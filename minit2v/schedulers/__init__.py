@@ -3,40 +3,25 @@
 What they share (noise, grids, the config) is in `base` and `grids`; none knows of guidance, frames or pipelines.
 """
 
-from .consistency import LCMScheduler, TCDScheduler
-from .ddim import DDIMInverseScheduler, DDIMScheduler
-from .ddpm import DDPMScheduler
-from .deis import DEISMultistepScheduler
-from .dpm_multistep import DPMSolverMultistepScheduler
-from .dpm_sde import DPMSolverSDEScheduler
-from .dpm_singlestep import DPMSolverSinglestepScheduler
-from .edm import EDMDPMSolverMultistepScheduler, EDMEulerScheduler
-from .euler import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
-from .lms import LMSDiscreteScheduler
-from .pndm import PNDMScheduler
-from .sa_solver import SASolverScheduler
-from .two_stage import HeunDiscreteScheduler, KDPM2AncestralDiscreteScheduler, KDPM2DiscreteScheduler
-from .unipc import UniPCMultistepScheduler
+from .consistency import LCMScheduler as LCMScheduler
+from .consistency import TCDScheduler as TCDScheduler
+from .ddim import DDIMInverseScheduler as DDIMInverseScheduler
+from .ddim import DDIMScheduler as DDIMScheduler
+from .ddpm import DDPMScheduler as DDPMScheduler
+from .deis import DEISMultistepScheduler as DEISMultistepScheduler
+from .dpm_multistep import DPMSolverMultistepScheduler as DPMSolverMultistepScheduler
+from .dpm_sde import DPMSolverSDEScheduler as DPMSolverSDEScheduler
+from .dpm_singlestep import DPMSolverSinglestepScheduler as DPMSolverSinglestepScheduler
+from .edm import EDMDPMSolverMultistepScheduler as EDMDPMSolverMultistepScheduler
+from .edm import EDMEulerScheduler as EDMEulerScheduler
+from .euler import EulerAncestralDiscreteScheduler as EulerAncestralDiscreteScheduler
+from .euler import EulerDiscreteScheduler as EulerDiscreteScheduler
+from .lms import LMSDiscreteScheduler as LMSDiscreteScheduler
+from .pndm import PNDMScheduler as PNDMScheduler
+from .sa_solver import SASolverScheduler as SASolverScheduler
+from .two_stage import HeunDiscreteScheduler as HeunDiscreteScheduler
+from .two_stage import KDPM2AncestralDiscreteScheduler as KDPM2AncestralDiscreteScheduler
+from .two_stage import KDPM2DiscreteScheduler as KDPM2DiscreteScheduler
+from .unipc import UniPCMultistepScheduler as UniPCMultistepScheduler
 
-__all__ = [
-    "DDIMInverseScheduler",
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSDEScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EDMDPMSolverMultistepScheduler",
-    "EDMEulerScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LCMScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "SASolverScheduler",
-    "TCDScheduler",
-    "UniPCMultistepScheduler",
-]
+__all__ = [name for name in dir() if name.endswith("Scheduler")]

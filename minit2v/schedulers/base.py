@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from minit2v_convert.rename import nearest
 
-from .fields import describe, signature
+from .fields import MEANINGS, describe, signature
 from .grids import BETA_SCHEDULES, GRIDS, zero_terminal_snr
 
 CONFIG_NAME = "scheduler_config.json"
@@ -25,28 +25,6 @@ OWN_FIELDS = "_own_fields"  # in a config: the fields of a class of the user's o
 Generators = Generator | list[Generator] | None
 Device = torch.device | str | None
 Timestep = int | float | Tensor
-
-# Every field that some published scheduler takes. Folders name one class and hold fields of others (ModelScope's DDIM
-# file has PNDM's `skip_prk_steps`), so all of these are kept and handed on; anything else is a spelling mistake.
-DIFFUSERS_FIELDS = frozenset(
-    """
-    algorithm_type alpha_cum_end alpha_cum_start base_image_seq_len base_shift beta_end beta_max beta_min beta_schedule
-    beta_start block_length clip_denoised clip_sample clip_sample_range correct_steps corrector_k corrector_order
-    corrector_selection corrector_selection_tau corrector_steps disable_corrector dynamic_thresholding_ratio
-    editing_threshold entropy_bound eps eta euler_at_final final_sigmas_type final_step_size_scale flow_shift gamma
-    gamma_cum_end gamma_cum_start interpolation_type invert_sigmas lambda_min_clipped lower_order_final mask_token_id
-    masking_schedule max_image_seq_len max_shift minimal_topk n_grid noise_mode noise_sampler_seed num_inference_steps
-    num_policy_substeps num_train_timesteps num_vec_classes original_inference_steps predict_x0 prediction_type
-    predictor_order rescale_betas_zero_snr rho s s_churn s_max s_min s_noise sample_max_value sampling_eps scale_factors
-    scaler schedule_mode scheduler_type set_alpha_to_one shift shift_terminal sigma_data sigma_max sigma_min
-    sigma_schedule skip_prk_steps snr snr_shift_scale solver_order solver_p solver_type stage_range stages steps_offset
-    stochastic_sampling t_lim_ode t_lim_ode_below t_max t_min tail_step_multiplier tail_steps tau_func threshold
-    thresholding time_shift_type timestep_scaling timestep_spacing timestep_type trained_betas tsr_k tsr_sigma
-    upscale_mode use_beta_sigmas use_dynamic_shifting use_exponential_sigmas use_flow_sigmas use_karras_sigmas
-    use_lu_lambdas variance_type
-    """.split()
-)
-
 
 # What a field may be, for every class that has it.
 CHOICES: dict[str, tuple] = {
@@ -59,17 +37,40 @@ CHOICES: dict[str, tuple] = {
     "use_dynamic_shifting": (False, None),
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
     "solver_order": (1, 2, 3),
-    "third_order": ("corrected", "published"),
-    # Our own fields: minit2v/compat.py says what the second value is for.
-    "previous_timestep": ("grid", "ratio"),
+    "predictor_order": (1, 2, 3, 4),
+    "corrector_order": (1, 2, 3, 4),
+    "interpolation_type": ("linear", "log_linear"),
+    "timestep_type": ("discrete", "continuous"),
+    "sigma_schedule": ("karras", "exponential"),
+}
+# Fields that we add to the published ones: minit2v/compat.py says what the second value is for.
+ADDED: dict[str, tuple] = {
+    "average": ("epsilon", "prediction"),
+    "final_level": ("config", "published"),
+    "history": ("known", "counted"),
+    "last_noise": ("none", "published"),
+    "noise_path": ("exact", "published"),
     "noised_at": ("timestep", "counter"),
+    "previous_timestep": ("grid", "ratio"),
     "spaced_timesteps": ("exact", "whole"),
+    "third_order": ("corrected", "published"),
     "zero_snr": ("honoured", "ignored"),
 }
+CHOICES |= ADDED
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Noise
+# Every field that some published scheduler takes: ours, and those of others. Folders name one class and hold fields of
+# others (ModelScope's DDIM file has PNDM's `skip_prk_steps`), so all are kept and handed on; others are misspelled.
+DIFFUSERS_FIELDS = (MEANINGS.keys() - ADDED.keys()) | frozenset(
+    """
+    alpha_cum_end alpha_cum_start base_image_seq_len base_shift beta_max beta_min block_length clip_denoised
+    correct_steps corrector_k corrector_selection corrector_selection_tau corrector_steps editing_threshold
+    entropy_bound eps eta final_step_size_scale gamma gamma_cum_end gamma_cum_start invert_sigmas mask_token_id
+    masking_schedule max_image_seq_len max_shift minimal_topk n_grid noise_mode num_inference_steps num_policy_substeps
+    num_vec_classes s s_churn s_max s_min s_noise sampling_eps scale_factors scaler schedule_mode scheduler_type shift
+    snr snr_shift_scale stage_range stages stochastic_sampling t_lim_ode t_lim_ode_below t_max t_min
+    tail_step_multiplier tail_steps threshold tsr_k tsr_sigma upscale_mode
+    """.split()
+)
 
 
 def randn(
@@ -82,9 +83,7 @@ def randn(
     Raises ValueError where the rows cannot be shared out, or where a GPU generator would have to draw for the CPU.
     """
     device = torch.device(device or "cpu")
-    generators = list(generator) if isinstance(generator, list | tuple) else [generator]
-    if not generators or shape[0] % len(generators):
-        raise ValueError(f"{len(generators)} generators cannot share out a batch of {shape[0]}; give one per video")
+    generators = each_generator(generator, shape[0])
     share = (shape[0] // len(generators), *shape[1:])
     parts = []
     for g in generators:
@@ -95,8 +94,12 @@ def randn(
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Config
+def each_generator(generator: Generators, rows: int) -> list[Generator | None]:
+    """One generator, or those of a list. Raises ValueError where they cannot share out a batch of so many rows."""
+    generators = list(generator) if isinstance(generator, list | tuple) else [generator]
+    if not generators or rows % len(generators):
+        raise ValueError(f"{len(generators)} generators cannot share out a batch of {rows}; give one per video")
+    return generators
 
 
 class SchedulerConfig(dict):
@@ -111,17 +114,15 @@ class SchedulerConfig(dict):
         object.__setattr__(self, "explicit", frozenset(explicit))
 
     def __getattr__(self, name: str) -> Any:
-        try:
+        if name in self:
             return self[name]
-        except KeyError:
-            near = nearest(name, list(self))
-            raise AttributeError(f"the scheduler's config has no field {name!r}{near}") from None
+        raise AttributeError(f"the scheduler's config has no field {name!r}{nearest(name, list(self))}")
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:
-        raise AttributeError(f"a scheduler's config is read-only: {_REMADE}")
+        raise AttributeError(_READ_ONLY)
 
     def _refuse(self, *args: Any, **kw: Any) -> NoReturn:
-        raise TypeError(f"a scheduler's config is read-only: {_REMADE}")
+        raise TypeError(_READ_ONLY)
 
     __delattr__ = __setitem__ = __delitem__ = __ior__ = update = setdefault = pop = popitem = clear = _refuse
 
@@ -129,7 +130,7 @@ class SchedulerConfig(dict):
         return SchedulerConfig, (dict(self), self.explicit)
 
 
-_REMADE = "make another scheduler, Class.from_config(scheduler.config, field=value)"
+_READ_ONLY = "a scheduler's config is read-only: make another, Class.from_config(scheduler.config, field=value)"
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,11 @@ class NoiseSchedule:
     beta_end: float = 0.02
     beta_schedule: str = "linear"
     trained_betas: Sequence[float] | None = None
+
+
+# Fields that several classes have side by side.
+THRESHOLDED = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
+SPACED = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 
 
 def declare(base: type = NoiseSchedule, **defaults: Any) -> type[NoiseSchedule]:
@@ -170,10 +176,6 @@ class SchedulerOutput:
 
     def __getitem__(self, key: int | slice | str) -> Any:
         return getattr(self, key) if isinstance(key, str) else self.to_tuple()[key]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Schedulers
 
 
 class Scheduler:
@@ -289,7 +291,7 @@ class Scheduler:
             values["trained_betas"] = values["trained_betas"].tolist()
         if unset := [name for name in self.field_defaults() if name not in given]:
             values["_use_default_values"] = unset
-        if own := sorted(self.field_defaults().keys() - DIFFUSERS_FIELDS - _EXTRA_FIELDS):
+        if own := sorted(self.field_defaults().keys() - DIFFUSERS_FIELDS - ADDED.keys()):
             values[OWN_FIELDS] = own
         self._config = SchedulerConfig(values, explicit)
         self._own_values = {name: values[name] for name in self.field_defaults()}
@@ -313,7 +315,7 @@ class Scheduler:
         unset = config.get("_use_default_values", ())
         of_users = config.get(OWN_FIELDS, ())
         values = {k: v for k, v in config.items() if k not in unset and k != "_use_default_values"}
-        known = DIFFUSERS_FIELDS | own.keys() | _EXTRA_FIELDS | {*of_users}
+        known = DIFFUSERS_FIELDS | own.keys() | ADDED.keys() | {*of_users}
         for name in values:
             if name not in known and not name.startswith("_"):
                 raise ValueError(f"scheduler config: unknown field {name!r}{nearest(name, sorted(known))}")
@@ -475,9 +477,17 @@ class Scheduler:
             return t - self.config.num_train_timesteps // self.num_inference_steps
         return next((s for s in self._grid if s < t), -1)
 
+    def _places(self, t: float, timesteps: Tensor | None = None) -> list[int]:
+        """Where the grid has a timestep. Raises ValueError where it does not."""
+        grid = self._grid if timesteps is None else timesteps.tolist()
+        places = [i for i, s in enumerate(grid) if s == t]
+        if not places:
+            raise ValueError(f"{t:g} is not one of scheduler.timesteps")
+        return places
+
     def _bar(self, t: int) -> float:
         """alpha_bar at a timestep; below 0, that after the last step."""
-        return torch.cat((self.alphas_cumprod, self.final_alpha_cumprod.reshape(1)))[max(t, -1)].item()
+        return (self.alphas_cumprod[t] if t >= 0 else self.final_alpha_cumprod).item()
 
     def _rows(self, values: Tensor, x: Tensor) -> Tensor:
         """(n,) float64 levels -> (n, 1, 1, ...) on the device of x, in the dtype in which its step is computed."""
@@ -543,6 +553,11 @@ class Scheduler:
         s = s.reshape(-1, *[1] * (x0.ndim - 1))
         return x0.clamp(-s, s) / s
 
+    def _end(self, x: Tensor, dtype: torch.dtype, return_dict: bool, x0: Tensor | None = None) -> SchedulerOutput:
+        """What a step returns: the next sample, and the guess at x_0 of solvers that make one."""
+        found = (x.to(dtype),) if x0 is None else (x.to(dtype), x0.to(dtype))
+        return SchedulerOutput(*found) if return_dict else found
+
 
 def _fits(value: Any, default: Any) -> bool:
     """Whether a value is of the kind of a field's default. Flags may be None, as in published files."""
@@ -555,13 +570,6 @@ def _fits(value: Any, default: Any) -> bool:
             return (isinstance(value, Real) and not isinstance(value, bool)
                     and (abs(value) < 1e30 or value == default))
     return True
-
-
-# Fields that we add to the published ones (minit2v/compat.py lists them with their reasons).
-_EXTRA_FIELDS = frozenset(
-    "average final_level history last_noise noise_path noised_at previous_timestep spaced_timesteps third_order"
-    " zero_snr".split()
-)
 
 
 def _compat_fields(cls: type[Scheduler], compat: str | None) -> dict[str, Any]:

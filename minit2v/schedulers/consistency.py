@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from .base import Device, Generators, Scheduler, SchedulerOutput, Timestep, declare, randn
+from .base import THRESHOLDED, Device, Generators, Scheduler, SchedulerOutput, Timestep, declare, randn
 
 
 class _Consistency(Scheduler):
@@ -15,8 +15,7 @@ class _Consistency(Scheduler):
     Fields = declare(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", original_inference_steps=50,
         clip_sample=False, clip_sample_range=1.0, set_alpha_to_one=True, steps_offset=0, prediction_type="epsilon",
-        thresholding=False, dynamic_thresholding_ratio=0.995, sample_max_value=1.0, timestep_spacing="leading",
-        timestep_scaling=10.0, rescale_betas_zero_snr=False,
+        **THRESHOLDED, timestep_spacing="leading", timestep_scaling=10.0, rescale_betas_zero_snr=False,
     )  # fmt: skip
 
     def set_timesteps(
@@ -50,10 +49,7 @@ class _Consistency(Scheduler):
 
 
 class LCMScheduler(_Consistency):
-    """Latent consistency models: Luo et al., arXiv:2310.04378, algorithm 2 (multistep): to x_0, and noise again.
-
-    timestep_scaling: how fast the model's own answer takes over from its input as t rises (section 4.1).
-    """
+    """Latent consistency models: Luo et al., arXiv:2310.04378, algorithm 2 (multistep): to x_0, and noise again."""
 
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None,
@@ -71,20 +67,13 @@ class LCMScheduler(_Consistency):
         if s >= 0:
             noise = randn(model_output.shape, generator, model_output.device, model_output.dtype)
             x = math.sqrt(self._bar(s)) * denoised + math.sqrt(1 - self._bar(s)) * noise
-        x, denoised = x.to(sample.dtype), denoised.to(sample.dtype)
-        return SchedulerOutput(x, denoised) if return_dict else (x, denoised)
+        return self._end(x, sample.dtype, return_dict, denoised)
 
 
 class TCDScheduler(_Consistency):
-    """Trajectory consistency distillation: Zheng et al., arXiv:2402.19159, algorithm 4 (strategic sampling).
-
-    final_level: the last step ends where set_alpha_to_one says ("config"), or, as published, always in the noise of
-    timestep 0 ("published").
-    """
+    """Trajectory consistency distillation: Zheng et al., arXiv:2402.19159, algorithm 4 (strategic sampling)."""
 
     Fields = declare(_Consistency.Fields, final_level="config")
-
-    choices = {"final_level": ("config", "published")}
 
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, eta: float = 0.3, generator: Generators = None,
@@ -108,8 +97,7 @@ class TCDScheduler(_Consistency):
         if eta > 0 and s >= 0:
             noise = randn(model_output.shape, generator, model_output.device, model_output.dtype)
             x = math.sqrt(bar_s / bar_way) * way + math.sqrt(max(1 - bar_s / bar_way, 0.0)) * noise
-        x, way = x.to(sample.dtype), way.to(sample.dtype)
-        return SchedulerOutput(x, way) if return_dict else (x, way)
+        return self._end(x, sample.dtype, return_dict, way)
 
     def _origin(self, steps: int, total: int, strength: float, given: bool) -> np.ndarray:
         # As published: a number that is passed stands for all timesteps of the training.

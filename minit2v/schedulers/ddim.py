@@ -6,27 +6,16 @@ from typing import Any
 from torch import Tensor
 
 from .base import Device, Generators, Scheduler, SchedulerOutput, Timestep, declare, randn
-from .grids import GRIDS
 
 
 class DDIMScheduler(Scheduler):
-    """Denoising diffusion implicit models: Song, Meng, Ermon, arXiv:2010.02502.
-
-    previous_timestep says where a step ends: "grid", the next timestep of the scheduler's own grid; "ratio", always
-    num_train_timesteps // num_inference_steps further down, which misses the grid with `linspace` and often with
-    `trailing`.
-    """
+    """Denoising diffusion implicit models: Song, Meng, Ermon, arXiv:2010.02502."""
 
     Fields = declare(
         clip_sample=True, set_alpha_to_one=True, steps_offset=0, prediction_type="epsilon", thresholding=False,
         dynamic_thresholding_ratio=0.995, clip_sample_range=1.0, sample_max_value=1.0, timestep_spacing="leading",
         rescale_betas_zero_snr=False, previous_timestep="grid",
     )  # fmt: skip
-
-    def __init__(self, *args: Any, **values: Any):
-        super().__init__(*args, **values)
-        if self.config.timestep_spacing != "leading":
-            self._check_first(self.config.num_train_timesteps - 1)
 
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, eta: float = 0.0,
@@ -60,16 +49,13 @@ class DDIMScheduler(Scheduler):
             elif generator is not None:
                 raise ValueError("give variance_noise or generator, not both")
             x = x + std * variance_noise
-        x, x0 = x.to(sample.dtype), x0.to(sample.dtype)
-        return SchedulerOutput(x, x0) if return_dict else (x, x0)
+        return self._end(x, sample.dtype, return_dict, x0)
 
 
 class DDIMInverseScheduler(Scheduler):
     """DDIM's steps turned round, from a clean sample up to its noise (arXiv:2010.02502, section 4.3).
 
     As published, the step that DDIM makes from t down to s is undone with the prediction at t of the sample at s.
-    previous_timestep: s is the timestep before in the grid ("grid"), or num_train_timesteps // num_inference_steps
-    below ("ratio"), which misses the grid often with `trailing`.
     """
 
     Fields = declare(
@@ -83,10 +69,9 @@ class DDIMInverseScheduler(Scheduler):
 
     def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
         """Lay the grid, which rises. Raises ValueError where it does not fit the training timesteps."""
-        c, n = self.config, self._count(num_inference_steps)
-        grid = self._in_range(GRIDS[c.timestep_spacing](c.num_train_timesteps, n, c.steps_offset).round())
-        self.num_inference_steps = n
-        self._put_timesteps(grid[::-1].astype(int), device)
+        grid = self._whole_grid(num_inference_steps, None)
+        self.num_inference_steps = len(grid)
+        self._put_timesteps(grid[::-1], device)
 
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True,
@@ -101,8 +86,7 @@ class DDIMInverseScheduler(Scheduler):
         x0, eps = self._x0_and_eps(out, x, math.sqrt(bar_s), math.sqrt(1 - bar_s))
         x0 = self._clip(x0)
         x = math.sqrt(bar_t) * x0 + math.sqrt(1 - bar_t) * eps
-        x, x0 = x.to(sample.dtype), x0.to(sample.dtype)
-        return SchedulerOutput(x, x0) if return_dict else (x, x0)
+        return self._end(x, sample.dtype, return_dict, x0)
 
     def _after(self, t: int) -> int:
         """Where the sample is: at the timestep before in the grid, clean (-1) before the first."""

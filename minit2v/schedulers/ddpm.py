@@ -13,8 +13,6 @@ class DDPMScheduler(Scheduler):
     variance_type: the variance of the posterior given x_0 ("fixed_small", "fixed_small_log") or of the forward step
     ("fixed_large", "fixed_large_log"); both names of a pair are one variance. Learned variances: no text-to-video
     UNet has them.
-    last_noise: the step that ends clean adds no noise ("none", as in the paper), or, as published, adds it unless it
-    begins at timestep 0 ("published").
     """
 
     Fields = declare(
@@ -22,8 +20,6 @@ class DDPMScheduler(Scheduler):
         dynamic_thresholding_ratio=0.995, clip_sample_range=1.0, sample_max_value=1.0, timestep_spacing="leading",
         steps_offset=0, rescale_betas_zero_snr=False, last_noise="none",
     )  # fmt: skip
-
-    choices = {"last_noise": ("none", "published")}
 
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None,
@@ -36,14 +32,12 @@ class DDPMScheduler(Scheduler):
         bar_t, bar_s = self._bar(t), self._bar(s)
         alpha_step = bar_t / bar_s  # the signal that is left of the step from s to t
         x0 = self._clip(self._x0_and_eps(out, x, math.sqrt(bar_t), math.sqrt(1 - bar_t))[0])
-        x = math.sqrt(bar_s) * (1 - alpha_step) / (1 - bar_t) * x0 + math.sqrt(alpha_step) * (1 - bar_s) / (
-            1 - bar_t
-        ) * x
+        of_x0, of_x = math.sqrt(bar_s) * (1 - alpha_step), math.sqrt(alpha_step) * (1 - bar_s)
+        x = of_x0 / (1 - bar_t) * x0 + of_x / (1 - bar_t) * x
         if s >= 0 or (self.config.last_noise == "published" and t > 0):
             variance = 1 - alpha_step
             if "large" not in (self.config.variance_type or "fixed_small"):
                 variance *= (1 - bar_s) / (1 - bar_t)
             noise = randn(model_output.shape, generator, model_output.device, model_output.dtype)
             x = x + math.sqrt(max(variance, 0.0)) * noise
-        x, x0 = x.to(sample.dtype), x0.to(sample.dtype)
-        return SchedulerOutput(x, x0) if return_dict else (x, x0)
+        return self._end(x, sample.dtype, return_dict, x0)

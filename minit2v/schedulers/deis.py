@@ -1,9 +1,8 @@
 """DEIS."""
 
-
 from torch import Tensor
 
-from .base import SchedulerOutput, Timestep, declare
+from .base import SPACED, THRESHOLDED, SchedulerOutput, Timestep, declare
 from .dpm_multistep import DPMSolverMultistepScheduler
 from .exponential import MultistepScheduler
 
@@ -12,17 +11,13 @@ class DEISMultistepScheduler(MultistepScheduler):
     """Diffusion exponential integrator: Zhang and Chen, arXiv:2204.13902, tAB-DEIS with the polynomial in log rho.
 
     That is a multistep DPM-Solver on the noise with the polynomial's integrals themselves.
-    final_sigmas_type: the last step ends clean ("zero"), or, as published, in the noise of timestep 0 ("sigma_min");
-    with a spacing of sigmas that is where the last call of the network already is.
     """
 
     Fields = declare(
-        solver_order=2, prediction_type="epsilon", thresholding=False, dynamic_thresholding_ratio=0.995,
-        sample_max_value=1.0, algorithm_type="deis", solver_type="logrho", lower_order_final=True,
-        use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False, use_flow_sigmas=False,
-        flow_shift=1.0, timestep_spacing="linspace", steps_offset=0, use_dynamic_shifting=False,
-        time_shift_type="exponential", rescale_betas_zero_snr=False, zero_snr="honoured", noised_at="timestep",
-        spaced_timesteps="exact", final_sigmas_type="zero",
+        solver_order=2, prediction_type="epsilon", **THRESHOLDED, algorithm_type="deis", solver_type="logrho",
+        lower_order_final=True, **SPACED, use_flow_sigmas=False, flow_shift=1.0, timestep_spacing="linspace",
+        steps_offset=0, use_dynamic_shifting=False, time_shift_type="exponential", rescale_betas_zero_snr=False,
+        zero_snr="honoured", noised_at="timestep", spaced_timesteps="exact", final_sigmas_type="zero",
     )  # fmt: skip
 
     choices = {"algorithm_type": ("deis",), "solver_type": ("logrho",)}

@@ -1,13 +1,11 @@
 """DPM-Solver and DPM-Solver++, multistep."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import Generators, SchedulerOutput, Timestep, declare, randn
+from .base import SPACED, THRESHOLDED, Generators, SchedulerOutput, Timestep, declare, randn
 from .exponential import MultistepScheduler
 
 # DEIS, UniPC and SA-Solver have fields of the same names.
@@ -17,32 +15,23 @@ ALIASES = {
 }
 
 
-def second_order_rule(k: float, integrals: list[float], midpoint: bool, third: Callable[[float], float]) -> None:
-    """"midpoint": half of I_0 in the place of I_1; third: what stands for I_2."""
+def dpm_rule(k: float, integrals: list[float], midpoint: bool, share: float = 1.0, shift: float = 0.0) -> None:
+    """midpoint: half of I_0 in the place of I_1. share, shift: what the published third order makes of I_2."""
     if len(integrals) == 2 and midpoint:
         integrals[1] = integrals[0] / 2
     if len(integrals) == 3:
-        integrals[2] = third(integrals[2])
+        integrals[2] = share * integrals[2] - shift
 
 
 class DPMSolverMultistepScheduler(MultistepScheduler):
-    """DPM-Solver++ (Lu et al., arXiv:2211.01095) and DPM-Solver (arXiv:2206.00927), multistep, orders 1 to 3.
-
-    algorithm_type: "dpmsolver++" integrates the prediction of x_0, "dpmsolver" that of the noise; "sde-" in front adds
-    noise at every step. solver_type "midpoint" or "heun": two second-order rules.
-
-    third_order: the published third-order rule takes half of its last term, and with noise also turns the sign of a
-    constant, so that it is of second order, and with noise of first; "published" keeps both, "corrected" neither.
-    """
+    """DPM-Solver++ (Lu et al., arXiv:2211.01095) and DPM-Solver (arXiv:2206.00927), multistep, orders 1 to 3."""
 
     Fields = declare(
-        solver_order=2, prediction_type="epsilon", thresholding=False, dynamic_thresholding_ratio=0.995,
-        sample_max_value=1.0, algorithm_type="dpmsolver++", solver_type="midpoint", lower_order_final=True,
-        euler_at_final=False, use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False,
-        use_lu_lambdas=False, use_flow_sigmas=False, flow_shift=1.0, final_sigmas_type="zero",
-        lambda_min_clipped=-float("inf"), variance_type=None, timestep_spacing="linspace", steps_offset=0,
-        rescale_betas_zero_snr=False, use_dynamic_shifting=False, time_shift_type="exponential",
-        third_order="corrected", noised_at="timestep", spaced_timesteps="exact",
+        solver_order=2, prediction_type="epsilon", **THRESHOLDED, algorithm_type="dpmsolver++", solver_type="midpoint",
+        lower_order_final=True, euler_at_final=False, **SPACED, use_lu_lambdas=False, use_flow_sigmas=False,
+        flow_shift=1.0, final_sigmas_type="zero", lambda_min_clipped=-float("inf"), variance_type=None,
+        timestep_spacing="linspace", steps_offset=0, rescale_betas_zero_snr=False, use_dynamic_shifting=False,
+        time_shift_type="exponential", third_order="corrected", noised_at="timestep", spaced_timesteps="exact",
     )  # fmt: skip
 
     choices = {
@@ -50,14 +39,6 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
         "solver_type": ("midpoint", "heun"),
     }
     aliases = ALIASES
-
-    def __init__(self, *args: Any, **values: Any):
-        super().__init__(*args, **values)
-        c = self.config
-        if not c.algorithm_type.endswith("++") and c.final_sigmas_type == "zero":
-            raise ValueError(f"algorithm_type {c.algorithm_type!r} needs final_sigmas_type='sigma_min'")
-        if c.algorithm_type == "sde-dpmsolver" and c.solver_order == 3:
-            raise ValueError("algorithm_type 'sde-dpmsolver' has no third order: use solver_order=2")
 
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None,
@@ -68,11 +49,7 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
         data, sde = c.algorithm_type.endswith("++"), c.algorithm_type.startswith("sde-")
         if sde and variance_noise is None:  # in float32, as published: the dtype decides which numbers are drawn
             variance_noise = randn(model_output.shape, generator, model_output.device, torch.float32)
-        third = partial(_published_third, sde=sde) if c.third_order == "published" else float
-        rule = partial(second_order_rule, midpoint=c.solver_type == "midpoint", third=third)
+        third = {"share": 0.5, "shift": float(sde)} if c.third_order == "published" else {}
+        rule = partial(dpm_rule, midpoint=c.solver_type == "midpoint", **third)
         return self._multistep(model_output, timestep, sample, return_dict, data, rule,
                                float(sde), variance_noise if sde else None)  # fmt: skip
-
-
-def _published_third(integral: float, sde: bool) -> float:
-    return integral / 2 - sde

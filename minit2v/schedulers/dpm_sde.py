@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from .base import Generators, SchedulerOutput, Timestep, declare
-from .sigma import TwoStageScheduler
+from .base import SPACED, Generators, SchedulerOutput, Timestep, declare, each_generator
+from .sigma import Stage, TwoStageScheduler
 
 
 class BrownianPath:
@@ -61,27 +61,20 @@ def _mix(seed: int, place: int) -> int:
 
 
 class DPMSolverSDEScheduler(TwoStageScheduler):
-    """k-diffusion's dpmpp_sde: the reverse SDE in x_0, with a second prediction at the middle (in lambda) of each step.
-
-    noise_sampler_seed: which path; None: drawn from the generator, one path for each of a list.
-    noise_path: "exact" (BrownianPath), or as published: a path in sigma, from `torchsde` and the ends of the grid, so
-    that other steps walk another path; the generator is then not asked.
-    """
+    """k-diffusion's dpmpp_sde: the reverse SDE in x_0, with a second prediction in the middle (of lambda)."""
 
     Fields = declare(
-        beta_start=0.00085, beta_end=0.012, prediction_type="epsilon", use_karras_sigmas=False,
-        use_exponential_sigmas=False, use_beta_sigmas=False, noise_sampler_seed=None, timestep_spacing="linspace",
-        steps_offset=0, rescale_betas_zero_snr=False, zero_snr="honoured", noised_at="timestep", noise_path="exact",
+        beta_start=0.00085, beta_end=0.012, prediction_type="epsilon", **SPACED, noise_sampler_seed=None,
+        timestep_spacing="linspace", steps_offset=0, rescale_betas_zero_snr=False, zero_snr="honoured",
+        noised_at="timestep", noise_path="exact",
     )  # fmt: skip
 
-    choices = {"noise_path": ("exact", "published")}
-
     _seeds: list[int] | None = None
+    _cached_path: Any = None  # a function of the seeds, so that no state holds it
 
     def _reset(self) -> None:
         super()._reset()
-        self._seeds = None
-        self._cached_path: Any = None
+        self._seeds = self._cached_path = None
 
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True, s_noise: float = 1.0,
@@ -89,19 +82,14 @@ class DPMSolverSDEScheduler(TwoStageScheduler):
     ) -> SchedulerOutput:  # fmt: skip
         """x (b, ...) from one call of the network to the next. s_noise: the share of the noise that is added."""
         if self._seeds is None:
-            generators = list(generator) if isinstance(generator, list | tuple) else [generator]
-            if not generators or len(sample) % len(generators):
-                raise ValueError(f"{len(generators)} generators cannot share out a batch of {len(sample)}")
-            given = self.config.noise_sampler_seed
+            generators, given = each_generator(generator, len(sample)), self.config.noise_sampler_seed
             self._seeds = [given] if given is not None else [_seed(g) for g in generators]
         return self._two_stages(model_output, timestep, sample, return_dict, s_noise=s_noise)
 
     def _leave(self, x: Tensor, x0: Tensor, levels: list[float], s_noise: float) -> Tensor:
         return self._stochastic(x, x0, levels[0], levels[1], s_noise)
 
-    def _advance(
-        self, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], levels: list[float], s_noise: float,
-    ) -> Tensor:  # fmt: skip
+    def _advance(self, first: Stage, second: Stage, levels: list[float], s_noise: float) -> Tensor:
         return self._stochastic(first[0], second[1], levels[0], levels[2], s_noise)
 
     def _stochastic(self, x: Tensor, x0: Tensor, sigma: float, target: float, s_noise: float) -> Tensor:
@@ -109,21 +97,19 @@ class DPMSolverSDEScheduler(TwoStageScheduler):
         if target == 0:
             return x0
         ratio = target / sigma
-        noise = self._noise(x, sigma, target)
-        return x0 + ratio**2 * (x - x0) + s_noise * target * math.sqrt(1 - ratio**2) * noise
+        std = s_noise * target * math.sqrt(1 - ratio**2)
+        return x0 + ratio**2 * (x - x0) + std * self._noise(x, sigma, target)
 
     def _noise(self, x: Tensor, sigma: float, target: float) -> Tensor:
         """Standard normal, of the path between two sigmas."""
-        path = getattr(self, "_cached_path", None)
-        if path is None:
+        exact = self.config.noise_path == "exact"
+        if self._cached_path is None:
             shape = (len(x) // len(self._seeds), *x.shape[1:])
             levels = [s for s in self._sigmas if s > 0]
-            if self.config.noise_path == "exact":
-                path = BrownianPath(self._seeds, shape)
-            else:
-                path = _published_path(self._seeds, shape, x, min(levels), max(levels))
-            self._cached_path = path
-        if self.config.noise_path == "published":
+            self._cached_path = (BrownianPath(self._seeds, shape) if exact else
+                                 _published_path(self._seeds, shape, x, min(levels), max(levels)))  # fmt: skip
+        path = self._cached_path
+        if not exact:
             return -torch.cat([p(target, sigma) for p in path]).to(x.device) / math.sqrt(sigma - target)
         step = (path(-math.log(target)) - path(-math.log(sigma))) / math.sqrt(target**-2 - sigma**-2)
         return step.to(x.device, x.dtype)

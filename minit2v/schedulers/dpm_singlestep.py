@@ -1,12 +1,11 @@
 """DPM-Solver and DPM-Solver++, singlestep: each step of order n takes n calls and forgets what was before."""
 
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
-from .base import Generators, SchedulerOutput, Timestep, declare, randn
-from .dpm_multistep import ALIASES, second_order_rule
+from .base import SPACED, THRESHOLDED, Generators, SchedulerOutput, Timestep, declare, randn
+from .dpm_multistep import ALIASES, dpm_rule
 from .exponential import ExponentialScheduler
 
 
@@ -15,16 +14,14 @@ class DPMSolverSinglestepScheduler(ExponentialScheduler):
 
     num_inference_steps counts calls: steps of `solver_order` calls, and shorter ones at the end where they do not
     come out even, or with lower_order_final. algorithm_type "sde-dpmsolver++" adds noise at every call.
-    third_order: the published rule with noise has the sign of one constant turned ("published"), or not.
     """
 
     Fields = declare(
-        solver_order=2, prediction_type="epsilon", thresholding=False, dynamic_thresholding_ratio=0.995,
-        sample_max_value=1.0, algorithm_type="dpmsolver++", solver_type="midpoint", lower_order_final=False,
-        use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False, use_flow_sigmas=False,
-        flow_shift=1.0, final_sigmas_type="zero", lambda_min_clipped=-float("inf"), variance_type=None,
-        use_dynamic_shifting=False, time_shift_type="exponential", rescale_betas_zero_snr=False, zero_snr="honoured",
-        noised_at="timestep", spaced_timesteps="exact", third_order="corrected",
+        solver_order=2, prediction_type="epsilon", **THRESHOLDED, algorithm_type="dpmsolver++", solver_type="midpoint",
+        lower_order_final=False, **SPACED, use_flow_sigmas=False, flow_shift=1.0, final_sigmas_type="zero",
+        lambda_min_clipped=-float("inf"), variance_type=None, use_dynamic_shifting=False, time_shift_type="exponential",
+        rescale_betas_zero_snr=False, zero_snr="honoured", noised_at="timestep", spaced_timesteps="exact",
+        third_order="corrected",
     )  # fmt: skip
 
     choices = {
@@ -32,12 +29,6 @@ class DPMSolverSinglestepScheduler(ExponentialScheduler):
         "solver_type": ("midpoint", "heun"),
     }
     aliases = ALIASES
-
-    def __init__(self, *args: Any, **values: Any):
-        super().__init__(*args, **values)
-        c = self.config
-        if c.algorithm_type == "dpmsolver" and c.final_sigmas_type == "zero":
-            raise ValueError("algorithm_type 'dpmsolver' needs final_sigmas_type='sigma_min'")
 
     def _reset(self) -> None:
         """Share the calls out among steps."""
@@ -72,8 +63,7 @@ class DPMSolverSinglestepScheduler(ExponentialScheduler):
         midpoint = c.solver_type == "midpoint"
         if midpoint and len(known) == 3:  # of the third order: the ends of what is known, their integrals themselves
             known, midpoint = known[::2], False
-        turned = sde and c.third_order == "published"
-        rule = partial(second_order_rule, midpoint=midpoint, third=lambda integral: integral - 2 * turned)
+        rule = partial(dpm_rule, midpoint=midpoint, shift=2.0 * (sde and c.third_order == "published"))
         x = self._integrate(x, start, i + 1, known[: 1 if self._sigmas[i + 1] == 0 else None], data, rule,
                             float(sde), noise)  # fmt: skip
         return self._end(x, sample.dtype, return_dict)

@@ -2,45 +2,43 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Device, Timestep, declare
+from .base import THRESHOLDED, Device, Timestep, declare
 from .dpm_multistep import ALIASES, DPMSolverMultistepScheduler
 from .euler import EulerDiscreteScheduler
 from .exponential import MultistepScheduler
+from .grids import exponential_sigmas, karras_sigmas
 from .sigma import ExplodingScheduler
 
 
 class _EDM(ExplodingScheduler):
     """What both share: sigmas from sigma_max to sigma_min, and how the network's input and output are scaled."""
 
+    Fields = declare(
+        object, sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, sigma_schedule="karras", num_train_timesteps=1000,
+        prediction_type="epsilon", rho=7.0,
+    )  # fmt: skip
+
+    choices = {"prediction_type": ("epsilon", "v_prediction")}
+    _continuous = property(lambda self: True)
+
     def _make_tables(self) -> None:
         c = self.config
         if c.num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps must be at least 1, not {c.num_train_timesteps}")
-        levels = self._by_schedule(np.linspace(0, 1, c.num_train_timesteps))
-        self._edm_table = torch.tensor(levels[::-1].copy(), dtype=torch.float64)
-        self.alphas_cumprod = 1 / (1 + self._edm_table**2)
+        rising = torch.from_numpy(self._by_schedule(c.num_train_timesteps)[::-1].copy())
+        self.alphas_cumprod = 1 / (1 + rising**2)
         self.final_alpha_cumprod = torch.ones((), dtype=torch.float64)
 
-    def __init__(self, *args: Any, **values: Any):
-        super().__init__(*args, **values)
-        self._put_timesteps([math.log(s) / 4 for s in self._sigmas[:-1]], dtype=torch.float32)
-
-    def _table(self, bar: Tensor | None = None) -> Tensor:
-        return self._edm_table
-
-    def _by_schedule(self, ramp: np.ndarray) -> np.ndarray:
-        """Sigmas at these shares of the way down, of equation (5) or even in log sigma."""
+    def _by_schedule(self, n: int) -> np.ndarray:
         c = self.config
         if c.sigma_schedule == "karras":
-            high, low = c.sigma_max ** (1 / c.rho), c.sigma_min ** (1 / c.rho)
-            return (high + ramp * (low - high)) ** c.rho
-        return np.exp(math.log(c.sigma_max) + ramp * math.log(c.sigma_min / c.sigma_max))
+            return karras_sigmas(c.sigma_max, c.sigma_min, n, c.rho)
+        return exponential_sigmas(c.sigma_max, c.sigma_min, n)
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Device = None, sigmas: Sequence[float] | None = None,
@@ -48,10 +46,8 @@ class _EDM(ExplodingScheduler):
         """Lay the grid: so many steps, or these sigmas (with the last, usually 0, at the end)."""
         self._one_of(num_inference_steps, None, sigmas)
         if sigmas is None:
-            n = self._count(num_inference_steps)
-            levels = np.append(self._by_schedule(np.linspace(0, 1, n)), 0.0)
-            if self.config.final_sigmas_type == "sigma_min":
-                levels[-1] = self.config.sigma_min
+            last = self.config.sigma_min if self.config.final_sigmas_type == "sigma_min" else 0.0
+            levels = np.append(self._by_schedule(self._count(num_inference_steps)), last)
         else:
             levels = self._custom(sigmas, "sigmas")
         self._set_grid(np.log(levels[:-1]) / 4, levels, device, torch.float32)
@@ -86,12 +82,7 @@ class _EDM(ExplodingScheduler):
 class EDMEulerScheduler(_EDM):
     """Euler's method, with churn: arXiv:2206.00364, algorithm 2 without its second-order correction."""
 
-    Fields = declare(
-        object, sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, sigma_schedule="karras", num_train_timesteps=1000,
-        prediction_type="epsilon", rho=7.0, final_sigmas_type="zero", noised_at="timestep",
-    )  # fmt: skip
-
-    choices = {"sigma_schedule": ("karras", "exponential"), "prediction_type": ("epsilon", "v_prediction")}
+    Fields = declare(_EDM.Fields, final_sigmas_type="zero", noised_at="timestep")
     step = EulerDiscreteScheduler.step
 
 
@@ -99,15 +90,12 @@ class EDMDPMSolverMultistepScheduler(_EDM, MultistepScheduler):
     """DPM-Solver++ multistep, as DPMSolverMultistepScheduler."""
 
     Fields = declare(
-        object, sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, sigma_schedule="karras", num_train_timesteps=1000,
-        prediction_type="epsilon", rho=7.0, solver_order=2, thresholding=False, dynamic_thresholding_ratio=0.995,
-        sample_max_value=1.0, algorithm_type="dpmsolver++", solver_type="midpoint", lower_order_final=True,
-        euler_at_final=False, final_sigmas_type="zero", third_order="corrected", noised_at="timestep",
+        _EDM.Fields, solver_order=2, **THRESHOLDED, algorithm_type="dpmsolver++", solver_type="midpoint",
+        lower_order_final=True, euler_at_final=False, final_sigmas_type="zero", third_order="corrected",
+        noised_at="timestep",
     )  # fmt: skip
 
-    choices = {
-        "sigma_schedule": ("karras", "exponential"),
-        "prediction_type": ("epsilon", "v_prediction"),
+    choices = _EDM.choices | {
         "algorithm_type": ("dpmsolver++", "sde-dpmsolver++"),
         "solver_type": ("midpoint", "heun"),
     }

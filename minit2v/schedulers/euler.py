@@ -1,11 +1,10 @@
 """Euler's method in sigma, plain and ancestral."""
 
 import math
-from typing import Any
 
 from torch import Tensor
 
-from .base import Generators, SchedulerOutput, Timestep, declare, randn
+from .base import SPACED, Generators, SchedulerOutput, Timestep, declare, randn
 from .sigma import ExplodingScheduler
 
 
@@ -19,20 +18,16 @@ class EulerDiscreteScheduler(ExplodingScheduler):
     """Karras et al., arXiv:2206.00364, algorithm 2 without its second-order correction."""
 
     Fields = declare(
-        prediction_type="epsilon", interpolation_type="linear", use_karras_sigmas=False, use_exponential_sigmas=False,
-        use_beta_sigmas=False, sigma_min=None, sigma_max=None, timestep_spacing="linspace", timestep_type="discrete",
-        steps_offset=0, rescale_betas_zero_snr=False, final_sigmas_type="zero", noised_at="timestep",
+        prediction_type="epsilon", interpolation_type="linear", **SPACED, sigma_min=None, sigma_max=None,
+        timestep_spacing="linspace", timestep_type="discrete", steps_offset=0, rescale_betas_zero_snr=False,
+        final_sigmas_type="zero", noised_at="timestep",
     )  # fmt: skip
 
-    choices = {"interpolation_type": ("linear", "log_linear"), "timestep_type": ("discrete", "continuous")}
     aliases = {"prediction_type": {"original_sample": "sample"}}
 
-    def __init__(self, *args: Any, **values: Any):
-        super().__init__(*args, **values)
-        # What the network is told: the timestep, or, for models trained so, log(sigma) / 4.
-        self._continuous = self.config.timestep_type == "continuous" and self.config.prediction_type == "v_prediction"
-        if self._continuous:
-            self._put_timesteps([math.log(s) / 4 for s in self._sigmas[:-1]], dtype=self.timesteps.dtype)
+    @property
+    def _continuous(self) -> bool:
+        return self.config.timestep_type == "continuous" and self.config.prediction_type == "v_prediction"
 
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, s_churn: float = 0.0, s_tmin: float = 0.0,

@@ -48,11 +48,15 @@ def weights(nodes: Sequence[float], integrals: Sequence[float]) -> list[float]:
 
 
 class ExponentialScheduler(SigmaScheduler):
-    """Base of the solvers on this formula. x = alpha x_0 + sigma eps keeps the size that the network sees.
+    """Base of the solvers on this formula. x = alpha x_0 + sigma eps keeps the size that the network sees."""
 
-    spaced_timesteps: with a spacing of sigmas the network is told the timesteps that belong to them ("exact"), or
-    whole numbers near them ("whole").
-    """
+    def __init__(self, *args: Any, **values: Any):
+        super().__init__(*args, **values)
+        kind, end = self._own("algorithm_type"), self._own("final_sigmas_type")
+        if kind in ("dpmsolver", "sde-dpmsolver") and end == "zero":
+            raise ValueError(f"algorithm_type {kind!r} needs final_sigmas_type='sigma_min'")
+        if kind == "sde-dpmsolver" and self.config.solver_order == 3:
+            raise ValueError("algorithm_type 'sde-dpmsolver' has no third order: use solver_order=2")
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Device = None, *, timesteps: list[float] | None = None,
@@ -62,51 +66,40 @@ class ExponentialScheduler(SigmaScheduler):
 
         Raises ValueError where the config forbids it.
         """
-        c, n = self.config, num_inference_steps
-        self._one_of(n, timesteps, sigmas)
-        table = self._table().numpy()
-        kind, last = torch.int64, self._last_sigma()
-        if sigmas is not None:
-            chosen = self._custom(sigmas, "sigmas")
-            levels, last = chosen[:-1], chosen[-1]
-            grid, kind = self._sigma_to_t(levels, table), torch.float32
-        elif any(self._own(name) for name in SPACINGS):
-            levels = self._spaced(table[-1].item(), table[0].item(), self._count(n))
-            if last >= levels[-1] * (1 - 1e-9):  # the spacing ends there already
-                last = levels[-1]
-            grid, kind = self._sigma_to_t(levels, table), torch.float32
-            if c.spaced_timesteps == "whole":
-                grid, kind = self._cut(len(levels)), torch.int64
-        else:
-            if timesteps is not None:
-                grid = self._in_range(self._custom(timesteps, "timesteps").astype(np.int64))
-            else:
-                # Timesteps that are noisier than lambda_min_clipped are left out (for the cosine schedule).
-                n, least = self._count(n), self._own("lambda_min_clipped")
-                clipped = 0 if least is None else int(np.searchsorted(-np.log(table)[::-1], least))
-                spacing = self._own("timestep_spacing") or "linspace"
-                step = {"step": c.num_train_timesteps / n} if spacing == "trailing" else {}
-                rule, offset = OPEN_GRIDS[spacing], self._own("steps_offset") or 0
-                grid = self._in_range(rule(c.num_train_timesteps - clipped, n, offset, **step).round())
-                if len(np.unique(grid)) < len(grid):
-                    raise ValueError(f"{n} steps repeat timesteps with timestep_spacing={spacing!r}; use fewer")
-            levels = np.interp(grid, np.arange(len(table)), table)
-        self._set_grid(grid, [*levels, last], device, kind)
+        grid, levels = self._lay(num_inference_steps, timesteps, sigmas)
+        self._set_grid(grid, levels, device, torch.int64 if (grid == grid.round()).all() else torch.float32)
+
+    def _spread(self, n: int) -> np.ndarray:
+        total, least = self.config.num_train_timesteps, self._own("lambda_min_clipped")
+        if any(self._own(name) for name in SPACINGS):  # from end to end of the table
+            return np.linspace(total - 1, 0, n)
+        # Timesteps that are noisier than lambda_min_clipped are left out (for the cosine schedule).
+        clipped = 0 if least is None else int(np.searchsorted(-self._table().log().numpy()[::-1], least))
+        spacing = self._own("timestep_spacing") or "linspace"
+        step = {"step": total / n} if spacing == "trailing" else {}
+        grid = OPEN_GRIDS[spacing](total - clipped, n, self._own("steps_offset") or 0, **step).round()
+        if len(np.unique(grid)) < len(grid):
+            raise ValueError(f"{n} steps repeat timesteps with timestep_spacing={spacing!r}; use fewer")
+        return grid
 
     def _reset(self) -> None:
         self.model_outputs: list[Tensor] = []  # newest last
 
-    def _cut(self, n: int) -> np.ndarray:
-        """The published timesteps of spaced sigmas. Karras': rounded. The others' fractions are cut off, and whether
-        the first is 999 or 998 hangs on the last bit of a float32 table, which is why there is one here."""
+    def _whole(self, grid: np.ndarray) -> np.ndarray:
+        # Karras' are rounded. The others' fractions are cut off, and whether the first is 999 or 998 hangs on the last
+        # bit of a float32 table, which is why there is one here.
         rough = self._table(self._alphas_cumprod(self._betas(torch.float32))).numpy()
-        grid = self._sigma_to_t(self._spaced(rough[-1].item(), rough[0].item(), n), rough)
+        grid = self._sigma_to_t(self._spaced(rough[-1].item(), rough[0].item(), len(grid)), rough)
         rounded = self.config.use_karras_sigmas or self._own("use_lu_lambdas")
-        return grid.round() if rounded and self.config.beta_schedule != "squaredcos_cap_v2" else grid
+        return grid.round() if rounded and self.config.beta_schedule != "squaredcos_cap_v2" else np.trunc(grid)
 
     def _scales(self, sigma: float) -> tuple[float, float]:
         alpha = 1 / math.hypot(sigma, 1)
         return alpha, sigma * alpha
+
+    def _known(self, i: int, order: int) -> list[tuple[int, Tensor]]:
+        """The predictions of the last `order` calls with their places, that at place i the newest."""
+        return [(i - k, self.model_outputs[-1 - k]) for k in range(order)]
 
     def _lambda(self, i: int) -> float:
         return -math.log(self._sigmas[i]) if self._sigmas[i] > 0 else math.inf
@@ -172,6 +165,5 @@ class MultistepScheduler(ExponentialScheduler):
         out, x = self._widen(out, sample)
         i = self._start(timestep)
         self.model_outputs = [*self.model_outputs, self._read(out, x, i, data)][-self.config.solver_order :]
-        known = [(i - k, self.model_outputs[-1 - k]) for k in range(self._order(i))]
-        x = self._integrate(x, i, i + 1, known, data, rule, tau, noise)
+        x = self._integrate(x, i, i + 1, self._known(i, self._order(i)), data, rule, tau, noise)
         return self._end(x, sample.dtype, return_dict)

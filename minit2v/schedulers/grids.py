@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Noise schedules: (num_train_timesteps,) betas
+# --- Noise schedules: (num_train_timesteps,) betas
 
 
 def linear_betas(start: float, end: float, n: int, dtype: torch.dtype) -> Tensor:
@@ -37,8 +36,7 @@ def zero_terminal_snr(betas: Tensor) -> Tensor:
     return 1 - torch.cat([bar[:1], bar[1:] / bar[:-1]])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Grids: n timesteps out of 0 ... total - 1, falling (table 2 of arXiv:2305.08891). The offset shifts `leading` only.
+# --- Grids: n timesteps of 0 ... total - 1, falling (table 2 of arXiv:2305.08891). The offset shifts `leading` only.
 
 
 def leading(total: int, n: int, offset: int = 0) -> np.ndarray:
@@ -73,8 +71,7 @@ GRIDS = {"leading": leading, "linspace": linspace, "trailing": trailing}
 OPEN_GRIDS = {"leading": leading_open, "linspace": linspace_open, "trailing": trailing}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Spacings: n sigmas from `high` down to `low`
+# --- Spacings: n sigmas from `high` down to `low`
 
 
 def karras_sigmas(high: float, low: float, n: int, rho: float = 7.0) -> np.ndarray:

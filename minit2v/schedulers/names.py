@@ -54,14 +54,14 @@ ENDINGS: dict[str, dict[str, Any]] = {
     "beta": {"use_beta_sigmas": True},
     "sgm": {"timestep_spacing": "trailing"},
 }
-_ALSO = {"sgm-uniform": "sgm"}  # ComfyUI's
+_ALSO = {"sgm-uniform": ENDINGS["sgm"]}  # ComfyUI's
 _SHORTER = {"dpm++": "dpm++-2m", "dpmsolver++": "dpm++-2m"}
 
 
 def solver_of(name: str) -> tuple[type[Scheduler], dict[str, Any]]:
     """The class of a name, and the fields that the name sets. Raises as `scheduler_of`."""
     key = _key(name)
-    key, endings = _SHORTER.get(key, key), ENDINGS | {other: ENDINGS[one] for other, one in _ALSO.items()}
+    key, endings = _SHORTER.get(key, key), ENDINGS | _ALSO
     known = {_key(solver): Named("", solver, {}) for solver in solvers.__all__}
     for row in reversed(NAMES):
         others = [row.a1111, row.comfyui, row.comfyui and f"sample-{row.comfyui}"]

@@ -16,12 +16,6 @@ class PNDMScheduler(Scheduler):
 
     Three Runge-Kutta steps of four predictions each, then Adams-Bashforth. With skip_prk_steps (every Stable Diffusion
     folder) one improved Euler step instead, which visits the second timestep twice.
-
-    previous_timestep: "grid" steps to the timestep at which the network is asked next, wherever the run begins;
-    "ratio" always num_train_timesteps // num_inference_steps further down, and counts from the first call.
-    zero_snr: rescale_betas_zero_snr is heeded ("honoured"), or not, as published ("ignored").
-    average: the predictions are averaged as "epsilon", or as they come ("prediction"), which with v_prediction costs
-    the method its order.
     """
 
     Fields = declare(
@@ -29,7 +23,6 @@ class PNDMScheduler(Scheduler):
         steps_offset=0, previous_timestep="grid", average="epsilon", rescale_betas_zero_snr=False, zero_snr="honoured",
     )  # fmt: skip
 
-    choices = {"average": ("epsilon", "prediction")}
     smallest_alpha_bar = 2.0**-24
 
     def set_begin_index(self, begin_index: int = 0) -> None:
@@ -69,7 +62,7 @@ class PNDMScheduler(Scheduler):
         out, x = self._widen(model_output, sample)
         t, by_ratio = int(self._number(timestep)), self.config.previous_timestep == "ratio"
         if self._i is None:
-            self._i = 0 if by_ratio else self._place(t)
+            self._i = 0 if by_ratio else self._places(t)[0]
         i = self._i
         if i >= len(self._grid):
             raise ValueError(f"all {len(self._grid)} steps are done; call set_timesteps for another video")
@@ -104,17 +97,11 @@ class PNDMScheduler(Scheduler):
                 eps = sum(w * e for w, e in zip(BASHFORTH[len(self._history)], self._history, strict=True))
 
         self._i = i + 1
-        x = self._transfer(x, eps, here, there).to(sample.dtype)
-        return SchedulerOutput(x) if return_dict else (x,)
+        return self._end(self._transfer(x, eps, here, there), sample.dtype, return_dict)
 
     def _is_noise(self, t: int) -> bool:
         """Where x_0 would be the difference of predictions over an alpha of nearly 0: there, the first alone counts."""
         return self._ends_in_noise and self._bar(t) < 1e-6
-
-    def _place(self, t: int) -> int:
-        if t not in self._grid:
-            raise ValueError(f"{t} is not one of scheduler.timesteps")
-        return self._grid.index(t)
 
     def _eps(self, out: Tensor, x: Tensor, t: int) -> Tensor:
         bar = self._bar(t)

@@ -1,35 +1,22 @@
 """SA-Solver."""
 
-
 from torch import Tensor
 
-from .base import Generators, SchedulerOutput, Timestep, declare, randn
+from .base import SPACED, THRESHOLDED, Generators, SchedulerOutput, Timestep, declare, randn
 from .exponential import ExponentialScheduler
 
 
 class SASolverScheduler(ExponentialScheduler):
-    """Stochastic Adams: Xue et al., arXiv:2309.05019, algorithm 1.
-
-    tau_func(timestep) says how stochastic a step is: 0 the ODE, 1 the SDE; by default 1 from 200 to 800. A file cannot
-    hold one. algorithm_type "data_prediction" or "noise_prediction": what is integrated.
-    final_sigmas_type: the last step ends clean ("zero"), or, as published, in the noise of timestep 0 ("sigma_min").
-    """
+    """Stochastic Adams: Xue et al., arXiv:2309.05019, algorithm 1. A file cannot hold a tau_func."""
 
     Fields = declare(
-        predictor_order=2, corrector_order=2, prediction_type="epsilon", tau_func=None, thresholding=False,
-        dynamic_thresholding_ratio=0.995, sample_max_value=1.0, algorithm_type="data_prediction",
-        lower_order_final=True, use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False,
-        use_flow_sigmas=False, flow_shift=1.0, lambda_min_clipped=-float("inf"), variance_type=None,
-        timestep_spacing="linspace", steps_offset=0, rescale_betas_zero_snr=False, zero_snr="honoured",
-        spaced_timesteps="exact", final_sigmas_type="zero",
+        predictor_order=2, corrector_order=2, prediction_type="epsilon", tau_func=None, **THRESHOLDED,
+        algorithm_type="data_prediction", lower_order_final=True, **SPACED, use_flow_sigmas=False, flow_shift=1.0,
+        lambda_min_clipped=-float("inf"), variance_type=None, timestep_spacing="linspace", steps_offset=0,
+        rescale_betas_zero_snr=False, zero_snr="honoured", spaced_timesteps="exact", final_sigmas_type="zero",
     )  # fmt: skip
 
-    choices = {
-        "predictor_order": (1, 2, 3, 4),
-        "corrector_order": (1, 2, 3, 4),
-        "algorithm_type": ("data_prediction", "noise_prediction"),
-    }
-
+    choices = {"algorithm_type": ("data_prediction", "noise_prediction")}
     aliases = {
         "algorithm_type": dict.fromkeys(("deis", "dpmsolver", "sde-dpmsolver"), "noise_prediction")
         | dict.fromkeys(("dpmsolver++", "sde-dpmsolver++"), "data_prediction")
@@ -57,15 +44,14 @@ class SASolverScheduler(ExponentialScheduler):
         i, data = self._start(timestep), c.algorithm_type == "data_prediction"
         found = self._read(out, x, i, data)
         left = len(self._grid) - i if c.lower_order_final else 4
-        outputs = [*self.model_outputs, found]
+        self.model_outputs = [*self.model_outputs, found]
         if self._last is not None:
             before, noise, tau, order = self._last
-            known = [(i - k, outputs[-1 - k]) for k in range(order)]
-            x = self._integrate(before, i - 1, i, known, data, self._rule, tau, noise)
-        self.model_outputs = outputs[-max(c.predictor_order, c.corrector_order - 1) :]
+            x = self._integrate(before, i - 1, i, self._known(i, order), data, self._rule, tau, noise)
+        self.model_outputs = self.model_outputs[-max(c.predictor_order, c.corrector_order - 1) :]
         noise = randn(model_output.shape, generator, model_output.device, model_output.dtype)
         tau, seen = self._tau(self._number(timestep)), len(self.model_outputs)
         self._last = x, noise, tau, min(c.corrector_order, left + 1, seen + 1)
-        known = [(i - k, self.model_outputs[-1 - k]) for k in range(min(c.predictor_order, left, seen))]
+        known = self._known(i, min(c.predictor_order, left, seen))
         x = self._integrate(x, i, i + 1, known, data, self._rule, tau, noise)
         return self._end(x, sample.dtype, return_dict)

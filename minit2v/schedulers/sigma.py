@@ -12,18 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Device, Scheduler, SchedulerOutput, Timestep
+from .base import SPACED, Device, Scheduler, SchedulerOutput, Timestep
 from .grids import GRIDS, beta_sigmas, exponential_sigmas, karras_sigmas
 
-SPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+Stage = tuple[Tensor, Tensor]  # a sample, and the x_0 that the network sees in it
+SPACINGS = (*SPACED, "use_lu_lambdas")
 
 
 class SigmaScheduler(Scheduler):
-    """Base of the solvers that walk down `sigmas`, one longer than `timesteps`, by a counter.
-
-    noised_at: `add_noise` adds the noise of the timesteps that it is given ("timestep"), or, after set_begin_index,
-    that of the place where the solver stands ("counter").
-    """
+    """Base of the solvers that walk down `sigmas`, one longer than `timesteps`, by a counter."""
 
     smallest_alpha_bar = 2.0**-24
 
@@ -57,6 +54,34 @@ class SigmaScheduler(Scheduler):
         if timesteps is not None and any(self._own(name) for name in SPACINGS):
             raise ValueError("timesteps and a spacing of sigmas (use_..._sigmas) exclude each other")
 
+    def _spread(self, n: int) -> np.ndarray:
+        """The grid of n timesteps that the config asks for."""
+        raise NotImplementedError
+
+    def _lay(self, n: int | None, timesteps: Any, sigmas: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Timesteps, and the sigmas between which the steps go, one more."""
+        self._one_of(n, timesteps, sigmas)
+        table = self._table().numpy()
+        if sigmas is not None:
+            levels = self._custom(sigmas, "sigmas")
+            return self._sigma_to_t(levels[:-1], table), levels
+        grid = self._spread(self._count(n)) if timesteps is None else self._custom(timesteps, "timesteps")
+        levels, last = np.interp(self._in_range(grid), np.arange(len(table)), table), self._last_sigma()
+        if self._own("interpolation_type") == "log_linear":
+            levels = np.exp(np.linspace(math.log(table[-1]), math.log(table[0]), len(grid) + 1))
+        spaced = self._spaced(levels[0].item(), levels[-1].item(), len(grid))
+        if spaced is not None:
+            levels, grid = spaced, self._sigma_to_t(spaced, table)
+            if self._own("spaced_timesteps") == "whole":
+                grid = self._whole(grid)
+            if last >= levels[-1] * (1 - 1e-9):  # the spacing ends there already
+                last = levels[-1]
+        return grid, np.append(levels, last)
+
+    def _whole(self, grid: np.ndarray) -> np.ndarray:
+        """The published timesteps of spaced sigmas."""
+        return grid.round() if self.config.use_karras_sigmas else grid
+
     @staticmethod
     def _sigma_to_t(sigmas: np.ndarray, table: np.ndarray) -> np.ndarray:
         """Fractional timesteps at which the training schedule has these sigmas."""
@@ -87,12 +112,7 @@ class SigmaScheduler(Scheduler):
     def index_for_timestep(self, timestep: Timestep, schedule_timesteps: Tensor | None = None) -> int:
         """The place of a timestep in the grid; the second one where it occurs twice, so that a start in the middle does
         not repeat a noise level. Raises ValueError where it does not occur."""
-        grid = self._grid if schedule_timesteps is None else schedule_timesteps.tolist()
-        t = self._number(timestep)
-        places = [i for i, s in enumerate(grid) if s == t]
-        if not places:
-            raise ValueError(f"{t:g} is not one of scheduler.timesteps")
-        return places[min(1, len(places) - 1)]
+        return self._places(self._number(timestep), schedule_timesteps)[:2][-1]
 
     def _start(self, timestep: Timestep) -> int:
         """The place at which this step starts."""
@@ -110,13 +130,9 @@ class SigmaScheduler(Scheduler):
         """(alpha, sigma) of the solver's own x at a noise level."""
         raise NotImplementedError
 
-    def _end(
-        self, x: Tensor, dtype: torch.dtype, return_dict: bool, x0: Tensor | None = None
-    ) -> SchedulerOutput:
-        """What a step returns: the next sample, and the guess at x_0 of solvers that make one. The counter goes on."""
+    def _end(self, x: Tensor, dtype: torch.dtype, return_dict: bool, x0: Tensor | None = None) -> SchedulerOutput:
         self.step_index += 1
-        found = (x.to(dtype),) if x0 is None else (x.to(dtype), x0.to(dtype))
-        return SchedulerOutput(*found) if return_dict else found
+        return super()._end(x, dtype, return_dict, x0)
 
     def _place(self, t: float) -> int | None:
         """Where the grid has a timestep, None where it does not; first of all the place where the solver stands."""
@@ -146,11 +162,16 @@ class ExplodingScheduler(SigmaScheduler):
     They integrate dx / dsigma = eps = (x - x_0) / sigma (Karras et al., arXiv:2206.00364, equation 3).
     """
 
-    _continuous = False  # whether the network is told log(sigma) / 4 in place of the timestep
-
     def __init__(self, *args: Any, **values: Any):
         super().__init__(*args, **values)
         self._scaled = False
+        if self._continuous:
+            self._put_timesteps([math.log(s) / 4 for s in self._sigmas[:-1]], dtype=torch.float32)
+
+    @property
+    def _continuous(self) -> bool:
+        """Whether the network is told log(sigma) / 4 in place of the timestep, as models that were trained so want."""
+        return False
 
     @property
     def init_noise_sigma(self) -> float:
@@ -164,6 +185,10 @@ class ExplodingScheduler(SigmaScheduler):
     ) -> None:  # fmt: skip
         """Lay the grid: so many steps, or these timesteps, or these sigmas (with the last, usually 0, at the end)."""
         grid, levels = self._lay(num_inference_steps, timesteps, sigmas)
+        if self._continuous:
+            if timesteps is not None:
+                raise ValueError("timesteps exclude continuous timesteps: give sigmas")
+            grid = np.log(levels[: len(grid)]) / 4
         self._set_grid(*self._calls(grid, levels), device, torch.float32)
         self.num_inference_steps = len(grid)
 
@@ -171,36 +196,9 @@ class ExplodingScheduler(SigmaScheduler):
         """The timesteps and sigmas of steps -> those of the calls of the network."""
         return grid, levels
 
-    def _lay(
-        self, n: int | None, timesteps: Sequence[float] | None, sigmas: Sequence[float] | None,
-    ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-        """Timesteps, and the sigmas between which the steps go, one more."""
+    def _spread(self, n: int) -> np.ndarray:
         c = self.config
-        self._one_of(n, timesteps, sigmas)
-        table = self._table().numpy()
-        if sigmas is not None:
-            levels = self._custom(sigmas, "sigmas")
-            grid = self._sigma_to_t(levels[:-1], table)
-        else:
-            if timesteps is None:
-                grid = GRIDS[c.timestep_spacing](c.num_train_timesteps, self._count(n), c.steps_offset)
-            elif self._continuous:
-                raise ValueError("timesteps exclude continuous timesteps: give sigmas")
-            else:
-                grid = self._custom(timesteps, "timesteps")
-                n = len(grid)
-            levels = np.interp(self._in_range(grid), np.arange(len(table)), table)
-            if self._own("interpolation_type") == "log_linear":
-                levels = np.exp(np.linspace(math.log(table[-1]), math.log(table[0]), n + 1))
-            spaced = self._spaced(levels[0].item(), levels[-1].item(), n)
-            if spaced is not None:
-                levels, grid = spaced, self._sigma_to_t(spaced, table)
-                if self._own("spaced_timesteps") == "whole" and c.use_karras_sigmas:
-                    grid = grid.round()
-            levels = np.append(levels, self._last_sigma())
-        if self._continuous:
-            grid = np.log(levels[: len(grid)]) / 4
-        return grid, levels
+        return GRIDS[c.timestep_spacing](c.num_train_timesteps, n, c.steps_offset)
 
     def scale_model_input(self, sample: Tensor, timestep: Timestep) -> Tensor:
         """x / sqrt(sigma**2 + 1), of about unit variance."""
@@ -242,7 +240,7 @@ class TwoStageScheduler(ExplodingScheduler):
         return calls, at
 
     def _reset(self) -> None:
-        self._first: tuple[Tensor, Tensor] | None = None  # the sample at the start of the step, and what it pointed to
+        self._first: Stage | None = None  # at the start of the step
 
     def _second_levels(self, levels: np.ndarray) -> np.ndarray:
         """(n,) sigmas -> (n - 1,), where the second calls are."""
@@ -265,12 +263,17 @@ class TwoStageScheduler(ExplodingScheduler):
             x = self._leave(x, x0, self._sigmas[i : i + 3], **more)
         return self._end(x, sample.dtype, return_dict, x0)
 
-    def _leave(self, x: Tensor, x0: Tensor, levels: list[float]) -> Tensor:
+    def _is_noise(self, sigma: float) -> bool:
+        """Whether this is pure noise, sigma in the thousands: times that, the difference of two slopes would be all."""
+        return self._ends_in_noise and sigma == self._table()[-1].item()
+
+    def _leave(self, x: Tensor, x0: Tensor, levels: list[float], **more: Any) -> Tensor:
         """From the first of these levels to the second, by the prediction at the first: Euler's step."""
         return x0 + levels[1] / levels[0] * (x - x0)
 
-    def _advance(
-        self, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], levels: list[float], **more: Any,
-    ) -> Tensor:  # fmt: skip
-        """From (x, x_0) at levels[0], and at levels[1] where the first led, to x at levels[2]."""
-        raise NotImplementedError
+    def _advance(self, first: Stage, second: Stage, levels: list[float], **more: Any) -> Tensor:
+        """From (x, x_0) at levels[0], and at levels[1] where the first led, to x at levels[2]: the midpoint rule."""
+        (x, _), (x_mid, x0_mid), (sigma, middle, target) = first, second, levels
+        if self._is_noise(sigma):
+            return x0_mid + target / sigma * (x - x0_mid)
+        return x + (target - sigma) / middle * (x_mid - x0_mid)

@@ -1,22 +1,20 @@
 """Solvers that ask the network twice in a step: Heun's, the midpoint rule, and its stochastic sister."""
 
-
 import numpy as np
 from torch import Tensor
 
-from .base import Generators, SchedulerOutput, Timestep, declare, randn
+from .base import SPACED, Generators, SchedulerOutput, Timestep, declare, randn
 from .euler import ancestral
-from .sigma import TwoStageScheduler
+from .sigma import Stage, TwoStageScheduler
 
 
 class HeunDiscreteScheduler(TwoStageScheduler):
     """Karras et al., arXiv:2206.00364, algorithm 1: Euler's step, then again with the mean of its two slopes."""
 
     Fields = declare(
-        beta_start=0.00085, beta_end=0.012, prediction_type="epsilon", use_karras_sigmas=False,
-        use_exponential_sigmas=False, use_beta_sigmas=False, clip_sample=False, clip_sample_range=1.0,
-        timestep_spacing="linspace", steps_offset=0, rescale_betas_zero_snr=False, zero_snr="honoured",
-        noised_at="timestep",
+        beta_start=0.00085, beta_end=0.012, prediction_type="epsilon", **SPACED, clip_sample=False,
+        clip_sample_range=1.0, timestep_spacing="linspace", steps_offset=0, rescale_betas_zero_snr=False,
+        zero_snr="honoured", noised_at="timestep",
     )  # fmt: skip
 
     def _second_levels(self, levels: np.ndarray) -> np.ndarray:
@@ -31,36 +29,23 @@ class HeunDiscreteScheduler(TwoStageScheduler):
         """x (b, ...) from one call of the network to the next."""
         return self._two_stages(model_output, timestep, sample, return_dict)
 
-    def _advance(self, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], levels: list[float]) -> Tensor:
+    def _advance(self, first: Stage, second: Stage, levels: list[float]) -> Tensor:
         (x, x0), (x_end, x0_end), (sigma, target, _) = first, second, levels
-        if self._ends_in_noise and sigma == self._sigmas[0] == self._table()[-1].item():
-            # From pure noise, sigma in the thousands: the slopes' difference, over that length, would be all there is.
+        if self._is_noise(sigma):
             return x_end
         return x + (target - sigma) / 2 * ((x - x0) / sigma + (x_end - x0_end) / target)
 
 
 class KDPM2DiscreteScheduler(TwoStageScheduler):
-    """k-diffusion's dpm_2: the slope at the middle of the step, in log sigma (DPM-Solver-2 of arXiv:2206.00927).
-
-    spaced_timesteps: with Karras sigmas the network is told the timesteps that belong to them ("exact"), or these
-    rounded ("whole").
-    """
+    """k-diffusion's dpm_2: the slope at the middle of the step, in log sigma (DPM-Solver-2 of arXiv:2206.00927)."""
 
     Fields = declare(
-        beta_start=0.00085, beta_end=0.012, use_karras_sigmas=False, use_exponential_sigmas=False,
-        use_beta_sigmas=False, prediction_type="epsilon", timestep_spacing="linspace", steps_offset=0,
-        rescale_betas_zero_snr=False, zero_snr="honoured", noised_at="timestep", spaced_timesteps="exact",
+        beta_start=0.00085, beta_end=0.012, **SPACED, prediction_type="epsilon", timestep_spacing="linspace",
+        steps_offset=0, rescale_betas_zero_snr=False, zero_snr="honoured", noised_at="timestep",
+        spaced_timesteps="exact",
     )  # fmt: skip
 
-    def step(
-        self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True,
-    ) -> SchedulerOutput:  # fmt: skip
-        """x (b, ...) from one call of the network to the next."""
-        return self._two_stages(model_output, timestep, sample, return_dict)
-
-    def _advance(self, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], levels: list[float]) -> Tensor:
-        (x, _), (x_mid, x0_mid), (sigma, middle, target) = first, second, levels
-        return x + (target - sigma) / middle * (x_mid - x0_mid)
+    step = HeunDiscreteScheduler.step
 
 
 class KDPM2AncestralDiscreteScheduler(TwoStageScheduler):
@@ -79,14 +64,10 @@ class KDPM2AncestralDiscreteScheduler(TwoStageScheduler):
         """x (b, ...) from one call of the network to the next; noise is added after the second."""
         return self._two_stages(model_output, timestep, sample, return_dict, like=model_output, generator=generator)
 
-    def _leave(self, x: Tensor, x0: Tensor, levels: list[float], **noise) -> Tensor:
-        return super()._leave(x, x0, levels)
-
     def _advance(
-        self, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], levels: list[float], like: Tensor,
-        generator: Generators,
+        self, first: Stage, second: Stage, levels: list[float], like: Tensor, generator: Generators,
     ) -> Tensor:  # fmt: skip
-        (x, _), (x_mid, x0_mid), (sigma, middle, target) = first, second, levels
+        sigma, middle, target = levels
         down, up = ancestral(sigma, target)
         noise = randn(like.shape, generator, like.device, like.dtype)
-        return x + (down - sigma) / middle * (x_mid - x0_mid) + up * noise
+        return super()._advance(first, second, [sigma, middle, down]) + up * noise

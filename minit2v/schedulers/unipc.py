@@ -1,9 +1,8 @@
 """UniPC."""
 
-
 from torch import Tensor
 
-from .base import SchedulerOutput, Timestep, declare
+from .base import SPACED, THRESHOLDED, SchedulerOutput, Timestep, declare
 from .exponential import ExponentialScheduler
 
 
@@ -11,17 +10,15 @@ class UniPCMultistepScheduler(ExponentialScheduler):
     """Unified predictor-corrector: Zhao et al., arXiv:2302.04867, algorithms 5 to 8.
 
     The prediction that the network makes for the next step also corrects the last one: an order more, without a call.
-    solver_type "bh1", "bh2": B(h) = h or exp(h) - 1, which is seen in the lowest orders alone. predict_x0: integrate
-    the prediction of x_0, not of the noise. disable_corrector: the steps (by their place) that are not corrected.
+    solver_type "bh1", "bh2": B(h) = h or exp(h) - 1, which is seen in the lowest orders alone.
     """
 
     Fields = declare(
-        solver_order=2, prediction_type="epsilon", thresholding=False, dynamic_thresholding_ratio=0.995,
-        sample_max_value=1.0, predict_x0=True, solver_type="bh2", lower_order_final=True, disable_corrector=[],
-        solver_p=None, use_karras_sigmas=False, use_exponential_sigmas=False, use_beta_sigmas=False,
-        use_flow_sigmas=False, flow_shift=1.0, timestep_spacing="linspace", steps_offset=0, final_sigmas_type="zero",
-        rescale_betas_zero_snr=False, use_dynamic_shifting=False, time_shift_type="exponential", sigma_min=None,
-        sigma_max=None, shift_terminal=None, noised_at="timestep", spaced_timesteps="exact",
+        solver_order=2, prediction_type="epsilon", **THRESHOLDED, predict_x0=True, solver_type="bh2",
+        lower_order_final=True, disable_corrector=[], solver_p=None, **SPACED, use_flow_sigmas=False, flow_shift=1.0,
+        timestep_spacing="linspace", steps_offset=0, final_sigmas_type="zero", rescale_betas_zero_snr=False,
+        use_dynamic_shifting=False, time_shift_type="exponential", sigma_min=None, sigma_max=None, shift_terminal=None,
+        noised_at="timestep", spaced_timesteps="exact",
     )  # fmt: skip
 
     choices = {
@@ -39,10 +36,6 @@ class UniPCMultistepScheduler(ExponentialScheduler):
         """With two predictions, the paper's simpler weight: half of B(h)."""
         if len(integrals) == 2:
             integrals[1] = k / 2 if self.config.solver_type == "bh1" else integrals[0] / 2
-
-    def _known(self, i: int, order: int) -> list[tuple[int, Tensor]]:
-        """The predictions of the last `order` calls, that at place i the newest."""
-        return [(i - k, self.model_outputs[-1 - k]) for k in range(order)]
 
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True,
