@@ -505,6 +505,18 @@ def test_eta_without_a_meaning_is_said(pipe, caplog):
     assert "EulerDiscreteScheduler has no eta" in caplog.text
 
 
+def test_clipping_that_nobody_asked_for_is_said(pipe, caplog):
+    config = {k: v for k, v in pipe.scheduler.config.items() if k != "clip_sample" and not k.startswith("_")}
+    with caplog.at_level(logging.WARNING):
+        for fields in ({"clip_sample": False}, {"clip_sample": True}, {}):
+            caplog.clear()
+            pipe.scheduler = DDIMScheduler.from_config(config, **fields)
+            pipe("a cat", **FAST)
+            said = [r.getMessage() for r in caplog.records if "clip" in r.getMessage()]
+            assert len(said) == (not fields)
+    assert said[0].startswith("DDIMScheduler clips latents") and "clip_sample=False" in said[0] and "\n" not in said[0]
+
+
 # Components, loading, saving ------------------------------------------------------------------------------------------
 
 
