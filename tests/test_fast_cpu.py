@@ -29,6 +29,11 @@ def error(y: torch.Tensor, want: torch.Tensor) -> float:
         pytest.param(2, 200, 9, 20, 160, {}, id="odd height"),
         pytest.param(2, 24, 4, 4, 40, {}, id="few pixels"),
         pytest.param(1, 24, 1, 1, 40, {}, id="one pixel"),
+        pytest.param(2, 24, 6, 8, 40, {"stride": 2}, id="few pixels, stride"),
+        pytest.param(2, 24, 4, 5, 40, {"padding": (0, 2), "kernel_size": (2, 3)}, id="few pixels, another kernel"),
+        pytest.param(2, 24, 4, 5, 40, {"padding": "same"}, id="few pixels, padding by name"),
+        pytest.param(2, 24, 4, 5, 40, {"kernel_size": 1, "padding": 1}, id="1x1 with padding"),
+        pytest.param(2, 24, 8, 8, 40, {"kernel_size": 1, "padding": 0, "stride": 2}, id="1x1 with stride"),
         pytest.param(4, 40, 8, 9, 24, {}, id="as it is"),
         pytest.param(2, 200, 16, 16, 160, {"stride": 2}, id="stride"),
         pytest.param(2, 200, 16, 16, 160, {"padding_mode": "reflect"}, id="reflected"),
@@ -59,24 +64,45 @@ def test_convolutions(ops, monkeypatch, n, c, h, w, o, options, layout):
 def test_which_form_is_taken(ops, monkeypatch):
     """Else the test above could compare a convolution with itself."""
     taken = []
-    for name in ("winograd", "unfolded"):
+    for name in ("winograd", "winograd_of_doubled", "unfolded"):
         real = getattr(cpu, name)
         monkeypatch.setattr(cpu, name, lambda *args, name=name, real=real: taken.append(name) or real(*args))
     m = nn.Conv2d(200, 160, 3, padding=1)
     with torch.no_grad():
         for n, h in ((4, 8), (1, 4), (1, 32), (2, 9)):
             ops.conv(m, torch.randn(n, 200, h, h))
-    assert taken == (["winograd", "unfolded", "winograd"] if cpu.PRODUCTS else [])
+        ops.double_and_conv(m, torch.randn(1, 200, 16, 16))
+        ops.temporal_conv(nn.Conv3d(200, 160, (3, 1, 1), padding=(1, 0, 0)), torch.randn(1, 200, 4, 9), None)
+    wanted = ["winograd", "unfolded", "winograd", "winograd_of_doubled", "unfolded"]
+    assert taken == (wanted if cpu.PRODUCTS else [])
 
 
-@pytest.mark.parametrize("size", [(1, 24, 5, 3), (4, 24, 8, 8), (1, 24, 20, 30)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size", [(1, 24, 5, 3), (4, 24, 8, 8), (1, 24, 20, 31), (3, 24, 9, 11)], ids=str)
 @torch.no_grad()
-def test_doubling(ops, size):
+def test_doubling(ops, monkeypatch, size, bias):
+    monkeypatch.setattr(cpu, "CHUNK", 40_000)
     torch.manual_seed(0)
-    m, x = nn.Conv2d(24, 40, 3, padding=1), torch.randn(size)
+    m, x = nn.Conv2d(24, 40, 3, padding=1, bias=bias), torch.randn(size)
     exact = nn.functional.interpolate(x.double(), scale_factor=2.0, mode="nearest")
-    exact = nn.functional.conv2d(exact, m.weight.double(), m.bias.double(), padding=1)
-    assert error(ops.double_and_conv(m, x), exact) <= 1e-6
+    exact = m.double()(exact)
+    m.float()
+    for _ in range(2):  # the second time with what was kept of the first
+        assert error(ops.double_and_conv(m, x), exact) <= 1e-6
+    assert bool(ops.kept) == (cpu.PRODUCTS and x[:, 0].numel() >= 256)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("size", [(1, 40, 4, 6), (2, 40, 3, 4), (1, 40, 1, 5), (2, 40, 4, 30)], ids=str)
+@torch.no_grad()
+def test_along_the_frames(ops, size, residual):
+    torch.manual_seed(0)
+    m = nn.Conv3d(40, 40, (3, 1, 1), padding=(1, 0, 0))
+    x = torch.randn(size).contiguous(memory_format=torch.channels_last)
+    added = torch.randn(size).contiguous(memory_format=torch.channels_last) if residual else None
+    exact = m.double()(x.double()[..., None])[..., 0] + (0 if added is None else added)
+    m.float()
+    assert error(ops.temporal_conv(m, x, added), exact) <= 1e-6
 
 
 @pytest.mark.parametrize("rows", [10, 100])
@@ -132,7 +158,7 @@ def test_copies_of_weights(monkeypatch):
     for p in unet.parameters():
         p.data *= 1.02  # which PyTorch does not count
     check(fast.door(unet))
-    conv = next(m for m in unet.modules() if m in run.executor.ops.kept)
+    conv = next(m for m in unet.modules() if (m, cpu.transform) in run.executor.ops.kept)
     conv.weight.data.copy_(conv.weight.data.flip(0))  # the same numbers in another order
     check(fast.door(unet))
     unet.load_state_dict({name: v * 1.1 for name, v in unet.state_dict().items()})

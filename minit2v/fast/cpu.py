@@ -5,6 +5,7 @@ take half of MKL's time, for MKL uses AVX-512 on Intel's processors only. Withou
 products are worth more than oneDNN's convolutions, which rearrange their weights at every call.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .ops import OWN, Ops
 PRODUCTS = torch.backends.cpu.get_cpu_capability() == "AVX2"  # whether MKL's products are the fastest thing here
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 KEPT = 0.3  # of a network's weights: what copies in another form may take
+Form = Callable[[Tensor], Tensor]  # weight (o i 3 3) -> Winograd's form of it
 CHUNK = 1_000_000  # numbers that Winograd's method works on at a time: they fit into the caches
 
 
@@ -24,7 +26,8 @@ class CPUOps(Ops):
     def __init__(self, x: Tensor, network: nn.Module):
         super().__init__(x)
         self.room = KEPT * sum(p.nbytes for p in network.parameters())
-        self.kept: dict[nn.Conv2d, tuple[Tensor, int, tuple[int, float]]] = {}  # transformed weights, of which version
+        # Transformed weights, by module and form, with the version and fingerprint of the weight that they are of.
+        self.kept: dict[tuple[nn.Conv2d, Form], tuple[Tensor, int, tuple[int, float]]] = {}
 
     def kept_bytes(self) -> int:
         """What the copies of weights take."""
@@ -32,7 +35,7 @@ class CPUOps(Ops):
 
     def check_kept(self) -> None:
         """Drop the copies whose weights were changed by way of `.data`, which nobody counts."""
-        self.kept = {m: kept for m, kept in self.kept.items() if kept[2] == fingerprint(m.weight)}
+        self.kept = {key: kept for key, kept in self.kept.items() if kept[2] == fingerprint(key[0].weight)}
 
     def image_layout(self, x: Tensor) -> Tensor:
         return self.channels_last(x)
@@ -43,7 +46,8 @@ class CPUOps(Ops):
     def geglu(self, m: nn.Linear, x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]
         if not PRODUCTS or rows <= 64:
-            value, gate = linear(x, m.weight, m.bias).chunk(2, dim=-1)
+            # Of few rows by many columns oneDNN makes the faster product, whatever the processor.
+            value, gate = linear(x, m.weight, m.bias, onednn=True).chunk(2, dim=-1)
             return F.gelu(gate).mul_(value)
         of_value, of_gate = m.weight.chunk(2)
         bias, bias_gate = (None, None) if m.bias is None else m.bias.chunk(2)
@@ -64,57 +68,81 @@ class CPUOps(Ops):
         bias = m.bias if bias is OWN else bias
         n, c, h, w = x.shape
         rows = n * h * w
-        if PRODUCTS and is_3x3(m):
-            if rows >= 256 and c + len(m.weight) > 320 and h % 2 == w % 2 == 0:
-                transformed = self.transformed(m)
+        if PRODUCTS and is_common(m):
+            if m.kernel_size == (1, 1) and m.stride == (1, 1) and m.padding == (0, 0):
+                pixels = self.channels_last(x).permute(0, 2, 3, 1)
+                return F.linear(pixels, m.weight.flatten(1), bias).permute(0, 3, 1, 2)
+            if is_3x3(m) and rows >= 256 and c + len(m.weight) > 320 and h % 2 == w % 2 == 0:
+                transformed = self.transformed(m, transform)
                 if transformed is not None or rows >= 1024:
                     transformed = transform(m.weight) if transformed is None else transformed
                     return winograd(self.channels_last(x), transformed, bias)
-            if rows <= 64:
-                return unfolded(x, m.weight, bias)
+            if rows <= 64 * m.stride[0] * m.stride[1]:
+                return unfolded(x, m.weight, bias, m.stride, m.padding)
         # Else weights, which are stored with the input channels outside, are rearranged at every call: at the coarse
         # levels that takes as long as the convolution itself.
         large = rows >= 2 * c  # 2: measured, on widths of 160 to 1280
         return m._conv_forward(self.channels_last(x) if large else x.contiguous(), m.weight, bias)
 
+    def temporal_conv(self, m: nn.Conv3d, x: Tensor, residual: Tensor | None) -> Tensor:
+        rows = x.shape[0] * x.shape[2] * x.shape[3]
+        if not PRODUCTS or rows > 256 or rows >= x.shape[1]:
+            return super().temporal_conv(m, x, residual)
+        y = unfolded(x, m.weight.squeeze(-1), m.bias, (1, 1), (1, 0))
+        return y if residual is None else y.add_(residual)
+
     def double_and_conv(self, m: nn.Conv2d, x: Tensor) -> Tensor:
-        # Doubling is a transposed convolution with a 2x2 kernel of ones, so the two in one are a transposed convolution
-        # whose 4x4 kernel is the 3x3 one, flipped, summed over 2x2 windows: 16 products for 4 pixels instead of 36.
         if not is_3x3(m) or x.shape[0] * x.shape[2] * x.shape[3] < 256:  # the sums must be worth their while
             return super().double_and_conv(m, x)
+        if PRODUCTS:
+            transformed = self.transformed(m, transform_for_doubled)
+            transformed = transform_for_doubled(m.weight) if transformed is None else transformed
+            return winograd_of_doubled(self.channels_last(x), transformed, m.bias)
+        # Doubling is a transposed convolution with a 2x2 kernel of ones, so the two in one are a transposed convolution
+        # whose 4x4 kernel is the 3x3 one, flipped, summed over 2x2 windows: 16 products for 4 pixels instead of 36.
         windows = m.weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
         kernel = torch.einsum("ya,xb,oiab->ioyx", windows, windows, m.weight)
         return F.conv_transpose2d(self.channels_last(x), kernel, m.bias, stride=2, padding=1)
 
-    def transformed(self, m: nn.Conv2d) -> Tensor | None:
-        """Winograd's form of the weight, kept where there is room."""
-        kept = self.kept.get(m)
+    def transformed(self, m: nn.Conv2d, form: Form) -> Tensor | None:
+        """The weight in Winograd's form, kept where there is room."""
+        kept = self.kept.get((m, form))
         if kept is not None and kept[1] == m.weight._version:
             return kept[0]
-        if m.weight.is_inference() or (kept is None and self.kept_bytes() + 16 / 9 * m.weight.nbytes > self.room):
+        if m.weight.is_inference():
             return None
-        self.kept[m] = transform(m.weight), m.weight._version, fingerprint(m.weight)
-        return self.kept[m][0]
+        transformed = form(m.weight)
+        if kept is None and self.kept_bytes() + transformed.nbytes > self.room:
+            return None
+        self.kept[m, form] = transformed, m.weight._version, fingerprint(m.weight)
+        return transformed
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if PRODUCTS or not ONEDNN:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool | None = None) -> Tensor:
+    """onednn: whether its product is taken; by default where MKL's are not the fastest."""
+    onednn = not PRODUCTS if onednn is None else onednn
+    if not onednn or not ONEDNN:
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def is_common(m: nn.Conv2d) -> bool:
+    """Whether it has one group, no gaps in its kernel, and zeros around the image."""
+    return m.dilation == (1, 1) and m.groups == 1 and m.padding_mode == "zeros" and not isinstance(m.padding, str)
+
+
 def is_3x3(m: nn.Conv2d) -> bool:
-    """Whether it is a convolution over 3x3 pixels, of one group, that keeps the size."""
-    return (
-        m.kernel_size == (3, 3) and m.stride == (1, 1) and m.padding == (1, 1) and m.dilation == (1, 1)
-        and m.groups == 1 and m.padding_mode == "zeros"
-    )  # fmt: skip
+    """Whether it is a common convolution over 3x3 pixels that keeps the size."""
+    return is_common(m) and m.kernel_size == (3, 3) and m.stride == (1, 1) and m.padding == (1, 1)
 
 
-def unfolded(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A 3x3 convolution of few pixels (n c h w) as one product of (n h w, 9 c) with the weight as it lies in memory."""
-    n, c, h, w = x.shape
-    windows = F.pad(x, (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)  # n c h w 3 3
+def unfolded(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]
+) -> Tensor:
+    """A convolution of few pixels (n c h w) as one product, with the weight (o c kh kw) as it lies in memory."""
+    windows = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
+    windows = windows.unfold(2, weight.shape[2], stride[0]).unfold(3, weight.shape[3], stride[1])  # n c h w kh kw
+    n, _, h, w = windows.shape[:4]
     rows = windows.permute(0, 2, 3, 1, 4, 5).reshape(n * h * w, -1)
     return F.linear(rows, weight.flatten(1), bias).view(n, h, w, -1).permute(0, 3, 1, 2)
 
@@ -140,18 +168,32 @@ def transform(weight: Tensor) -> Tensor:
 
 def winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (n c h w) in channels-last memory, h and w even, weight (16 c o) of `transform` -> (n o h w), channels-last."""
+    return in_pieces(x, weight, bias, tiles, 2, 2)
+
+
+def winograd_of_doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (n c h w) in channels-last memory, weight (9 c o) of `transform_for_doubled` -> (n o 2h 2w), channels-last."""
+    return in_pieces(x, weight, bias, tiles_of_doubled, 1, 2)
+
+
+def in_pieces(
+    x: Tensor, weight: Tensor, bias: Tensor | None, tiles: Callable[..., None], read: int, written: int
+) -> Tensor:
+    """The tiles of x, as many at a time as fit into the caches; each reads and writes so many pixels each way."""
     n, c, h, w = x.shape
-    o = weight.shape[2]
-    padded = x.new_zeros((n, h + 2, w + 2, c))
+    products, _, o = weight.shape
+    h, w = h // read, w // read  # tiles
+    padded = x.new_zeros((n, read * h + 2, read * w + 2, c))
     padded[:, 1:-1, 1:-1].copy_(x.permute(0, 2, 3, 1))
-    y = x.new_empty((n, h, w, o))
-    row = 8 * w * max(c, o)  # numbers that a row of tiles of one frame takes on the way
-    frames = max(1, CHUNK // (row * (h // 2)))
-    rows = max(1, min(h // 2, CHUNK // row))
+    y = x.new_empty((n, written * h, written * w, o))
+    row = products * w * max(c, o)  # numbers that a row of tiles of one frame takes on the way
+    frames = max(1, CHUNK // (row * h))
+    rows = max(1, min(h, CHUNK // row))
     for i in range(0, n, frames):
-        for j in range(0, h // 2, rows):
-            end = min(h // 2, j + rows)
-            tiles(padded[i : i + frames, 2 * j : 2 * end + 2], weight, bias, y[i : i + frames, 2 * j : 2 * end])
+        for j in range(0, h, rows):
+            end = min(h, j + rows)
+            piece = padded[i : i + frames, read * j : read * end + 2]
+            tiles(piece, weight, bias, y[i : i + frames, written * j : written * end])
     return y.permute(0, 3, 1, 2)
 
 
@@ -180,3 +222,39 @@ def tiles(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     y = y.view(m, r, 2, s, 2, o).permute(2, 4, 0, 1, 3, 5)  # ... A
     torch.add(rows[:, 0], rows[:, 1] + rows[:, 2], out=y[:, 0])
     torch.sub(rows[:, 1] - rows[:, 2], rows[:, 3], out=y[:, 1])
+
+
+# Of an image whose every pixel was doubled each way, the four rows that two results read hold three different ones:
+# of the four differences above, one is zero and one the pixel twice. 9 products are left for four results.
+
+T = torch.tensor([[1.0, 0, 0], [1, 1, 1], [0, 0, 1]])
+
+
+def transform_for_doubled(weight: Tensor) -> Tensor:
+    """weight (o i 3 3) -> T w T', (9 i o)."""
+    return torch.einsum("ak,bl,oikl->abio", T, T, weight).reshape(9, weight.shape[1], weight.shape[0]).contiguous()
+
+
+def tiles_of_doubled(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    """x (m r+2 s+2 c), before the doubling -> y (m 2r 2s o)."""
+    m, height, width, c = x.shape
+    r, s, o = height - 2, width - 2, weight.shape[2]
+    rows = x.new_empty((3, m, r, width, c))
+    before, here, after = x[:, :-2], x[:, 1:-1], x[:, 2:]
+    torch.sub(before, here, out=rows[0])
+    rows[1].copy_(here)
+    torch.sub(here, after, out=rows[2])
+    both = x.new_empty((3, 3, m, r, s, c))
+    before, here, after = rows[..., :-2, :], rows[..., 1:-1, :], rows[..., 2:, :]
+    torch.sub(before, here, out=both[:, 0])
+    both[:, 1].copy_(here)
+    torch.sub(here, after, out=both[:, 2])
+    products = torch.bmm(both.view(9, -1, c), weight).view(3, 3, m, r, s, o)
+    if bias is not None:
+        products[1, 1].add_(bias)  # which goes into all four results, with weight 1
+    rows = x.new_empty((2, 3, m, r, s, o))
+    torch.add(products[0], products[1], out=rows[0])
+    torch.sub(products[1], products[2], out=rows[1])
+    y = y.view(m, r, 2, s, 2, o).permute(2, 4, 0, 1, 3, 5)
+    torch.add(rows[:, 0], rows[:, 1], out=y[:, 0])
+    torch.sub(rows[:, 1], rows[:, 2], out=y[:, 1])
