@@ -195,6 +195,12 @@ def test_sizes_and_frames_are_checked_before_anything_large_is_loaded(animate, m
     code, said = animate("sd", "--adapter", "adapter", "--num-frames", "33")
     assert code == 1 and "33 frames are too many: the motion adapter knows the positions of 32" in said[-1]
     assert loaded == ["MotionAdapter"]
+    AnimateDiffPipeline.from_pretrained(made / "sd", motion_adapter=MotionAdapter.from_pretrained(made / "adapter")
+                                        ).save_pretrained("whole")  # fmt: skip
+    loaded.clear()
+    assert main(["animate", "a cat", "--base", "whole", *OPTIONS, "--num-frames", "33"]) == 1
+    assert "33 frames are too many: the motion adapter knows the positions of 32" in capsys.readouterr().err
+    assert not loaded
 
 
 # Addresses ----------------------------------------------------------------------------------------------------------

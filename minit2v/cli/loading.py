@@ -70,6 +70,9 @@ def load(command: str, settings: dict[str, Any], video_frames: int | None) -> tu
     if "adapter" in settings:
         parts["motion_adapter"] = adapter = _load_part("adapter", MotionAdapter, settings["adapter"], weights)
         _check_frames(video_frames or settings.get("num_frames"), adapter.config.motion_max_seq_length)
+    elif family == "UNetMotionModel":
+        most = hub.read_json(main, "config.json", subfolder="unet", **where).get("motion_max_seq_length")
+        _check_frames(video_frames or settings.get("num_frames"), most)
     cls = getattr(pipelines, PIPELINES[command, from_video])
     pipe = cls.from_pretrained(main, **where, **weights, **parts).to(device)
     if settings.get("free_init"):
@@ -161,8 +164,8 @@ def _check_size(main: str, vae: Any, settings: dict[str, Any], where: dict[str, 
             check_pixels(f"--{name}", settings[name], factor)
 
 
-def _check_frames(frames: int | None, most: int) -> None:
-    if frames is not None and frames > most:
+def _check_frames(frames: int | None, most: Any) -> None:
+    if frames is not None and isinstance(most, int) and frames > most:
         raise ValueError(f"{frames} frames are too many: the motion adapter knows the positions of {most}")
 
 

@@ -36,7 +36,7 @@ def check_component(name: str, component: Any, fitting: Sequence[str]) -> None:
         if theirs is not None and not ours:
             load = f"load it with minit2v.{wanted.split(' or ')[0]}.from_pretrained(...)" if fitting else (
                 f"make one of minit2v.schedulers, with {theirs}.from_config({name}.config)")  # fmt: skip
-            raise TypeError(f"{name} is a {theirs} of {library}, which runs in pipelines of {library} alone: {load}")
+            raise TypeError(f"{name} is a {theirs} of {library}, which does not run here: {load}")
     fits = isinstance(inner, Scheduler) if not fitting else any(c.__name__ in fitting for c in classes)
     if isinstance(inner, PLAIN) or ours and not fits:
         raise TypeError(f"{name} must be a {wanted}, not a {type(inner).__name__}")
