@@ -145,7 +145,7 @@ def test_figures_are_drawn(facts, kernel_facts, full, motion, tmp_path):
 
     drawn = [*draw.draw_all(tmp_path, full, motion), *kernel_facts.draw_all(tmp_path),
              draw_attention.draw_attention(tmp_path / "attention.png")]  # fmt: skip
-    by_benchmarks = {"solvers.png"}
+    by_benchmarks = {"solvers.png", "solvers_shapes.png"}
     assert {path.name for path in drawn} == {path.name for path in FIGURES.glob("*.png")} - by_benchmarks
     for path in drawn:
         assert path.stat().st_size > 30_000
