@@ -1,11 +1,13 @@
 """Float32 on a CPU: convolutions and products in the form that PyTorch's two libraries, oneDNN and MKL, are fast at.
 
-Measured on two kinds of AMD processors (benchmarks/results/cpu_vs_diffusers.json). With AVX-512, oneDNN's products
-take half of MKL's time, for MKL uses AVX-512 on Intel's processors only. Without it MKL is a little faster, and its
-products are worth more than oneDNN's convolutions, which rearrange their weights at every call.
+Measured on one Intel and two AMD processors (benchmarks/results/cpu_fast_path.json). MKL uses AVX-512 on Intel's
+processors only: on AMD's with AVX-512, oneDNN's products take half of MKL's time. Everywhere else MKL is as fast, and
+its products are worth more than oneDNN's convolutions, which rearrange their weights at every call.
 """
 
+import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,17 @@ from torch import Tensor, nn
 from ..models.layers import Attention
 from .ops import OWN, Ops
 
-PRODUCTS = torch.backends.cpu.get_cpu_capability() == "AVX2"  # whether MKL's products are the fastest thing here
+
+def is_intel() -> bool:
+    """Whether the processor is one of Intel's."""
+    cpuinfo = Path("/proc/cpuinfo")
+    vendor = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else platform.processor()
+    return "GenuineIntel" in vendor
+
+
+CAPABILITY = torch.backends.cpu.get_cpu_capability()
+# Whether MKL's products are the fastest thing here.
+PRODUCTS = CAPABILITY == "AVX2" or (CAPABILITY == "AVX512" and is_intel())
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 KEPT = 0.3  # of a network's weights: what copies in another form may take
 Form = Callable[[Tensor], Tensor]  # weight (o i 3 3) -> Winograd's form of it
