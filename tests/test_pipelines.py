@@ -505,6 +505,23 @@ def test_eta_without_a_meaning_is_said(pipe, caplog):
     assert "EulerDiscreteScheduler has no eta" in caplog.text
 
 
+def test_a_step_with_any_keywords_gets_eta_and_the_generator(pipe, caplog):
+    class Louder(DDIMScheduler):
+        def step(self, model_output, timestep, sample, **arguments):
+            return super().step(1.1 * model_output, timestep, sample, **arguments)
+
+    pipe.scheduler = Louder.from_config(pipe.scheduler.config)
+    latents = torch.zeros(1, 4, 3, 8, 12)
+    with caplog.at_level(logging.WARNING):
+        first, again, other = (
+            pipe("a cat", **FAST, eta=0.5, generator=torch.Generator().manual_seed(seed), latents=latents).frames
+            for seed in (0, 0, 1)
+        )
+    assert "no eta" not in caplog.text
+    np.testing.assert_array_equal(first, again)  # the noise of the steps comes from the generator
+    assert np.abs(first - other).max() > 0
+
+
 def test_clipping_that_nobody_asked_for_is_said(pipe, caplog):
     config = {k: v for k, v in pipe.scheduler.config.items() if k != "clip_sample" and not k.startswith("_")}
     with caplog.at_level(logging.WARNING):

@@ -37,8 +37,6 @@ def sinusoids(count: int, dim: int) -> Tensor:
 
 def group_norm(norm: nn.GroupNorm, x: Tensor, f: int) -> Tensor:
     """x ((n f) c h w) -> norm(x), with statistics over f frames together: 1, or those of a whole video."""
-    if f == 1:
-        return norm(x)
     return rearrange(norm(rearrange(x, "(n f) c h w -> n c f h w", f=f)), "n c f h w -> (n f) c h w")
 
 

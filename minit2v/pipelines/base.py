@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
 
 import torch
 from einops import rearrange
@@ -32,6 +33,7 @@ from ..models.clip import CLIPTextModel
 from ..models.tokenizer import CLIPTokenizer
 from ..models.unet import UNet
 from ..models.vae import AutoencoderKL
+from ..schedulers.base import Scheduler
 from ..techniques.free_init import FREQUENCIES, METHODS, NOISES, FreeInit, FreeInitRounds, NoisedVideo
 from . import files, frames
 from .checks import (
@@ -112,12 +114,17 @@ class StepCallbacks:
         return list(state.values())
 
 
-def alone(call: Callable[..., Any]) -> Callable[..., Any]:
+Pipeline = TypeVar("Pipeline", bound="DiffusionPipeline")
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
+
+
+def alone(call: Callable[Concatenate[Pipeline, Args], Result]) -> Callable[Concatenate[Pipeline, Args], Result]:
     """A pipeline's `__call__`: without gradients, and RuntimeError where it, or its scheduler, is in a call already."""
 
     @wraps(call)
     @torch.no_grad()
-    def run(self: "DiffusionPipeline", *args: Any, **kw: Any) -> Any:
+    def run(self: Pipeline, *args: Args.args, **kw: Args.kwargs) -> Result:
         with self._alone():
             return call(self, *args, **kw)
 
@@ -196,7 +203,7 @@ class DiffusionPipeline:
         return {name: getattr(self, name) for name in self.COMPONENTS}
 
     @property
-    def scheduler(self) -> Any:
+    def scheduler(self) -> Scheduler:
         return self._scheduler
 
     @scheduler.setter
@@ -678,10 +685,7 @@ class DiffusionPipeline:
         with self._placed("unet") as unet:
             predict = fast.door(unet)  # the same numbers, computed faster where nothing of the UNet was changed
             context = _join(negative, text).to(unet.dtype)
-            for i, t in enumerate(timesteps):
-                if self._interrupt:
-                    check_result(x, unet, "the UNet")
-                    break
+            for i, t in enumerate(takewhile(lambda _: not self._interrupt, timesteps)):
                 batch = self.scheduler.scale_model_input(x.repeat(len(context) // len(x), 1, 1, 1, 1), t)
                 eps = predict(batch.to(unet.dtype), t, context)
                 if negative is not None:
@@ -692,7 +696,7 @@ class DiffusionPipeline:
                 flat_x = self.scheduler.step(flat_eps, t, flat_x, **step_arguments).prev_sample
                 x = rearrange(flat_x, f"{self.STEP_AXES} -> b c f h w", b=len(x))
 
-                if i in (0, len(timesteps) - 1):  # bad weights show at once, overflow at the end
+                if i == 0:  # bad weights show at once, overflow at the end
                     check_result(x, unet, "the UNet")
                 if i + 1 == len(timesteps) or (i + 1 > warm_up and (i + 1) % self.scheduler.order == 0):
                     before = text, negative
@@ -701,18 +705,20 @@ class DiffusionPipeline:
                         context = _join(negative, text).to(unet.dtype)
                     done += 1
                     bar.update()
+            check_result(x, unet, "the UNet")
         return x
 
     def _step_arguments(self, eta: float, generator: Generators) -> dict[str, Any]:
-        """Those of eta and generator that the scheduler's step knows."""
-        known = inspect.signature(self.scheduler.step).parameters
+        """Those of eta and generator that the scheduler's step takes: all where it has `**arguments`."""
+        accepted = inspect.signature(self.scheduler.step).parameters
+        takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
         config = self.scheduler.config
         if config.get("clip_sample") and "clip_sample" in config.get("_use_default_values", ()):
             logger.warning("%s clips latents, which suits models of pixels, because nobody has set clip_sample=False.",
                            type(self.scheduler).__name__)
-        if eta and "eta" not in known:
+        if eta and "eta" not in accepted and not takes_all:
             logger.warning("%s has no eta: eta=%s means nothing to it.", type(self.scheduler).__name__, eta)
-        return {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in known}
+        return {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in accepted or takes_all}
 
     # Pixels ----------------------------------------------------------------------------------------------------------
 

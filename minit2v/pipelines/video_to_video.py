@@ -1,7 +1,7 @@
 """Video to video with ModelScope's and Zeroscope's UNet."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Never
 
 from torch import Tensor
 
@@ -48,7 +48,7 @@ class VideoToVideoSDPipeline(TextToVideoSDPipeline):
         decode_chunk_size: int | None = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
-        **unknown: Any,
+        **unknown: Never,
     ) -> TextToVideoSDPipelineOutput:
         """A new video for each video and prompt; one of them serves a batch of the other.
 

@@ -4,11 +4,11 @@ x_t = alpha_t x_0 + sigma_t eps, with alpha_t**2 + sigma_t**2 = 1. The tables ar
 wider and returns the dtype of the sample it was given.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 import numpy as np
 import torch
@@ -114,9 +114,11 @@ class SchedulerConfig(dict):
         object.__setattr__(self, "explicit", frozenset(explicit))
 
     def __getattr__(self, name: str) -> Any:
-        if name in self:
+        try:
             return self[name]
-        raise AttributeError(f"the scheduler's config has no field {name!r}{nearest(name, list(self))}")
+        except KeyError:
+            near = nearest(name, list(self))
+            raise AttributeError(f"the scheduler's config has no field {name!r}{near}") from None
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:
         raise AttributeError(_READ_ONLY)
@@ -188,6 +190,8 @@ class Scheduler:
     # What zero terminal SNR ends at. Solvers in sigma cannot do with 0, and put the smallest number of float16 instead.
     smallest_alpha_bar: ClassVar[float] = 0.0
     order: ClassVar[int] = 1
+    if TYPE_CHECKING:  # what each solver defines, with arguments of its own
+        step: Callable[..., SchedulerOutput]
 
     def __init_subclass__(cls, **kw: Any):
         super().__init_subclass__(**kw)
@@ -555,8 +559,8 @@ class Scheduler:
 
     def _end(self, x: Tensor, dtype: torch.dtype, return_dict: bool, x0: Tensor | None = None) -> SchedulerOutput:
         """What a step returns: the next sample, and the guess at x_0 of solvers that make one."""
-        found = (x.to(dtype),) if x0 is None else (x.to(dtype), x0.to(dtype))
-        return SchedulerOutput(*found) if return_dict else found
+        output = SchedulerOutput(*(value.to(dtype) for value in (x, x0) if value is not None))
+        return output if return_dict else output.to_tuple()
 
 
 def _fits(value: Any, default: Any) -> bool:
