@@ -251,6 +251,7 @@ class DiffusionPipeline:
         cache_dir: str | Path | None = None,
         force_download: bool = False,
         compat: str | None = None,
+        strict: bool = True,
         mmap: bool = True,
         **overrides: Any,
     ) -> Self:
@@ -261,6 +262,7 @@ class DiffusionPipeline:
         its own. Components given by name (`vae=...`, `scheduler=...`) are used in place of the folder's, also None; a
         class (`unet=MyUNet`, `scheduler=MyScheduler`) loads the folder's with that class. No file makes anything be
         imported: a pipeline that was saved with a class of your own has to be told it.
+        strict: False lets parameters that the files lack keep their initialisation, as for a single network.
         mmap: False copies the weights, so that nobody who writes to the files later changes them (docs/safety.md).
         A file in place of the folder is read as by `from_single_file`, and so is a folder of ModelScope's files.
         """
@@ -269,8 +271,8 @@ class DiffusionPipeline:
         if subfolder is None and is_authors_layout(path_or_id):
             if variant is not None:
                 raise ValueError(f"{path_or_id} is in the authors' layout: it has no variant {variant!r}")
-            return cls.from_single_file(path_or_id, torch_dtype=torch_dtype, dtype=dtype, compat=compat, mmap=mmap,
-                                        revision=revision, local_files_only=local_files_only, token=token,
+            return cls.from_single_file(path_or_id, torch_dtype=torch_dtype, dtype=dtype, compat=compat, strict=strict,
+                                        mmap=mmap, revision=revision, local_files_only=local_files_only, token=token,
                                         cache_dir=cache_dir, force_download=force_download, **overrides)
         where = dict(revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir,
                      force_download=force_download)
@@ -282,7 +284,7 @@ class DiffusionPipeline:
         fields = {name: overrides.pop(name, saved.get(name)) for name in cls.FIELDS}
         dtypes = files.component_dtypes(torch_dtype, dtype, cls.COMPONENTS)
         weights = dict(variant=variant, use_safetensors=use_safetensors, compat=saved.get("compat"),
-                       mmap=mmap)
+                       strict=strict, mmap=mmap)
         with read_from(path_or_id, (ValueError,)):  # a TypeError is about the arguments
             components = files.load_components(path_or_id, subfolder, index, cls, overrides, dtypes, where, weights)
         return cls(**components, compat=saved.get("compat"), **fields)
@@ -301,6 +303,7 @@ class DiffusionPipeline:
         cache_dir: str | Path | None = None,
         force_download: bool = False,
         compat: str | None = None,
+        strict: bool = True,
         mmap: bool = True,
         **overrides: Any,
     ) -> Self:
@@ -308,8 +311,8 @@ class DiffusionPipeline:
 
         `path` may be a folder of ModelScope's files, too, or the address of a file on huggingface.co, which is fetched.
         config: a folder or a hub id for what the file lacks. Without it, the scheduler is that of the published model,
-        and the tokenizer is CLIP's, which is in this package. `revision` is of `config`; the rest, `mmap` too, as for
-        `from_pretrained`. Nothing is written.
+        and the tokenizer is CLIP's, which is in this package. `revision` is of `config`; the rest, also
+        `strict` and `mmap`, as for `from_pretrained`. Nothing is written.
         """
         where: dict[str, Any] = dict(revision=revision, local_files_only=local_files_only, token=token,
                                      cache_dir=cache_dir, force_download=force_download)
@@ -318,7 +321,7 @@ class DiffusionPipeline:
             cls = files.pick_class_of_file(path, DiffusionPipeline.CLASSES)
         fields = {name: overrides.pop(name, None) for name in cls.FIELDS}
         dtypes = files.component_dtypes(torch_dtype, dtype, cls.COMPONENTS)
-        parts = files.load_single_file(path, cls, config, overrides, dtypes, where, compat, mmap)
+        parts = files.load_single_file(path, cls, config, overrides, dtypes, where, compat, strict, mmap)
         return cls(**parts, compat=compat, **fields)
 
     def save_pretrained(

@@ -106,7 +106,8 @@ def load_components(
     for name in overrides:
         if name not in pipeline.COMPONENTS and name not in UNUSED:
             known = [*pipeline.COMPONENTS, *pipeline.FIELDS, "variant", "revision", "subfolder", "torch_dtype", "dtype",
-                     "use_safetensors", "local_files_only", "token", "cache_dir", "force_download", "compat", "mmap"]
+                     "use_safetensors", "local_files_only", "token", "cache_dir", "force_download", "compat", "strict",
+                     "mmap"]
             raise TypeError(f"{pipeline.__name__}.from_pretrained() has no argument {name!r}{nearest(name, known)}")
     entries = {name: value for name, value in index.items() if not name.startswith("_")}
     for name in entries:
@@ -155,10 +156,10 @@ def _argument(name: str) -> str:
 
 def _split_classes(given: dict[str, Any], pipeline: type) -> tuple[dict[str, Any], dict[str, Any]]:
     """(components given as classes, which are to be loaded; the others). TypeError on a class that does not fit."""
-    classes = {name: value for name, value in given.items() if isinstance(value, type)}
+    classes = {name: value for name, value in given.items() if isinstance(value, type) and name in pipeline.COMPONENTS}
     for name, cls in classes.items():
-        fitting = pipeline.COMPONENTS.get(name) or ()
-        if name not in pipeline.COMPONENTS or not callable(getattr(cls, "from_pretrained", None)):
+        fitting = pipeline.COMPONENTS[name]
+        if not callable(getattr(cls, "from_pretrained", None)):
             raise TypeError(f"{name}={cls.__name__}: no component that can be loaded, it has no from_pretrained")
         ours = issubclass(cls, Network | Scheduler | CLIPTokenizer)
         fits = {c.__name__ for c in cls.__mro__} & {*fitting} if fitting else issubclass(cls, Scheduler)
@@ -201,6 +202,7 @@ def load_single_file(
     dtypes: dict[str, torch.dtype],
     where: dict[str, Any],
     compat: str | None,
+    strict: bool = True,
     mmap: bool = True,
 ) -> dict[str, Any]:
     """name -> component, out of the file, from `overrides`, or from the folder or hub id `config`.
@@ -210,7 +212,8 @@ def load_single_file(
     """
     for name in overrides:
         if name not in pipeline.COMPONENTS:
-            known = [*pipeline.COMPONENTS, *pipeline.FIELDS, "config", "torch_dtype", "dtype", "compat", "mmap"]
+            known = [*pipeline.COMPONENTS, *pipeline.FIELDS, "config", "torch_dtype", "dtype", "compat", "strict",
+                     "mmap"]
             raise TypeError(f"{pipeline.__name__}.from_single_file() has no argument {name!r}{nearest(name, known)}")
     own, overrides = _split_classes(overrides, pipeline)
     found = components(path, mmap=mmap)
@@ -238,10 +241,10 @@ def load_single_file(
         fitting = pipeline.COMPONENTS[name]
         if name in found:
             cls = own.get(name) or _component_class(name, [None, found[name].cls], fitting, pipeline.__name__)
-            made[name] = cls.from_component(found[name], str(path), dtypes[name], compat, {})
+            made[name] = cls.from_component(found[name], str(path), dtypes[name], compat, {}, strict)
         elif name in index:
             cls = own.get(name) or _component_class(name, index[name], fitting, pipeline.__name__)
-            made[name] = _load(cls, config, name, where, dict(compat=compat, mmap=mmap), dtypes[name])
+            made[name] = _load(cls, config, name, where, dict(compat=compat, strict=strict, mmap=mmap), dtypes[name])
         elif name == "scheduler":
             schedule = schedule_of(path, unet)
             cls = own.get(name) or _component_class(name, [None, schedule["_class_name"]], (), "")
