@@ -279,7 +279,7 @@ class DiffusionPipeline:
         index = files.read_index(path_or_id, subfolder, where)
         if cls is DiffusionPipeline:
             with read_from(path_or_id):
-                cls = files.pick_class(index, DiffusionPipeline.CLASSES)
+                cls = files.pipeline_class(index, DiffusionPipeline.CLASSES)
         saved = index.get(files.FIELDS_KEY, {}) if compat is None else {"compat": compat}  # a mode given wins
         fields = {name: overrides.pop(name, saved.get(name)) for name in cls.FIELDS}
         dtypes = files.component_dtypes(torch_dtype, dtype, cls.COMPONENTS)
@@ -318,7 +318,7 @@ class DiffusionPipeline:
                                      cache_dir=cache_dir, force_download=force_download)
         path = Path(hub.local(path, **where)).expanduser()
         if cls is DiffusionPipeline:
-            cls = files.pick_class_of_file(path, DiffusionPipeline.CLASSES)
+            cls = files.pipeline_class_of_file(path, DiffusionPipeline.CLASSES)
         fields = {name: overrides.pop(name, None) for name in cls.FIELDS}
         dtypes = files.component_dtypes(torch_dtype, dtype, cls.COMPONENTS)
         parts = files.load_single_file(path, cls, config, overrides, dtypes, where, compat, strict, mmap)
@@ -542,8 +542,8 @@ class DiffusionPipeline:
         for name, value in (("spatial_stop_frequency", spatial_stop_frequency),
                             ("temporal_stop_frequency", temporal_stop_frequency)):
             check_number(name, value, 0, 1)
-        given = {name: value for name, value in (("noise", noise), ("frequencies", frequencies)) if value is not None}
-        fields = compat_fields("FreeInit", self.compat) | given
+        chosen = {name: value for name, value in (("noise", noise), ("frequencies", frequencies)) if value is not None}
+        fields = compat_fields("FreeInit", self.compat) | chosen
         for name, value, known in (("method", method, METHODS), ("noise", fields["noise"], NOISES),
                                    ("frequencies", fields["frequencies"], FREQUENCIES)):
             if value not in known:

@@ -15,7 +15,7 @@ from minit2v_convert.rename import nearest
 
 from ..compat import compat_fields
 from ..files import hub
-from ..files.config import pick_dtype, quoted, read_from
+from ..files.config import one_dtype, quoted, read_from
 from ..files.saving import filling
 from ..models.network import Network
 from ..models.tokenizer import CLIPTokenizer
@@ -67,7 +67,7 @@ def read_index(path_or_id: str | Path, subfolder: str | None, where: dict[str, A
     return index
 
 
-def pick_class(index: dict[str, Any], classes: dict[str, type]) -> type:
+def pipeline_class(index: dict[str, Any], classes: dict[str, type]) -> type:
     name = index.get("_class_name")
     if isinstance(name, str) and name in classes:
         return classes[name]
@@ -79,13 +79,13 @@ def component_dtypes(torch_dtype: Any, dtype: Any, names: Any) -> dict[str, torc
     """The dtype of each component, from one dtype, its name, a dictionary of them, or None for float32."""
     if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
         raise ValueError(f"torch_dtype={torch_dtype} and dtype={dtype} are one argument: give one")
-    given = torch_dtype if dtype is None else dtype
-    given = dict(given) if isinstance(given, dict) else {"default": given}
-    for name in given:
+    dtype = torch_dtype if dtype is None else dtype
+    dtypes = dict(dtype) if isinstance(dtype, dict) else {"default": dtype}
+    for name in dtypes:
         if name not in names and name != "default":
             raise ValueError(f"dtype for {name!r}, which is no component{nearest(name, [*names, 'default'])}")
-    default = given.pop("default", None)
-    return {name: pick_dtype(given.get(name, default)) for name in names}
+    default = dtypes.pop("default", None)
+    return {name: one_dtype(dtypes.get(name, default)) for name in names}
 
 
 def load_components(
@@ -154,9 +154,10 @@ def _argument(name: str) -> str:
     return f"{name}=..." + f" (--{name})" * (name in ("vae", "tokenizer", "scheduler"))
 
 
-def _split_classes(given: dict[str, Any], pipeline: type) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split_classes(overrides: dict[str, Any], pipeline: type) -> tuple[dict[str, Any], dict[str, Any]]:
     """(components given as classes, which are to be loaded; the others). TypeError on a class that does not fit."""
-    classes = {name: value for name, value in given.items() if isinstance(value, type) and name in pipeline.COMPONENTS}
+    classes = {name: value for name, value in overrides.items()
+               if isinstance(value, type) and name in pipeline.COMPONENTS}  # fmt: skip
     for name, cls in classes.items():
         fitting = pipeline.COMPONENTS[name]
         if not callable(getattr(cls, "from_pretrained", None)):
@@ -166,7 +167,7 @@ def _split_classes(given: dict[str, Any], pipeline: type) -> tuple[dict[str, Any
         if ours and not fits:
             wanted = " or ".join(fitting) or "a scheduler"
             raise TypeError(f"{name}={cls.__name__}: {pipeline.__name__} takes {wanted}, or a class made from it")
-    return classes, {name: value for name, value in given.items() if name not in classes}
+    return classes, {name: value for name, value in overrides.items() if name not in classes}
 
 
 def _load(
@@ -185,7 +186,7 @@ def _load(
 OF_UNETS = {"UNet2DConditionModel": "AnimateDiffPipeline", "UNet3DConditionModel": "TextToVideoSDPipeline"}
 
 
-def pick_class_of_file(path: Path, classes: dict[str, type]) -> type:
+def pipeline_class_of_file(path: Path, classes: dict[str, type]) -> type:
     """The pipeline that a file of weights is for."""
     found = components(path)
     unet = found.get("unet")

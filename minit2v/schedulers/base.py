@@ -206,12 +206,12 @@ class Scheduler:
         own = self.field_defaults()
         if len(args) > len(own):
             raise TypeError(f"{type(self).__name__} takes at most {len(own)} arguments, {len(args)} were given")
-        given = dict(zip(own, args, strict=False))
+        passed = dict(zip(own, args, strict=False))
         self._check_fields(values)
-        if twice := given.keys() & values.keys():
+        if twice := passed.keys() & values.keys():
             raise TypeError(f"{type(self).__name__} got {sorted(twice)[0]!r} twice")
-        given |= values
-        self._set_config(_compat_fields(type(self), compat) | given, explicit=given)
+        passed |= values
+        self._set_config(_compat_fields(type(self), compat) | passed, explicit=passed)
 
         self._make_tables()
         self._constant = frozenset(vars(self)) | {"_constant"}
@@ -278,9 +278,9 @@ class Scheduler:
             if name not in own:
                 raise TypeError(f"{cls.__name__} has no field {name!r}{nearest(name, own)}")
 
-    def _set_config(self, given: Mapping[str, Any], explicit: Iterable[str]) -> None:
-        given = {name: v.item() if isinstance(v, np.generic) else v for name, v in given.items()}
-        values = self.field_defaults() | given
+    def _set_config(self, passed: Mapping[str, Any], explicit: Iterable[str]) -> None:
+        passed = {name: v.item() if isinstance(v, np.generic) else v for name, v in passed.items()}
+        values = self.field_defaults() | passed
         for name, other in self.aliases.items():
             values[name] = next((new for old, new in other.items() if old == values[name]), values[name])
         for name, default in self.field_defaults().items():
@@ -293,7 +293,7 @@ class Scheduler:
                 raise ValueError(f"{type(self).__name__}: {name} must be one of {listed}, not {values[name]!r:.200}")
         if isinstance(values.get("trained_betas"), np.ndarray | Tensor):
             values["trained_betas"] = values["trained_betas"].tolist()
-        if unset := [name for name in self.field_defaults() if name not in given]:
+        if unset := [name for name in self.field_defaults() if name not in passed]:
             values["_use_default_values"] = unset
         if own := sorted(self.field_defaults().keys() - DIFFUSERS_FIELDS - ADDED.keys()):
             values[OWN_FIELDS] = own
@@ -325,12 +325,12 @@ class Scheduler:
                 raise ValueError(f"scheduler config: unknown field {name!r}{nearest(name, sorted(known))}")
         explicit = overrides.keys() | getattr(config, "explicit", frozenset())
         forced = {k: v for k, v in _compat_fields(cls, compat).items() if k not in explicit}
-        given = {k: v for k, v in values.items() if k in own} | forced | overrides
-        hidden = {k: v for k, v in values.items() if k not in given}
+        fields_of_class = {k: v for k, v in values.items() if k in own} | forced | overrides
+        hidden = {k: v for k, v in values.items() if k not in fields_of_class}
         if "_class_name" in hidden:
             hidden["_class_name"] = cls.__name__
 
-        new = cls(**given)
+        new = cls(**fields_of_class)
         merged = hidden | new.config
         if of_users:
             merged[OWN_FIELDS] = sorted({*of_users, *new.config.get(OWN_FIELDS, ())})
@@ -475,7 +475,7 @@ class Scheduler:
                 "use a v_prediction or sample model, or timestep_spacing='leading'"
             )
 
-    def _after(self, t: int) -> int:
+    def _lower_timestep(self, t: int) -> int:
         """The timestep where the step from t ends, -1 after the last."""
         if self._own("previous_timestep") == "ratio":
             return t - self.config.num_train_timesteps // self.num_inference_steps
@@ -489,7 +489,7 @@ class Scheduler:
             raise ValueError(f"{t:g} is not one of scheduler.timesteps")
         return places
 
-    def _bar(self, t: int) -> float:
+    def _alpha_bar(self, t: int) -> float:
         """alpha_bar at a timestep; below 0, that after the last step."""
         return (self.alphas_cumprod[t] if t >= 0 else self.final_alpha_cumprod).item()
 
@@ -523,7 +523,7 @@ class Scheduler:
 
     # --- parts of a step
 
-    def _widen(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+    def _upcast(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
         """Both in float32 or wider. Raises ValueError where they do not belong together or the grid is not set."""
         if self.num_inference_steps is None:
             raise ValueError("call set_timesteps before step")

@@ -251,7 +251,7 @@ class TwoStageScheduler(ExplodingScheduler):
 
     def _two_stages(self, out: Tensor, timestep: Any, sample: Tensor, return_dict: bool, **more: Any) -> Any:
         """x (b, ...) from one call to the next."""
-        out, x = self._widen(out, sample)
+        out, x = self._upcast(out, sample)
         i = self._begin(timestep)
         sigma = self._sigmas[i]
         x0 = self._x0(out, x, sigma)

@@ -149,14 +149,14 @@ class FreeInitRounds:
     def _plan(self, steps: int) -> list[Round]:
         s, k, order = self.settings, self.settings.num_iters, self.scheduler.order
         n, calls = self.scheduler.num_inference_steps, len(self.scheduler.timesteps)
-        spare = calls - len(self.timesteps) - (n - steps) * order  # left out before the first, beside whole steps
+        skipped = calls - len(self.timesteps) - (n - steps) * order  # left out before the first, beside whole steps
         rounds = []
         for i in range(k):
             part = i + 1 if s.use_fast_sampling else k  # of k
             if s.noise == "scaled" or self.video is None:
                 grid = max(n * part // k, -(-n // steps))  # long enough for one step of the share that is made
                 made = grid * steps // n
-                rounds.append(Round(grid, (grid - made) * order + (spare if made < grid else 0), made))
+                rounds.append(Round(grid, (grid - made) * order + (skipped if made < grid else 0), made))
             else:  # the share of a share; PNDM calls the network more often than it steps, and each call counts
                 grid = max(1, steps * part // k)
                 steps = int((grid + calls - n) * self.video.strength)
