@@ -219,10 +219,10 @@ def test_optimize_and_restore(pipe, v2v):
     with pytest.raises(ValueError, match="graphs=True: a CUDA graph needs the UNet on CUDA, and it is on cpu"):
         pipe.optimize(graphs=True)
     assert pipe.unet.state_dict()["conv_in.weight"].data_ptr() == state["conv_in.weight"].data_ptr()
-    assert pipe.optimize() is pipe and fast.door(v2v.unet).executor is fast.door(pipe.unet).executor
-    assert fast.door(pipe.unet).executor.graphs is None
+    assert pipe.optimize() is pipe and fast.runner(v2v.unet).executor is fast.runner(pipe.unet).executor
+    assert fast.runner(pipe.unet).executor.graphs is None
     assert np.abs(pipe("a cat", **FAST, generator=seeded(0)).frames - want).max() < 1e-4
-    assert pipe.restore() is pipe and fast.door(v2v.unet) is v2v.unet and fast.door(pipe.vae) is pipe.vae
+    assert pipe.restore() is pipe and fast.runner(v2v.unet) is v2v.unet and fast.runner(pipe.vae) is pipe.vae
     for name, value in pipe.unet.state_dict().items():
         assert value.stride() == places[name][0] and torch.equal(value, places[name][1])
     assert np.abs(pipe("a cat", **FAST, generator=seeded(0)).frames - want).max() < 1e-4

@@ -249,12 +249,13 @@ class Network(nn.Module):
 
         safe_serialization: `.safetensors`, else `.bin`. variant: the infix of the weights' file. Both files appear
         together, and weights of this variant that were there before go, in any kind of file; OSError where they cannot.
-        ValueError where something wraps layers of the network: what it would write could not be loaded.
+        ValueError where the network has tensors that its config does not make: what it would write could not be loaded.
         """
         state, own = self.diffusers_state_dict(), self._own_names()
         if added := [name for name in state if name not in own]:
             raise ValueError(f"{type(self).__name__} has {len(added)} tensors that its config does not make "
-                             f"({added[0]!r}{', ...' * (len(added) > 1)}): first take out what wraps its layers")
+                             f"({added[0]!r}{', ...' * (len(added) > 1)}): first take out what wraps its layers, or "
+                             "have a subclass make them")
         weights_name = self.weights_name if safe_serialization or self.weights_name != "model" else "pytorch_model"
         infix, kind = f".{variant}" if variant else "", "safetensors" if safe_serialization else "bin"
         name = type(self).__name__

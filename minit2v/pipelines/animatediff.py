@@ -18,7 +18,7 @@ from ..models.vae import AutoencoderKL
 from ..schedulers.base import Scheduler, randn
 from ..techniques.free_init import NoisedVideo
 from . import source
-from .base import DiffusionPipeline, PipelineOutput, StepCallbacks, alone
+from .base import DiffusionPipeline, PipelineOutput, StepCallbacks, exclusive
 from .checks import (
     Generators,
     check_component,
@@ -105,7 +105,7 @@ class AnimateDiffPipeline(DiffusionPipeline):
                           image_encoder=None)
         super().__init__(components, compat, {"clip_skip_negative": clip_skip_negative})
 
-    @alone
+    @exclusive
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -222,7 +222,7 @@ class AnimateDiffVideoToVideoPipeline(AnimateDiffPipeline):
                          image_encoder, compat=compat, clip_skip_negative=clip_skip_negative)
         self.array_resize = array_resize or self.array_resize
 
-    @alone
+    @exclusive
     def __call__(  # type: ignore[override]
         self,
         video: Any = None,

@@ -119,13 +119,13 @@ Args = ParamSpec("Args")
 Result = TypeVar("Result")
 
 
-def alone(call: Callable[Concatenate[Pipeline, Args], Result]) -> Callable[Concatenate[Pipeline, Args], Result]:
+def exclusive(call: Callable[Concatenate[Pipeline, Args], Result]) -> Callable[Concatenate[Pipeline, Args], Result]:
     """A pipeline's `__call__`: without gradients, and RuntimeError where it, or its scheduler, is in a call already."""
 
     @wraps(call)
     @torch.no_grad()
     def run(self: Pipeline, *args: Args.args, **kw: Args.kwargs) -> Result:
-        with self._alone():
+        with self._exclusive():
             return call(self, *args, **kw)
 
     return run
@@ -310,7 +310,7 @@ class DiffusionPipeline:
         """The pipeline of one file of weights, `.safetensors`, `.ckpt` or `.pth`, in any layout that is known.
 
         `path` may be a folder of ModelScope's files, too, or the address of a file on huggingface.co, which is fetched.
-        config: a folder or a hub id for what the file lacks. Without it, the scheduler is that of the published model,
+        config: a folder or a hub id for what the file lacks. Without it, the scheduler is that of the official model,
         and the tokenizer is CLIP's, which is in this package. `revision` is of `config`; the rest, also
         `strict` and `mmap`, as for `from_pretrained`. Nothing is written.
         """
@@ -359,7 +359,7 @@ class DiffusionPipeline:
         return new.to(dtype=dtype or torch_dtype)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _exclusive(self) -> Iterator[None]:
         """A call steps its scheduler, and moves networks that are offloaded: others must not use them meanwhile."""
         used = {id(unwrapped(c)) for c in (self, *self.components.values()) if c is not None}
         mine = {id(self), id(self.scheduler)} & used
@@ -686,7 +686,7 @@ class DiffusionPipeline:
         warm_up = len(timesteps) - steps * self.scheduler.order  # solver calls that make no step of their own (PNDM)
         done = 0
         with self._placed("unet") as unet:
-            predict = fast.door(unet)  # the same numbers, computed faster where nothing of the UNet was changed
+            predict = fast.runner(unet)  # the same numbers, computed faster where nothing of the UNet was changed
             context = _join(negative, text).to(unet.dtype)
             for i, t in enumerate(takewhile(lambda _: not self._interrupt, timesteps)):
                 batch = self.scheduler.scale_model_input(x.repeat(len(context) // len(x), 1, 1, 1, 1), t)
@@ -730,7 +730,7 @@ class DiffusionPipeline:
         """latents (b c f h w) -> pixels (b 3 f H W), float32, about [-1, 1]; `decode_chunk_size` frames at a time."""
         with self._placed("vae") as vae:
             z = rearrange(latents.to(vae.device, vae.dtype), "b c f h w -> (b f) c h w") / vae.config.scaling_factor
-            pixels = fast.door(vae).decode(z, decode_chunk_size).float()
+            pixels = fast.runner(vae).decode(z, decode_chunk_size).float()
             check_result(pixels, vae, "the VAE")
         return rearrange(pixels, "(b f) c h w -> b c f h w", b=latents.shape[0])
 

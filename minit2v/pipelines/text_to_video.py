@@ -11,7 +11,7 @@ from ..models.tokenizer import CLIPTokenizer
 from ..models.unet3d import UNet3DConditionModel
 from ..models.vae import AutoencoderKL
 from ..schedulers.base import Scheduler, randn
-from .base import DiffusionPipeline, PipelineOutput, StepCallbacks, alone
+from .base import DiffusionPipeline, PipelineOutput, StepCallbacks, exclusive
 from .checks import Generators, check_count, check_generator, check_latents, check_number, check_size
 from .source import lay_grid
 
@@ -46,7 +46,7 @@ class TextToVideoSDPipeline(DiffusionPipeline):
         components = dict(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
         super().__init__(components, compat, {"clip_skip_negative": clip_skip_negative})
 
-    @alone
+    @exclusive
     def __call__(
         self,
         prompt: str | list[str] | None = None,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..techniques.free_init import NoisedVideo
 from . import source
-from .base import StepCallbacks, alone
+from .base import StepCallbacks, exclusive
 from .checks import Generators, check_generator, check_number
 from .text_to_video import TextToVideoSDPipeline, TextToVideoSDPipelineOutput
 
@@ -20,7 +20,7 @@ class VideoToVideoSDPipeline(TextToVideoSDPipeline):
         "image": "; a video is given as video=",
     }
 
-    @alone
+    @exclusive
     def __call__(  # type: ignore[override]
         self,
         prompt: str | list[str] | None = None,

@@ -43,7 +43,7 @@ CHOICES: dict[str, tuple] = {
     "timestep_type": ("discrete", "continuous"),
     "sigma_schedule": ("karras", "exponential"),
 }
-# Fields that we add to the published ones: minit2v/compat.py says what the second value is for.
+# Fields that we add to those of diffusers: minit2v/compat.py says what the second value, diffusers' way, is for.
 ADDED: dict[str, tuple] = {
     "average": ("epsilon", "prediction"),
     "final_level": ("config", "published"),
@@ -58,8 +58,8 @@ ADDED: dict[str, tuple] = {
 }
 CHOICES |= ADDED
 
-# Every field that some published scheduler takes: ours, and those of others. Folders name one class and hold fields of
-# others (ModelScope's DDIM file has PNDM's `skip_prk_steps`), so all are kept and handed on; others are misspelled.
+# Every field that some scheduler of diffusers takes, also those that we lack. Folders name one class and hold fields
+# of others (ModelScope's DDIM file has PNDM's `skip_prk_steps`), so all are kept and handed on; others are misspelled.
 DIFFUSERS_FIELDS = (MEANINGS.keys() - ADDED.keys()) | frozenset(
     """
     alpha_cum_end alpha_cum_start base_image_seq_len base_shift beta_max beta_min block_length clip_denoised
@@ -137,7 +137,7 @@ _READ_ONLY = "a scheduler's config is read-only: make another, Class.from_config
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """The fields that every scheduler has; each class adds its own in the published order."""
+    """The fields that every scheduler has; each class adds its own in diffusers' order."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001
@@ -310,7 +310,7 @@ class Scheduler:
 
         A field that nobody set in `config` gets this class's default. `compat` overrides a field of `config` unless
         that was passed in code; `overrides` win over both. Raises TypeError on an override that this class does not
-        have, ValueError on a field of `config` that no published scheduler has.
+        have, ValueError on a field of `config` that no scheduler of diffusers has.
         """
         if not isinstance(config, Mapping):
             raise TypeError(f"from_config wants a config, not {type(config).__name__}; for a folder: from_pretrained")

@@ -101,5 +101,5 @@ class TCDScheduler(_Consistency):
         return self._end(x, sample.dtype, return_dict, way)
 
     def _origin(self, steps: int, total: int, strength: float, overridden: bool) -> np.ndarray:
-        # As published: a number that is passed stands for all timesteps of the training.
+        # As in diffusers: a number that is passed stands for all timesteps of the training.
         return np.arange(int(total * strength)) if overridden else super()._origin(steps, total, strength, overridden)

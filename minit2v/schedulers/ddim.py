@@ -44,7 +44,7 @@ class DDIMScheduler(Scheduler):
         x = math.sqrt(bar_s) * x0 + math.sqrt(max(direction, 0.0)) * eps
         if eta > 0:
             if variance_noise is None:
-                # In the dtype of the prediction, as published: the dtype decides which numbers are drawn.
+                # In the dtype of the prediction, as in diffusers: the dtype decides which numbers are drawn.
                 variance_noise = randn(model_output.shape, generator, model_output.device, model_output.dtype)
             elif generator is not None:
                 raise ValueError("give variance_noise or generator, not both")
@@ -55,7 +55,7 @@ class DDIMScheduler(Scheduler):
 class DDIMInverseScheduler(Scheduler):
     """DDIM's steps turned round, from a clean sample up to its noise (arXiv:2010.02502, section 4.3).
 
-    As published, the step that DDIM makes from t down to s is undone with the prediction at t of the sample at s.
+    As in diffusers, the step that DDIM makes from t down to s is undone with the prediction at t of the sample at s.
     """
 
     Fields = declare(

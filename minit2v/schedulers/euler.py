@@ -35,7 +35,7 @@ class EulerDiscreteScheduler(ExplodingScheduler):
     ) -> SchedulerOutput:  # fmt: skip
         """x (b, ...) from one sigma to the next. s_churn > 0 first adds noise where s_tmin <= sigma <= s_tmax.
 
-        As published, the noise is added after the network has seen x, and only epsilon is then read at the new level.
+        As in diffusers, noise is added after the network has seen x, and only epsilon is then read at the new level.
         """
         out, x = self._upcast(model_output, sample)
         i = self._begin(timestep)

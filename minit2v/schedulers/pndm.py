@@ -44,7 +44,7 @@ class PNDMScheduler(Scheduler):
             if n < 4:
                 raise ValueError(f"PNDMScheduler needs at least 4 steps, not {n}, unless skip_prk_steps=True")
             half = self._ratio // 2
-            # Each Runge-Kutta step asks at its start, twice in the middle, and at its end.
+            # Each Runge-Kutta step evaluates the network at its start, twice in the middle, and at its end.
             places = [t for a, b in zip(grid[:3], grid[1:4], strict=True) for t in (a, b + half, b + half, b)]
             self._prk = len(places)
             places += grid[3:]
@@ -58,7 +58,7 @@ class PNDMScheduler(Scheduler):
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True,
     ) -> SchedulerOutput:  # fmt: skip
-        """x_t (b, ...) -> the next sample at which the network is to be asked; equations (12) and (13) of the paper."""
+        """x_t (b, ...) -> the next sample at which to evaluate the network; equations (12) and (13) of the paper."""
         out, x = self._upcast(model_output, sample)
         t, by_ratio = int(self._number(timestep)), self.config.previous_timestep == "ratio"
         if self._i is None:

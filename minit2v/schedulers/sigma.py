@@ -79,7 +79,7 @@ class SigmaScheduler(Scheduler):
         return grid, np.append(levels, last)
 
     def _whole(self, grid: np.ndarray) -> np.ndarray:
-        """The published timesteps of spaced sigmas."""
+        """Diffusers' timesteps of spaced sigmas."""
         return grid.round() if self.config.use_karras_sigmas else grid
 
     @staticmethod
@@ -224,7 +224,7 @@ class ExplodingScheduler(SigmaScheduler):
 
 
 class TwoStageScheduler(ExplodingScheduler):
-    """Base of the solvers that ask twice in every step but the last: at its start, and at a second level.
+    """Base of the solvers with two calls of the network in every step but the last: at its start and a second level.
 
     `timesteps` and `sigmas` have an entry per call of the network. A subclass says where the second calls are
     (`_second_levels`), and makes of both predictions a step (`_advance`).
