@@ -45,33 +45,33 @@ def run(args: argparse.Namespace) -> int:
     digest = None
     if "replay" in args:
         args, digest = _replay(args)
-    chosen = {k: v for k, v in vars(args).items() if k in SETTINGS}
+    given = {k: v for k, v in vars(args).items() if k in SETTINGS}
     video, source = getattr(args, "video", None), {}
     prompts = list(args.prompt) + (_read_prompts(args.prompts) if "prompts" in args else [])
     if not prompts:
         args.usage_error("give a prompt or --prompts FILE" + " or --replay VIDEO" * (args.command != "restyle"))
-    if video is not None and "num_frames" in chosen:
+    if video is not None and "num_frames" in given:
         args.usage_error("--num-frames: a video has its own number of frames")
-    if video is None and "strength" in chosen:
+    if video is None and "strength" in given:
         args.usage_error("--strength: how far to go from which video? Give --video VIDEO")
     models = dict(EMBEDDED[args.command])
-    if "adapter" in chosen and "base" not in chosen:
+    if "adapter" in given and "base" not in given:
         args.usage_error("--adapter: to which image model? Give --base MODEL")
-    if chosen.get("base", models.get("base")) != models.get("base"):
+    if given.get("base", models.get("base")) != models.get("base"):
         del models["adapter"]
     if "kernels" in args:
         os.environ["MINIT2V_KERNELS"] = args.kernels
-    chosen = models | chosen
-    main = chosen.get("model") or chosen["base"]
+    given = models | given
+    main = given.get("model") or given["base"]
     preset = PRESETS[main] if embedded.find(main) else {}
     settings = {"seed": secrets.randbelow(2**32), "fps": 8.0, **preset}
     output = getattr(args, "output", None)
-    paths = _output_paths(output, prompts, chosen.get("seed", settings["seed"]))
+    paths = _output_paths(output, prompts, given.get("seed", settings["seed"]))
     if video is not None:
         settings.pop("num_frames", None)
         video, measured, source = _read_source(video, digest)
         settings |= measured
-    settings |= chosen
+    settings |= given
     for path in paths:
         if not 0.01 <= settings["fps"] <= (most := 100 if path.suffix.lower() == ".gif" else 1000):
             raise ValueError(f"{path} can have 0.01 to {most} frames per second, not {settings['fps']:g}: give --fps")
@@ -249,8 +249,8 @@ def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None]:
     if (command == "animate") != (args.command == "animate"):
         again = "animate" if command == "animate" else "generate"
         raise ValueError(f"{args.replay} was made by {command}: minit2v {again} --replay makes it again")
-    chosen = {k: v for k, v in vars(args).items() if k not in ("command", "replay", "prompt", "prompts")}
-    _check_trust(args, stored, chosen)
+    given = {k: v for k, v in vars(args).items() if k not in ("command", "replay", "prompt", "prompts")}
+    _check_trust(args, stored, given)
     words = [_option(k, stored[k]) for k in SETTINGS if stored.get(k) is not None]
     prompts = args.prompt or ([] if "prompts" in args else [stored["prompt"]])
     if source is not None and command == "animate":
@@ -262,28 +262,28 @@ def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None]:
     except SystemExit:  # also of a scheduler named `help`, which lists them
         why = said.getvalue().strip().partition(": error: ")[2].rpartition("; see ")[0]
         raise ValueError(f"{args.replay}: what is stored in this file are no settings: {why or 'help'}") from None
-    if "video" in chosen and "num_frames" in again:  # that of the video made of a text alone
+    if "video" in given and "num_frames" in again:  # that of the video made of a text alone
         del again.num_frames
-    for name, value in [*chosen.items(), *([("prompts", args.prompts)] if "prompts" in args else [])]:
+    for name, value in [*given.items(), *([("prompts", args.prompts)] if "prompts" in args else [])]:
         setattr(again, name, value)
 
     then, now = stored.get("versions"), _versions()
     then = then if isinstance(then, dict) else {}
     if changed := [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v]:
         say(f"warning: the video may come out differently, as versions have changed: {', '.join(changed)}")
-    if "device" not in chosen:
+    if "device" not in given:
         try:
             find_device(getattr(again, "device", "auto"))
         except ValueError:
             say(f"warning: made on {again.device}, which is not here: the numbers may differ a little")
             again.device = "auto"
-    return again, None if "video" in chosen else stored.get("video_sha256")
+    return again, None if "video" in given else stored.get("video_sha256")
 
 
-def _check_trust(args: argparse.Namespace, stored: dict[str, Any], chosen: dict[str, Any]) -> None:
+def _check_trust(args: argparse.Namespace, stored: dict[str, Any], given: dict[str, Any]) -> None:
     """Says what a file names outside this package. ValueError where that was neither given here nor trusted."""
     names = ("model", "base", "adapter", "vae", "tokenizer", "config", "video")
-    named = {k: str(stored[k]) for k in names if stored.get(k) is not None and k not in chosen
+    named = {k: str(stored[k]) for k in names if stored.get(k) is not None and k not in given
              and (k == "video" or embedded.find(str(stored[k])) is None)}  # fmt: skip
     if not named:
         return
