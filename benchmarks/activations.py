@@ -120,7 +120,7 @@ def count(work: Workload, peer: bool = True) -> dict[str, Any]:
     found: dict[str, Any] = {"workload": work.title, "weights": size(network)}
     for name, impl in (("torch", "torch"), ("kernels", "triton")):
         with recorded(impl):
-            found[name] = peak(network, lambda: fast.door(network)(x, t, context))
+            found[name] = peak(network, lambda: fast.runner(network)(x, t, context))
     if not peer or find_spec("diffusers") is None:
         return found
     import diffusers

@@ -65,8 +65,8 @@ def prepare(work: Workload) -> tuple[Any, Callable[[], Any]]:
     x = torch.empty(work.batch, 4, work.frames, *work.latents, dtype=torch.half, device="meta")
     t = torch.ones(1, device="meta")
     text = torch.empty(work.batch, TEXT, work.config.cross_attention_dim, dtype=torch.half, device="meta")
-    door = fast.optimize(unet)  # which keeps the network
-    return door.executor, lambda: door(x, t, text)
+    runner = fast.optimize(unet)  # which keeps the network
+    return runner.executor, lambda: runner(x, t, text)
 
 
 @contextmanager

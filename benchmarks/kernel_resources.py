@@ -190,7 +190,7 @@ def predictor(config: Any, dtype: torch.dtype, laid_out: bool) -> tuple[Any, Any
     kind = UNet3DConditionModel if isinstance(config, UNet3DConfig) else UNetMotionModel
     with torch.device("meta"):
         unet = kind(config).to(dtype)
-    return unet, fast.optimize(unet) if laid_out else fast.door(unet)
+    return unet, fast.optimize(unet) if laid_out else fast.runner(unet)
 
 
 @cache
@@ -198,7 +198,7 @@ def decoder(config: AutoencoderKLConfig, dtype: torch.dtype) -> tuple[Any, Any]:
     """(the VAE, its executor)."""
     with torch.device("meta"):
         vae = AutoencoderKL(config).to(dtype)
-    return vae, fast.door(vae)
+    return vae, fast.runner(vae)
 
 
 @cache

@@ -203,7 +203,7 @@ def contenders(part: Part, options: argparse.Namespace) -> dict[str, Callable[[]
                 if optimize:
                     fast.optimize(made[key], **optimize)
             network = made[key]
-            run = network if choice is None else fast.door(network)
+            run = network if choice is None else fast.runner(network)
             return Built(Ours(part.call(run, network.dtype), choice or "torch", network), size_of(network))
 
     def peer(compiled: bool) -> Built:

@@ -167,7 +167,7 @@ def unet(rounds: int) -> dict:
 
     ours, peer = twins(UNet3DConditionModel, Peer, HALF)
     given = torch.randn(1, 4, 4, 16, 16), torch.tensor(500), torch.randn(1, 77, 1024)
-    found = side_by_side(rounds, ours, lambda: ours(*given), partial(fast.door(ours), *given), first(peer), [*given])
+    found = side_by_side(rounds, ours, lambda: ours(*given), partial(fast.runner(ours), *given), first(peer), [*given])
     return {"what": "UNet3D forward, half width, float32, 4 frames, 16x16 latents", **found}
 
 
@@ -190,7 +190,7 @@ def motion(rounds: int) -> dict:
     modes = {'compat="diffusers"': {"compat": "diffusers"}, "default": {}, "version 1": {"resnet_norms": "video"}}
     for name, options in modes.items() if OPTIONS.modes else [*modes.items()][:1]:
         ours, peer = twins(UNetMotionModel, Peer, config, **options)
-        run = partial(ours, x, t, context), partial(fast.door(ours), x, t, context)
+        run = partial(ours, x, t, context), partial(fast.runner(ours), x, t, context)
         out[name] = side_by_side(rounds, ours, *run, first(peer), [x, t, repeated])
     return out
 
@@ -204,7 +204,7 @@ def vae(rounds: int) -> dict:
 
     ours, peer = twins(AutoencoderKL, Peer, VAE)
     z = torch.randn(1, 4, 32, 32)
-    run = partial(ours.decode, z), lambda: fast.door(ours).decode(z)
+    run = partial(ours.decode, z), lambda: fast.runner(ours).decode(z)
     found = side_by_side(rounds, ours, *run, first(peer, "decode"), [z])
     return {"what": "VAE decode, float32, one frame of 256x256", **found}
 
@@ -233,7 +233,7 @@ IMPORT = {
 LOAD = "model = UNet3DConditionModel.from_pretrained({folder!r}, torch_dtype={dtype})"
 FORWARD = {
     "plain": "y = model(x, 500, context)",
-    "fast": "from minit2v import fast; y = fast.door(model)(x, 500, context)",
+    "fast": "from minit2v import fast; y = fast.runner(model)(x, 500, context)",
     "diffusers": "y = model(x, 500, context).sample",
 }
 MAKE = """

@@ -25,7 +25,7 @@ def lazily(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any]
                 return import_module(f"{package}.{name}")
             from minit2v_convert.rename import nearest
 
-            # `from minit2v import Name` asks here first, and would hide what an AttributeError says.
+            # `from minit2v import Name` looks here first, and would hide what an AttributeError says.
             imported = sys._getframe(1).f_code.co_name == "_handle_fromlist"
             kind = ImportError if imported else AttributeError
             raise kind(f"{package} has no {name!r}{nearest(name, list(names))}", name=name)

@@ -1,4 +1,4 @@
-"""The helpers under the path that the published snippets import them from."""
+"""The helpers under the path that snippets for diffusers import them from."""
 
 from minit2v.files.video import export_to_gif, export_to_video, load_video
 

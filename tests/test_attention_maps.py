@@ -163,7 +163,7 @@ def test_in_a_pipeline(monkeypatch):
     with attention_maps(pipe.unet, "text", name) as maps:
         looked_at = pipe("a red circle moving right", **call, generator=torch.Generator().manual_seed(0)).frames
     assert torch.allclose(plain, looked_at, atol=1e-4) and len(blocks) == without > 0
-    assert fast.door(pipe.unet) is not pipe.unet
+    assert fast.runner(pipe.unet) is not pipe.unet
     by_steps = maps[name]
     assert len(by_steps) == 2 and by_steps[0].shape == (2, 4 * 2 * 2, 16)
     assert not torch.equal(by_steps[0], by_steps[1])

@@ -108,12 +108,12 @@ def record(bench, monkeypatch, network, call) -> Counter:
         return watched
 
     with bench.step.kernels("triton"), _dispatch.record(), bench.kernel_resources.layouts_of_cuda(), torch.no_grad():
-        door = fast.door(network)
+        runner = fast.runner(network)
         executor = fast.executors[network]
         executor.refresh()
         for name in CALLED:
             monkeypatch.setattr(executor.ops, name, watch(name, getattr(executor.ops, name)))
-        call(door)
+        call(runner)
     return found
 
 

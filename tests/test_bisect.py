@@ -58,7 +58,7 @@ class Broken:
 def test_what_is_wrong_is_named(monkeypatch):
     monkeypatch.delenv("MINIT2V_KERNELS", raising=False)
     network = Broken()
-    monkeypatch.setattr(bisect, "door", lambda _: network.__call__)
+    monkeypatch.setattr(bisect, "runner", lambda _: network.__call__)
     x = torch.randn(2, 4, 3, 4, 4).half()
     rows = list(bisect.lines(bisect.bisect(network, x, 500, x)))
     verdicts = {row.split()[0]: (row.split()[-1], good) for row, good in rows[2:]}

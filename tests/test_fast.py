@@ -115,7 +115,7 @@ def test_the_same_numbers(unet, dtype, laid_out):
         lambda: unet.enable_freeu(0.9, 0.2, 1.5, 1.6),
         unet.disable_forward_chunking,
     ]
-    run = fast.optimize(unet) if laid_out else fast.door(unet)
+    run = fast.optimize(unet) if laid_out else fast.runner(unet)
     for change in changes:
         change()
         for call in calls:
@@ -137,10 +137,10 @@ def test_the_image_model(randomize_):
     kinds = {name: tuple(kind.replace("Motion", "2D") for kind in MOTION[name]) for name in list(MOTION)[:2]}
     unet = randomize_(UNet2DConditionModel(**SHARED, attention_head_dim=2, **kinds)).double().eval()
     x, context = torch.randn(2, 4, 6, 4).double(), torch.randn(2, 7, 16).double()
-    close(fast.door(unet)(x, 5, context), unet(x, 5, context))
+    close(fast.runner(unet)(x, 5, context), unet(x, 5, context))
     assert whole(unet)
     with pytest.raises(ValueError, match="x must be"):
-        fast.door(unet)(x[None], 5, context)
+        fast.runner(unet)(x[None], 5, context)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -150,7 +150,7 @@ def test_no_further_from_float64_than_plain(unet, dtype):
     unet.to(dtype)
     call = inputs(dtype)
     exact = copy.deepcopy(unet).double()(*[v.double() if v.is_floating_point() else v for v in call])
-    plain, got = unet(*call).double(), fast.door(unet)(*call).double()
+    plain, got = unet(*call).double(), fast.runner(unet)(*call).double()
     assert torch.isfinite(want).all()
     assert (got - exact).norm() <= 1.1 * (plain - exact).norm()
 
@@ -174,7 +174,7 @@ def test_less_is_computed(unet, monkeypatch):
         run(x, t, context)
         return len(calls)
 
-    run = fast.door(unet)
+    run = fast.runner(unet)
     first, second = products(run), products(run)
     assert first - second == 2 * attentions
     run = fast.optimize(unet)
@@ -189,7 +189,7 @@ def test_vae(randomize_):
     vae = randomize_(AutoencoderKL(**VAE)).eval()
     z, x = torch.randn(3, 4, 5, 4), torch.randn(3, 3, 10, 8)
     before = memory(vae)
-    for run in (fast.door(vae), fast.optimize(vae)):
+    for run in (fast.runner(vae), fast.optimize(vae)):
         for chunk in (None, 2):
             close(run.decode(z, chunk), vae.decode(z, chunk))
             close(run.encode(x, chunk).mean, vae.encode(x, chunk).mean)
@@ -210,7 +210,7 @@ def test_vae(randomize_):
 @torch.no_grad()
 def test_the_same_errors(unet):
     x, t, context = inputs()
-    run = fast.door(unet)
+    run = fast.runner(unet)
     for bad in ((x[:, :3], t, context), (x, torch.zeros(3), context), (x, t, context[:1]), (x, t, context[..., :3])):
         with pytest.raises(ValueError) as of_plain:
             unet(*bad)
@@ -281,7 +281,7 @@ def test_nothing_that_is_wrapped_is_bypassed(unet):
     """Every module in turn is put into another one: the network sees it, and so does the fast path."""
     call = inputs(torch.float64, b=1, f=2)
     unet.double()
-    run = fast.optimize(unet) if isinstance(unet, UNet3DConditionModel) else fast.door(unet)
+    run = fast.optimize(unet) if isinstance(unet, UNet3DConditionModel) else fast.runner(unet)
     plain = run(*call)
     for name, module in one_of_each(unet):
         parent = unet.get_submodule(name.rpartition(".")[0])
@@ -302,7 +302,7 @@ def test_every_hook_is_called(unet):
     """A hook on any module sees what it sees in the plain network, and what it returns is used."""
     call = inputs(torch.float64, b=1, f=2)
     unet.double()
-    run = fast.door(unet)
+    run = fast.runner(unet)
     before = run(*call)
     for name, module in [("", unet), *one_of_each(unet)]:
         seen = []
@@ -340,7 +340,7 @@ def test_subclasses_and_changed_methods_run_as_written(unet3d, monkeypatch):
 
     call = inputs(torch.float64)
     unet3d.double()
-    run = fast.door(unet3d)
+    run = fast.runner(unet3d)
     plain = run(*call)
     block = unet3d.mid[0]
     block.res.__class__, attention = Doubled, block.temporal.block.attn1
@@ -363,19 +363,19 @@ def test_subclasses_and_changed_methods_run_as_written(unet3d, monkeypatch):
         assert not torch.allclose(run(*call), plain)
     attention.to_v.bias = torch.nn.Parameter(torch.ones_like(attention.to_v.weight[:, 0]))
     fast.optimize(unet3d)
-    close(fast.door(unet3d)(*call), unet3d(*call))
+    close(fast.runner(unet3d)(*call), unet3d(*call))
 
     class MyUNet(UNet3DConditionModel):
         pass
 
     mine = MyUNet(unet3d.config)
-    assert fast.door(mine) is mine
+    assert fast.runner(mine) is mine
 
 
 @torch.no_grad()
 def test_layers_of_other_sizes_run_as_written(unet3d):
     call, block = inputs(), unet3d.mid[0]
-    run, conv, c = fast.door(unet3d), torch.nn.Conv3d, unet3d.config.block_out_channels[-1]
+    run, conv, c = fast.runner(unet3d), torch.nn.Conv3d, unet3d.config.block_out_channels[-1]
     changes = [
         (block.temporal_conv.convs, "1", conv(c, c, (5, 1, 1), padding=(2, 0, 0))),
         (block.temporal_conv.convs, "2", conv(c, c, (3, 1, 1), padding=(1, 0, 0), bias=False)),
@@ -401,29 +401,29 @@ def test_autocast_and_other_dtypes_run_as_written(unet3d):
     call = inputs()
     with torch.autocast("cpu", torch.bfloat16):
         want = unet3d(*call)
-        assert torch.equal(fast.door(unet3d)(*call), want)
+        assert torch.equal(fast.runner(unet3d)(*call), want)
     with pytest.raises(RuntimeError):
-        fast.door(unet3d)(call[0].half(), *call[1:])
+        fast.runner(unet3d)(call[0].half(), *call[1:])
 
 
 def test_the_door(unet3d, monkeypatch, caplog):
     class Other(UNet3DConditionModel):
         pass
 
-    assert fast.door(unet3d).executor is fast.door(unet3d).executor
+    assert fast.runner(unet3d).executor is fast.runner(unet3d).executor
     fast.restore(unet3d)
-    assert fast.door(unet3d) is unet3d, "until it is optimized"
-    assert fast.optimize(unet3d).executor is fast.door(unet3d).executor
+    assert fast.runner(unet3d) is unet3d, "until it is optimized"
+    assert fast.optimize(unet3d).executor is fast.runner(unet3d).executor
     monkeypatch.setenv("MINIT2V_OPTIMIZE", "0")
-    assert fast.door(unet3d) is unet3d
+    assert fast.runner(unet3d) is unet3d
     monkeypatch.setenv("MINIT2V_OPTIMIZE", "yes")
     with pytest.raises(ValueError, match="MINIT2V_OPTIMIZE must be 0 or 1, not 'yes'"):
-        fast.door(unet3d)
+        fast.runner(unet3d)
     monkeypatch.delenv("MINIT2V_OPTIMIZE")
     other = Other(unet3d.config)
-    assert fast.optimize(other) is other and fast.door(other) is other
+    assert fast.optimize(other) is other and fast.runner(other) is other
     assert "Other is no class that the fast path knows" in caplog.text
-    assert fast.door(None) is None
+    assert fast.runner(None) is None
 
 
 # ----------------------------------------------------------------------------------------------------------- its state
@@ -433,7 +433,7 @@ def test_the_door(unet3d, monkeypatch, caplog):
 def test_by_default_nothing_is_moved(unet):
     before = memory(unet)
     places = [p.data_ptr() for p in unet.parameters()]
-    fast.door(unet)(*inputs())
+    fast.runner(unet)(*inputs())
     assert_same(memory(unet), before)
     assert places == [p.data_ptr() for p in unet.parameters()]
 
@@ -474,7 +474,7 @@ def test_what_is_not_moved_stays_mapped(unet3d, tmp_path):
 def test_it_keeps_up_with_its_weights(unet, randomize_, tmp_path, laid_out):
     """In place, through .data, replaced, cast, loaded: the numbers are those of the weights that are there."""
     x, t, context = inputs()
-    run = fast.optimize(unet) if laid_out else fast.door(unet)
+    run = fast.optimize(unet) if laid_out else fast.runner(unet)
 
     def check(dtype: torch.dtype = torch.float32) -> None:
         plain = copy.deepcopy(unet)
@@ -493,7 +493,7 @@ def test_it_keeps_up_with_its_weights(unet, randomize_, tmp_path, laid_out):
     check()
     for p in unet.parameters():
         p.data += 0.01  # which PyTorch does not count as a change
-    run = fast.door(unet)
+    run = fast.runner(unet)
     check()
     for p in unet.parameters():
         p.data = p.data * 1.01
@@ -544,7 +544,7 @@ def test_two_networks_of_the_same_tensors(randomize_):
 
 
 def test_a_network_is_freed_at_once(unet3d):
-    for prepare in (fast.door, fast.optimize):
+    for prepare in (fast.runner, fast.optimize):
         network = type(unet3d)(unet3d.config)
         with torch.no_grad():
             prepare(network)(*inputs())
@@ -560,7 +560,7 @@ def test_a_network_is_freed_at_once(unet3d):
 def test_texts_under_inference_mode(unet3d):
     """There nobody counts what is written into a tensor."""
     x, t, context = inputs()
-    run = fast.door(unet3d)
+    run = fast.runner(unet3d)
     with torch.inference_mode():
         context = context.clone()
         close(run(x, t, context), unet3d(x, t, context))
@@ -618,7 +618,7 @@ def test_a_graph_per_shape(unet, graphs):
     assert len(run.executor.graphs.graphs) == fast_graphs.MOST_GRAPHS
     captures = graphs.captures
     fast.restore(unet)
-    assert torch.equal(fast.door(unet)(*given[0]), want[0]) and graphs.captures == captures
+    assert torch.equal(fast.runner(unet)(*given[0]), want[0]) and graphs.captures == captures
     assert graphs.shared == [False] + [True] * (captures - 1)
 
 
@@ -720,7 +720,7 @@ def test_compiled_blocks(randomize_, monkeypatch):
     assert len(calls) == compiled
     seen = []
     unet3d.mid[0].res.register_forward_hook(lambda m, args, y: seen.append(m))
-    close(fast.door(unet3d)(*call), want)
+    close(fast.runner(unet3d)(*call), want)
     assert len(seen) == 1, "compiled code calls no hook that came later"
     fast.restore(unet3d)
-    assert torch.equal(fast.door(unet3d)(*call), want)
+    assert torch.equal(fast.runner(unet3d)(*call), want)

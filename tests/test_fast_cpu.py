@@ -148,7 +148,7 @@ def test_copies_of_weights(monkeypatch):
         for _ in range(2):
             assert error(run(*call), want.double()) <= 1e-5
 
-    run = fast.door(unet)
+    run = fast.runner(unet)
     check(run)
     kept = run.executor.ops.kept_bytes()
     assert 0 < kept <= 0.3 * sum(p.nbytes for p in unet.parameters())
@@ -157,10 +157,10 @@ def test_copies_of_weights(monkeypatch):
     check(run)
     for p in unet.parameters():
         p.data *= 1.02  # which PyTorch does not count
-    check(fast.door(unet))
+    check(fast.runner(unet))
     conv = next(m for m in unet.modules() if (m, cpu.transform) in run.executor.ops.kept)
     conv.weight.data.copy_(conv.weight.data.flip(0))  # the same numbers in another order
-    check(fast.door(unet))
+    check(fast.runner(unet))
     unet.load_state_dict({name: v * 1.1 for name, v in unet.state_dict().items()})
     check(run)
     conv.weight = nn.Parameter(torch.randn_like(conv.weight))

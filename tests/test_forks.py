@@ -127,6 +127,12 @@ def test_own_parameters_are_an_error_that_says_how_to_keep_them(folder):
     one_line(error, "does not fit MyUNet: 16 missing ", "with strict=False they would keep their init")
 
 
+def test_own_parameters_are_named_in_the_order_of_the_network(folder):
+    mine = MyUNet(UNet3DConditionModel.from_pretrained(folder, subfolder="unet").config)
+    own = [name for name in mine.state_dict() if name.endswith((".scale", "gate", "count"))]
+    assert len(own) > 5 and [name for name in mine.diffusers_state_dict() if name in own] == own
+
+
 def test_not_strict_keeps_their_initialisation_and_says_so(folder, caplog):
     official = UNet3DConditionModel.from_pretrained(folder, subfolder="unet")
     torch.manual_seed(0)
@@ -296,6 +302,9 @@ def test_a_class_given_loads_the_component(folder, tmp_path):
     with pytest.raises(ValueError) as error:  # its weights are not in the official folder
         DiffusionPipeline.from_pretrained(folder, unet=MyUNet)
     one_line(error, "does not fit MyUNet")
+    fresh = DiffusionPipeline.from_pretrained(folder, unet=MyUNet, strict=False).unet
+    official = UNet3DConditionModel.from_pretrained(folder, subfolder="unet").state_dict()
+    assert all(torch.equal(fresh.state_dict()[n], x) for n, x in official.items())
 
 
 @pytest.mark.parametrize(
@@ -305,7 +314,7 @@ def test_a_class_given_loads_the_component(folder, tmp_path):
         ({"unet": UNetMotionModel}, "unet=UNetMotionModel: .* takes UNet3DConditionModel"),
         ({"scheduler": CLIPTokenizer}, "scheduler=CLIPTokenizer: .* takes a scheduler"),
         ({"vae": int}, "vae=int: .*no from_pretrained"),
-        ({"vea": MyVAE}, "vea=MyVAE"),
+        ({"vea": MyVAE}, "TextToVideoSDPipeline.from_pretrained.. has no argument 'vea' .nearest: 'vae'."),
     ],
 )
 def test_wrong_classes(folder, given, said):

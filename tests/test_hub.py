@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minit2v.files.config import config_fields, make_config, pick_dtype
+from minit2v.files.config import config_fields, make_config, one_dtype
 from minit2v.files.hub import find_folder, read_json
 from minit2v.files.weights import first_nonfinite
 from minit2v.models.clip import CLIPTextModel
@@ -169,17 +169,17 @@ def test_the_folder_of_another_network(tmp_path, published_config):
     ],
 )
 def test_dtype_in_both_spellings(given, dtype):
-    assert pick_dtype(*given) == dtype
+    assert one_dtype(*given) == dtype
 
 
 def test_dtypes_that_are_none():
     with pytest.raises(ValueError, match="torch_dtype=float16 and dtype=float32 are one argument"):
-        pick_dtype("float16", "float32")
+        one_dtype("float16", "float32")
     for wrong in ("flaot16", torch.int8, torch.float8_e4m3fn, 16):
         with pytest.raises(ValueError, match="dtype must be one of float32, .*, not "):
-            pick_dtype(wrong)
+            one_dtype(wrong)
     with pytest.raises(ValueError, match="nearest: 'float16'"):
-        pick_dtype("flaot16")
+        one_dtype("flaot16")
 
 
 # --------------------------------------------------------------------------------------------------- published weights

@@ -219,10 +219,10 @@ def test_optimize_and_restore(pipe, v2v):
     with pytest.raises(ValueError, match="graphs=True: a CUDA graph needs the UNet on CUDA, and it is on cpu"):
         pipe.optimize(graphs=True)
     assert pipe.unet.state_dict()["conv_in.weight"].data_ptr() == state["conv_in.weight"].data_ptr()
-    assert pipe.optimize() is pipe and fast.door(v2v.unet).executor is fast.door(pipe.unet).executor
-    assert fast.door(pipe.unet).executor.graphs is None
+    assert pipe.optimize() is pipe and fast.runner(v2v.unet).executor is fast.runner(pipe.unet).executor
+    assert fast.runner(pipe.unet).executor.graphs is None
     assert np.abs(pipe("a cat", **FAST, generator=seeded(0)).frames - want).max() < 1e-4
-    assert pipe.restore() is pipe and fast.door(v2v.unet) is v2v.unet and fast.door(pipe.vae) is pipe.vae
+    assert pipe.restore() is pipe and fast.runner(v2v.unet) is v2v.unet and fast.runner(pipe.vae) is pipe.vae
     for name, value in pipe.unet.state_dict().items():
         assert value.stride() == places[name][0] and torch.equal(value, places[name][1])
     assert np.abs(pipe("a cat", **FAST, generator=seeded(0)).frames - want).max() < 1e-4
@@ -503,6 +503,23 @@ def test_eta_without_a_meaning_is_said(pipe, caplog):
     with caplog.at_level(logging.WARNING):
         pipe("a cat", **FAST, eta=0.5)
     assert "EulerDiscreteScheduler has no eta" in caplog.text
+
+
+def test_a_step_with_any_keywords_gets_eta_and_the_generator(pipe, caplog):
+    class Louder(DDIMScheduler):
+        def step(self, model_output, timestep, sample, **arguments):
+            return super().step(1.1 * model_output, timestep, sample, **arguments)
+
+    pipe.scheduler = Louder.from_config(pipe.scheduler.config)
+    latents = torch.zeros(1, 4, 3, 8, 12)
+    with caplog.at_level(logging.WARNING):
+        first, again, other = (
+            pipe("a cat", **FAST, eta=0.5, generator=torch.Generator().manual_seed(seed), latents=latents).frames
+            for seed in (0, 0, 1)
+        )
+    assert "no eta" not in caplog.text
+    np.testing.assert_array_equal(first, again)  # the noise of the steps comes from the generator
+    assert np.abs(first - other).max() > 0
 
 
 def test_clipping_that_nobody_asked_for_is_said(pipe, caplog):

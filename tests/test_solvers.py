@@ -168,8 +168,8 @@ def test_ddim_backwards_and_down_again(bench):
         for scheduler in (up, down):
             scheduler.set_timesteps(n)
             for t in scheduler.timesteps:
-                s = scheduler._after(int(t)) if scheduler is up else int(t)
-                bar = scheduler._bar(s)
+                s = scheduler._lower_timestep(int(t)) if scheduler is up else int(t)
+                bar = scheduler._alpha_bar(s)
                 alpha, sigma = bar**0.5, (1 - bar) ** 0.5
                 eps = (y - alpha * mixture.x0(y, alpha, sigma)) / sigma
                 y = scheduler.step(eps, t, y).prev_sample

@@ -53,6 +53,12 @@ video = motion("a red circle").frames[0]
 (latents,) = pipe("a red circle", output_type="latent", return_dict=False)
 sample = scheduler.step(latents, 1, latents).prev_sample
 positions: int = motion.unet.config.motion_max_seq_length
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+pipe.scheduler.set_timesteps(4)
+sigma: float = pipe.scheduler.init_noise_sigma
+less_noisy = pipe.scheduler.step(latents, pipe.scheduler.timesteps[0], latents).prev_sample
+again = TextToVideoSDPipeline(pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.unet, pipe.scheduler)
+latents_alone = TextToVideoSDPipeline(None, None, None, mine, scheduler)
 some = DiffusionPipeline.from_pretrained("shapes")
 frames = some("a red circle", num_frames=8).frames
 """
@@ -63,7 +69,15 @@ BAD = {
     "field of a pipeline's UNet": "pipe.unet.config.in_chanels",
     "keyword of a config": "UNet3DConfig(block_out_chanels=(1, 2))",
     "method of a pipeline": "pipe.enable_vae_slicng()",
+    "keyword of a call": "pipe('a red circle', num_inference_step=4)",
+    "method of a scheduler": "pipe.scheduler.set_timestep(4)",
     "class": "minit2v.UNet3DConditonModel",
+}
+# And these where the types of torch are known: mypy is not shown them here.
+BAD_COMPONENTS = {
+    "another's place": "TextToVideoSDPipeline(pipe.unet, None, None, None, None)",
+    "another class": "pipe.unet = pipe.vae",
+    "no scheduler": "TextToVideoSDPipeline(None, None, None, None, pipe.vae)",
 }
 HEAD = """import minit2v
 from minit2v import TextToVideoSDPipeline, UNet3DConditionModel
@@ -93,7 +107,7 @@ def folder(tmp_path_factory):
         for name, source in snippets(page).items():
             (folder / f"{name}.py").write_text(source, encoding="utf-8")
     (folder / "good.py").write_text(GOOD)
-    (folder / "bad.py").write_text(HEAD + "".join(line + "\n" for line in BAD.values()))
+    (folder / "bad.py").write_text(HEAD + "".join(line + "\n" for line in [*BAD.values(), *BAD_COMPONENTS.values()]))
     (folder / "mypy.ini").write_text(MYPY)
     (folder / "pyrightconfig.json").write_text(json.dumps(PYRIGHT))
     return folder
@@ -126,7 +140,8 @@ def test_snippets_pass_and_misspellings_do_not(folder, checker, module):
     assert [error for error in found if error[0] != "bad.py"] == []
     first = HEAD.count("\n") + 1
     wrong = {line - first for file, line, _ in found if file == "bad.py"}
-    missed = [what for n, what in enumerate(BAD) if n not in wrong]
+    expected = [*BAD] if checker is mypy else [*BAD, *BAD_COMPONENTS]
+    missed = [what for n, what in enumerate(expected) if n not in wrong]
     assert not missed and min(wrong) >= 0, (missed, found)
 
 

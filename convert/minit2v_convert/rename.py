@@ -145,10 +145,10 @@ class Layout:
             for name, value in state.items()
         }
         renamed = rename({name: x for name, x in shaped.items() if name not in own}, inverse(self.rules))
-        for name in own:
+        for name in sorted(own):
             if name in renamed or rename_one(name, [*self.aliases, *self.rules]) is not None:
                 raise ValueError(f"{name!r} is the name of another tensor in the files of this network: choose another")
-        return renamed | {name: shaped[name] for name in own if name in shaped}
+        return renamed | {name: value for name, value in shaped.items() if name in own}
 
     def squeeze(self, name: str, value: Any) -> Any:
         """`value` without the trailing axes of size 1 that our name does not have."""

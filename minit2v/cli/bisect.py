@@ -20,11 +20,11 @@ def run(args: argparse.Namespace) -> int:
     check_pixels("--height", args.height, bisect.FACTOR)
     check_pixels("--width", args.width, bisect.FACTOR)
     unet = bisect.load(args.model, getattr(torch, args.dtype), device)
-    given = bisect.inputs(unet, args.frames, args.height, args.width)
-    say(f"{type(unet).__name__} of {args.model}, one step, x {tuple(given[0].shape)}, {args.dtype} on {device}"
+    inputs = bisect.inputs(unet, args.frames, args.height, args.width)
+    say(f"{type(unet).__name__} of {args.model}, one step, x {tuple(inputs[0].shape)}, {args.dtype} on {device}"
          + (": by Triton's interpreter, which is slow" if device.type != "cuda" else ""))
     good = True
-    for line, fine in bisect.lines(bisect.bisect(unet, *given)):
+    for line, fine in bisect.lines(bisect.bisect(unet, *inputs)):
         tell(line)
         good &= fine
     return 0 if good else 1

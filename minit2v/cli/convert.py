@@ -12,7 +12,7 @@ from minit2v_convert.folders import CONFIG, INDEX
 from minit2v_convert.stream import parse_json, size_of
 
 from ..files import embedded, hub
-from ..files.config import make_config, pick_dtype
+from ..files.config import make_config, one_dtype
 from ..models.clip import CLIPTextModel
 from ..models.unet2d import UNet2DConditionModel
 from ..models.unet3d import UNet3DConditionModel
@@ -25,7 +25,7 @@ TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.jso
 
 def run(args: argparse.Namespace) -> int:
     """The exit code; an error is raised."""
-    dtype = pick_dtype(args.dtype) if "dtype" in args else None
+    dtype = one_dtype(args.dtype) if "dtype" in args else None
     tokenizer = _tokenizer(args.tokenizer) if "tokenizer" in args else None
     config = _config(args.config) if "config" in args else None
     src, dst = _here(args.src), Path(args.dst).expanduser()

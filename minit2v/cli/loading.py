@@ -143,9 +143,9 @@ def _load_part(option: str, cls: Any, name: str, weights: dict[str, Any]) -> Any
                 say(f"{name} has no variant {weights['variant']}: its other weights are read")
         return cls.from_pretrained(name, subfolder=folder, **{k: v for k, v in weights.items() if k != "variant"})
     except (ValueError, OSError) as error:
-        given = f"--{option}" if option != "adapter" or name != ADAPTER else (
+        what = f"--{option}" if option != "adapter" or name != ADAPTER else (
             "the image model needs a motion adapter, and the usual one cannot be had; give one with --adapter")
-        raise (OSError if isinstance(error, OSError) else ValueError)(f"{given}: {one_line(error)}") from error
+        raise (OSError if isinstance(error, OSError) else ValueError)(f"{what}: {one_line(error)}") from error
 
 
 def _check_size(main: str, vae: Any, settings: dict[str, Any], where: dict[str, Any]) -> None:

@@ -1,9 +1,9 @@
 """The fast path: the networks of minit2v/models once more, the same parameters and numbers, run for speed.
 
 What belongs here: one function for each module, the operations they choose from, CUDA graphs, and `bisect`, which
-finds the kernel that is to blame. A network that is called directly runs as it is written; pipelines enter here.
+finds the kernel that is to blame. A network that is called directly runs as it is written; pipelines call its runner.
 
-    door(unet)(x, t, context)           as unet(x, t, context); this is what a pipeline calls
+    runner(unet)(x, t, context)         as unet(x, t, context); this is what a pipeline calls
     optimize(unet, graphs=True)         also move weights in memory for speed; on CUDA, launch predictions as graphs
     restore(unet)                       run it as it is written, every weight where it was, to the last bit
 
@@ -19,14 +19,14 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from ..models.vae import AutoencoderKL
-from .executor import UNETS, Door, Executor, UNetExecutor, VAEExecutor
+from .executor import UNETS, Executor, UNetExecutor, UNetRunner, VAEExecutor
 
 logger = logging.getLogger(__name__)
 
 executors: "WeakKeyDictionary[nn.Module, Executor | None]" = WeakKeyDictionary()  # None: restored, to run as written
 
 
-def door(network: Any) -> Any:
+def runner(network: Any) -> Any:
     """What computes as the network does, faster where it can, for one run: to be called as it is.
 
     The network itself for a class that the fast path does not know, after `restore`, and with MINIT2V_OPTIMIZE=0.
@@ -41,7 +41,7 @@ def door(network: Any) -> Any:
         return network
     if executor.state is not None:
         executor.ops.check_kept()
-    return Door(executor) if isinstance(executor, UNetExecutor) else executor
+    return UNetRunner(executor) if isinstance(executor, UNetExecutor) else executor
 
 
 def is_on() -> bool:
@@ -53,7 +53,7 @@ def is_on() -> bool:
 
 
 def optimize(network: Any, *, graphs: bool = False, compile: bool = False) -> Any:
-    """Lay the network's weights out for speed, once or anew. Returns its `door`.
+    """Lay the network's weights out for speed, once or anew. Returns its `runner`.
 
     graphs: launch a UNet's predictions on CUDA as CUDA graphs; their memory stays taken until `restore`.
     compile: torch.compile each block of a UNet as it is written, at its first call.
@@ -69,7 +69,7 @@ def optimize(network: Any, *, graphs: bool = False, compile: bool = False) -> An
     else:
         executors[network] = UNetExecutor(network, True, graphs, compile)
     executors[network].refresh()
-    return door(network)
+    return runner(network)
 
 
 def restore(network: Any) -> None:

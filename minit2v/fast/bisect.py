@@ -19,7 +19,7 @@ from minit2v_kernels._dispatch import PROVEN, record
 from ..models.unet import UNet
 from ..models.unet2d import UNet2DConditionModel
 from ..pipelines.files import CLASSES, read_index
-from . import door
+from . import runner
 
 SLACK = 1.5  # times PyTorch's error: on a random input two ways of rounding differ by less
 FACTOR = 8  # pixels per latent, in every published model
@@ -57,7 +57,7 @@ def inputs(unet: UNet, frames: int, height: int, width: int) -> tuple[Tensor, in
 @torch.no_grad()
 def bisect(unet: UNet, x: Tensor, t: int, context: Tensor) -> Iterator[Found]:
     """First PyTorch, then each op by itself as a kernel, then all of them. ValueError where no kernel can run."""
-    dtype, run = unet.dtype, door(unet)
+    dtype, run = unet.dtype, runner(unet)
     if run is unet:
         raise ValueError("kernels run on the fast path alone, which MINIT2V_OPTIMIZE=0 or `restore` has turned off")
     want = unet.double()(x.double(), t, context.double())

@@ -292,11 +292,11 @@ def versions(executor: UNetExecutor, context: Tensor, attentions: Iterable[Any])
     return [executor.plans, context._version, *(p._version for p in weights)]
 
 
-class Door:
+class UNetRunner:
     """A UNet's executor for one run, the steps of which have the same texts. Called as the UNet.
 
     Keys and values of a text are made once. They are made anew when the text or the weights that read it are changed,
-    except by way of `.data`, which PyTorch does not count: open another door after that.
+    except by way of `.data`, which PyTorch does not count: make another runner after that.
     """
 
     def __init__(self, executor: UNetExecutor):

@@ -5,7 +5,7 @@ them faster: tokens are views of channels-last memory; q, k and v come out of on
 timestep or the residual along; keys and values of the text exist once per run; sums go into memory that nobody else
 sees. Nothing here writes into what a module returned to somebody else.
 
-`run.knows(m)` is asked first: a module that is not exactly as written there (a subclass, an adapter around a layer, a
+`run.knows(m)` is checked first: a module that is not exactly as written there (a subclass, an adapter around a layer, a
 hook) is called as it is.
 """
 

@@ -134,15 +134,15 @@ DTYPES = {
 }
 
 
-def pick_dtype(torch_dtype: torch.dtype | str | None = None, dtype: torch.dtype | str | None = None) -> torch.dtype:
+def one_dtype(torch_dtype: torch.dtype | str | None = None, dtype: torch.dtype | str | None = None) -> torch.dtype:
     """The one dtype that two spellings of one argument mean; float32 where neither is given."""
-    given = []
+    dtypes = []
     for value in (torch_dtype, dtype):
         if value is not None:
             name = str(value).removeprefix("torch.")
             if name not in DTYPES:
                 raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {value!r}{nearest(name, [*DTYPES])}")
-            given.append(DTYPES[name])
-    if len(set(given)) > 1:
+            dtypes.append(DTYPES[name])
+    if len(set(dtypes)) > 1:
         raise ValueError(f"torch_dtype={torch_dtype} and dtype={dtype} are one argument: give one")
-    return given[0] if given else torch.float32
+    return dtypes[0] if dtypes else torch.float32

@@ -193,28 +193,28 @@ def need(*wanted: str) -> Choose:
     return choose
 
 
-def choose_weights(stem: str, variant: str | None, use_safetensors: bool | None) -> Choose:
+def choose_weights(weights_name: str, variant: str | None, use_safetensors: bool | None) -> Choose:
     """config.json and the weights: `.safetensors` before `.bin`, one file before shards."""
     v = f".{variant}" if variant else ""
-    kinds = [(stem, "safetensors"), ("pytorch_model" if stem == "model" else stem, "bin")]
+    kinds = [(weights_name, "safetensors"), (weights_name if weights_name != "model" else "pytorch_model", "bin")]
     if use_safetensors is not None:
         kinds = kinds[:1] if use_safetensors else kinds[1:]
 
     def choose(names: Sequence[str]) -> Sequence[str]:
         config = need("config.json")(names)
-        for stem, kind in kinds:
-            if f"{stem}{v}.{kind}" in names:
-                return [*config, f"{stem}{v}.{kind}"]
+        for name, kind in kinds:
+            if f"{name}{v}.{kind}" in names:
+                return [*config, f"{name}{v}.{kind}"]
             # The variant stands before the number, in files of before 2025 behind it.
             number, v_ = r"-(\d{5})-of-(\d{5})", re.escape(v)
-            shard = re.compile(rf"{re.escape(stem)}(?:{v_}{number}|{number}{v_})\.{kind}")
+            shard = re.compile(rf"{re.escape(name)}(?:{v_}{number}|{number}{v_})\.{kind}")
             if shards := sorted((n, m) for n in names if (m := shard.fullmatch(n))):
                 count = int(shards[0][1][2] or shards[0][1][4])
                 if len(shards) != count:
-                    raise FileNotFoundError(f"more than {len(shards)} of the {count} shards of {stem}{v}.{kind}")
+                    raise FileNotFoundError(f"more than {len(shards)} of the {count} shards of {name}{v}.{kind}")
                 return [*config, *(n for n, _ in shards)]
         there = [n for n in names if n.endswith((".safetensors", ".bin", ".ckpt", ".pth", ".pt", ".msgpack"))]
-        wanted = " or ".join(f"{stem}{v}.{kind}" for stem, kind in kinds)
+        wanted = " or ".join(f"{name}{v}.{kind}" for name, kind in kinds)
         raise FileNotFoundError(f"{wanted}; the weights there: {', '.join(there) or 'none'}")
 
     return choose

@@ -1,6 +1,7 @@
 """The layers every network here is made of: plain PyTorch, equation by equation.
 
-b batch, f frames, p pixels of a frame, l text tokens, h heads, d width of a vector; n stands for whatever is batch.
+b videos, f frames, p pixels of a frame, l text tokens, m texts, h heads, d width of a vector, of a head where h stands
+beside it; n stands for whatever is batch.
 """
 
 import math
@@ -37,8 +38,6 @@ def sinusoids(count: int, dim: int) -> Tensor:
 
 def group_norm(norm: nn.GroupNorm, x: Tensor, f: int) -> Tensor:
     """x ((n f) c h w) -> norm(x), with statistics over f frames together: 1, or those of a whole video."""
-    if f == 1:
-        return norm(x)
     return rearrange(norm(rearrange(x, "(n f) c h w -> n c f h w", f=f)), "n c f h w -> (n f) c h w")
 
 
@@ -55,15 +54,15 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(inner, dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x (n l d) looks at context (n m c), which is x itself in self-attention -> (n l d)."""
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        q, k, v = (rearrange(y, "n l (h d) -> n h l d", h=self.heads) for y in (q, k, v))
+        """x (n p d) attends to context (n l c), which is x itself in self-attention -> (n p d)."""
+        q = rearrange(self.to_q(x), "n p (h d) -> n h p d", h=self.heads)
+        k, v = (rearrange(to(context), "n l (h d) -> n h l d", h=self.heads) for to in (self.to_k, self.to_v))
         y = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out(rearrange(y, "n h l d -> n l (h d)"))
+        return self.to_out(rearrange(y, "n h p d -> n p (h d)"))
 
 
 class FrameAttention(Attention):
-    """Attention across the frames: each pixel looks at itself in all frames of its video."""
+    """Attention across the frames: each pixel attends to itself in all frames of its video."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """x (b f p d) -> (b f p d)."""
@@ -103,7 +102,7 @@ class TransformerBlock(nn.Module):
         self.norm3, self.ff = nn.LayerNorm(dim), FeedForward(dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x (n p d), context (m l c), one text for each n / m rows of x -> (n p d)."""
+        """x (n p d), context (m l c), a text for each g = n / m images of x -> (n p d)."""
         y = self.norm1(x)
         x = x + self.attn1(y, y)
         y = rearrange(self.norm2(x), "(m g) p d -> m (g p) d", m=len(context))  # keys and values once for each text

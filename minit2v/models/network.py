@@ -16,7 +16,7 @@ from minit2v_convert.rename import Layout, nearest
 from minit2v_convert.stream import parse_json, replacing
 
 from ..compat import compat_fields
-from ..files.config import config_fields, make_config, pick_dtype, quoted, read_from
+from ..files.config import config_fields, make_config, one_dtype, quoted, read_from
 from ..files.hub import DIFFUSERS_VERSION, choose_weights, find_config, find_folder, local, write_json
 from ..files.saving import filling
 from ..files.weights import Weightless, fill, fill_from, open_weights
@@ -40,9 +40,9 @@ class Network(nn.Module):
         super().__init__()
         if config is not None and not self._is_config(config):
             raise ValueError(f"config must be a {self.Config.__name__}; a dict goes through from_config")
-        given = {f.name: getattr(config, f.name) for f in dataclass_fields(config)} if config is not None else {}
+        values = {f.name: getattr(config, f.name) for f in dataclass_fields(config)} if config is not None else {}
         whole = not fields and isinstance(config, self.Config)
-        self.config = config if whole else make_config(self.Config, {**given, **fields})
+        self.config = config if whole else make_config(self.Config, {**values, **fields})
         self.explicit = frozenset(fields)  # passed in code: `set_compat` leaves them alone
         self.compat: str | None = None
         self.set_compat(compat)
@@ -141,7 +141,7 @@ class Network(nn.Module):
         argument, in one line each.
         """
         cls._check_fields("from_pretrained", config_overrides)
-        dtype = pick_dtype(torch_dtype, dtype)
+        dtype = one_dtype(torch_dtype, dtype)
         path_or_id = local(path_or_id, revision=revision, local_files_only=local_files_only, token=token,
                            cache_dir=cache_dir, force_download=force_download)
         if subfolder is None and is_authors_layout(path_or_id):
@@ -192,7 +192,7 @@ class Network(nn.Module):
         from minit2v_convert.convert import components
 
         cls._check_fields("from_single_file", config_overrides)
-        dtype = pick_dtype(torch_dtype, dtype)
+        dtype = one_dtype(torch_dtype, dtype)
         path = Path(local(path)).expanduser()
         found = components(path, ema, mmap=mmap)
         name, part = next(((n, p) for n, p in found.items() if p.cls in cls.class_names()), ("", None))
@@ -230,9 +230,9 @@ class Network(nn.Module):
             return cls.from_config(config, compat=compat, **overrides)
 
     @classmethod
-    def _check_fields(cls, method: str, given: Iterable[str]) -> None:
+    def _check_fields(cls, method: str, names: Iterable[str]) -> None:
         fields = [f.name for f in dataclass_fields(cls.Config)] + [*cls.Config.FIXED]
-        for name in given:
+        for name in names:
             if name not in fields:
                 known = [*inspect.signature(getattr(cls, method)).parameters, *fields]
                 raise TypeError(f"{cls.__name__}.{method}() has no argument {name!r}{nearest(name, known)}")
@@ -249,20 +249,21 @@ class Network(nn.Module):
 
         safe_serialization: `.safetensors`, else `.bin`. variant: the infix of the weights' file. Both files appear
         together, and weights of this variant that were there before go, in any kind of file; OSError where they cannot.
-        ValueError where something wraps layers of the network: what it would write could not be loaded.
+        ValueError where the network has tensors that its config does not make: what it would write could not be loaded.
         """
         state, own = self.diffusers_state_dict(), self._own_names()
         if added := [name for name in state if name not in own]:
             raise ValueError(f"{type(self).__name__} has {len(added)} tensors that its config does not make "
-                             f"({added[0]!r}{', ...' * (len(added) > 1)}): first take out what wraps its layers")
-        stem = self.weights_name if safe_serialization or self.weights_name != "model" else "pytorch_model"
-        infix = f".{variant}" if variant else ""
+                             f"({added[0]!r}{', ...' * (len(added) > 1)}): first take out what wraps its layers, or "
+                             "have a subclass make them")
+        weights_name = self.weights_name if safe_serialization or self.weights_name != "model" else "pytorch_model"
+        infix, kind = f".{variant}" if variant else "", "safetensors" if safe_serialization else "bin"
         name = type(self).__name__
         head = {"_class_name": name, "_diffusers_version": DIFFUSERS_VERSION}
         if self.head is not None:
             head = {**self.head, "architectures": [name]}
         with filling(folder) as new:
-            with replacing(new / f"{stem}{infix}.{'safetensors' if safe_serialization else 'bin'}") as temporary:
+            with replacing(new / f"{weights_name}{infix}.{kind}") as temporary:
                 state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
                 if safe_serialization:
                     from safetensors.torch import save_file

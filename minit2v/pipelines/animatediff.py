@@ -5,17 +5,20 @@ arXiv:2307.04725.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 from torch import Tensor
 
+from ..models.clip import CLIPTextModel
+from ..models.tokenizer import CLIPTokenizer
 from ..models.unet2d import UNet2DConditionModel
 from ..models.unet_motion import MotionAdapter, UNetMotionModel
-from ..schedulers.base import randn
+from ..models.vae import AutoencoderKL
+from ..schedulers.base import Scheduler, randn
 from ..techniques.free_init import NoisedVideo
 from . import source
-from .base import DiffusionPipeline, PipelineOutput, StepCallbacks, alone
+from .base import DiffusionPipeline, PipelineOutput, StepCallbacks, exclusive
 from .checks import (
     Generators,
     check_component,
@@ -67,12 +70,12 @@ class AnimateDiffPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        vae: Any,
-        text_encoder: Any,
-        tokenizer: Any,
+        vae: AutoencoderKL | None,
+        text_encoder: CLIPTextModel | None,
+        tokenizer: CLIPTokenizer | None,
         unet: UNet2DConditionModel | UNetMotionModel | None,
         motion_adapter: MotionAdapter | None,
-        scheduler: Any,
+        scheduler: Scheduler | None,
         feature_extractor: None = None,
         image_encoder: None = None,
         *,
@@ -102,7 +105,7 @@ class AnimateDiffPipeline(DiffusionPipeline):
                           image_encoder=None)
         super().__init__(components, compat, {"clip_skip_negative": clip_skip_negative})
 
-    @alone
+    @exclusive
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -132,7 +135,7 @@ class AnimateDiffPipeline(DiffusionPipeline):
         callback_steps: int = 1,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
-        **unknown: Any,
+        **unknown: Never,
     ) -> AnimateDiffPipelineOutput:
         """`num_videos_per_prompt` videos for each prompt, those of one prompt one after the other.
 
@@ -199,12 +202,12 @@ class AnimateDiffVideoToVideoPipeline(AnimateDiffPipeline):
 
     def __init__(
         self,
-        vae: Any,
-        text_encoder: Any,
-        tokenizer: Any,
+        vae: AutoencoderKL | None,
+        text_encoder: CLIPTextModel | None,
+        tokenizer: CLIPTokenizer | None,
         unet: UNet2DConditionModel | UNetMotionModel | None,
         motion_adapter: MotionAdapter | None,
-        scheduler: Any,
+        scheduler: Scheduler | None,
         feature_extractor: None = None,
         image_encoder: None = None,
         *,
@@ -219,7 +222,7 @@ class AnimateDiffVideoToVideoPipeline(AnimateDiffPipeline):
                          image_encoder, compat=compat, clip_skip_negative=clip_skip_negative)
         self.array_resize = array_resize or self.array_resize
 
-    @alone
+    @exclusive
     def __call__(  # type: ignore[override]
         self,
         video: Any = None,
@@ -251,7 +254,7 @@ class AnimateDiffVideoToVideoPipeline(AnimateDiffPipeline):
         *,
         callback: Callable[[int, Tensor, Tensor], None] | None = None,
         callback_steps: int = 1,
-        **unknown: Any,
+        **unknown: Never,
     ) -> AnimateDiffPipelineOutput:
         """`num_videos_per_prompt` new videos for each video and prompt; one of them serves a batch of the other.
 

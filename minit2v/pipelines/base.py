@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
 
 import torch
 from einops import rearrange
@@ -32,6 +33,7 @@ from ..models.clip import CLIPTextModel
 from ..models.tokenizer import CLIPTokenizer
 from ..models.unet import UNet
 from ..models.vae import AutoencoderKL
+from ..schedulers.base import Scheduler
 from ..techniques.free_init import FREQUENCIES, METHODS, NOISES, FreeInit, FreeInitRounds, NoisedVideo
 from . import files, frames
 from .checks import (
@@ -112,13 +114,18 @@ class StepCallbacks:
         return list(state.values())
 
 
-def alone(call: Callable[..., Any]) -> Callable[..., Any]:
+Pipeline = TypeVar("Pipeline", bound="DiffusionPipeline")
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
+
+
+def exclusive(call: Callable[Concatenate[Pipeline, Args], Result]) -> Callable[Concatenate[Pipeline, Args], Result]:
     """A pipeline's `__call__`: without gradients, and RuntimeError where it, or its scheduler, is in a call already."""
 
     @wraps(call)
     @torch.no_grad()
-    def run(self: "DiffusionPipeline", *args: Any, **kw: Any) -> Any:
-        with self._alone():
+    def run(self: Pipeline, *args: Args.args, **kw: Args.kwargs) -> Result:
+        with self._exclusive():
             return call(self, *args, **kw)
 
     return run
@@ -196,7 +203,7 @@ class DiffusionPipeline:
         return {name: getattr(self, name) for name in self.COMPONENTS}
 
     @property
-    def scheduler(self) -> Any:
+    def scheduler(self) -> Scheduler:
         return self._scheduler
 
     @scheduler.setter
@@ -244,6 +251,7 @@ class DiffusionPipeline:
         cache_dir: str | Path | None = None,
         force_download: bool = False,
         compat: str | None = None,
+        strict: bool = True,
         mmap: bool = True,
         **overrides: Any,
     ) -> Self:
@@ -254,6 +262,7 @@ class DiffusionPipeline:
         its own. Components given by name (`vae=...`, `scheduler=...`) are used in place of the folder's, also None; a
         class (`unet=MyUNet`, `scheduler=MyScheduler`) loads the folder's with that class. No file makes anything be
         imported: a pipeline that was saved with a class of your own has to be told it.
+        strict: False lets parameters that the files lack keep their initialisation, as for a single network.
         mmap: False copies the weights, so that nobody who writes to the files later changes them (docs/safety.md).
         A file in place of the folder is read as by `from_single_file`, and so is a folder of ModelScope's files.
         """
@@ -262,20 +271,20 @@ class DiffusionPipeline:
         if subfolder is None and is_authors_layout(path_or_id):
             if variant is not None:
                 raise ValueError(f"{path_or_id} is in the authors' layout: it has no variant {variant!r}")
-            return cls.from_single_file(path_or_id, torch_dtype=torch_dtype, dtype=dtype, compat=compat, mmap=mmap,
-                                        revision=revision, local_files_only=local_files_only, token=token,
+            return cls.from_single_file(path_or_id, torch_dtype=torch_dtype, dtype=dtype, compat=compat, strict=strict,
+                                        mmap=mmap, revision=revision, local_files_only=local_files_only, token=token,
                                         cache_dir=cache_dir, force_download=force_download, **overrides)
         where = dict(revision=revision, local_files_only=local_files_only, token=token, cache_dir=cache_dir,
                      force_download=force_download)
         index = files.read_index(path_or_id, subfolder, where)
         if cls is DiffusionPipeline:
             with read_from(path_or_id):
-                cls = files.pick_class(index, DiffusionPipeline.CLASSES)
+                cls = files.pipeline_class(index, DiffusionPipeline.CLASSES)
         saved = index.get(files.FIELDS_KEY, {}) if compat is None else {"compat": compat}  # a mode given wins
         fields = {name: overrides.pop(name, saved.get(name)) for name in cls.FIELDS}
         dtypes = files.component_dtypes(torch_dtype, dtype, cls.COMPONENTS)
         weights = dict(variant=variant, use_safetensors=use_safetensors, compat=saved.get("compat"),
-                       mmap=mmap)
+                       strict=strict, mmap=mmap)
         with read_from(path_or_id, (ValueError,)):  # a TypeError is about the arguments
             components = files.load_components(path_or_id, subfolder, index, cls, overrides, dtypes, where, weights)
         return cls(**components, compat=saved.get("compat"), **fields)
@@ -294,24 +303,25 @@ class DiffusionPipeline:
         cache_dir: str | Path | None = None,
         force_download: bool = False,
         compat: str | None = None,
+        strict: bool = True,
         mmap: bool = True,
         **overrides: Any,
     ) -> Self:
         """The pipeline of one file of weights, `.safetensors`, `.ckpt` or `.pth`, in any layout that is known.
 
         `path` may be a folder of ModelScope's files, too, or the address of a file on huggingface.co, which is fetched.
-        config: a folder or a hub id for what the file lacks. Without it, the scheduler is that of the published model,
-        and the tokenizer is CLIP's, which is in this package. `revision` is of `config`; the rest, `mmap` too, as for
-        `from_pretrained`. Nothing is written.
+        config: a folder or a hub id for what the file lacks. Without it, the scheduler is that of the official model,
+        and the tokenizer is CLIP's, which is in this package. `revision` is of `config`; the rest, also
+        `strict` and `mmap`, as for `from_pretrained`. Nothing is written.
         """
         where: dict[str, Any] = dict(revision=revision, local_files_only=local_files_only, token=token,
                                      cache_dir=cache_dir, force_download=force_download)
         path = Path(hub.local(path, **where)).expanduser()
         if cls is DiffusionPipeline:
-            cls = files.pick_class_of_file(path, DiffusionPipeline.CLASSES)
+            cls = files.pipeline_class_of_file(path, DiffusionPipeline.CLASSES)
         fields = {name: overrides.pop(name, None) for name in cls.FIELDS}
         dtypes = files.component_dtypes(torch_dtype, dtype, cls.COMPONENTS)
-        parts = files.load_single_file(path, cls, config, overrides, dtypes, where, compat, mmap)
+        parts = files.load_single_file(path, cls, config, overrides, dtypes, where, compat, strict, mmap)
         return cls(**parts, compat=compat, **fields)
 
     def save_pretrained(
@@ -349,7 +359,7 @@ class DiffusionPipeline:
         return new.to(dtype=dtype or torch_dtype)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _exclusive(self) -> Iterator[None]:
         """A call steps its scheduler, and moves networks that are offloaded: others must not use them meanwhile."""
         used = {id(unwrapped(c)) for c in (self, *self.components.values()) if c is not None}
         mine = {id(self), id(self.scheduler)} & used
@@ -532,8 +542,8 @@ class DiffusionPipeline:
         for name, value in (("spatial_stop_frequency", spatial_stop_frequency),
                             ("temporal_stop_frequency", temporal_stop_frequency)):
             check_number(name, value, 0, 1)
-        given = {name: value for name, value in (("noise", noise), ("frequencies", frequencies)) if value is not None}
-        fields = compat_fields("FreeInit", self.compat) | given
+        chosen = {name: value for name, value in (("noise", noise), ("frequencies", frequencies)) if value is not None}
+        fields = compat_fields("FreeInit", self.compat) | chosen
         for name, value, known in (("method", method, METHODS), ("noise", fields["noise"], NOISES),
                                    ("frequencies", fields["frequencies"], FREQUENCIES)):
             if value not in known:
@@ -676,12 +686,9 @@ class DiffusionPipeline:
         warm_up = len(timesteps) - steps * self.scheduler.order  # solver calls that make no step of their own (PNDM)
         done = 0
         with self._placed("unet") as unet:
-            predict = fast.door(unet)  # the same numbers, computed faster where nothing of the UNet was changed
+            predict = fast.runner(unet)  # the same numbers, computed faster where nothing of the UNet was changed
             context = _join(negative, text).to(unet.dtype)
-            for i, t in enumerate(timesteps):
-                if self._interrupt:
-                    check_result(x, unet, "the UNet")
-                    break
+            for i, t in enumerate(takewhile(lambda _: not self._interrupt, timesteps)):
                 batch = self.scheduler.scale_model_input(x.repeat(len(context) // len(x), 1, 1, 1, 1), t)
                 eps = predict(batch.to(unet.dtype), t, context)
                 if negative is not None:
@@ -692,7 +699,7 @@ class DiffusionPipeline:
                 flat_x = self.scheduler.step(flat_eps, t, flat_x, **step_arguments).prev_sample
                 x = rearrange(flat_x, f"{self.STEP_AXES} -> b c f h w", b=len(x))
 
-                if i in (0, len(timesteps) - 1):  # bad weights show at once, overflow at the end
+                if i == 0:  # bad weights show at once, overflow at the end
                     check_result(x, unet, "the UNet")
                 if i + 1 == len(timesteps) or (i + 1 > warm_up and (i + 1) % self.scheduler.order == 0):
                     before = text, negative
@@ -701,18 +708,20 @@ class DiffusionPipeline:
                         context = _join(negative, text).to(unet.dtype)
                     done += 1
                     bar.update()
+            check_result(x, unet, "the UNet")
         return x
 
     def _step_arguments(self, eta: float, generator: Generators) -> dict[str, Any]:
-        """Those of eta and generator that the scheduler's step knows."""
-        known = inspect.signature(self.scheduler.step).parameters
+        """Those of eta and generator that the scheduler's step takes: all where it has `**arguments`."""
+        accepted = inspect.signature(self.scheduler.step).parameters
+        takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
         config = self.scheduler.config
         if config.get("clip_sample") and "clip_sample" in config.get("_use_default_values", ()):
             logger.warning("%s clips latents, which suits models of pixels, because nobody has set clip_sample=False.",
                            type(self.scheduler).__name__)
-        if eta and "eta" not in known:
+        if eta and "eta" not in accepted and not takes_all:
             logger.warning("%s has no eta: eta=%s means nothing to it.", type(self.scheduler).__name__, eta)
-        return {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in known}
+        return {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in accepted or takes_all}
 
     # Pixels ----------------------------------------------------------------------------------------------------------
 
@@ -721,7 +730,7 @@ class DiffusionPipeline:
         """latents (b c f h w) -> pixels (b 3 f H W), float32, about [-1, 1]; `decode_chunk_size` frames at a time."""
         with self._placed("vae") as vae:
             z = rearrange(latents.to(vae.device, vae.dtype), "b c f h w -> (b f) c h w") / vae.config.scaling_factor
-            pixels = fast.door(vae).decode(z, decode_chunk_size).float()
+            pixels = fast.runner(vae).decode(z, decode_chunk_size).float()
             check_result(pixels, vae, "the VAE")
         return rearrange(pixels, "(b f) c h w -> b c f h w", b=latents.shape[0])
 

@@ -15,7 +15,7 @@ from minit2v_convert.rename import nearest
 
 from ..compat import compat_fields
 from ..files import hub
-from ..files.config import pick_dtype, quoted, read_from
+from ..files.config import one_dtype, quoted, read_from
 from ..files.saving import filling
 from ..models.network import Network
 from ..models.tokenizer import CLIPTokenizer
@@ -67,7 +67,7 @@ def read_index(path_or_id: str | Path, subfolder: str | None, where: dict[str, A
     return index
 
 
-def pick_class(index: dict[str, Any], classes: dict[str, type]) -> type:
+def pipeline_class(index: dict[str, Any], classes: dict[str, type]) -> type:
     name = index.get("_class_name")
     if isinstance(name, str) and name in classes:
         return classes[name]
@@ -79,13 +79,13 @@ def component_dtypes(torch_dtype: Any, dtype: Any, names: Any) -> dict[str, torc
     """The dtype of each component, from one dtype, its name, a dictionary of them, or None for float32."""
     if torch_dtype is not None and dtype is not None and torch_dtype != dtype:
         raise ValueError(f"torch_dtype={torch_dtype} and dtype={dtype} are one argument: give one")
-    given = torch_dtype if dtype is None else dtype
-    given = dict(given) if isinstance(given, dict) else {"default": given}
-    for name in given:
+    dtype = torch_dtype if dtype is None else dtype
+    dtypes = dict(dtype) if isinstance(dtype, dict) else {"default": dtype}
+    for name in dtypes:
         if name not in names and name != "default":
             raise ValueError(f"dtype for {name!r}, which is no component{nearest(name, [*names, 'default'])}")
-    default = given.pop("default", None)
-    return {name: pick_dtype(given.get(name, default)) for name in names}
+    default = dtypes.pop("default", None)
+    return {name: one_dtype(dtypes.get(name, default)) for name in names}
 
 
 def load_components(
@@ -106,7 +106,8 @@ def load_components(
     for name in overrides:
         if name not in pipeline.COMPONENTS and name not in UNUSED:
             known = [*pipeline.COMPONENTS, *pipeline.FIELDS, "variant", "revision", "subfolder", "torch_dtype", "dtype",
-                     "use_safetensors", "local_files_only", "token", "cache_dir", "force_download", "compat", "mmap"]
+                     "use_safetensors", "local_files_only", "token", "cache_dir", "force_download", "compat", "strict",
+                     "mmap"]
             raise TypeError(f"{pipeline.__name__}.from_pretrained() has no argument {name!r}{nearest(name, known)}")
     entries = {name: value for name, value in index.items() if not name.startswith("_")}
     for name in entries:
@@ -153,19 +154,20 @@ def _argument(name: str) -> str:
     return f"{name}=..." + f" (--{name})" * (name in ("vae", "tokenizer", "scheduler"))
 
 
-def _split_classes(given: dict[str, Any], pipeline: type) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split_classes(overrides: dict[str, Any], pipeline: type) -> tuple[dict[str, Any], dict[str, Any]]:
     """(components given as classes, which are to be loaded; the others). TypeError on a class that does not fit."""
-    classes = {name: value for name, value in given.items() if isinstance(value, type)}
+    classes = {name: value for name, value in overrides.items()
+               if isinstance(value, type) and name in pipeline.COMPONENTS}  # fmt: skip
     for name, cls in classes.items():
-        fitting = pipeline.COMPONENTS.get(name) or ()
-        if name not in pipeline.COMPONENTS or not callable(getattr(cls, "from_pretrained", None)):
+        fitting = pipeline.COMPONENTS[name]
+        if not callable(getattr(cls, "from_pretrained", None)):
             raise TypeError(f"{name}={cls.__name__}: no component that can be loaded, it has no from_pretrained")
         ours = issubclass(cls, Network | Scheduler | CLIPTokenizer)
         fits = {c.__name__ for c in cls.__mro__} & {*fitting} if fitting else issubclass(cls, Scheduler)
         if ours and not fits:
             wanted = " or ".join(fitting) or "a scheduler"
             raise TypeError(f"{name}={cls.__name__}: {pipeline.__name__} takes {wanted}, or a class made from it")
-    return classes, {name: value for name, value in given.items() if name not in classes}
+    return classes, {name: value for name, value in overrides.items() if name not in classes}
 
 
 def _load(
@@ -184,7 +186,7 @@ def _load(
 OF_UNETS = {"UNet2DConditionModel": "AnimateDiffPipeline", "UNet3DConditionModel": "TextToVideoSDPipeline"}
 
 
-def pick_class_of_file(path: Path, classes: dict[str, type]) -> type:
+def pipeline_class_of_file(path: Path, classes: dict[str, type]) -> type:
     """The pipeline that a file of weights is for."""
     found = components(path)
     unet = found.get("unet")
@@ -201,6 +203,7 @@ def load_single_file(
     dtypes: dict[str, torch.dtype],
     where: dict[str, Any],
     compat: str | None,
+    strict: bool = True,
     mmap: bool = True,
 ) -> dict[str, Any]:
     """name -> component, out of the file, from `overrides`, or from the folder or hub id `config`.
@@ -210,7 +213,8 @@ def load_single_file(
     """
     for name in overrides:
         if name not in pipeline.COMPONENTS:
-            known = [*pipeline.COMPONENTS, *pipeline.FIELDS, "config", "torch_dtype", "dtype", "compat", "mmap"]
+            known = [*pipeline.COMPONENTS, *pipeline.FIELDS, "config", "torch_dtype", "dtype", "compat", "strict",
+                     "mmap"]
             raise TypeError(f"{pipeline.__name__}.from_single_file() has no argument {name!r}{nearest(name, known)}")
     own, overrides = _split_classes(overrides, pipeline)
     found = components(path, mmap=mmap)
@@ -238,10 +242,10 @@ def load_single_file(
         fitting = pipeline.COMPONENTS[name]
         if name in found:
             cls = own.get(name) or _component_class(name, [None, found[name].cls], fitting, pipeline.__name__)
-            made[name] = cls.from_component(found[name], str(path), dtypes[name], compat, {})
+            made[name] = cls.from_component(found[name], str(path), dtypes[name], compat, {}, strict)
         elif name in index:
             cls = own.get(name) or _component_class(name, index[name], fitting, pipeline.__name__)
-            made[name] = _load(cls, config, name, where, dict(compat=compat, mmap=mmap), dtypes[name])
+            made[name] = _load(cls, config, name, where, dict(compat=compat, strict=strict, mmap=mmap), dtypes[name])
         elif name == "scheduler":
             schedule = schedule_of(path, unet)
             cls = own.get(name) or _component_class(name, [None, schedule["_class_name"]], (), "")

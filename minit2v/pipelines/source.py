@@ -104,7 +104,7 @@ def lay_grid(
     begin = (total - steps) * scheduler.order
     if enforce and begin:
         # Solver calls that make no step of their own (at PNDM's start) are left out with the start; without `enforce`
-        # published pipelines count them as steps, and make that many more.
+        # diffusers' pipelines count them as steps, and make that many more.
         begin += max(0, len(scheduler.timesteps) - total * scheduler.order)
     if hasattr(scheduler, "set_begin_index"):  # of the solvers that count their steps
         scheduler.set_begin_index(begin)
@@ -124,7 +124,7 @@ def encode_video(
     with pipe._placed("vae") as vae:
         if upcast and vae.config.force_upcast and vae.dtype != torch.float32:
             vae = copy.deepcopy(unwrapped(vae)).float()  # other pipelines may be using this one
-        gaussian = fast.door(vae).encode(rearrange(x.to(vae.dtype), "b c f h w -> (b f) c h w"), chunk)
+        gaussian = fast.runner(vae).encode(rearrange(x.to(vae.dtype), "b c f h w -> (b f) c h w"), chunk)
         check_result(gaussian.mean, vae, "the VAE")
         scale = vae.config.scaling_factor
     mean, std = (spread(rearrange(v, "(b f) c h w -> b f c h w", b=len(x)), batch) for v in

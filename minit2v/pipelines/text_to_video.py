@@ -1,14 +1,17 @@
 """Text to video with ModelScope's and Zeroscope's UNet (Wang et al. 2023, arXiv:2308.06571)."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Never
 
 import numpy as np
 from torch import Tensor
 
+from ..models.clip import CLIPTextModel
+from ..models.tokenizer import CLIPTokenizer
 from ..models.unet3d import UNet3DConditionModel
-from ..schedulers.base import randn
-from .base import DiffusionPipeline, PipelineOutput, StepCallbacks, alone
+from ..models.vae import AutoencoderKL
+from ..schedulers.base import Scheduler, randn
+from .base import DiffusionPipeline, PipelineOutput, StepCallbacks, exclusive
 from .checks import Generators, check_count, check_generator, check_latents, check_number, check_size
 from .source import lay_grid
 
@@ -37,12 +40,13 @@ class TextToVideoSDPipeline(DiffusionPipeline):
         "strength": "; it belongs to VideoToVideoSDPipeline.from_pipe(pipe)",
     }
 
-    def __init__(self, vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, scheduler: Any, *,
+    def __init__(self, vae: AutoencoderKL | None, text_encoder: CLIPTextModel | None, tokenizer: CLIPTokenizer | None,
+                 unet: UNet3DConditionModel | None, scheduler: Scheduler | None, *,
                  compat: str | None = None, clip_skip_negative: bool | None = None):
         components = dict(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler)
         super().__init__(components, compat, {"clip_skip_negative": clip_skip_negative})
 
-    @alone
+    @exclusive
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -69,7 +73,7 @@ class TextToVideoSDPipeline(DiffusionPipeline):
         decode_chunk_size: int | None = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
-        **unknown: Any,
+        **unknown: Never,
     ) -> TextToVideoSDPipelineOutput:
         """One video for each prompt.
 

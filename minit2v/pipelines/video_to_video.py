@@ -1,13 +1,13 @@
 """Video to video with ModelScope's and Zeroscope's UNet."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Never
 
 from torch import Tensor
 
 from ..techniques.free_init import NoisedVideo
 from . import source
-from .base import StepCallbacks, alone
+from .base import StepCallbacks, exclusive
 from .checks import Generators, check_generator, check_number
 from .text_to_video import TextToVideoSDPipeline, TextToVideoSDPipelineOutput
 
@@ -20,7 +20,7 @@ class VideoToVideoSDPipeline(TextToVideoSDPipeline):
         "image": "; a video is given as video=",
     }
 
-    @alone
+    @exclusive
     def __call__(  # type: ignore[override]
         self,
         prompt: str | list[str] | None = None,
@@ -48,7 +48,7 @@ class VideoToVideoSDPipeline(TextToVideoSDPipeline):
         decode_chunk_size: int | None = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
-        **unknown: Any,
+        **unknown: Never,
     ) -> TextToVideoSDPipelineOutput:
         """A new video for each video and prompt; one of them serves a batch of the other.
 

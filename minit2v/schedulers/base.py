@@ -4,11 +4,11 @@ x_t = alpha_t x_0 + sigma_t eps, with alpha_t**2 + sigma_t**2 = 1. The tables ar
 wider and returns the dtype of the sample it was given.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ CHOICES: dict[str, tuple] = {
     "timestep_type": ("discrete", "continuous"),
     "sigma_schedule": ("karras", "exponential"),
 }
-# Fields that we add to the published ones: minit2v/compat.py says what the second value is for.
+# Fields that we add to those of diffusers: minit2v/compat.py says what the second value, diffusers' way, is for.
 ADDED: dict[str, tuple] = {
     "average": ("epsilon", "prediction"),
     "final_level": ("config", "published"),
@@ -58,8 +58,8 @@ ADDED: dict[str, tuple] = {
 }
 CHOICES |= ADDED
 
-# Every field that some published scheduler takes: ours, and those of others. Folders name one class and hold fields of
-# others (ModelScope's DDIM file has PNDM's `skip_prk_steps`), so all are kept and handed on; others are misspelled.
+# Every field that some scheduler of diffusers takes, also those that we lack. Folders name one class and hold fields
+# of others (ModelScope's DDIM file has PNDM's `skip_prk_steps`), so all are kept and handed on; others are misspelled.
 DIFFUSERS_FIELDS = (MEANINGS.keys() - ADDED.keys()) | frozenset(
     """
     alpha_cum_end alpha_cum_start base_image_seq_len base_shift beta_max beta_min block_length clip_denoised
@@ -114,9 +114,11 @@ class SchedulerConfig(dict):
         object.__setattr__(self, "explicit", frozenset(explicit))
 
     def __getattr__(self, name: str) -> Any:
-        if name in self:
+        try:
             return self[name]
-        raise AttributeError(f"the scheduler's config has no field {name!r}{nearest(name, list(self))}")
+        except KeyError:
+            near = nearest(name, list(self))
+            raise AttributeError(f"the scheduler's config has no field {name!r}{near}") from None
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:
         raise AttributeError(_READ_ONLY)
@@ -135,7 +137,7 @@ _READ_ONLY = "a scheduler's config is read-only: make another, Class.from_config
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """The fields that every scheduler has; each class adds its own in the published order."""
+    """The fields that every scheduler has; each class adds its own in diffusers' order."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001
@@ -188,6 +190,8 @@ class Scheduler:
     # What zero terminal SNR ends at. Solvers in sigma cannot do with 0, and put the smallest number of float16 instead.
     smallest_alpha_bar: ClassVar[float] = 0.0
     order: ClassVar[int] = 1
+    if TYPE_CHECKING:  # what each solver defines, with arguments of its own
+        step: Callable[..., SchedulerOutput]
 
     def __init_subclass__(cls, **kw: Any):
         super().__init_subclass__(**kw)
@@ -202,12 +206,12 @@ class Scheduler:
         own = self.field_defaults()
         if len(args) > len(own):
             raise TypeError(f"{type(self).__name__} takes at most {len(own)} arguments, {len(args)} were given")
-        given = dict(zip(own, args, strict=False))
+        passed = dict(zip(own, args, strict=False))
         self._check_fields(values)
-        if twice := given.keys() & values.keys():
+        if twice := passed.keys() & values.keys():
             raise TypeError(f"{type(self).__name__} got {sorted(twice)[0]!r} twice")
-        given |= values
-        self._set_config(_compat_fields(type(self), compat) | given, explicit=given)
+        passed |= values
+        self._set_config(_compat_fields(type(self), compat) | passed, explicit=passed)
 
         self._make_tables()
         self._constant = frozenset(vars(self)) | {"_constant"}
@@ -274,9 +278,9 @@ class Scheduler:
             if name not in own:
                 raise TypeError(f"{cls.__name__} has no field {name!r}{nearest(name, own)}")
 
-    def _set_config(self, given: Mapping[str, Any], explicit: Iterable[str]) -> None:
-        given = {name: v.item() if isinstance(v, np.generic) else v for name, v in given.items()}
-        values = self.field_defaults() | given
+    def _set_config(self, passed: Mapping[str, Any], explicit: Iterable[str]) -> None:
+        passed = {name: v.item() if isinstance(v, np.generic) else v for name, v in passed.items()}
+        values = self.field_defaults() | passed
         for name, other in self.aliases.items():
             values[name] = next((new for old, new in other.items() if old == values[name]), values[name])
         for name, default in self.field_defaults().items():
@@ -289,7 +293,7 @@ class Scheduler:
                 raise ValueError(f"{type(self).__name__}: {name} must be one of {listed}, not {values[name]!r:.200}")
         if isinstance(values.get("trained_betas"), np.ndarray | Tensor):
             values["trained_betas"] = values["trained_betas"].tolist()
-        if unset := [name for name in self.field_defaults() if name not in given]:
+        if unset := [name for name in self.field_defaults() if name not in passed]:
             values["_use_default_values"] = unset
         if own := sorted(self.field_defaults().keys() - DIFFUSERS_FIELDS - ADDED.keys()):
             values[OWN_FIELDS] = own
@@ -306,7 +310,7 @@ class Scheduler:
 
         A field that nobody set in `config` gets this class's default. `compat` overrides a field of `config` unless
         that was passed in code; `overrides` win over both. Raises TypeError on an override that this class does not
-        have, ValueError on a field of `config` that no published scheduler has.
+        have, ValueError on a field of `config` that no scheduler of diffusers has.
         """
         if not isinstance(config, Mapping):
             raise TypeError(f"from_config wants a config, not {type(config).__name__}; for a folder: from_pretrained")
@@ -321,12 +325,12 @@ class Scheduler:
                 raise ValueError(f"scheduler config: unknown field {name!r}{nearest(name, sorted(known))}")
         explicit = overrides.keys() | getattr(config, "explicit", frozenset())
         forced = {k: v for k, v in _compat_fields(cls, compat).items() if k not in explicit}
-        given = {k: v for k, v in values.items() if k in own} | forced | overrides
-        hidden = {k: v for k, v in values.items() if k not in given}
+        fields_of_class = {k: v for k, v in values.items() if k in own} | forced | overrides
+        hidden = {k: v for k, v in values.items() if k not in fields_of_class}
         if "_class_name" in hidden:
             hidden["_class_name"] = cls.__name__
 
-        new = cls(**given)
+        new = cls(**fields_of_class)
         merged = hidden | new.config
         if of_users:
             merged[OWN_FIELDS] = sorted({*of_users, *new.config.get(OWN_FIELDS, ())})
@@ -471,7 +475,7 @@ class Scheduler:
                 "use a v_prediction or sample model, or timestep_spacing='leading'"
             )
 
-    def _after(self, t: int) -> int:
+    def _lower_timestep(self, t: int) -> int:
         """The timestep where the step from t ends, -1 after the last."""
         if self._own("previous_timestep") == "ratio":
             return t - self.config.num_train_timesteps // self.num_inference_steps
@@ -485,7 +489,7 @@ class Scheduler:
             raise ValueError(f"{t:g} is not one of scheduler.timesteps")
         return places
 
-    def _bar(self, t: int) -> float:
+    def _alpha_bar(self, t: int) -> float:
         """alpha_bar at a timestep; below 0, that after the last step."""
         return (self.alphas_cumprod[t] if t >= 0 else self.final_alpha_cumprod).item()
 
@@ -519,7 +523,7 @@ class Scheduler:
 
     # --- parts of a step
 
-    def _widen(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+    def _upcast(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
         """Both in float32 or wider. Raises ValueError where they do not belong together or the grid is not set."""
         if self.num_inference_steps is None:
             raise ValueError("call set_timesteps before step")
@@ -555,8 +559,8 @@ class Scheduler:
 
     def _end(self, x: Tensor, dtype: torch.dtype, return_dict: bool, x0: Tensor | None = None) -> SchedulerOutput:
         """What a step returns: the next sample, and the guess at x_0 of solvers that make one."""
-        found = (x.to(dtype),) if x0 is None else (x.to(dtype), x0.to(dtype))
-        return SchedulerOutput(*found) if return_dict else found
+        output = SchedulerOutput(*(value.to(dtype) for value in (x, x0) if value is not None))
+        return output if return_dict else output.to_tuple()
 
 
 def _fits(value: Any, default: Any) -> bool:

@@ -33,9 +33,10 @@ class _Consistency(Scheduler):
             grid = grid[len(grid) - min(int(len(grid) * strength), len(grid)) :]
         else:
             n, total = self._count(n), c.num_train_timesteps
-            given = c.original_inference_steps if original_inference_steps is None else original_inference_steps
-            origin = self._origin(given, total, strength, original_inference_steps is not None)
-            if given > total or n > len(origin):
+            overridden = original_inference_steps is not None
+            trained = original_inference_steps if original_inference_steps is not None else c.original_inference_steps
+            origin = self._origin(trained, total, strength, overridden)
+            if trained > total or n > len(origin):
                 raise ValueError(f"{n} steps of the {len(origin)} of the distillation: lower num_inference_steps, or "
                                  f"raise original_inference_steps (to {total} at most) or strength")  # fmt: skip
             grid = origin[::-1][np.floor(np.linspace(0, len(origin), n, endpoint=False)).astype(int)].tolist()
@@ -43,7 +44,7 @@ class _Consistency(Scheduler):
         self.num_inference_steps = len(grid)
         self._put_timesteps(grid, device)
 
-    def _origin(self, steps: int, total: int, strength: float, given: bool) -> np.ndarray:
+    def _origin(self, steps: int, total: int, strength: float, overridden: bool) -> np.ndarray:
         """The timesteps of the distillation, rising."""
         return np.arange(1, int(steps * strength) + 1) * (total // max(steps, 1)) - 1
 
@@ -56,9 +57,9 @@ class LCMScheduler(_Consistency):
         return_dict: bool = True,
     ) -> SchedulerOutput:  # fmt: skip
         """x_t (b, ...) -> x_0, with the noise of the next timestep of the grid, if there is one."""
-        out, x = self._widen(model_output, sample)
+        out, x = self._upcast(model_output, sample)
         t = int(self._number(timestep))
-        s, bar_t = self._after(t), self._bar(t)
+        s, bar_t = self._lower_timestep(t), self._alpha_bar(t)
         x0 = self._clip(self._x0_and_eps(out, x, math.sqrt(bar_t), math.sqrt(1 - bar_t))[0])
         # c_skip and c_out: the consistency function is its input at t = 0 (Song et al., arXiv:2303.01469, eq. 5).
         data, scaled = 0.5, t * self.config.timestep_scaling
@@ -66,7 +67,7 @@ class LCMScheduler(_Consistency):
         x = denoised
         if s >= 0:
             noise = randn(model_output.shape, generator, model_output.device, model_output.dtype)
-            x = math.sqrt(self._bar(s)) * denoised + math.sqrt(1 - self._bar(s)) * noise
+            x = math.sqrt(self._alpha_bar(s)) * denoised + math.sqrt(1 - self._alpha_bar(s)) * noise
         return self._end(x, sample.dtype, return_dict, denoised)
 
 
@@ -85,13 +86,13 @@ class TCDScheduler(_Consistency):
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie between 0 and 1, not {eta}")
-        out, x = self._widen(model_output, sample)
+        out, x = self._upcast(model_output, sample)
         t = int(self._number(timestep))
-        s, bar_t = self._after(t), self._bar(t)
+        s, bar_t = self._lower_timestep(t), self._alpha_bar(t)
         if s >= 0:
-            bar_s, bar_way = self._bar(s), self._bar(math.floor((1 - eta) * s))
+            bar_s, bar_way = self._alpha_bar(s), self._alpha_bar(math.floor((1 - eta) * s))
         else:
-            bar_s = bar_way = self._bar(0 if self.config.final_level == "published" else -1)
+            bar_s = bar_way = self._alpha_bar(0 if self.config.final_level == "published" else -1)
         x0, eps = self._x0_and_eps(out, x, math.sqrt(bar_t), math.sqrt(1 - bar_t))
         x = way = math.sqrt(bar_way) * x0 + math.sqrt(1 - bar_way) * eps
         if eta > 0 and s >= 0:
@@ -99,6 +100,6 @@ class TCDScheduler(_Consistency):
             x = math.sqrt(bar_s / bar_way) * way + math.sqrt(max(1 - bar_s / bar_way, 0.0)) * noise
         return self._end(x, sample.dtype, return_dict, way)
 
-    def _origin(self, steps: int, total: int, strength: float, given: bool) -> np.ndarray:
-        # As published: a number that is passed stands for all timesteps of the training.
-        return np.arange(int(total * strength)) if given else super()._origin(steps, total, strength, given)
+    def _origin(self, steps: int, total: int, strength: float, overridden: bool) -> np.ndarray:
+        # As in diffusers: a number that is passed stands for all timesteps of the training.
+        return np.arange(int(total * strength)) if overridden else super()._origin(steps, total, strength, overridden)

@@ -27,9 +27,9 @@ class DDIMScheduler(Scheduler):
         use_clipped_model_output: the noise is worked out again from the clipped x_0. variance_noise: instead of
         drawing. Raises ValueError where eta is too large for the step, or noise and generator are both given.
         """
-        out, x = self._widen(model_output, sample)
+        out, x = self._upcast(model_output, sample)
         t = int(self._number(timestep))
-        bar_t, bar_s = self._bar(t), self._bar(self._after(t))
+        bar_t, bar_s = self._alpha_bar(t), self._alpha_bar(self._lower_timestep(t))
         alpha, sigma = math.sqrt(bar_t), math.sqrt(1 - bar_t)
 
         x0, eps = self._x0_and_eps(out, x, alpha, sigma)
@@ -44,7 +44,7 @@ class DDIMScheduler(Scheduler):
         x = math.sqrt(bar_s) * x0 + math.sqrt(max(direction, 0.0)) * eps
         if eta > 0:
             if variance_noise is None:
-                # In the dtype of the prediction, as published: the dtype decides which numbers are drawn.
+                # In the dtype of the prediction, as in diffusers: the dtype decides which numbers are drawn.
                 variance_noise = randn(model_output.shape, generator, model_output.device, model_output.dtype)
             elif generator is not None:
                 raise ValueError("give variance_noise or generator, not both")
@@ -55,7 +55,7 @@ class DDIMScheduler(Scheduler):
 class DDIMInverseScheduler(Scheduler):
     """DDIM's steps turned round, from a clean sample up to its noise (arXiv:2010.02502, section 4.3).
 
-    As published, the step that DDIM makes from t down to s is undone with the prediction at t of the sample at s.
+    As in diffusers, the step that DDIM makes from t down to s is undone with the prediction at t of the sample at s.
     """
 
     Fields = declare(
@@ -77,9 +77,9 @@ class DDIMInverseScheduler(Scheduler):
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True,
     ) -> SchedulerOutput:  # fmt: skip
         """x_s (b, ...) -> x_t at this timestep: equation (12) of the paper, from the less noisy to the noisier."""
-        out, x = self._widen(model_output, sample)
+        out, x = self._upcast(model_output, sample)
         t = int(self._number(timestep))
-        bar_s, bar_t = self._bar(self._after(t)), self._bar(t)
+        bar_s, bar_t = self._alpha_bar(self._lower_timestep(t)), self._alpha_bar(t)
         if bar_s == 1 and self.config.prediction_type == "sample":
             raise ValueError("from a clean sample, a prediction of it says nothing about its noise: "
                              "set_alpha_to_one=False")  # fmt: skip
@@ -88,7 +88,7 @@ class DDIMInverseScheduler(Scheduler):
         x = math.sqrt(bar_t) * x0 + math.sqrt(1 - bar_t) * eps
         return self._end(x, sample.dtype, return_dict, x0)
 
-    def _after(self, t: int) -> int:
+    def _lower_timestep(self, t: int) -> int:
         """Where the sample is: at the timestep before in the grid, clean (-1) before the first."""
         if self.config.previous_timestep == "ratio":
             return t - self.config.num_train_timesteps // self.num_inference_steps

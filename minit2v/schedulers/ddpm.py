@@ -26,10 +26,10 @@ class DDPMScheduler(Scheduler):
         return_dict: bool = True,
     ) -> SchedulerOutput:  # fmt: skip
         """x_t (b, ...) -> x_s, a sample of equation (6) of the paper, with x_0 as predicted in equation (15)."""
-        out, x = self._widen(model_output, sample)
+        out, x = self._upcast(model_output, sample)
         t = int(self._number(timestep))
-        s = self._after(t)
-        bar_t, bar_s = self._bar(t), self._bar(s)
+        s = self._lower_timestep(t)
+        bar_t, bar_s = self._alpha_bar(t), self._alpha_bar(s)
         alpha_step = bar_t / bar_s  # the signal that is left of the step from s to t
         x0 = self._clip(self._x0_and_eps(out, x, math.sqrt(bar_t), math.sqrt(1 - bar_t))[0])
         of_x0, of_x = math.sqrt(bar_s) * (1 - alpha_step), math.sqrt(alpha_step) * (1 - bar_s)

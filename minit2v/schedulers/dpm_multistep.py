@@ -16,7 +16,7 @@ ALIASES = {
 
 
 def dpm_rule(k: float, integrals: list[float], midpoint: bool, share: float = 1.0, shift: float = 0.0) -> None:
-    """midpoint: half of I_0 in the place of I_1. share, shift: what the published third order makes of I_2."""
+    """midpoint: half of I_0 in the place of I_1. share, shift: what the third order of diffusers makes of I_2."""
     if len(integrals) == 2 and midpoint:
         integrals[1] = integrals[0] / 2
     if len(integrals) == 3:
@@ -47,7 +47,7 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
         """x_t (b, ...) -> x_s: algorithm 2 of arXiv:2211.01095, its first and third orders, its stochastic form."""
         c = self.config
         data, sde = c.algorithm_type.endswith("++"), c.algorithm_type.startswith("sde-")
-        if sde and variance_noise is None:  # in float32, as published: the dtype decides which numbers are drawn
+        if sde and variance_noise is None:  # in float32, as in diffusers: the dtype decides which numbers are drawn
             variance_noise = randn(model_output.shape, generator, model_output.device, torch.float32)
         third = {"share": 0.5, "shift": float(sde)} if c.third_order == "published" else {}
         rule = partial(dpm_rule, midpoint=c.solver_type == "midpoint", **third)

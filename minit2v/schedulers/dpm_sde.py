@@ -82,8 +82,8 @@ class DPMSolverSDEScheduler(TwoStageScheduler):
     ) -> SchedulerOutput:  # fmt: skip
         """x (b, ...) from one call of the network to the next. s_noise: the share of the noise that is added."""
         if self._seeds is None:
-            generators, given = each_generator(generator, len(sample)), self.config.noise_sampler_seed
-            self._seeds = [given] if given is not None else [_seed(g) for g in generators]
+            generators, seed = each_generator(generator, len(sample)), self.config.noise_sampler_seed
+            self._seeds = [seed] if seed is not None else [_seed(g) for g in generators]
         return self._two_stages(model_output, timestep, sample, return_dict, s_noise=s_noise)
 
     def _leave(self, x: Tensor, x0: Tensor, levels: list[float], s_noise: float) -> Tensor:

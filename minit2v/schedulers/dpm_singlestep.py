@@ -50,7 +50,7 @@ class DPMSolverSinglestepScheduler(ExponentialScheduler):
         return_dict: bool = True,
     ) -> SchedulerOutput:  # fmt: skip
         """x (b, ...) from one call of the network to the next; the k-th of a step begins again at the step's start."""
-        c, (out, x) = self.config, self._widen(model_output, sample)
+        c, (out, x) = self.config, self._upcast(model_output, sample)
         i = self._start(timestep)
         data, sde = c.algorithm_type.endswith("++"), c.algorithm_type.startswith("sde-")
         noise = randn(model_output.shape, generator, model_output.device, model_output.dtype) if sde else None

@@ -54,7 +54,7 @@ class _EDM(ExplodingScheduler):
 
     @property
     def init_noise_sigma(self) -> float:
-        """As published: sigma_max, and the unit of the data."""
+        """As in diffusers: sigma_max, and the unit of the data."""
         return math.hypot(self.config.sigma_max, 1)
 
     def scale_model_input(self, sample: Tensor, timestep: Timestep) -> Tensor:

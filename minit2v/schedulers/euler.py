@@ -35,9 +35,9 @@ class EulerDiscreteScheduler(ExplodingScheduler):
     ) -> SchedulerOutput:  # fmt: skip
         """x (b, ...) from one sigma to the next. s_churn > 0 first adds noise where s_tmin <= sigma <= s_tmax.
 
-        As published, the noise is added after the network has seen x, and only epsilon is then read at the new level.
+        As in diffusers, noise is added after the network has seen x, and only epsilon is then read at the new level.
         """
-        out, x = self._widen(model_output, sample)
+        out, x = self._upcast(model_output, sample)
         i = self._begin(timestep)
         sigma, target = self._sigmas[i], self._sigmas[i + 1]
         churn = min(s_churn / (len(self._sigmas) - 1), math.sqrt(2) - 1) if s_tmin <= sigma <= s_tmax else 0.0
@@ -63,7 +63,7 @@ class EulerAncestralDiscreteScheduler(ExplodingScheduler):
         return_dict: bool = True,
     ) -> SchedulerOutput:  # fmt: skip
         """x (b, ...) from one sigma to the next: up**2 + down**2 = target**2, with up as in DDPM's posterior."""
-        out, x = self._widen(model_output, sample)
+        out, x = self._upcast(model_output, sample)
         i = self._begin(timestep)
         sigma, target = self._sigmas[i], self._sigmas[i + 1]
         down, up = ancestral(sigma, target)

@@ -162,7 +162,7 @@ class MultistepScheduler(ExponentialScheduler):
         tau: float = 0.0, noise: Tensor | None = None,
     ) -> SchedulerOutput:  # fmt: skip
         """A step through the last predictions, as many as the order asks for."""
-        out, x = self._widen(out, sample)
+        out, x = self._upcast(out, sample)
         i = self._start(timestep)
         self.model_outputs = [*self.model_outputs, self._read(out, x, i, data)][-self.config.solver_order :]
         x = self._integrate(x, i, i + 1, self._known(i, self._order(i)), data, rule, tau, noise)

@@ -22,7 +22,7 @@ class LMSDiscreteScheduler(ExplodingScheduler):
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, order: int = 4, return_dict: bool = True,
     ) -> SchedulerOutput:  # fmt: skip
         """x (b, ...) from one sigma to the next, through at most `order` predictions."""
-        out, x = self._widen(model_output, sample)
+        out, x = self._upcast(model_output, sample)
         i = self._begin(timestep)
         x0 = self._x0(out, x, self._sigmas[i])
         self.derivatives = [(x - x0) / self._sigmas[i], *self.derivatives][:order]

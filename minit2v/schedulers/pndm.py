@@ -44,7 +44,7 @@ class PNDMScheduler(Scheduler):
             if n < 4:
                 raise ValueError(f"PNDMScheduler needs at least 4 steps, not {n}, unless skip_prk_steps=True")
             half = self._ratio // 2
-            # Each Runge-Kutta step asks at its start, twice in the middle, and at its end.
+            # Each Runge-Kutta step evaluates the network at its start, twice in the middle, and at its end.
             places = [t for a, b in zip(grid[:3], grid[1:4], strict=True) for t in (a, b + half, b + half, b)]
             self._prk = len(places)
             places += grid[3:]
@@ -58,8 +58,8 @@ class PNDMScheduler(Scheduler):
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True,
     ) -> SchedulerOutput:  # fmt: skip
-        """x_t (b, ...) -> the next sample at which the network is to be asked; equations (12) and (13) of the paper."""
-        out, x = self._widen(model_output, sample)
+        """x_t (b, ...) -> the next sample at which to evaluate the network; equations (12) and (13) of the paper."""
+        out, x = self._upcast(model_output, sample)
         t, by_ratio = int(self._number(timestep)), self.config.previous_timestep == "ratio"
         if self._i is None:
             self._i = 0 if by_ratio else self._places(t)[0]
@@ -101,16 +101,16 @@ class PNDMScheduler(Scheduler):
 
     def _is_noise(self, t: int) -> bool:
         """Where x_0 would be the difference of predictions over an alpha of nearly 0: there, the first alone counts."""
-        return self._ends_in_noise and self._bar(t) < 1e-6
+        return self._ends_in_noise and self._alpha_bar(t) < 1e-6
 
     def _eps(self, out: Tensor, x: Tensor, t: int) -> Tensor:
-        bar = self._bar(t)
+        bar = self._alpha_bar(t)
         return self._x0_and_eps(out, x, math.sqrt(bar), math.sqrt(1 - bar))[1]
 
     def _transfer(self, x: Tensor, eps: Tensor, here: int, there: int) -> Tensor:
         """x along eps from one timestep to another, equation (9) of the paper: DDIM's step."""
         if self.config.average == "prediction":
             eps = self._eps(eps, x, here)
-        bar_t, bar_s = self._bar(here), self._bar(there)
+        bar_t, bar_s = self._alpha_bar(here), self._alpha_bar(there)
         scale = math.sqrt(bar_s / bar_t)
         return scale * x + (math.sqrt(1 - bar_s) - scale * math.sqrt(1 - bar_t)) * eps

@@ -40,7 +40,7 @@ class SASolverScheduler(ExponentialScheduler):
         return_dict: bool = True,
     ) -> SchedulerOutput:  # fmt: skip
         """x_t (b, ...) -> x_s: corrects the last step (Adams-Moulton), then predicts on (Adams-Bashforth)."""
-        c, (out, x) = self.config, self._widen(model_output, sample)
+        c, (out, x) = self.config, self._upcast(model_output, sample)
         i, data = self._start(timestep), c.algorithm_type == "data_prediction"
         found = self._read(out, x, i, data)
         left = len(self._grid) - i if c.lower_order_final else 4

@@ -79,7 +79,7 @@ class SigmaScheduler(Scheduler):
         return grid, np.append(levels, last)
 
     def _whole(self, grid: np.ndarray) -> np.ndarray:
-        """The published timesteps of spaced sigmas."""
+        """Diffusers' timesteps of spaced sigmas."""
         return grid.round() if self.config.use_karras_sigmas else grid
 
     @staticmethod
@@ -224,7 +224,7 @@ class ExplodingScheduler(SigmaScheduler):
 
 
 class TwoStageScheduler(ExplodingScheduler):
-    """Base of the solvers that ask twice in every step but the last: at its start, and at a second level.
+    """Base of the solvers with two calls of the network in every step but the last: at its start and a second level.
 
     `timesteps` and `sigmas` have an entry per call of the network. A subclass says where the second calls are
     (`_second_levels`), and makes of both predictions a step (`_advance`).
@@ -251,7 +251,7 @@ class TwoStageScheduler(ExplodingScheduler):
 
     def _two_stages(self, out: Tensor, timestep: Any, sample: Tensor, return_dict: bool, **more: Any) -> Any:
         """x (b, ...) from one call to the next."""
-        out, x = self._widen(out, sample)
+        out, x = self._upcast(out, sample)
         i = self._begin(timestep)
         sigma = self._sigmas[i]
         x0 = self._x0(out, x, sigma)

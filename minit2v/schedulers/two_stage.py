@@ -1,4 +1,4 @@
-"""Solvers that ask the network twice in a step: Heun's, the midpoint rule, and its stochastic sister."""
+"""Solvers that evaluate the network twice in a step: Heun's, the midpoint rule, and its stochastic sister."""
 
 import numpy as np
 from torch import Tensor

@@ -41,7 +41,7 @@ class UniPCMultistepScheduler(ExponentialScheduler):
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True,
     ) -> SchedulerOutput:  # fmt: skip
         """x_t (b, ...) -> x_s: corrects the last step by this prediction (UniC), then predicts on (UniP)."""
-        c, (out, x) = self.config, self._widen(model_output, sample)
+        c, (out, x) = self.config, self._upcast(model_output, sample)
         i = self._start(timestep)
         found = self._read(out, x, i, c.predict_x0)
         if self._last is not None and i - 1 not in c.disable_corrector:

@@ -26,11 +26,11 @@ FREQUENCIES = ("centred", "published")
 
 @dataclass(frozen=True)
 class FreeInit:
-    """The settings, under the published names; `DiffusionPipeline.enable_free_init` checks them.
+    """The settings, under diffusers' names; `DiffusionPipeline.enable_free_init` checks them.
 
     noise: "scaled" begins every round in the solver's own scale (Euler's latents are of size sigma), and a video with
-    the noise of its strength; "published" takes the noise as if every solver kept latents at variance 1, at timestep
-    T - 1 whatever the strength, and applies that to what the round before has left of the steps.
+    the noise of its strength; "published", diffusers' way, takes the noise as if every solver kept latents at variance
+    1, at timestep T - 1 whatever the strength, and applies that to what the round before has left of the steps.
     frequencies: "centred" puts the frequency 0 into the middle of the filter; "published" half a bin beside it along
     axes of odd length. Both are deviations of minit2v/compat.py.
     """
@@ -149,14 +149,14 @@ class FreeInitRounds:
     def _plan(self, steps: int) -> list[Round]:
         s, k, order = self.settings, self.settings.num_iters, self.scheduler.order
         n, calls = self.scheduler.num_inference_steps, len(self.scheduler.timesteps)
-        spare = calls - len(self.timesteps) - (n - steps) * order  # left out before the first, beside whole steps
+        skipped = calls - len(self.timesteps) - (n - steps) * order  # left out before the first, beside whole steps
         rounds = []
         for i in range(k):
             part = i + 1 if s.use_fast_sampling else k  # of k
             if s.noise == "scaled" or self.video is None:
                 grid = max(n * part // k, -(-n // steps))  # long enough for one step of the share that is made
                 made = grid * steps // n
-                rounds.append(Round(grid, (grid - made) * order + (spare if made < grid else 0), made))
+                rounds.append(Round(grid, (grid - made) * order + (skipped if made < grid else 0), made))
             else:  # the share of a share; PNDM calls the network more often than it steps, and each call counts
                 grid = max(1, steps * part // k)
                 steps = int((grid + calls - n) * self.video.strength)
@@ -192,5 +192,5 @@ class FreeInitRounds:
         return (noise * scheduler.init_noise_sigma).to(x.dtype), timesteps
 
     def _fresh(self, x: Tensor) -> Tensor:
-        """x (b c f h w) with new high frequencies, drawn in float32 whatever its dtype, as published."""
+        """x (b c f h w) with new high frequencies, drawn in float32 whatever its dtype, as in diffusers."""
         return self.settings.mix(x, randn(x.shape, self.generator, x.device, torch.float32))

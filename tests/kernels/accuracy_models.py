@@ -64,7 +64,7 @@ def run(network: torch.nn.Module, plain: bool = False) -> torch.Tensor:
     def randn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(DEVICE, network.dtype)
 
-    call = network if plain else fast.door(network)
+    call = network if plain else fast.runner(network)
     if isinstance(network, AutoencoderKL):
         return call.decode(randn(2, 4, 3, 3))
     return call(randn(1, 4, 2, 3, 3), torch.tensor([500]), randn(1, 3, 16))

@@ -168,7 +168,7 @@ def test_whole(randomize_, dtype, fields, shape):
     x, t, context = inputs(dtype, **shape)
     want = peer(x, t, context).sample
     close(ours(x, t, context), want)
-    close(fast.door(ours)(x, t, context), want)
+    close(fast.runner(ours)(x, t, context), want)
 
 
 @torch.no_grad()
@@ -177,7 +177,7 @@ def test_every_kind_of_timestep(randomize_):
     x, _, context = inputs()
     for t in (7, 613.5, torch.tensor(7), torch.tensor(613.5), torch.tensor([7]), torch.tensor([7, 999])):
         close(ours(x, t, context), peer(x, t, context).sample)
-        close(fast.door(ours)(x, t, context), peer(x, t, context).sample)
+        close(fast.runner(ours)(x, t, context), peer(x, t, context).sample)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -188,7 +188,7 @@ def test_16_bit_is_as_close_to_float64_as_the_reference(randomize_, dtype):
     want = peer(x, t, context).sample
     args = x.to(dtype), t, context.to(dtype)
     plain, theirs = ours.to(dtype)(*args), peer.to(dtype)(*args).sample
-    for got in (plain, fast.door(ours)(*args)):
+    for got in (plain, fast.runner(ours)(*args)):
         assert got.dtype == dtype
         assert (got - want).abs().max() <= 2 * (theirs - want).abs().max() <= 0.5 * want.abs().max()
 

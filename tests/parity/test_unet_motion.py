@@ -157,7 +157,7 @@ def test_whole(randomize_, dtype, version, fields, shape):
     x, t, context = inputs(dtype, **shape)
     want = run(peer, x, t, context)
     assert difference(ours(x, t, context), want) <= TOLERANCE[dtype]
-    assert difference(fast.door(ours)(x, t, context), want) <= TOLERANCE[dtype]
+    assert difference(fast.runner(ours)(x, t, context), want) <= TOLERANCE[dtype]
 
 
 @DTYPES
@@ -180,7 +180,7 @@ def test_other_norms(randomize_, dtype, version, fields, norms):
     assert difference(got, run(peer, x, t, context)) > 1e-3
     want = run(wrap_norms(peer, *norms, 3), x, t, context)
     assert difference(got, want) <= TOLERANCE[dtype]
-    assert difference(fast.door(ours)(x, t, context), want) <= TOLERANCE[dtype]
+    assert difference(fast.runner(ours)(x, t, context), want) <= TOLERANCE[dtype]
 
 
 @torch.no_grad()
@@ -189,7 +189,7 @@ def test_text_per_frame_and_every_kind_of_timestep(randomize_):
     x, t, context = inputs()
     per_frame = normal(2, 3, 9, 24, dtype=x.dtype, seed=3)
     assert difference(ours(x, t, per_frame), run(peer, x, t, per_frame)) <= 1e-10
-    assert difference(fast.door(ours)(x, t, per_frame), run(peer, x, t, per_frame)) <= 1e-10
+    assert difference(fast.runner(ours)(x, t, per_frame), run(peer, x, t, per_frame)) <= 1e-10
     for t in (7, 613.5, torch.tensor(7), torch.tensor([7, 999])):
         assert difference(ours(x, t, context), run(peer, x, t, context)) <= 1e-10
 
@@ -202,7 +202,7 @@ def test_16_bit_is_as_close_to_float64_as_the_reference(randomize_, dtype):
     want = run(peer, x, t, context)
     args = x.to(dtype), t, context.to(dtype)
     plain, theirs = ours.to(dtype)(*args), run(peer.to(dtype), *args)
-    for got in (plain, fast.door(ours)(*args)):
+    for got in (plain, fast.runner(ours)(*args)):
         assert got.dtype == dtype
         assert (got - want).abs().max() <= 2 * (theirs - want).abs().max() <= 0.5 * want.abs().max()
 

@@ -104,13 +104,13 @@ def test_whole(randomize_, channels, fields, half, dtype):
     with torch.no_grad():
         if half == "decode":
             z = normal(2, ours.config.latent_channels, 5, 3, dtype=dtype)
-            for run in (ours, fast.door(ours)):
+            for run in (ours, fast.runner(ours)):
                 close(run.decode(z), peer.decode(z).sample)
             return
         for h, w in ((16, 24), (21, 17)):
             x = normal(2, ours.config.in_channels, h, w, dtype=dtype)
             want = peer.encode(x).latent_dist
-            for have in (ours.encode(x), fast.door(ours).encode(x)):
+            for have in (ours.encode(x), fast.runner(ours).encode(x)):
                 close(have.mean, want.mean)
                 close(have.logvar, want.logvar)
                 close(have.std, want.std)

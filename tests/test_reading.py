@@ -1,0 +1,85 @@
+"""How much code a reader of one denoising step has to follow: the figures of README.md and docs/architecture.md."""
+
+import ast
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+from minit2v import AnimateDiffPipeline, DDIMScheduler, DiffusionPipeline, MotionAdapter
+
+ROOT = Path(__file__).parents[1]
+MOST = {"ModelScope": (150, 9, 30, 9), "AnimateDiff": (180, 10, 36, 10)}  # statements, files, branches, calls
+
+
+def measure(pipe: DiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int, int, int]:
+    """(statements, files, branches, calls) from the first callback to the second, on the plain path.
+
+    calls: those from the pipeline's `__call__` down to the first attention, both counted.
+    """
+    lines: dict[str, set[int]] = {}
+    depths: list[int] = []
+    on = False
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def is_ours(frame: FrameType) -> bool:
+        return re.search(r"/(minit2v|minit2v_kernels|minit2v_convert)/", frame.f_code.co_filename) is not None
+
+    def trace(frame: FrameType, event: str, arg: Any) -> Callable[..., Any] | None:
+        if on and is_ours(frame):
+            lines.setdefault(frame.f_code.co_filename, set()).add(frame.f_lineno)
+        return trace
+
+    def count_calls(*args: Any, **kw: Any) -> torch.Tensor:
+        frame: FrameType | None = sys._getframe(1)
+        depth = 0
+        while frame is not None:
+            depth += is_ours(frame)
+            frame = frame.f_back
+        if on:
+            depths.append(depth)
+        return attend(*args, **kw)
+
+    def callback(step: int, t: torch.Tensor, latents: torch.Tensor) -> None:
+        nonlocal on
+        on = step == 0
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", count_calls)
+    pipe.set_progress_bar_config(disable=True)
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        pipe("a cat", num_inference_steps=3, num_frames=4, output_type="latent", callback=callback)
+    finally:
+        sys.settrace(before)
+    statements = branches = 0
+    for path, numbers in lines.items():
+        for node in ast.walk(ast.parse(Path(path).read_text(encoding="utf-8"))):
+            if getattr(node, "lineno", None) in numbers:
+                statements += isinstance(node, ast.stmt) and not isinstance(node, ast.FunctionDef)
+                branches += isinstance(node, ast.If | ast.IfExp | ast.Match | ast.While)
+    return statements, len(lines), branches, depths[0]
+
+
+def test_one_step_is_short_and_the_pages_say_how_short(
+    make_official_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINIT2V_OPTIMIZE", "0")
+    modelscope = DiffusionPipeline.from_pretrained(make_official_folder(tmp_path / "ms", small=True))
+    adapter = MotionAdapter.from_pretrained("shapes-motion")
+    animate = AnimateDiffPipeline.from_pretrained("shapes-image", motion_adapter=adapter)
+    animate.scheduler = DDIMScheduler.from_config(animate.scheduler.config)
+    found = {"ModelScope": measure(modelscope, monkeypatch), "AnimateDiff": measure(animate, monkeypatch)}
+    for family, figures in found.items():
+        assert all(n <= most for n, most in zip(figures, MOST[family], strict=True)), (family, figures)
+
+    (a, b, c, d), (e, f, g, h) = found.values()
+    for page in ("README.md", "docs/architecture.md"):
+        text = " ".join((ROOT / page).read_text(encoding="utf-8").split())
+        assert f"executes {a} statements in {b} files with {c} branches, and attention lies {d} calls" in text, page
+        assert f"{e} in {f}, with {g}, and {h}" in text, page
