@@ -33,7 +33,8 @@ def free_init(compat, **fields):
 
 
 def free_noise(compat, **fields):
-    pipe = AnimateDiffPipeline(**dict.fromkeys(AnimateDiffPipeline.COMPONENTS) | {"unet": UNetMotionModel(**SMALL)}, compat=compat)
+    parts = dict.fromkeys(AnimateDiffPipeline.COMPONENTS) | {"unet": UNetMotionModel(**SMALL)}
+    pipe = AnimateDiffPipeline(**parts, compat=compat)
     pipe.enable_free_noise(16, **fields)
     return pipe._free_noise
 

@@ -582,8 +582,6 @@ class DiffusionPipeline:
         ValueError where these do not fit each other. A video of `length` frames or less is made as without windows.
         See docs/long-videos.md and `minit2v.techniques.context_windows`.
         """
-        if self._free_noise is not None:
-            raise ValueError("FreeNoise has windows of its own: call disable_free_noise() first")
         self._context_windows = ContextWindows(length, stride, overlap, loop, fuse, schedule, per_call)
 
     def disable_context_windows(self) -> None:
@@ -614,7 +612,8 @@ class DiffusionPipeline:
         from one frame to another; the default is linear. tail, repeat: see `FreeNoise`, `compat`.
 
         A UNetMotionModel gets windows in its motion modules, and keeps them for every pipeline that shares it. Other
-        UNets are shown the windows one by one, as by `enable_context_windows` with the schedule "static".
+        UNets are shown the windows one by one, as by `enable_context_windows` with the schedule "static". Where context
+        windows are enabled, too, those are the windows, and FreeNoise gives the noise.
         """
         if self.unet is None:
             raise ValueError("FreeNoise needs the pipeline's unet, which is None")
@@ -630,8 +629,6 @@ class DiffusionPipeline:
         fields |= {name: value for name, value in (("tail", tail), ("repeat", repeat)) if value is not None}
         settings = FreeNoise(context_length, context_stride, weighting_scheme, noise_type,
                              prompt_interpolation_callback, **fields)
-        if self._context_windows is not None:
-            raise ValueError("FreeNoise has windows of its own: call disable_context_windows() first")
         self._set_free_noise(settings)
 
     def disable_free_noise(self) -> None:
@@ -656,7 +653,7 @@ class DiffusionPipeline:
     def _windows(self) -> ContextWindows | None:
         """The windows that the UNet is shown, if it is not shown all frames at once."""
         free = self._free_noise
-        if free is None or isinstance(self.unet, UNetMotionModel):
+        if free is None or self._context_windows is not None or isinstance(self.unet, UNetMotionModel):
             return self._context_windows
         return ContextWindows(free.length, 1, free.length - free.stride, False, free.weighting_scheme, "static")
 
