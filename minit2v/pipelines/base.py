@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -34,10 +35,12 @@ from ..models.unet import UNet
 from ..models.unet_motion import UNetMotionModel
 from ..models.vae import AutoencoderKL
 from ..schedulers.base import randn
-from ..techniques.context_windows import ContextWindows, Windowed
+from ..techniques import prompt_weights
+from ..techniques.context_windows import ContextWindows, Windowed, check_choice
 from ..techniques.frame_prompts import Interpolate, check_frame_prompts, check_interpolation, spread_over_frames
 from ..techniques.free_init import FREQUENCIES, METHODS, NOISES, FreeInit, FreeInitRounds, NoisedVideo
 from ..techniques.free_noise import FreeNoise
+from ..techniques.prompt_weights import LOOKS_WEIGHTED, WEIGHTS, chunks
 from . import files, frames
 from .checks import (
     Generators,
@@ -172,6 +175,7 @@ class DiffusionPipeline:
         self._context_windows: ContextWindows | None = None
         self._free_noise_of_loop: FreeNoise | None = None  # of a UNet that is shown windows; another has its own
         self._progress: dict[str, Any] = {}
+        self.prompt_weights: str | None = None  # how brackets in prompts are read: "a1111", or None: as text
 
     # Components ------------------------------------------------------------------------------------------------------
 
@@ -718,12 +722,15 @@ class DiffusionPipeline:
         *,
         num_frames: int | None = None,
         prompt_interpolation: str | Interpolate = "linear",
+        weights: str | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Text states (b l d) of the prompts and of the negative ones; the latter None without guidance.
 
         With a dictionary {frame: text} for either, both are (b f l d), with a text for each of `num_frames` frames, and
         between the frames that are named prompt_interpolation, "linear" or "spherical", leads from one to the next.
 
+        weights: "a1111" reads (word:1.3), [word] and BREAK as A1111's web UI does, and prompts of any length
+        (docs/prompts.md); the pipeline's `prompt_weights` where not given, by which brackets are text.
         One negative prompt serves a whole batch; none at all is the empty text. States that are given are not encoded
         again.
         """
@@ -731,16 +738,19 @@ class DiffusionPipeline:
             raise ValueError("lora_scale: this pipeline has no adapters")
         device = device or self._execution_device
         encoder = self.text_encoder if self.text_encoder is not None else self.unet
+        weights = self.prompt_weights if weights is None else weights
+        self._check_weights(weights, prompt, negative_prompt)
+        length = None if weights is None else self._length_of(prompt, negative_prompt, prompt_embeds)
+        encode = partial(self._encode_frames, num_frames=num_frames, how=prompt_interpolation, weights=weights)
         if prompt_embeds is None:
-            prompt_embeds = self._encode_frames(prompt, None, clip_skip, num_frames, prompt_interpolation)
+            prompt_embeds = encode(prompt, length, clip_skip)
         text = prompt_embeds.to(device=device, dtype=encoder.dtype)
         if not do_classifier_free_guidance:
             return text.repeat_interleave(num_images_per_prompt, dim=0), None
 
         if negative_prompt_embeds is None:
             skip = clip_skip if self.clip_skip_negative else None
-            negative_prompt_embeds = self._encode_frames(negative_prompt or "", text.shape[-2], skip, num_frames,
-                                                         prompt_interpolation)
+            negative_prompt_embeds = encode(negative_prompt or "", text.shape[-2], skip)
         negative = negative_prompt_embeds.to(device=device, dtype=encoder.dtype)
         if text.ndim != negative.ndim:  # one of them has a text for each frame
             text, negative = (v if v.ndim == 4 else v[:, None].expand(-1, num_frames, -1, -1) for v in (text, negative))
@@ -752,12 +762,30 @@ class DiffusionPipeline:
         return (text.repeat_interleave(num_images_per_prompt, dim=0),
                 negative.repeat_interleave(num_images_per_prompt, dim=0))
 
+    def _check_weights(self, weights: Any, *prompts: Any) -> None:
+        """ValueError on weights of another kind; a line where prompts look weighted, and their brackets are text."""
+        if weights is not None:
+            check_choice("weights", weights, WEIGHTS)
+        elif found := [m[0] for text in chain(*map(texts_of, prompts)) if (m := LOOKS_WEIGHTED.search(text))]:
+            logger.warning("the prompt looks weighted, and %r is read as plain text: prompt_weights=\"a1111\" of the "
+                           "pipeline, or --prompt-weights, reads it as weights.", found[0])
+
+    def _length_of(self, prompt: Any, negative_prompt: Any, prompt_embeds: Tensor | None) -> int:
+        """Tokens of the longest prompt in whole chunks; those of `prompt_embeds` where these are given."""
+        if prompt_embeds is not None:
+            return prompt_embeds.shape[-2]
+        if self.tokenizer is None:
+            raise ValueError("to encode a prompt, the pipeline needs its tokenizer, which is None")
+        texts = [*texts_of(prompt), *texts_of(negative_prompt)]
+        return max(len(chunks(self.tokenizer, text)) for text in texts) * self.tokenizer.model_max_length
+
     def _encode_frames(
-        self, prompt: Any, length: int | None, clip_skip: int | None, num_frames: int | None, how: str | Interpolate
+        self, prompt: Any, length: int | None, clip_skip: int | None, num_frames: int | None, how: str | Interpolate,
+        weights: str | None,
     ) -> Tensor:
         """A text or b texts -> states (b l d); a dictionary {frame: text} -> states (1 f l d)."""
         if not isinstance(prompt, Mapping):
-            return self._encode([prompt] if isinstance(prompt, str) else list(prompt), length, clip_skip)
+            return self._encode(texts_of(prompt), length, clip_skip, weights)
         if num_frames is None:
             raise ValueError("a prompt for single frames needs num_frames, the number of frames of the video")
         check_frame_prompts("prompt", prompt, num_frames)
@@ -765,15 +793,22 @@ class DiffusionPipeline:
         if how == "linear" and self._free_noise is not None:
             how = self._free_noise.interpolate or how
         at = sorted(prompt)
-        return spread_over_frames(self._encode([prompt[i] for i in at], length, clip_skip), at, num_frames, how)[None]
+        states = self._encode([prompt[i] for i in at], length, clip_skip, weights)
+        return spread_over_frames(states, at, num_frames, how)[None]
 
-    def _encode(self, texts: list[str], length: int | None, clip_skip: int | None) -> Tensor:
+    def _encode(self, texts: list[str], length: int | None, clip_skip: int | None, weights: str | None) -> Tensor:
         """b texts -> states (b l d)."""
         if self.tokenizer is None:
             raise ValueError("to encode a prompt, the pipeline needs its tokenizer, which is None")
-        ids = self.tokenizer(texts, max_length=length).to(self._execution_device)
         with self._placed("text_encoder") as text_encoder:
-            states = text_encoder(ids, clip_skip)
+            if weights is None:
+                ids = self.tokenizer(texts, max_length=length).to(self._execution_device)
+                states = text_encoder(ids, clip_skip)
+            else:
+                count = -(-(length or 0) // self.tokenizer.model_max_length)
+                states = prompt_weights.encode(
+                    self.tokenizer, lambda ids: text_encoder(ids.to(self._execution_device), clip_skip), texts, count
+                )
             check_result(states, text_encoder, "the text encoder")
         return states
 
@@ -942,6 +977,13 @@ class DiffusionPipeline:
 
 def _say_unneeded(method: str, why: str) -> None:
     logger.warning("%s() changes nothing, and nothing is needed: %s.", method, why)
+
+
+def texts_of(prompts: Any) -> list[str]:
+    """All texts of a prompt in any of its forms; None is the empty text."""
+    if isinstance(prompts, str | None):
+        return [prompts or ""]
+    return list(prompts.values()) if isinstance(prompts, Mapping) else list(prompts)
 
 
 def _join(negative: Tensor | None, text: Tensor) -> Tensor:
