@@ -160,6 +160,16 @@ DEVIATIONS: tuple[Deviation, ...] = (
         "image_processor.py: VaeImageProcessor.resize of arrays and tensors",
     ),
     Deviation(
+        "FreeNoise", "tail", "whole", "published",
+        "where the windows do not end with the video, its last frames all get the weight of the first of them",
+        "models/attention.py: FreeNoiseTransformerBlock, weights[:, -last_frame_batch_length]",
+    ),
+    Deviation(
+        "FreeNoise", "repeat", "context", "published",
+        "repeat_context does not repeat: a length is compared with that word, so that the noise is random",
+        "free_noise_utils.py: _prepare_latents_free_noise",
+    ),
+    Deviation(
         "FreeInit", "noise", "scaled", "published",
         "the latents of Euler's method are of size sigma, and a video keeps the noise and the steps of its strength",
         "free_init_utils.py: _apply_free_init; pipeline_animatediff_video2video.py: get_timesteps in its loop",

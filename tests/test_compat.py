@@ -17,18 +17,29 @@ PIPELINES = {
         TextToVideoSDPipeline, VideoToVideoSDPipeline, AnimateDiffPipeline, AnimateDiffVideoToVideoPipeline,
     )
 }  # fmt: skip
+SMALL = {
+    "block_out_channels": (32,), "down_block_types": ("DownBlockMotion",), "up_block_types": ("UpBlockMotion",),
+}  # fmt: skip
 NETWORKS = {  # with what makes them small
     "MotionAdapter": (MotionAdapter, {"block_out_channels": (32,)}),
-    "UNetMotionModel": (UNetMotionModel, {
-        "block_out_channels": (32,), "down_block_types": ("DownBlockMotion",), "up_block_types": ("UpBlockMotion",),
-    }),
-}  # fmt: skip
+    "UNetMotionModel": (UNetMotionModel, SMALL),
+}
 
 
 def free_init(compat, **fields):
     pipe = TextToVideoSDPipeline(**dict.fromkeys(TextToVideoSDPipeline.COMPONENTS), compat=compat)
     pipe.enable_free_init(**fields)
     return pipe._free_init
+
+
+def free_noise(compat, **fields):
+    parts = dict.fromkeys(AnimateDiffPipeline.COMPONENTS) | {"unet": UNetMotionModel(**SMALL)}
+    pipe = AnimateDiffPipeline(**parts, compat=compat)
+    pipe.enable_free_noise(16, **fields)
+    return pipe._free_noise
+
+
+TECHNIQUES = {"FreeInit": free_init, "FreeNoise": free_noise}
 
 
 @pytest.mark.parametrize("deviation", DEVIATIONS, ids=lambda d: f"{d.owner}.{d.field}")
@@ -47,9 +58,10 @@ def test_each_deviation_is_a_field_of_its_owner(deviation):
         value = {mode: getattr(cls(**small, compat=mode).config, deviation.field) for mode in (None, "diffusers")}
         given = cls(**small, compat="diffusers", **{deviation.field: deviation.default}).config
         given = getattr(given, deviation.field)
-    elif deviation.owner == "FreeInit":  # belongs to no file: the pipeline's mode sets it when it is enabled
-        value = {mode: getattr(free_init(mode), deviation.field) for mode in (None, "diffusers")}
-        given = getattr(free_init("diffusers", **{deviation.field: deviation.default}), deviation.field)
+    elif deviation.owner in TECHNIQUES:  # belongs to no file: the pipeline's mode sets it when it is enabled
+        enabled = TECHNIQUES[deviation.owner]
+        value = {mode: getattr(enabled(mode), deviation.field) for mode in (None, "diffusers")}
+        given = getattr(enabled("diffusers", **{deviation.field: deviation.default}), deviation.field)
     else:
         cls = getattr(schedulers, deviation.owner)
         assert {f.name: f.default for f in fields(cls.Fields)}[deviation.field] == deviation.default
@@ -65,7 +77,7 @@ def test_every_field_of_a_pipeline_is_in_the_table():
 
 
 def test_every_field_that_schedulers_add_is_in_the_table():
-    ours = {d.field for d in DEVIATIONS if d.owner not in (*PIPELINES, *NETWORKS, "FreeInit")}
+    ours = {d.field for d in DEVIATIONS if d.owner not in (*PIPELINES, *NETWORKS, *TECHNIQUES)}
     assert schedulers.base.ADDED.keys() == ours - schedulers.base.DIFFUSERS_FIELDS
 
 

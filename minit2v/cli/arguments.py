@@ -10,6 +10,7 @@ from minit2v_convert.rename import nearest
 
 from .. import __version__
 from ..files import embedded
+from . import long_videos
 from .messages import clean, tell
 
 ADAPTER = "guoyww/animatediff-motion-adapter-v1-5-2"  # for every other image model
@@ -117,6 +118,7 @@ def make_parser() -> Parser:
         if sub is not generate:
             sub.add_argument("--strength", type=_number(0, 1), metavar="S",
                              help="how far to go from the video: 0 not at all, 1 all the way; 0.6")
+        long_videos.add_options(sub, _whole)
         sub.add_argument("--free-init", action=argparse.BooleanOptionalAction,
                          help="steadier videos in three times the time (FreeInit)")
         whose = " (the base's)" if sub is animate else ""

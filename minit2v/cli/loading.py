@@ -18,6 +18,7 @@ from ..models.vae import AutoencoderKL
 from ..pipelines.checks import check_pixels, check_size
 from ..pipelines.files import INDEX, read_index
 from ..schedulers.names import solver_of
+from . import long_videos
 from .arguments import ADAPTER
 from .messages import one_line, say
 
@@ -69,19 +70,22 @@ def load(command: str, settings: dict[str, Any], video_frames: int | None) -> tu
         parts["scheduler"] = solver.from_config(schedule, **known)
     if "adapter" in settings:
         parts["motion_adapter"] = adapter = _load_part("adapter", MotionAdapter, settings["adapter"], weights)
-        _check_frames(video_frames or settings.get("num_frames"), adapter.config.motion_max_seq_length)
+        _check_frames(video_frames or settings.get("num_frames"), adapter.config.motion_max_seq_length, settings)
     elif family == "UNetMotionModel":
         most = hub.read_json(main, "config.json", subfolder="unet", **where).get("motion_max_seq_length")
-        _check_frames(video_frames or settings.get("num_frames"), most)
+        _check_frames(video_frames or settings.get("num_frames"), most, settings)
     cls = getattr(pipelines, PIPELINES[command, from_video])
     pipe = cls.from_pretrained(main, **where, **weights, **parts).to(device)
     if settings.get("free_init"):
         pipe.enable_free_init()
+    long_videos.put_into(pipe, settings)
     if "optimize" in settings:  # neither: the fast path, with the weights where they are
         pipe.optimize() if settings["optimize"] else pipe.restore()
 
     same = ("guidance_scale", "negative_prompt", "height", "width", "strength" if from_video else "num_frames")
     names = {"steps": "num_inference_steps", **{name: name for name in same}}
+    if "prompt_interpolation" in settings:
+        names["prompt_interpolation"] = "prompt_interpolation"
     if not from_video:
         height, width = settings.get("height"), settings.get("width")
         settings["height"], settings["width"] = check_size(height, width, pipe.unet, pipe.vae_scale_factor)
@@ -164,9 +168,10 @@ def _check_size(main: str, vae: Any, settings: dict[str, Any], where: dict[str, 
             check_pixels(f"--{name}", settings[name], factor)
 
 
-def _check_frames(frames: int | None, most: Any) -> None:
-    if frames is not None and isinstance(most, int) and frames > most:
-        raise ValueError(f"{frames} frames are too many: the motion adapter knows the positions of {most}")
+def _check_frames(frames: int | None, most: Any, settings: dict[str, Any]) -> None:
+    if frames is not None and isinstance(most, int) and frames > most and not long_videos.is_long(settings):
+        raise ValueError(f"{frames} frames are too many: the motion adapter knows the positions of {most}; give "
+                         f"--window {min(16, most)} for longer videos")
 
 
 def find_device(name: str) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 
 from .. import __version__
 from ..files import embedded
+from . import long_videos
 from .arguments import SUFFIXES, make_parser
 from .ends import importing
 from .messages import one_line, say, tell_path
@@ -35,8 +36,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 # The settings that make a video, under the names of their options. They are stored in the file, and `--replay` reads
 # them back through the parser, so that a file says nothing that the command line could not.
 SETTINGS = ("model", "base", "adapter", "vae", "tokenizer", "config", "revision", "variant", "negative_prompt",
-            "num_frames", "steps", "guidance_scale", "strength", "free_init", "scheduler", "seed", "height", "width",
-            "fps", "dtype", "device", "compat", "kernels", "optimize")
+            "num_frames", "steps", "guidance_scale", "strength", "free_init", *long_videos.OPTIONS, "scheduler", "seed",
+            "height", "width", "fps", "dtype", "device", "compat", "kernels", "optimize")
 DECODED_AT_ONCE = 8  # frames: what the VAE's last layers need would otherwise grow with the video
 
 
@@ -47,9 +48,15 @@ def run(args: argparse.Namespace) -> int:
         args, digest = _replay(args)
     given = {k: v for k, v in vars(args).items() if k in SETTINGS}
     video, source = getattr(args, "video", None), {}
-    prompts = list(args.prompt) + (_read_prompts(args.prompts) if "prompts" in args else [])
+    at = getattr(args, "prompt_at", {})
+    entries = [(prompt, at) for prompt in args.prompt]
+    if "prompts" in args:
+        entries += [(prompt, own or at) for prompt, own in map(long_videos.prompt_of, _read_prompts(args.prompts))]
+    prompts = [prompt for prompt, _ in entries]
     if not prompts:
         args.usage_error("give a prompt or --prompts FILE" + " or --replay VIDEO" * (args.command != "restyle"))
+    if 0 in at:
+        args.usage_error("--prompt-at 0: the prompt itself is that of the first frame")
     if video is not None and "num_frames" in given:
         args.usage_error("--num-frames: a video has its own number of frames")
     if video is None and "strength" in given:
@@ -82,13 +89,14 @@ def run(args: argparse.Namespace) -> int:
 
     say(_summary(settings, len(video) if video else settings["num_frames"]))
     failures = []
-    for n, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
+    for n, ((prompt, at), path) in enumerate(zip(entries, paths, strict=True)):
         pipe.set_progress_bar_config(desc=f"{n + 1}/{len(prompts)}" if len(prompts) > 1 else None, unit="step",
                                      dynamic_ncols=True)
         try:
             start = time.monotonic()
-            frames = _frames(pipe, call, prompt, settings["seed"], video)
-            about = {"minit2v": args.command, "prompt": prompt, **{k: settings[k] for k in SETTINGS if k in settings},
+            frames = _frames(pipe, call, long_videos.texts_of(prompt, at), settings["seed"], video)
+            about = {"minit2v": args.command, "prompt": prompt, **({"prompt_at": at} if at else {}),
+                     **{k: settings[k] for k in SETTINGS if k in settings},
                      **source, "versions": _versions()}
             tell_path(_write(frames, path, settings["fps"], about, replace=path == output))
             say(f"{len(frames)} frames of {frames.shape[2]}x{frames.shape[1]} in {time.monotonic() - start:.1f} s")
@@ -111,6 +119,7 @@ def _summary(s: dict[str, Any], frames: int) -> str:
         parts.insert(2, f"strength {s['strength']:g}")
     if s.get("free_init"):
         parts.insert(2, "FreeInit")
+    parts += long_videos.summary(s)
     if s.get("optimize"):
         parts.append("optimized")
     if s.get("negative_prompt"):
@@ -118,7 +127,7 @@ def _summary(s: dict[str, Any], frames: int) -> str:
     return ", ".join(parts + [f"{k} {s[k]}" for k in ("revision", "variant", "compat") if s.get(k)])
 
 
-def _frames(pipe: Any, call: dict[str, Any], prompt: str, seed: int, video: Any) -> Any:
+def _frames(pipe: Any, call: dict[str, Any], prompt: Any, seed: int, video: Any) -> Any:
     """The frames (f h w 3) of one prompt. The noise comes from the CPU, so that the seed means the same everywhere."""
     import torch
 
@@ -262,6 +271,11 @@ def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None]:
     except SystemExit:  # also of a scheduler named `help`, which lists them
         why = said.getvalue().strip().partition(": error: ")[2].rpartition("; see ")[0]
         raise ValueError(f"{args.replay}: what is stored in this file are no settings: {why or 'help'}") from None
+    if "prompt_at" in stored and "prompt_at" not in given and not args.prompt and "prompts" not in args:
+        try:
+            again.prompt_at = long_videos.read_texts(stored["prompt_at"])
+        except ValueError as e:
+            raise ValueError(f"{args.replay}: what is stored in this file are no settings: {e}") from None
     if "video" in given and "num_frames" in again:  # that of the video made of a text alone
         del again.num_frames
     for name, value in [*given.items(), *([("prompts", args.prompts)] if "prompts" in args else [])]:

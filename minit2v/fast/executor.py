@@ -223,7 +223,7 @@ class UNetExecutor(Executor):
         def run(x: Tensor, t: Tensor, context: Tensor, *pairs: Tensor) -> Tensor:
             return self.run(x, t, context, dict(zip(names, zip(pairs[::2], pairs[1::2], strict=True), strict=True)))
 
-        key = repr(unet.config), unet.chunking, unet.free_u
+        key = repr(unet.config), unet.chunking, unet.free_u, getattr(unet, "free_noise", None)
         return self.graphs.run(key, run, [x, t, flat, *pairs])
 
     def run(self, x: Tensor, t: Tensor, context: Tensor, texts: dict[nn.Module, tuple[Tensor, Tensor]]) -> Tensor:

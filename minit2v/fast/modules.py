@@ -10,6 +10,7 @@ hook) is called as it is.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -202,12 +203,28 @@ def across_frames(run: Run, m: TemporalTransformer | MotionModule, blocks: Any, 
     x = ops.channels_last(x)
     h = ops.linear(m.proj_in, to_tokens(ops.group_norm(m.norm, x, span)).unflatten(0, (-1, run.f)))
     for part in blocks:
-        positions = None if part.positions is None else part.positions[0, : run.f]
-        y = frame_attention(run, part.attn1, ops.layer_norm(part.norm1, h, positions))
-        h, y = ops.add_layer_norm(part.norm2, y, h, positions)
-        h, y = ops.add_layer_norm(part.norm3, frame_attention(run, part.attn2, y), h)
+        if part.free_noise is None:
+            h, y = see_frames(run, part, h)
+            h, y = ops.add_layer_norm(part.norm3, y, h)
+        else:
+            h = part.free_noise.average(partial(attend_frames, run, part), h)
+            y = ops.layer_norm(part.norm3, h)
         h = feed_forward(run, part.ff, y).add_(h)
     return to_image(ops.linear(m.proj_out, h).flatten(0, 1), x.shape[2]).add_(x)
+
+
+def see_frames(run: Run, m: FrameTransformerBlock, h: Tensor) -> tuple[Tensor, Tensor]:
+    """h (b f p d) -> two summands (b f p d) of h after both attentions; the second may be written into."""
+    positions = None if m.positions is None else m.positions[0, : h.shape[1]]
+    y = frame_attention(run, m.attn1, run.ops.layer_norm(m.norm1, h, positions))
+    h, y = run.ops.add_layer_norm(m.norm2, y, h, positions)
+    return h, frame_attention(run, m.attn2, y)
+
+
+def attend_frames(run: Run, m: FrameTransformerBlock, h: Tensor) -> Tensor:
+    """h (b f p d) after both attentions."""
+    h, y = see_frames(run, m, h)
+    return y.add_(h)
 
 
 def attention(run: Run, m: Attention, x: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..techniques.free_noise import FreeNoise
+
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
     """t (n,) -> (n dim), dim even: cosines, then sines, at dim / 2 frequencies from 1 down towards 1 / max_period.
@@ -122,12 +124,17 @@ class FrameTransformerBlock(nn.Module):
         self.norm1, self.attn1 = nn.LayerNorm(dim), FrameAttention(dim, heads, head_dim)
         self.norm2, self.attn2 = nn.LayerNorm(dim), FrameAttention(dim, heads, head_dim)
         self.norm3, self.ff = nn.LayerNorm(dim), FeedForward(dim)
+        self.free_noise: FreeNoise | None = None  # attention in windows of frames
 
     def forward(self, x: Tensor) -> Tensor:
         """x (b f p d) -> (b f p d)."""
-        x = x + self.attn1(self.number(self.norm1(x)))
-        x = x + self.attn2(self.number(self.norm2(x)))
+        x = self.attend(x) if self.free_noise is None else self.free_noise.average(self.attend, x)
         return x + self.ff(self.norm3(x))
+
+    def attend(self, x: Tensor) -> Tensor:
+        """x (b f p d) -> (b f p d)."""
+        x = x + self.attn1(self.number(self.norm1(x)))
+        return x + self.attn2(self.number(self.norm2(x)))
 
     def number(self, x: Tensor) -> Tensor:
         """x (b f p d) -> x, with the position of each frame added where frames are numbered."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from minit2v_convert import diffusers_motion
 
 from ..files.weights import Weightless
+from ..techniques.free_noise import FreeNoise
 from .blocks import MotionModule
 from .network import Network
 from .unet import Place, UNet, check_levels, per_level
@@ -219,6 +220,7 @@ class UNetMotionModel(UNet):
     Config = UNetMotionConfig
     config: UNetMotionConfig
     layout = diffusers_motion.UNET
+    free_noise: FreeNoise | None = None
 
     def __init__(self, config: UNetMotionConfig | None = None, **fields: Any):
         super().__init__(config, **fields)
@@ -229,8 +231,9 @@ class UNetMotionModel(UNet):
 
     def check(self, x: Tensor, t: int | float | Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         t, context = super().check(x, t, context)
-        if x.shape[2] > (most := self.config.motion_max_seq_length):
-            raise ValueError(f"x has {x.shape[2]} frames, and the motion modules know {most} positions")
+        at_once = x.shape[2] if self.free_noise is None else min(x.shape[2], self.free_noise.length)
+        if at_once > (most := self.config.motion_max_seq_length):
+            raise ValueError(f"x has {at_once} frames, and the motion modules know {most} positions")
         return t, context
 
     @classmethod
@@ -298,6 +301,7 @@ class UNetMotionModel(UNet):
                     block.motion = module
         self.mid[0].motion = adapter.mid[0] if adapter.mid is not None else None
         self.set_chunking(self.chunking)
+        self.set_free_noise(self.free_noise)
         self.apply_norms()
 
     def motion_adapter(self) -> MotionAdapter:
@@ -318,6 +322,14 @@ class UNetMotionModel(UNet):
         """Write the motion modules as a MotionAdapter; arguments as of `save_pretrained`."""
         self.motion_adapter().save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
 
+    def set_free_noise(self, free_noise: FreeNoise | None) -> None:
+        """Have the motion modules attend to windows of the video (FreeNoise), or to all of it: None."""
+        self.free_noise = free_noise
+        for module in self.modules():
+            if isinstance(module, MotionModule):
+                for block in module.blocks:
+                    block.free_noise = free_noise
+
     def freeze_unet2d_params(self) -> None:
         """Only the motion modules remain trainable."""
         for name, parameter in self.named_parameters():
@@ -337,6 +349,7 @@ class UNetMotionModel(UNet):
         new.load_state_dict(self.state_dict(keep_vars=True), assign=True)
         new.set_chunking(self.chunking)
         new.free_u, new.gradient_checkpointing = self.free_u, self.gradient_checkpointing
+        new.set_free_noise(self.free_noise)
         return new.set_compat(compat).train(self.training)
 
     def apply_norms(self) -> Self:

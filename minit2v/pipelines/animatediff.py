@@ -15,16 +15,17 @@ from ..models.tokenizer import CLIPTokenizer
 from ..models.unet2d import UNet2DConditionModel
 from ..models.unet_motion import MotionAdapter, UNetMotionModel
 from ..models.vae import AutoencoderKL
-from ..schedulers.base import Scheduler, randn
+from ..schedulers.base import Scheduler
+from ..techniques.frame_prompts import Interpolate
 from ..techniques.free_init import NoisedVideo
 from . import source
 from .base import DiffusionPipeline, PipelineOutput, StepCallbacks, exclusive
 from .checks import (
     Generators,
+    Prompts,
     check_component,
     check_count,
     check_generator,
-    check_latents,
     check_number,
     check_size,
     unwrapped,
@@ -108,13 +109,13 @@ class AnimateDiffPipeline(DiffusionPipeline):
     @exclusive
     def __call__(
         self,
-        prompt: str | list[str] | None = None,
+        prompt: Prompts = None,
         num_frames: int = 16,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
-        negative_prompt: str | list[str] | None = None,
+        negative_prompt: Prompts = None,
         num_videos_per_prompt: int = 1,
         eta: float = 0.0,
         generator: Generators = None,
@@ -135,6 +136,7 @@ class AnimateDiffPipeline(DiffusionPipeline):
         callback_steps: int = 1,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
+        prompt_interpolation: str | Interpolate = "linear",
         **unknown: Never,
     ) -> AnimateDiffPipelineOutput:
         """`num_videos_per_prompt` videos for each prompt, those of one prompt one after the other.
@@ -150,7 +152,7 @@ class AnimateDiffPipeline(DiffusionPipeline):
         be None.
         """
         callbacks = StepCallbacks(callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        self._check_absent(prompt, ip_adapter_image, ip_adapter_image_embeds)
+        self._check_absent(ip_adapter_image, ip_adapter_image_embeds)
         prompts = self._check_call(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_inference_steps,
                                    guidance_scale, output_type, cross_attention_kwargs, decode_chunk_size, callbacks,
                                    unknown)
@@ -160,35 +162,39 @@ class AnimateDiffPipeline(DiffusionPipeline):
         check_generator(generator, batch, self._execution_device)
         height, width = check_size(height, width, self.unet, self.vae_scale_factor)
         self._check_frames(num_frames)
+        self._check_frame_texts(num_frames, prompt_interpolation,
+                                {"prompt": prompt, "negative_prompt": negative_prompt},
+                                {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds})
         shape = (batch, self.unet.config.in_channels, num_frames,
                  height // self.vae_scale_factor, width // self.vae_scale_factor)
-        if latents is not None:
-            check_latents(latents, shape)
+        self._check_noise(latents, shape)
 
         device = self._execution_device
         grid, steps = source.lay_grid(self.scheduler, num_inference_steps, None, device, False, timesteps, sigmas)
         text, negative = self.encode_prompt(prompt, device, num_videos_per_prompt, guidance_scale > 1, negative_prompt,
-                                            prompt_embeds, negative_prompt_embeds, clip_skip=clip_skip)
-        noise = randn(shape, generator, device, text.dtype) if latents is None else latents.to(device)
+                                            prompt_embeds, negative_prompt_embeds, clip_skip=clip_skip,
+                                            num_frames=num_frames, prompt_interpolation=prompt_interpolation)
+        noise = self._draw_noise(shape, generator, device, text.dtype, latents)
         x = noise * self.scheduler.init_noise_sigma
         x = self.denoise(x, grid, steps, text, negative, guidance_scale, eta, generator, callbacks)
         video = self._output(x, output_type, decode_chunk_size)
         return AnimateDiffPipelineOutput(video) if return_dict else (video,)
 
-    def _check_absent(self, prompt: Any, ip_adapter_image: Any, ip_adapter_image_embeds: Any) -> None:
+    def _check_absent(self, ip_adapter_image: Any, ip_adapter_image_embeds: Any) -> None:
         """Refuses what the reference has and this package does not have yet."""
-        if isinstance(prompt, dict):
-            raise ValueError("prompts for single frames, as a dictionary, need FreeNoise, which is not here yet: "
-                             "give a text, or a list with a text for each video")
         if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
             raise ValueError("ip_adapter_image and ip_adapter_image_embeds must be None: image prompts (IP-Adapter) "
                              "are not here yet")
 
     def _check_frames(self, frames: Any) -> None:
         check_count("num_frames", frames)
-        most = self.unet.config.motion_max_seq_length
-        if frames > most:
-            raise ValueError(f"{frames} frames are too many: the motion adapter knows the positions of {most}")
+        most, windows = self.unet.config.motion_max_seq_length, self._context_windows
+        if windows is not None and windows.length > most:
+            raise ValueError(f"windows of {windows.length} frames are too long: the motion adapter knows the positions "
+                             f"of {most}")
+        if frames > most and windows is None and self._free_noise is None:
+            raise ValueError(f"{frames} frames are too many: the motion adapter knows the positions of {most}. Call "
+                             "enable_context_windows() or enable_free_noise() for longer videos")
 
 
 class AnimateDiffVideoToVideoPipeline(AnimateDiffPipeline):
@@ -226,7 +232,7 @@ class AnimateDiffVideoToVideoPipeline(AnimateDiffPipeline):
     def __call__(  # type: ignore[override]
         self,
         video: Any = None,
-        prompt: str | list[str] | None = None,
+        prompt: Prompts = None,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 50,
@@ -235,7 +241,7 @@ class AnimateDiffVideoToVideoPipeline(AnimateDiffPipeline):
         sigmas: Sequence[float] | None = None,
         guidance_scale: float = 7.5,
         strength: float = 0.8,
-        negative_prompt: str | list[str] | None = None,
+        negative_prompt: Prompts = None,
         num_videos_per_prompt: int = 1,
         eta: float = 0.0,
         generator: Generators = None,
@@ -254,6 +260,7 @@ class AnimateDiffVideoToVideoPipeline(AnimateDiffPipeline):
         *,
         callback: Callable[[int, Tensor, Tensor], None] | None = None,
         callback_steps: int = 1,
+        prompt_interpolation: str | Interpolate = "linear",
         **unknown: Never,
     ) -> AnimateDiffPipelineOutput:
         """`num_videos_per_prompt` new videos for each video and prompt; one of them serves a batch of the other.
@@ -269,7 +276,7 @@ class AnimateDiffVideoToVideoPipeline(AnimateDiffPipeline):
         decode_chunk_size: also of the frames that are encoded. The other arguments are those of `AnimateDiffPipeline`.
         """
         callbacks = StepCallbacks(callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        self._check_absent(prompt, ip_adapter_image, ip_adapter_image_embeds)
+        self._check_absent(ip_adapter_image, ip_adapter_image_embeds)
         prompts = self._check_call(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_inference_steps,
                                    guidance_scale, output_type, cross_attention_kwargs, decode_chunk_size, callbacks,
                                    unknown)
@@ -280,6 +287,9 @@ class AnimateDiffVideoToVideoPipeline(AnimateDiffPipeline):
             height, width = check_size(height, width, self.unet, self.vae_scale_factor)
         x = source.read(self, video, latents, height, width, self.array_resize)
         self._check_frames(x.shape[2])
+        self._check_frame_texts(x.shape[2], prompt_interpolation,
+                                {"prompt": prompt, "negative_prompt": negative_prompt},
+                                {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds})
         batch = source.count_results(prompts, x, num_videos_per_prompt, noisy=latents is not None)
         check_generator(generator, batch, self._execution_device)
 
@@ -287,7 +297,8 @@ class AnimateDiffVideoToVideoPipeline(AnimateDiffPipeline):
         grid, steps = source.lay_grid(self.scheduler, num_inference_steps, strength, device, enforce_inference_steps,
                                       timesteps, sigmas)
         text, negative = self.encode_prompt(prompt, device, 1, guidance_scale > 1, negative_prompt, prompt_embeds,
-                                            negative_prompt_embeds, clip_skip=clip_skip)
+                                            negative_prompt_embeds, clip_skip=clip_skip,
+                                            num_frames=x.shape[2], prompt_interpolation=prompt_interpolation)
         text, negative = (v if v is None else source.spread(v, batch) for v in (text, negative))
 
         x = x.to(device)

@@ -10,11 +10,11 @@ import copy
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
 
@@ -32,9 +32,15 @@ from ..files.config import read_from
 from ..models.clip import CLIPTextModel
 from ..models.tokenizer import CLIPTokenizer
 from ..models.unet import UNet
+from ..models.unet_motion import UNetMotionModel
 from ..models.vae import AutoencoderKL
-from ..schedulers.base import Scheduler
+from ..schedulers.base import Scheduler, randn
+from ..techniques import prompt_weights
+from ..techniques.context_windows import ContextWindows, Windowed, check_choice
+from ..techniques.frame_prompts import Interpolate, check_frame_prompts, check_interpolation, spread_over_frames
 from ..techniques.free_init import FREQUENCIES, METHODS, NOISES, FreeInit, FreeInitRounds, NoisedVideo
+from ..techniques.free_noise import FreeNoise
+from ..techniques.prompt_weights import LOOKS_WEIGHTED, WEIGHTS, chunks
 from . import files, frames
 from .checks import (
     Generators,
@@ -171,7 +177,10 @@ class DiffusionPipeline:
         self._interrupt = False
         self._offload_to: torch.device | None = None
         self._free_init: FreeInit | None = None
+        self._context_windows: ContextWindows | None = None
+        self._free_noise_of_loop: FreeNoise | None = None  # of a UNet that is shown windows; another has its own
         self._progress: dict[str, Any] = {}
+        self.prompt_weights: str | None = None  # how brackets in prompts are read: "a1111", or None: as text
 
     # Components ------------------------------------------------------------------------------------------------------
 
@@ -562,6 +571,133 @@ class DiffusionPipeline:
     def free_init_enabled(self) -> bool:
         return self._free_init is not None
 
+    def enable_context_windows(
+        self,
+        length: int = 16,
+        stride: int = 1,
+        overlap: int = 4,
+        loop: bool = False,
+        fuse: str = "pyramid",
+        *,
+        schedule: str = "uniform",
+        per_call: int | None = None,
+    ) -> None:
+        """Make videos of any length: the UNet sees `length` frames at a time, in windows that overlap.
+
+        overlap: frames that a window shares with the next. stride: how many spacings the frames of a window have: 1 is
+        neighbours only, 2 also every second frame, 3 also every fourth. loop: the first frame follows the last.
+        fuse: how much a frame counts in each window that holds it: "flat", "pyramid" (most in the middle),
+        "overlap_linear" (less where the window overlaps another), "delayed_reverse_sawtooth". schedule: "uniform" (the
+        borders move at every prediction), "static" (they stay), "batched" (windows do not overlap). per_call: windows
+        that the UNet sees at once; None: one on a CPU, and on CUDA as many as fit into memory.
+
+        ValueError where these do not fit each other. A video of `length` frames or less is made as without windows.
+        See docs/long-videos.md and `minit2v.techniques.context_windows`.
+        """
+        self._context_windows = ContextWindows(length, stride, overlap, loop, fuse, schedule, per_call)
+
+    def disable_context_windows(self) -> None:
+        """Show the UNet all frames at once."""
+        self._context_windows = None
+
+    @property
+    def context_windows_enabled(self) -> bool:
+        return self._context_windows is not None
+
+    def enable_free_noise(
+        self,
+        context_length: int | None = 16,
+        context_stride: int = 4,
+        weighting_scheme: str = "pyramid",
+        noise_type: str = "shuffle_context",
+        prompt_interpolation_callback: Interpolate | None = None,
+        *,
+        tail: str | None = None,
+        repeat: str | None = None,
+    ) -> None:
+        """Make long videos of the noise of `context_length` frames, with attention in windows of so many (FreeNoise).
+
+        context_length: None is as many frames as the motion modules have positions. context_stride: frames from the
+        beginning of one window to that of the next. weighting_scheme: "flat", "pyramid", "delayed_reverse_sawtooth".
+        noise_type: "shuffle_context" (the noise of a window ago, in another order), "repeat_context" (in the same
+        order), "random" (fresh). prompt_interpolation_callback(first, last, states, states) returns the text states
+        from one frame to another; the default is linear. tail, repeat: see `FreeNoise`, `compat`.
+
+        A UNetMotionModel gets windows in its motion modules, and keeps them for every pipeline that shares it. Other
+        UNets are shown the windows one by one, as by `enable_context_windows` with the schedule "static". Where context
+        windows are enabled, too, those are the windows, and FreeNoise gives the noise.
+        """
+        if self.unet is None:
+            raise ValueError("FreeNoise needs the pipeline's unet, which is None")
+        positions = getattr(self.unet.config, "motion_max_seq_length", None)
+        if context_length is None:
+            if positions is None:
+                raise ValueError(f"give context_length: a {type(self.unet).__name__} has no positions to take it from")
+            context_length = positions
+        if positions is not None and context_length > positions:
+            raise ValueError(f"context_length {context_length} is too long: the motion modules know {positions} "
+                             "positions")
+        fields = compat_fields("FreeNoise", self.compat)
+        fields |= {name: value for name, value in (("tail", tail), ("repeat", repeat)) if value is not None}
+        settings = FreeNoise(context_length, context_stride, weighting_scheme, noise_type,
+                             prompt_interpolation_callback, **fields)
+        self._set_free_noise(settings)
+
+    def disable_free_noise(self) -> None:
+        """Draw the noise of every frame, and attend to all frames at once."""
+        self._set_free_noise(None)
+
+    @property
+    def free_noise_enabled(self) -> bool:
+        return self._free_noise is not None
+
+    @property
+    def _free_noise(self) -> FreeNoise | None:
+        return self.unet.free_noise if isinstance(self.unet, UNetMotionModel) else self._free_noise_of_loop
+
+    def _set_free_noise(self, settings: FreeNoise | None) -> None:
+        if isinstance(self.unet, UNetMotionModel):
+            self.unet.set_free_noise(settings)
+        else:
+            self._free_noise_of_loop = settings
+
+    @property
+    def _windows(self) -> ContextWindows | None:
+        """The windows that the UNet is shown, if it is not shown all frames at once."""
+        free = self._free_noise
+        if free is None or self._context_windows is not None or isinstance(self.unet, UNetMotionModel):
+            return self._context_windows
+        return ContextWindows(free.length, 1, free.length - free.stride, False, free.weighting_scheme, "static")
+
+    def _check_frame_texts(
+        self, frames: int, how: Any, texts: dict[str, Any], states: dict[str, Tensor | None]
+    ) -> None:
+        """What a call says of single frames: dictionaries {frame: text}, states (b f l d), and the way between."""
+        check_interpolation(how)
+        for name, prompts in texts.items():
+            check_frame_prompts(name, prompts, frames)
+        for name, value in states.items():
+            if value is not None and value.ndim == 4 and value.shape[1] != frames:
+                raise ValueError(f"{name} has texts for {value.shape[1]} frames, and the video has {frames}")
+
+    def _check_noise(self, latents: Tensor | None, shape: tuple[int, ...]) -> None:
+        """The caller's noise: of this shape (b c f h w), or with FreeNoise of as many frames as a window has."""
+        free = self._free_noise
+        if free is not None and isinstance(latents, Tensor) and latents.shape[2:3] == (free.length,):
+            shape = (*shape[:2], free.length, *shape[3:])
+        if latents is not None:
+            check_latents(latents, shape)
+
+    def _draw_noise(
+        self, shape: tuple[int, ...], generator: Generators, device: torch.device, dtype: torch.dtype,
+        latents: Tensor | None,
+    ) -> Tensor:
+        """Noise (b c f h w) of this shape, or what the caller has given; with FreeNoise, made of that of one window."""
+        noise = randn(shape, generator, device, dtype) if latents is None else latents.to(device)
+        if self._free_noise is None or latents is not None and latents.shape[2] == shape[2]:
+            return noise
+        return self._free_noise.stretch(noise, shape[2], generator)
+
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
         """Turn the UNet's backbone up by b and the low frequencies of its skip connections down to s (FreeU).
 
@@ -591,9 +727,18 @@ class DiffusionPipeline:
         negative_prompt_embeds: Tensor | None = None,
         lora_scale: float | None = None,
         clip_skip: int | None = None,
+        *,
+        num_frames: int | None = None,
+        prompt_interpolation: str | Interpolate = "linear",
+        weights: str | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Text states (b l d) of the prompts and of the negative ones; the latter None without guidance.
 
+        With a dictionary {frame: text} for either, both are (b f l d), with a text for each of `num_frames` frames, and
+        between the frames that are named prompt_interpolation, "linear" or "spherical", leads from one to the next.
+
+        weights: "a1111" reads (word:1.3), [word] and BREAK as A1111's web UI does, and prompts of any length
+        (docs/prompts.md); the pipeline's `prompt_weights` where not given, by which brackets are text.
         One negative prompt serves a whole batch; none at all is the empty text. States that are given are not encoded
         again.
         """
@@ -601,32 +746,77 @@ class DiffusionPipeline:
             raise ValueError("lora_scale: this pipeline has no adapters")
         device = device or self._execution_device
         encoder = self.text_encoder if self.text_encoder is not None else self.unet
+        weights = self.prompt_weights if weights is None else weights
+        self._check_weights(weights, prompt, negative_prompt)
+        length = None if weights is None else self._length_of(prompt, negative_prompt, prompt_embeds)
+        encode = partial(self._encode_frames, num_frames=num_frames, how=prompt_interpolation, weights=weights)
         if prompt_embeds is None:
-            prompt_embeds = self._encode([prompt] if isinstance(prompt, str) else list(prompt), None, clip_skip)
+            prompt_embeds = encode(prompt, length, clip_skip)
         text = prompt_embeds.to(device=device, dtype=encoder.dtype)
         if not do_classifier_free_guidance:
             return text.repeat_interleave(num_images_per_prompt, dim=0), None
 
         if negative_prompt_embeds is None:
-            texts = [negative_prompt or ""] if isinstance(negative_prompt, str | None) else list(negative_prompt)
             skip = clip_skip if self.clip_skip_negative else None
-            negative_prompt_embeds = self._encode(texts, text.shape[1], skip)
+            negative_prompt_embeds = encode(negative_prompt or "", text.shape[-2], skip)
         negative = negative_prompt_embeds.to(device=device, dtype=encoder.dtype)
+        if text.ndim != negative.ndim:  # one of them has a text for each frame
+            text, negative = (v if v.ndim == 4 else v[:, None].expand(-1, num_frames, -1, -1) for v in (text, negative))
         if negative.shape[0] == 1:
-            negative = negative.expand(len(text), -1, -1)
+            negative = negative.expand(len(text), *negative.shape[1:])
         if negative.shape != text.shape:
             raise ValueError(f"prompts and negative prompts do not match: {tuple(text.shape)} and "
                              f"{tuple(negative.shape)} (batch, tokens, width)")
         return (text.repeat_interleave(num_images_per_prompt, dim=0),
                 negative.repeat_interleave(num_images_per_prompt, dim=0))
 
-    def _encode(self, texts: list[str], length: int | None, clip_skip: int | None) -> Tensor:
+    def _check_weights(self, weights: Any, *prompts: Any) -> None:
+        """ValueError on weights of another kind; a line where prompts look weighted, and their brackets are text."""
+        if weights is not None:
+            check_choice("weights", weights, WEIGHTS)
+        elif found := [m[0] for text in chain(*map(texts_of, prompts)) if (m := LOOKS_WEIGHTED.search(text))]:
+            logger.warning("the prompt looks weighted, and %r is read as plain text: prompt_weights=\"a1111\" of the "
+                           "pipeline, or --prompt-weights, reads it as weights.", found[0])
+
+    def _length_of(self, prompt: Any, negative_prompt: Any, prompt_embeds: Tensor | None) -> int:
+        """Tokens of the longest prompt in whole chunks; those of `prompt_embeds` where these are given."""
+        if prompt_embeds is not None:
+            return prompt_embeds.shape[-2]
+        if self.tokenizer is None:
+            raise ValueError("to encode a prompt, the pipeline needs its tokenizer, which is None")
+        texts = [*texts_of(prompt), *texts_of(negative_prompt)]
+        return max(len(chunks(self.tokenizer, text)) for text in texts) * self.tokenizer.model_max_length
+
+    def _encode_frames(
+        self, prompt: Any, length: int | None, clip_skip: int | None, num_frames: int | None, how: str | Interpolate,
+        weights: str | None,
+    ) -> Tensor:
+        """A text or b texts -> states (b l d); a dictionary {frame: text} -> states (1 f l d)."""
+        if not isinstance(prompt, Mapping):
+            return self._encode(texts_of(prompt), length, clip_skip, weights)
+        if num_frames is None:
+            raise ValueError("a prompt for single frames needs num_frames, the number of frames of the video")
+        check_frame_prompts("prompt", prompt, num_frames)
+        check_interpolation(how)
+        if how == "linear" and self._free_noise is not None:
+            how = self._free_noise.interpolate or how
+        at = sorted(prompt)
+        states = self._encode([prompt[i] for i in at], length, clip_skip, weights)
+        return spread_over_frames(states, at, num_frames, how)[None]
+
+    def _encode(self, texts: list[str], length: int | None, clip_skip: int | None, weights: str | None) -> Tensor:
         """b texts -> states (b l d)."""
         if self.tokenizer is None:
             raise ValueError("to encode a prompt, the pipeline needs its tokenizer, which is None")
-        ids = self.tokenizer(texts, max_length=length).to(self._execution_device)
         with self._placed("text_encoder") as text_encoder:
-            states = text_encoder(ids, clip_skip)
+            if weights is None:
+                ids = self.tokenizer(texts, max_length=length).to(self._execution_device)
+                states = text_encoder(ids, clip_skip)
+            else:
+                count = -(-(length or 0) // self.tokenizer.model_max_length)
+                states = prompt_weights.encode(
+                    self.tokenizer, lambda ids: text_encoder(ids.to(self._execution_device), clip_skip), texts, count
+                )
             check_result(states, text_encoder, "the text encoder")
         return states
 
@@ -687,6 +877,8 @@ class DiffusionPipeline:
         done = 0
         with self._placed("unet") as unet:
             predict = fast.runner(unet)  # the same numbers, computed faster where nothing of the UNet was changed
+            if self._windows is not None:
+                predict = Windowed(self._windows, predict)
             context = _join(negative, text).to(unet.dtype)
             for i, t in enumerate(takewhile(lambda _: not self._interrupt, timesteps)):
                 batch = self.scheduler.scale_model_input(x.repeat(len(context) // len(x), 1, 1, 1, 1), t)
@@ -782,7 +974,7 @@ class DiffusionPipeline:
         if negatives not in (1, batch):
             raise ValueError(f"{negatives} negative prompts for {batch} prompts: give one, or one for each")
         if prompt_embeds is not None and negative_prompt_embeds is None and guidance_scale > 1:
-            length, encoder = prompt_embeds.shape[1], self.text_encoder
+            length, encoder = prompt_embeds.shape[-2], self.text_encoder
             if encoder is None or length > encoder.config.max_position_embeddings:
                 why = "there is no text encoder" if encoder is None else (
                     f"the text encoder reads {encoder.config.max_position_embeddings} tokens")  # fmt: skip
@@ -792,6 +984,13 @@ class DiffusionPipeline:
 
 def _say_unneeded(method: str, why: str) -> None:
     logger.warning("%s() changes nothing, and nothing is needed: %s.", method, why)
+
+
+def texts_of(prompts: Any) -> list[str]:
+    """All texts of a prompt in any of its forms; None is the empty text."""
+    if isinstance(prompts, str | None):
+        return [prompts or ""]
+    return list(prompts.values()) if isinstance(prompts, Mapping) else list(prompts)
 
 
 def _join(negative: Tensor | None, text: Tensor) -> Tensor:

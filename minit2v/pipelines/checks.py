@@ -1,7 +1,7 @@
 """What a call refuses before any work, each with one line, and the look at what comes out of a network."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from ..models.tokenizer import CLIPTokenizer
 from ..schedulers.base import Scheduler
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
+Prompts = str | list[str] | Mapping[int, str] | None  # a mapping: texts at some frames
 OTHERS = ("diffusers", "transformers")  # libraries that have classes of the same names
 PLAIN = (str, bytes, Path, int, float, dict, list, tuple)  # what no component is
 
@@ -77,17 +78,19 @@ def check_text(name: str, texts: Any, embeds: Tensor | None, unet: nn.Module, re
         raise ValueError(f"give {name} or {name}_embeds, not both")
     if embeds is not None:
         width = unet.config.cross_attention_dim
-        if not isinstance(embeds, Tensor) or embeds.ndim != 3 or embeds.shape[2] != width or not len(embeds):
+        if not isinstance(embeds, Tensor) or embeds.ndim not in (3, 4) or embeds.shape[-1] != width or not len(embeds):
             what = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
-            raise ValueError(f"{name}_embeds must be a tensor (batch, tokens, {width}), not {what}")
+            raise ValueError(f"{name}_embeds must be a tensor (batch, tokens, {width}), or (batch, frames, tokens, "
+                             f"{width}), not {what}")
         check_finite(f"{name}_embeds", embeds)
         return len(embeds)
     if texts is None and required:
         raise ValueError(f"give a {name} or {name}_embeds")
-    if texts is None or isinstance(texts, str):
+    if texts is None or isinstance(texts, str | Mapping):  # a mapping is checked by `check_frame_prompts`
         return 1
     if not isinstance(texts, list | tuple) or not all(isinstance(t, str) for t in texts):
-        raise ValueError(f"{name} must be a text or a list of texts, not {texts!r:.80}")
+        raise ValueError(f"{name} must be a text, a list of texts or a dictionary {{frame: text}}, not "
+                         f"{texts!r:.80}")
     if not texts:
         raise ValueError(f"{name} is an empty list")
     return len(texts)

@@ -10,9 +10,10 @@ from ..models.clip import CLIPTextModel
 from ..models.tokenizer import CLIPTokenizer
 from ..models.unet3d import UNet3DConditionModel
 from ..models.vae import AutoencoderKL
-from ..schedulers.base import Scheduler, randn
+from ..schedulers.base import Scheduler
+from ..techniques.frame_prompts import Interpolate
 from .base import DiffusionPipeline, PipelineOutput, StepCallbacks, exclusive
-from .checks import Generators, check_count, check_generator, check_latents, check_number, check_size
+from .checks import Generators, Prompts, check_count, check_generator, check_number, check_size
 from .source import lay_grid
 
 
@@ -49,13 +50,13 @@ class TextToVideoSDPipeline(DiffusionPipeline):
     @exclusive
     def __call__(
         self,
-        prompt: str | list[str] | None = None,
+        prompt: Prompts = None,
         height: int | None = None,
         width: int | None = None,
         num_frames: int = 16,
         num_inference_steps: int = 50,
         guidance_scale: float = 9.0,
-        negative_prompt: str | list[str] | None = None,
+        negative_prompt: Prompts = None,
         eta: float = 0.0,
         generator: Generators = None,
         latents: Tensor | None = None,
@@ -73,6 +74,7 @@ class TextToVideoSDPipeline(DiffusionPipeline):
         decode_chunk_size: int | None = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
+        prompt_interpolation: str | Interpolate = "linear",
         **unknown: Never,
     ) -> TextToVideoSDPipelineOutput:
         """One video for each prompt.
@@ -96,16 +98,19 @@ class TextToVideoSDPipeline(DiffusionPipeline):
         check_generator(generator, batch, self._execution_device)
         height, width = check_size(height, width, self.unet, self.vae_scale_factor)
         check_count("num_frames", num_frames)
+        self._check_frame_texts(num_frames, prompt_interpolation,
+                                {"prompt": prompt, "negative_prompt": negative_prompt},
+                                {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds})
         shape = (batch, self.unet.config.in_channels, num_frames,
                  height // self.vae_scale_factor, width // self.vae_scale_factor)
-        if latents is not None:
-            check_latents(latents, shape)
+        self._check_noise(latents, shape)
 
         device = self._execution_device
         grid, steps = lay_grid(self.scheduler, num_inference_steps, None, device, False, timesteps, sigmas)
         text, negative = self.encode_prompt(prompt, device, 1, guidance_scale > 1, negative_prompt, prompt_embeds,
-                                            negative_prompt_embeds, clip_skip=clip_skip)
-        noise = randn(shape, generator, device, text.dtype) if latents is None else latents.to(device)
+                                            negative_prompt_embeds, clip_skip=clip_skip,
+                                            num_frames=num_frames, prompt_interpolation=prompt_interpolation)
+        noise = self._draw_noise(shape, generator, device, text.dtype, latents)
         x = noise * self.scheduler.init_noise_sigma
         x = self.denoise(x, grid, steps, text, negative, guidance_scale, eta, generator, callbacks)
         video = self._output(x, output_type, decode_chunk_size)

@@ -5,10 +5,11 @@ from typing import Any, Never
 
 from torch import Tensor
 
+from ..techniques.frame_prompts import Interpolate
 from ..techniques.free_init import NoisedVideo
 from . import source
 from .base import StepCallbacks, exclusive
-from .checks import Generators, check_generator, check_number
+from .checks import Generators, Prompts, check_generator, check_number
 from .text_to_video import TextToVideoSDPipeline, TextToVideoSDPipelineOutput
 
 
@@ -23,12 +24,12 @@ class VideoToVideoSDPipeline(TextToVideoSDPipeline):
     @exclusive
     def __call__(  # type: ignore[override]
         self,
-        prompt: str | list[str] | None = None,
+        prompt: Prompts = None,
         video: Any = None,
         strength: float = 0.6,
         num_inference_steps: int = 50,
         guidance_scale: float = 15.0,
-        negative_prompt: str | list[str] | None = None,
+        negative_prompt: Prompts = None,
         eta: float = 0.0,
         generator: Generators = None,
         latents: Tensor | None = None,
@@ -48,6 +49,7 @@ class VideoToVideoSDPipeline(TextToVideoSDPipeline):
         decode_chunk_size: int | None = None,
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
+        prompt_interpolation: str | Interpolate = "linear",
         **unknown: Never,
     ) -> TextToVideoSDPipelineOutput:
         """A new video for each video and prompt; one of them serves a batch of the other.
@@ -66,13 +68,17 @@ class VideoToVideoSDPipeline(TextToVideoSDPipeline):
         check_number("strength", strength, 0, 1)
         check_number("eta", eta, 0, 1)
         x = source.read(self, video, latents, height, width)
+        self._check_frame_texts(x.shape[2], prompt_interpolation,
+                                {"prompt": prompt, "negative_prompt": negative_prompt},
+                                {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds})
         batch = source.count_results(batch, x, 1, noisy=latents is not None)
         check_generator(generator, batch, self._execution_device)
 
         device = self._execution_device
         grid, steps = source.lay_grid(self.scheduler, num_inference_steps, strength, device, False, timesteps, sigmas)
         text, negative = self.encode_prompt(prompt, device, 1, guidance_scale > 1, negative_prompt, prompt_embeds,
-                                            negative_prompt_embeds, clip_skip=clip_skip)
+                                            negative_prompt_embeds, clip_skip=clip_skip,
+                                            num_frames=x.shape[2], prompt_interpolation=prompt_interpolation)
         text, negative = (v if v is None else source.spread(v, batch) for v in (text, negative))
 
         x, start = x.to(device), NoisedVideo(strength)

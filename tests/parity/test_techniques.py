@@ -197,3 +197,52 @@ def test_free_init_of_a_video(v2v, name):
         for pipe in v2v:
             pipe.disable_free_init()
     assert name == "PNDMScheduler" or len(calls) == 6 + 4 + 3
+
+
+@pytest.mark.parametrize("weighting", ["flat", "pyramid", "delayed_reverse_sawtooth"])
+@pytest.mark.parametrize("noise", ["shuffle_context", "repeat_context", "random"])
+@pytest.mark.parametrize("frames", [8, 9])  # 9: the windows do not end with the video
+def test_free_noise(pipes, weighting, noise, frames):
+    use(pipes, "DDIMScheduler")
+    for pipe in pipes:
+        pipe.enable_free_noise(4, 2, weighting, noise)
+        assert pipe.free_noise_enabled
+    try:
+        assert_same(pipes, num_frames=frames, num_inference_steps=2)
+    finally:
+        for pipe in pipes:
+            pipe.disable_free_noise()
+            assert not pipe.free_noise_enabled
+
+
+def square(first, last, a, b):
+    """An interpolation of one's own."""
+    share = torch.linspace(0, 1, last - first + 1)[:, None, None] ** 2
+    return (1 - share) * a + share * b
+
+
+@pytest.mark.parametrize("own", [None, square])
+@pytest.mark.parametrize("negative", [None, "blurred", {0: "blurred", 3: "torn", 7: "dark"}])
+def test_prompts_of_single_frames(pipes, negative, own):
+    use(pipes, "DDIMScheduler")
+    for pipe in pipes:
+        pipe.enable_free_noise(4, 2, prompt_interpolation_callback=own)
+    try:
+        for guidance_scale in (4.0, 1.0):
+            assert_same(pipes, prompt={0: "a cat", 5: "a dog", 6: "two dogs"}, negative_prompt=negative, num_frames=8,
+                        num_inference_steps=2, guidance_scale=guidance_scale)
+    finally:
+        for pipe in pipes:
+            pipe.disable_free_noise()
+
+
+def test_free_noise_of_a_video(v2v):
+    use(v2v, "DDIMScheduler")
+    video = list(np.random.default_rng(0).random((6, 16, 24, 3), dtype=np.float32))
+    for pipe in v2v:
+        pipe.enable_free_noise(4, 2)
+    try:
+        assert_same(v2v, video=video, strength=0.5)
+    finally:
+        for pipe in v2v:
+            pipe.disable_free_noise()

@@ -1,0 +1,185 @@
+"""Context windows: a video of any length, denoised window by window, the windows' predictions averaged at each step.
+
+The UNet sees `length` frames at a time, as many as it was trained on, so that its memory does not grow with the video.
+Windows overlap, and where they do the prediction is a weighted mean: MultiDiffusion (Bar-Tal et al. 2023,
+arXiv:2302.08113) along time, as in Gen-L-Video (Wang et al. 2023, arXiv:2305.18264). The uniform schedule is that of
+AnimateDiff's first long videos (s9roll7's animatediff-cli-prompt-travel): it moves all borders between windows from one
+prediction to the next, so that no border stays where it can be seen. Nothing is trained.
+
+docs/long-videos.md has every rule below in words and numbers.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minit2v_convert.rename import nearest
+
+FUSIONS = ("flat", "pyramid", "overlap_linear", "delayed_reverse_sawtooth")
+SCHEDULES = ("uniform", "static", "batched")
+Predict = Callable[[Tensor, Any, Any], Tensor]  # (x, t, context) -> the prediction
+
+
+@dataclass(frozen=True)
+class ContextWindows:
+    """Which frames each window holds, and how much each of them counts. `DiffusionPipeline.enable_context_windows`."""
+
+    length: int = 16  # frames of a window
+    stride: int = 1  # how many spacings: 1 for neighbouring frames; 2 also every second frame; 3 also every fourth
+    overlap: int = 4  # frames that a window shares with the next
+    loop: bool = False  # whether the first frame follows the last
+    fuse: str = "pyramid"
+    schedule: str = "uniform"
+    per_call: int | None = None  # windows that the UNet sees at a time; None: one on a CPU, else what memory admits
+
+    def __post_init__(self) -> None:
+        check_whole("length", self.length, 1)
+        check_whole("stride", self.stride, 1)
+        check_whole("overlap", self.overlap, 0)
+        if self.per_call is not None:
+            check_whole("per_call", self.per_call, 1)
+        check_choice("fuse", self.fuse, FUSIONS)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        if not isinstance(self.loop, bool):
+            raise TypeError(f"loop must be True or False, not {self.loop!r}")
+        if self.overlap >= self.length:
+            raise ValueError(f"overlap {self.overlap} must be less than length {self.length}")
+        if self.loop and self.schedule == "batched":
+            raise ValueError('no window of the schedule "batched" joins the last frame to the first: for a loop, take '
+                             '"uniform" or "static"')
+        if self.fuse == "overlap_linear" and 2 * self.overlap > self.length:
+            raise ValueError(f"overlap_linear needs an overlap of at most half of length {self.length}, not "
+                             f"{self.overlap}")
+
+    def windows(self, frames: int, call: int) -> list[list[int]]:
+        """The windows of a video of so many frames in the `call`-th prediction of a run, counted from 0."""
+        offset = round(frames * halving(call)) if self.schedule == "uniform" else 0
+        if frames <= self.length:
+            return [[(offset * self.loop + i) % frames for i in range(frames)]]
+        found = []
+        for spacing in (2**k for k in range(self.stride)):
+            span = spacing * (self.length - 1) + 1
+            if span > frames or self.loop and spacing * self.length > frames:
+                break
+            hop = spacing * self.length - (self.overlap if self.schedule != "batched" else 0)
+            if self.loop:
+                starts = [offset + k * hop for k in range(math.ceil(frames / hop))]
+            else:  # from before the first frame to behind the last, each then moved inside
+                starts = [min(max(s, 0), frames - span) for s in range(offset % hop - hop, frames - span + hop, hop)]
+            found += [[(s + spacing * i) % frames for i in range(self.length)] for s in dict.fromkeys(starts)]
+        return found
+
+    def weights(self, window: list[int], frames: int) -> list[float]:
+        """How much each frame of a window counts."""
+        if self.fuse != "overlap_linear":
+            return weights(len(window), self.fuse)
+        ramp = [(i + 1) / (self.overlap + 1) for i in range(self.overlap)]
+        values = [1.0] * len(window)
+        if self.overlap and (self.loop or window[0] > 0):
+            values[: self.overlap] = ramp
+        if self.overlap and (self.loop or window[-1] < frames - 1):
+            values[-self.overlap :] = [min(a, b) for a, b in zip(values[-self.overlap :], ramp[::-1], strict=True)]
+        return values
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}{nearest(str(value), known)}")
+
+
+def halving(n: int) -> float:
+    """The n-th number of 0, 1/2, 1/4, 3/4, 1/8, 5/8, ...: the bits of n behind the point, in reverse order."""
+    return int(f"{n:b}"[::-1], 2) / 2 ** n.bit_length() if n else 0.0
+
+
+def weights(n: int, fuse: str) -> list[float]:
+    """The weights of n frames: 1 1 1 1 1 (flat), 1 2 3 2 1 (pyramid), .01 .01 3 2 1 (delayed reverse sawtooth)."""
+    half = (n + 1) // 2
+    match fuse:
+        case "flat":
+            return [1.0] * n
+        case "pyramid":
+            return [float(min(i + 1, n - i)) for i in range(n)]
+        case "delayed_reverse_sawtooth":
+            falling = [float(half - i) for i in range(half)]
+            return [0.01] * (n // 2) + falling if n % 2 else [0.01] * (half - 1) + [float(half)] + falling
+    raise ValueError(f"there are no weights {fuse!r}")
+
+
+class Windowed:
+    """A UNet's prediction for one run, made window by window: (x, t, context) -> the prediction."""
+
+    def __init__(self, settings: ContextWindows, predict: Predict):
+        self.settings, self.predict = settings, predict
+        self.calls = 0
+        self.at_once = settings.per_call or 1
+        self.measure = settings.per_call is None
+        self.repeated: tuple[Any, dict[int, Any]] = (None, {})  # a context, and so many copies of it in one
+
+    def __call__(self, x: Tensor, t: Any, context: Any) -> Tensor:
+        """x (b c f h w), t a number or (b,), context (b l d), or (b f l d) with a text for each frame."""
+        frames = x.shape[2]
+        windows = self.settings.windows(frames, self.calls)
+        self.calls += 1
+        if windows == [list(range(frames))]:
+            return self.predict(x, t, context)
+        total = mass = None
+        while windows:
+            some, windows = windows[: self.at_once], windows[self.at_once :]
+            if self.measure and x.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(x.device)
+                before = torch.cuda.memory_allocated(x.device)
+            parts = self.predict(
+                torch.cat([x[:, :, w] for w in some]),
+                t.repeat(len(some)) if isinstance(t, Tensor) and t.ndim else t,
+                self.texts(context, some, frames),
+            ).chunk(len(some))
+            if total is None:
+                wide = torch.promote_types(parts[0].dtype, torch.float32)
+                total = parts[0].new_zeros((*parts[0].shape[:2], frames, *parts[0].shape[3:]), dtype=wide)
+                mass = total.new_zeros(frames)
+            for window, part in zip(some, parts, strict=True):
+                weight = torch.tensor(self.settings.weights(window, frames), dtype=wide).to(x.device)
+                where = torch.tensor(window).to(x.device)
+                total.index_add_(2, where, part * weight[:, None, None])
+                mass.index_add_(0, where, weight)
+            if self.measure and x.device.type == "cuda":
+                self.measure = False
+                peak = torch.cuda.max_memory_allocated(x.device) - before
+                self.at_once = fitting(peak, free_bytes(x.device))
+        assert total is not None and mass is not None  # there is a window at least
+        return (total / mass[:, None, None]).to(parts[0].dtype)
+
+    def texts(self, context: Any, windows: list[list[int]], frames: int) -> Any:
+        """The context of these windows, one behind the other; the same object as long as it is the same context."""
+        if context.ndim == 4:
+            return torch.cat([context[:, w] for w in windows])
+        if len(windows) == 1:
+            return context
+        if self.repeated[0] is not context:
+            self.repeated = (context, {})
+        copies = self.repeated[1]
+        if len(windows) not in copies:
+            copies[len(windows)] = context.repeat(len(windows), 1, 1)
+        return copies[len(windows)]
+
+
+def fitting(peak: int, free: int) -> int:
+    """How many windows fit into so many free bytes, if one takes `peak`: nine tenths of them are used, 8 at most."""
+    return max(1, min(8, int(0.9 * free) // max(peak, 1)))
+
+
+def free_bytes(device: torch.device) -> int:
+    """What PyTorch can still allocate: what the device has free, and what PyTorch holds without need."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
