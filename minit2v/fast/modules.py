@@ -25,6 +25,7 @@ from ..models.layers import (
     FeedForward,
     FrameAttention,
     FrameTransformerBlock,
+    NumberedFrameTransformerBlock,
     TransformerBlock,
     group_norm,
     timestep_embedding,
@@ -50,10 +51,13 @@ PARTS: dict[type, dict[str, tuple[type, ...]]] = {
                        "norm3": LAYER_NORM, "ff": (FeedForward,)},
     FrameTransformerBlock: {"norm1": LAYER_NORM, "attn1": (FrameAttention,), "norm2": LAYER_NORM,
                             "attn2": (FrameAttention,), "norm3": LAYER_NORM, "ff": (FeedForward,)},
+    NumberedFrameTransformerBlock: {"norm1": LAYER_NORM, "attn1": (FrameAttention,), "norm2": LAYER_NORM,
+                            "attn2": (FrameAttention,), "norm3": LAYER_NORM, "ff": (FeedForward,)},
     SpatialTransformer: {"norm": GROUP_NORM, "proj_in": LINEAR, "block": (TransformerBlock,), "proj_out": LINEAR},
     TemporalTransformer: {"norm": GROUP_NORM, "proj_in": LINEAR, "block": (FrameTransformerBlock,),
                           "proj_out": LINEAR},
-    MotionModule: {"norm": GROUP_NORM, "proj_in": LINEAR, "blocks.*": (FrameTransformerBlock,), "proj_out": LINEAR},
+    MotionModule: {"norm": GROUP_NORM, "proj_in": LINEAR, "blocks.*": (NumberedFrameTransformerBlock,),
+                   "proj_out": LINEAR},
     unet3d.Block: {},
     unet2d.Block: {},
     vae.ResBlock: {"norm1": GROUP_NORM, "conv1": CONV, "norm2": GROUP_NORM, "conv2": CONV,
@@ -203,11 +207,12 @@ def across_frames(run: Run, m: TemporalTransformer | MotionModule, blocks: Any, 
     x = ops.channels_last(x)
     h = ops.linear(m.proj_in, to_tokens(ops.group_norm(m.norm, x, span)).unflatten(0, (-1, run.f)))
     for part in blocks:
-        if part.free_noise is None:
+        free_noise = getattr(part, "free_noise", None)
+        if free_noise is None:
             h, y = see_frames(run, part, h)
             h, y = ops.add_layer_norm(part.norm3, y, h)
         else:
-            h = part.free_noise.average(partial(attend_frames, run, part), h)
+            h = free_noise.average(partial(attend_frames, run, part), h)
             y = ops.layer_norm(part.norm3, h)
         h = feed_forward(run, part.ff, y).add_(h)
     return to_image(ops.linear(m.proj_out, h).flatten(0, 1), x.shape[2]).add_(x)
@@ -215,7 +220,7 @@ def across_frames(run: Run, m: TemporalTransformer | MotionModule, blocks: Any, 
 
 def see_frames(run: Run, m: FrameTransformerBlock, h: Tensor) -> tuple[Tensor, Tensor]:
     """h (b f p d) -> two summands (b f p d) of h after both attentions; the second may be written into."""
-    positions = None if m.positions is None else m.positions[0, : h.shape[1]]
+    positions = m.positions[0, : h.shape[1]] if isinstance(m, NumberedFrameTransformerBlock) else None
     y = frame_attention(run, m.attn1, run.ops.layer_norm(m.norm1, h, positions))
     h, y = run.ops.add_layer_norm(m.norm2, y, h, positions)
     return h, frame_attention(run, m.attn2, y)

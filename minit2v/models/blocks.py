@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .layers import FrameTransformerBlock, TransformerBlock, group_norm
+from .layers import FrameTransformerBlock, NumberedFrameTransformerBlock, TransformerBlock, group_norm
 
 
 class ResBlock(nn.Module):
@@ -98,7 +98,7 @@ class MotionModule(nn.Module):
         self.norm = nn.GroupNorm(groups, c, eps=1e-6)
         self.proj_in = nn.Linear(c, c)
         self.blocks = nn.ModuleList(
-            FrameTransformerBlock(c, heads, c // heads, positions=max_frames) for _ in range(layers)
+            NumberedFrameTransformerBlock(c, heads, c // heads, max_frames) for _ in range(layers)
         )
         self.proj_out = nn.Linear(c, c)
         nn.init.zeros_(self.proj_out.weight)

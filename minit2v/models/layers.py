@@ -113,29 +113,45 @@ class TransformerBlock(nn.Module):
 
 
 class FrameTransformerBlock(nn.Module):
-    """Attention across the frames, the same again, feed-forward: each of a LayerNorm of x, each added to x.
+    """Attention across the frames, the same again, feed-forward: each of a LayerNorm of x, each added to x."""
 
-    With `positions`, how many frames can be told apart, their sinusoids are added to what both attentions see.
-    """
-
-    def __init__(self, dim: int, heads: int, head_dim: int, positions: int | None = None):
+    def __init__(self, dim: int, heads: int, head_dim: int):
         super().__init__()
-        self.register_buffer("positions", sinusoids(positions, dim)[None] if positions else None)  # (1 f d)
         self.norm1, self.attn1 = nn.LayerNorm(dim), FrameAttention(dim, heads, head_dim)
         self.norm2, self.attn2 = nn.LayerNorm(dim), FrameAttention(dim, heads, head_dim)
         self.norm3, self.ff = nn.LayerNorm(dim), FeedForward(dim)
-        self.free_noise: FreeNoise | None = None  # attention in windows of frames
 
     def forward(self, x: Tensor) -> Tensor:
         """x (b f p d) -> (b f p d)."""
-        x = self.attend(x) if self.free_noise is None else self.free_noise.average(self.attend, x)
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x))
         return x + self.ff(self.norm3(x))
 
-    def attend(self, x: Tensor) -> Tensor:
-        """x (b f p d) -> (b f p d)."""
-        x = x + self.attn1(self.number(self.norm1(x)))
-        return x + self.attn2(self.number(self.norm2(x)))
 
-    def number(self, x: Tensor) -> Tensor:
-        """x (b f p d) -> x, with the position of each frame added where frames are numbered."""
-        return x if self.positions is None else x + self.positions[0, : x.shape[1], None]
+class NumberedFrameTransformerBlock(FrameTransformerBlock):
+    """The same for frames that are numbered: sinusoids of their positions are added to what both attentions see."""
+
+    def __init__(self, dim: int, heads: int, head_dim: int, positions: int):
+        super().__init__(dim, heads, head_dim)
+        self.register_buffer("positions", sinusoids(positions, dim)[None])  # (1 f d)
+        self.free_noise: FreeNoise | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (b f p d) -> (b f p d)."""
+        if self.free_noise is not None:
+            return self.in_windows(x, self.free_noise)
+        positions = self.positions[0, : x.shape[1], None]
+        x = x + self.attn1(self.norm1(x) + positions)
+        x = x + self.attn2(self.norm2(x) + positions)
+        return x + self.ff(self.norm3(x))
+
+    def in_windows(self, x: Tensor, free_noise: FreeNoise) -> Tensor:
+        """x (b f p d) -> (b f p d), each attention seeing the frames of a window, which are numbered from 0."""
+
+        def attend(x: Tensor) -> Tensor:
+            positions = self.positions[0, : x.shape[1], None]
+            x = x + self.attn1(self.norm1(x) + positions)
+            return x + self.attn2(self.norm2(x) + positions)
+
+        x = free_noise.average(attend, x)
+        return x + self.ff(self.norm3(x))
