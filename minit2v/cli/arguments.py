@@ -116,6 +116,9 @@ def make_parser() -> Parser:
         else:
             sub.add_argument("--model", help="a folder or a hub id; shapes is the one in this package")
         if sub is not generate:
+            sub.add_argument("--from", type=_number(0, 1e6), metavar="SECONDS", help="begin here in the video")
+            sub.add_argument("--to", type=_number(0, 1e6), metavar="SECONDS", help="end here in the video")
+            sub.add_argument("--every", type=_whole, metavar="N", help="take every n-th frame of the video")
             sub.add_argument("--strength", type=_number(0, 1), metavar="S",
                              help="how far to go from the video: 0 not at all, 1 all the way; 0.6")
         long_videos.add_options(sub, _whole)

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 SETTINGS = ("model", "base", "adapter", "vae", "tokenizer", "config", "revision", "variant", "negative_prompt",
             "num_frames", "steps", "guidance_scale", "strength", "free_init", *long_videos.OPTIONS, "scheduler", "seed",
             "height", "width", "fps", "dtype", "device", "compat", "kernels", "optimize")
+CUT = ("from", "to", "every")  # what of the video that is begun with
 DECODED_AT_ONCE = 8  # frames: what the VAE's last layers need would otherwise grow with the video
 
 
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     digest = None
     if "replay" in args:
         args, digest = _replay(args)
-    given = {k: v for k, v in vars(args).items() if k in SETTINGS}
+    given = {k: v for k, v in vars(args).items() if k in (*SETTINGS, *CUT)}
     video, source = getattr(args, "video", None), {}
     at = getattr(args, "prompt_at", {})
     entries = [(prompt, at) for prompt in args.prompt]
@@ -76,9 +78,12 @@ def run(args: argparse.Namespace) -> int:
     paths = _output_paths(output, prompts, given.get("seed", settings["seed"]))
     if video is not None:
         settings.pop("num_frames", None)
-        video, measured, source = _read_source(video, digest)
+        video, measured, source = _read_source(video, digest, {k: given.pop(k) for k in CUT if k in given})
         settings |= measured
+    elif cut := [k for k in CUT if k in given]:
+        args.usage_error(f"--{cut[0]}: a part of which video? Give --video VIDEO")
     settings |= given
+    sound = _find_sound(source, settings["fps"], measured.get("fps")) if video is not None else None
     for path in paths:
         if not 0.01 <= settings["fps"] <= (most := 100 if path.suffix.lower() == ".gif" else 1000):
             raise ValueError(f"{path} can have 0.01 to {most} frames per second, not {settings['fps']:g}: give --fps")
@@ -94,12 +99,14 @@ def run(args: argparse.Namespace) -> int:
                                      dynamic_ncols=True)
         try:
             start = time.monotonic()
-            frames = _frames(pipe, call, long_videos.texts_of(prompt, at), settings["seed"], video)
+            latents = _latents(pipe, call, long_videos.texts_of(prompt, at), settings["seed"], video)
             about = {"minit2v": args.command, "prompt": prompt, **({"prompt_at": at} if at else {}),
                      **{k: settings[k] for k in SETTINGS if k in settings},
                      **source, "versions": _versions()}
-            tell_path(_write(frames, path, settings["fps"], about, replace=path == output))
-            say(f"{len(frames)} frames of {frames.shape[2]}x{frames.shape[1]} in {time.monotonic() - start:.1f} s")
+            frames = pipe.stream_frames(latents, DECODED_AT_ONCE)
+            tell_path(_write(frames, path, settings["fps"], about, sound, replace=path == output))
+            height, width = (n * pipe.vae_scale_factor for n in latents.shape[3:])
+            say(f"{latents.shape[2]} frames of {width}x{height} in {time.monotonic() - start:.1f} s")
         except Exception as e:
             if args.debug:
                 raise
@@ -127,22 +134,29 @@ def _summary(s: dict[str, Any], frames: int) -> str:
     return ", ".join(parts + [f"{k} {s[k]}" for k in ("revision", "variant", "compat") if s.get(k)])
 
 
-def _frames(pipe: Any, call: dict[str, Any], prompt: Any, seed: int, video: Any) -> Any:
-    """The frames (f h w 3) of one prompt. The noise comes from the CPU, so that the seed means the same everywhere."""
+def _latents(pipe: Any, call: dict[str, Any], prompt: Any, seed: int, video: Any) -> Any:
+    """The latents (1 c f h w) of one prompt. The noise comes from the CPU: so the seed means the same everywhere."""
     import torch
 
     extra = {} if video is None else {"video": video}
-    return pipe(prompt=prompt, generator=torch.Generator("cpu").manual_seed(seed), output_type="np",
-                decode_chunk_size=DECODED_AT_ONCE, **call, **extra).frames[0]
+    return pipe(prompt=prompt, generator=torch.Generator("cpu").manual_seed(seed), output_type="latent",
+                decode_chunk_size=DECODED_AT_ONCE, **call, **extra).frames
 
 
-def _write(frames: Any, path: Path, fps: float, about: dict[str, Any], replace: bool) -> Path:
-    """Write a video, and return its name: `path`, or, where that is taken and not to be replaced, with a number."""
+def _write(
+    frames: Any, path: Path, fps: float, about: dict[str, Any], sound: tuple[str, float] | None, replace: bool
+) -> Path:
+    """Write a video, and return its name: `path`, or, where that is taken and not to be replaced, with a number.
+
+    sound: a file that has some, and where it begins, in seconds.
+    """
     from minit2v_convert.stream import ended_cleanly
 
     from ..files.video import export_to_gif, export_to_video
 
-    export = export_to_gif if path.suffix.lower() == ".gif" else export_to_video
+    export: Any = export_to_gif if path.suffix.lower() == ".gif" else export_to_video
+    if sound is not None and export is export_to_video:
+        export = partial(export, sound=sound[0], sound_from=sound[1])
     if replace:
         export(frames, path, fps=fps, metadata=about)
         return path
@@ -220,20 +234,38 @@ def _output_paths(output: Path | None, prompts: list[str], seed: int) -> list[Pa
     return [folder / f"{w}-{seed}.mp4" for w in words]
 
 
-def _read_source(path: str, wanted: str | None) -> tuple[list, dict[str, Any], dict[str, str]]:
-    """The frames to begin with, the settings that they suggest, and what says which video it was.
+def _read_source(
+    path: str, wanted: str | None, cut: dict[str, Any]
+) -> tuple[list, dict[str, Any], dict[str, Any]]:
+    """The frames to begin with, the settings that they suggest, and what says which video, and which part, it was.
 
     wanted: the digest that the frames should have.
     """
     from ..files.video import load_video
 
-    frames, fps = load_video(path, return_fps=True)
+    frames, fps = load_video(path, return_fps=True, start=cut.get("from", 0.0), end=cut.get("to"),
+                             every=cut.get("every", 1))
     digest = hashlib.sha256(b"".join(f.tobytes() for f in frames)).hexdigest()
     if wanted not in (None, digest):
         raise ValueError(f"{path}: not the video that was begun with, its frames have changed")
     measured = {"strength": 0.6, "height": frames[0].height, "width": frames[0].width, **({"fps": fps} if fps else {})}
     where = path if path.startswith(("http://", "https://")) else str(Path(path).absolute())
-    return frames, measured, {"video": where, "video_sha256": digest}
+    return frames, measured, {"video": where, "video_sha256": digest, **cut}
+
+
+def _find_sound(source: dict[str, Any], fps: float, of_video: float | None) -> tuple[str, float] | None:
+    """The file whose sound the new video gets, and where it begins; a line where its sound does not fit the frames."""
+    from ..files.video import has_sound
+
+    if source["video"].startswith(("http://", "https://")):
+        say("sound is taken from files only: fetch the video first, if it has some")
+        return None
+    if not has_sound(source["video"]):
+        return None
+    if of_video is None or abs(fps - of_video) > 1e-3 * fps:
+        say("the sound of the video is left out: at another rate its frames last longer or shorter")
+        return None
+    return source["video"], source.get("from", 0.0)
 
 
 def _option(name: str, value: Any) -> str:
@@ -260,7 +292,7 @@ def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None]:
         raise ValueError(f"{args.replay} was made by {command}: minit2v {again} --replay makes it again")
     given = {k: v for k, v in vars(args).items() if k not in ("command", "replay", "prompt", "prompts")}
     _check_trust(args, stored, given)
-    words = [_option(k, stored[k]) for k in SETTINGS if stored.get(k) is not None]
+    words = [_option(k, stored[k]) for k in (*SETTINGS, *CUT) if stored.get(k) is not None]
     prompts = args.prompt or ([] if "prompts" in args else [stored["prompt"]])
     if source is not None and command == "animate":
         words.append(f"--video={source}")

@@ -91,13 +91,25 @@ def _frame(x: Any, n: int) -> np.ndarray:
     return np.repeat(x, 3, axis=-1) if x.shape[-1] == 1 else x
 
 
-def _frames(video: Any) -> list[np.ndarray]:
-    frames = [_frame(x, n) for n, x in enumerate(_one_video(video))]
+def _frames(video: Any) -> tuple[np.ndarray, Iterator[np.ndarray]]:
+    """The first frame, and all of them, one after the other. What is no iterator is checked as a whole first."""
+    frames = (_frame(x, n) for n, x in enumerate(video if isinstance(video, Iterator) else _one_video(video)))
+    if not isinstance(video, Iterator):
+        frames = iter(list(_same_size(frames)))
+    first = next(frames, None)
+    if first is None:
+        raise ValueError("no frames to write")
+    return first, _same_size(itertools.chain([first], frames))
+
+
+def _same_size(frames: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    first = None
     for n, frame in enumerate(frames):
-        if frame.shape != frames[0].shape:
+        first = frame.shape if first is None else first
+        if frame.shape != first:
             raise ValueError("frames differ in size: the first is {1}x{0}, frame {n} {3}x{2} (width x height)".format(
-                *frames[0].shape[:2], *frame.shape[:2], n=n))
-    return frames
+                *first[:2], *frame.shape[:2], n=n))
+        yield frame
 
 
 def _rate(fps: Any) -> Fraction:
@@ -185,16 +197,20 @@ def export_to_video(
     macro_block_size: int | None = 2,
     *,
     metadata: Mapping[str, Any] | None = None,
+    sound: str | os.PathLike | None = None,
+    sound_from: float = 0.0,
 ) -> str:
     """Write one video as H.264, yuv420p, and return its path (a temporary file if none is given).
 
     video_frames: a list of PIL images, of arrays (h w c) or tensors (c h w), an array (f h w c), a tensor (f c h w), or
-        a batch of one of these; uint8, or floats in [0, 1].
+        a batch of one of these; uint8, or floats in [0, 1]. An iterator of frames is written as it goes, and never
+        held as a whole.
     fps: frames per second; fractions are kept.
     quality: 0 (small) to 10 (near lossless); None leaves the encoder's default. `bitrate`, in bits per second, instead.
     macro_block_size: width and height are completed to a multiple of it (and of 2, which yuv420p asks for) by repeating
         the last column and row; the reference scales to multiples of 16.
     metadata: what `read_metadata` gives back; anything JSON can say.
+    sound: a file whose sound is put beside the frames, from `sound_from` seconds on, as long as they last.
 
     Raises TypeError or ValueError on bad frames or arguments, OSError where the file cannot be written, RuntimeError if
     the encoder fails. Nothing is left behind then, also after SIGTERM and SIGHUP, and a file that was there stays.
@@ -206,7 +222,7 @@ def export_to_video(
     if macro_block_size is not None and macro_block_size < 1:
         raise ValueError(f"macro_block_size must be at least 1, not {macro_block_size}")
     rate = _rate(fps)
-    frames = _frames(video_frames)
+    first, frames = _frames(video_frames)
     suffix = Path(output_video_path).suffix.lower() if output_video_path is not None else ".mp4"
     hint = "; export_to_gif writes GIFs" if suffix == ".gif" else nearest(suffix, list(MUXERS))
     path = _target(output_video_path, ".mp4", list(MUXERS), hint)
@@ -214,12 +230,12 @@ def export_to_video(
     program = _ffmpeg()
 
     block = math.lcm(2, macro_block_size or 1)
-    h, w = frames[0].shape[:2]
+    h, w = first.shape[:2]
     down, right = -h % block, -w % block
     if down or right:
         warnings.warn(f"video of {w}x{h} completed to {w + right}x{h + down} (multiples of {block}) by repeating its "
                       "last row and column", stacklevel=2)
-        frames = [np.pad(f, ((0, down), (0, right), (0, 0)), mode="edge") for f in frames]
+        frames = (np.pad(f, ((0, down), (0, right), (0, 0)), mode="edge") for f in frames)
 
     # crf 18 is visually clean and 0 lossless, in a profile that browsers do not play: 10 is crf 1.
     rate_control = (["-b:v", str(int(bitrate))] if bitrate is not None
@@ -232,13 +248,36 @@ def export_to_video(
         if tags:  # in a file, as one argument of a command may not be long; a prompt may
             (Path(scratch) / "tags").write_text(tags, encoding="utf-8")
             command += ["-f", "ffmetadata", "-i", str(Path(scratch) / "tags"), "-map_metadata", "1"]
+        if sound is not None:
+            (Path(scratch) / "sound").mkdir()
+            track = _sound_of(Path(sound), Path(scratch) / "sound", sound_from)
+            if track is not None:  # silence behind it, as long as there are frames
+                command += ["-i", str(track), "-map", f"{1 + bool(tags)}:a", "-af", "apad", "-c:a", "aac", "-shortest"]
         command += ["-map", "0:v", "-vf", TO_YUV, "-c:v", "libx264", *rate_control, "-movflags", flags,
                     "-f", MUXERS[path.suffix.lower()], str(temp.absolute())]
         _encode(command, frames, path, Path(scratch) / "errors")
     return str(path)
 
 
-def _encode(command: list[str], frames: list[np.ndarray], path: Path, log: Path) -> None:
+def _sound_of(path: Path, scratch: Path, start: float) -> Path | None:
+    """The first track of sound of a file, from so many seconds on, in a file; None where there is no sound."""
+    track = scratch / "track.flac"
+    with _ffmpeg_reads(path, scratch, "-map", "0:a:0", "-ss", f"{start:.6f}", str(track), strict=False) as nothing:
+        nothing.read()
+    return track if track.is_file() and track.stat().st_size else None
+
+
+def has_sound(path: str | os.PathLike) -> bool:
+    """Whether a file has a track of sound, for `export_to_video(..., sound=path)`."""
+    if not Path(path).is_file() or _is_animation(Path(path)):
+        return False
+    with tempfile.TemporaryDirectory(prefix="minit2v-") as folder:
+        with _ffmpeg_reads(Path(path), Path(folder), "-map", "0:a:0", "-c", "copy", "-f", "framecrc", "pipe:1",
+                           strict=False) as lines:  # fmt: skip
+            return any(not line.startswith(b"#") for line in lines)
+
+
+def _encode(command: list[str], frames: Iterator[np.ndarray], path: Path, log: Path) -> None:
     """Feed raw frames to ffmpeg. Its messages go to a file: a second pipe could fill up and block both sides."""
     with open(log, "wb") as stderr:
         try:
@@ -291,10 +330,9 @@ def export_to_gif(
         warnings.warn(f"{float(rate):g} fps: most players slow down a GIF of more than 50 fps", stacklevel=2)
     if rate > 100:
         raise ValueError(f"a GIF has at most 100 frames per second, not {fps}")
-    frames = _frames(image)
+    first, frames = _frames(image)
     path = _target(output_gif_path, ".gif", [".gif"], "; export_to_video writes videos")
-    ticks = [round(100 * n / rate) for n in range(len(frames) + 1)]
-    h, w = frames[0].shape[:2]
+    h, w = first.shape[:2]
     # Pillow's own writer merges equal frames, so the container is put together here and Pillow compresses the frames.
     parts = [b"GIF89a", w.to_bytes(2, "little"), h.to_bytes(2, "little"), b"\x70\0\0",  # no palette for all frames
              b"\x21\xff\x0bNETSCAPE2.0\x03\x01\0\0\0"]  # loop for ever
@@ -302,7 +340,8 @@ def export_to_gif(
         comment = _json(metadata).encode()
         chunks = [comment[i : i + 255] for i in range(0, len(comment), 255)]
         parts += [b"\x21\xfe", *(bytes([len(c)]) + c for c in chunks), b"\0"]
-    for frame, (start, end) in zip(frames, itertools.pairwise(ticks), strict=True):
+    for n, frame in enumerate(frames):
+        start, end = round(100 * n / rate), round(100 * (n + 1) / rate)
         packed = frame.astype(np.uint32) @ np.array([65536, 256, 1], np.uint32)
         colours, index = np.unique(packed, return_inverse=True)
         if len(colours) <= 256:
@@ -319,17 +358,27 @@ def export_to_gif(
 # ---------------------------------------------------------------------------------------------------------- files in
 
 
-def load_video(video: str | os.PathLike, *, return_fps: bool = False, max_pixels: float = MAX_PIXELS) -> Any:
+def load_video(
+    video: str | os.PathLike, *, return_fps: bool = False, max_pixels: float = MAX_PIXELS, start: float = 0.0,
+    end: float | None = None, every: int = 1,
+) -> Any:
     """The frames of a video, GIF or folder of images (in the order of the numbers in their names), a list of PIL RGB.
 
     video: a path, or an http(s) address. With `return_fps` a pair (frames, frames per second), the latter None where
     there is no rate, as in a folder. Frames that are shown for unequal times are put on an even grid: the longer ones
     are there several times. A warning says where that cannot be exact.
     max_pixels: frames x width x height that are accepted, before they are decoded; `math.inf` for any.
+    start, end: seconds; only frames that begin in between, and at `start`, are read. every: of these every n-th one,
+    and the rate that belongs to that.
 
     Raises FileNotFoundError, ValueError where the file is no video, damaged or larger than that, OSError where it
     cannot be read or fetched.
     """
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every must be a whole number of at least 1, not {every!r}")
+    if not 0 <= start < (math.inf if end is None else end):
+        raise ValueError(f"start and end must be seconds from 0 in rising order, not {start!r} and {end!r}")
+    cut = None if start == 0 and end is None else (start, math.inf if end is None else end)
     if isinstance(max_pixels, bool) or not isinstance(max_pixels, int | float | np.number) or not max_pixels > 0:
         raise ValueError(f"max_pixels is a number above 0, not {max_pixels!r}")
     with ended_cleanly(), tempfile.TemporaryDirectory(prefix="minit2v-") as folder:
@@ -340,7 +389,15 @@ def load_video(video: str | os.PathLike, *, return_fps: bool = False, max_pixels
         elif _is_animation(path):
             frames, fps = _load_animation(path, max_pixels)
         else:
-            frames, fps = _decode(path, scratch, max_pixels)
+            frames, fps = _decode(path, scratch, max_pixels, cut)
+            cut = None
+    if cut is not None:
+        if fps is None:
+            raise ValueError(f"{shown(video)}: images have no times: start and end are for videos")
+        frames = [f for n, f in enumerate(frames) if cut[0] <= round(n / fps, 6) < cut[1]]
+        if not frames:
+            raise ValueError(f"{shown(video)}: no frame begins between {cut[0]:g} and {cut[1]:g} seconds")
+    frames, fps = frames[::every], fps and fps / every
     return (frames, fps) if return_fps else frames
 
 
@@ -511,20 +568,27 @@ def _packets(path: Path, scratch: Path, max_pixels: float) -> _Packets:
     return _Packets(count, *size, tick, max(0, latest[1]) * tick)
 
 
-def _decode(path: Path, scratch: Path, max_pixels: float) -> tuple[list, float | None]:
+def _decode(
+    path: Path, scratch: Path, max_pixels: float, cut: tuple[float, float] | None = None
+) -> tuple[list, float | None]:
     """Every frame once, in the stream's own size: as PPM images, whose headers say that size.
 
     Two files tell the rest: the time of each frame, and the rate that ffmpeg takes the video to have. Once a frame's
-    time is noted it gets another, since images may not come out at the same time.
+    time is noted it gets another, since images may not come out at the same time. cut: seconds from the first frame on
+    between which frames are taken.
     """
     from PIL import Image
 
     packets = _packets(path, scratch, max_pixels)
-    _check_pixels(path, packets.count, packets.width, packets.height, max_pixels)
+    _check_pixels(path, packets.count if cut is None else 1, packets.width, packets.height, max_pixels)
+    # A frame's time counts from that of the first. A microsecond is what the times of a file are rounded by.
+    begin, behind = (0.0, math.inf) if cut is None else cut
+    between = f"gte(t,{begin - 1e-6:.9f})*lt(t,{min(behind, 1e9) - 1e-6:.9f})"
+    chosen = f"setpts=PTS-STARTPTS,select='{between}'," if cut else ""
     frames, pixels, whole = [], 0, True
     with _ffmpeg_reads(
         path, scratch, "-map", "0:V:0", "-fps_mode", "passthrough",
-        "-vf", f"settb=1/{NANO},metadata=add:key=t:value=0,metadata=print:key=t:file=times,setpts=100*N/TB",
+        "-vf", f"settb=1/{NANO},{chosen}metadata=add:key=t:value=0,metadata=print:key=t:file=times,setpts=100*N/TB",
         "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "pipe:1",
         "-map", "0:V:0", "-frames:v", "1", "-pix_fmt", "gray", "-strict", "-1", "-f", "yuv4mpegpipe", "rate",
         max_pixels=max_pixels) as stream:  # fmt: skip
@@ -543,6 +607,8 @@ def _decode(path: Path, scratch: Path, max_pixels: float) -> tuple[list, float |
                 if whole := len(piece) == 3 * size[0] * size[1]:
                     image.paste(Image.frombytes("RGB", size, piece), (0, y))
             frames.append(image)
+    if cut is not None and not frames:
+        raise ValueError(f"{shown(path)}: no frame begins between {cut[0]:g} and {cut[1]:g} seconds")
     if not frames or not whole:
         raise ValueError(f"{shown(path)}: no frames could be read")
     rate = re.search(rb" F(\d+):(\d+)", (scratch / "rate").read_bytes()[:200])

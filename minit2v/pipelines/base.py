@@ -18,6 +18,7 @@ from itertools import chain, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -925,6 +926,17 @@ class DiffusionPipeline:
             pixels = fast.runner(vae).decode(z, decode_chunk_size).float()
             check_result(pixels, vae, "the VAE")
         return rearrange(pixels, "(b f) c h w -> b c f h w", b=latents.shape[0])
+
+    def stream_frames(self, latents: Tensor, decode_chunk_size: int = 8) -> Iterator[np.ndarray]:
+        """The frames of one video, latents (1 c f h w), one after the other: (h w 3), float32 in [0, 1].
+
+        The VAE decodes `decode_chunk_size` at a time, and no more than these are held. `export_to_video` and
+        `export_to_gif` write what comes as it comes.
+        """
+        check_count("decode_chunk_size", decode_chunk_size)
+        check_latents(latents, (1, self.vae.config.latent_channels, "f", "h", "w"))
+        for piece in latents.split(int(decode_chunk_size), dim=2):
+            yield from frames.from_tensor(self.decode_latents(piece, decode_chunk_size), "np")[0]
 
     def _output(self, x: Tensor, output_type: str, decode_chunk_size: int | None) -> Any:
         if output_type == "latent":
