@@ -3,7 +3,7 @@
 This is an oracle to test with, not an implementation to use. The letters are those of the document: F frames, L length,
 O overlap, H hop, s spacing, o offset, n the number of the prediction in its run. The rules' numbers are its numbers.
 
-Where the document leaves a choice, this is what the oracle takes:
+Where the document left a choice, this is what the oracle took. It says (a), (b), (c), (f) and (g) itself since then.
 (a) A video of F <= L frames: its only window has F weights, those of L = F.
 (b) overlap_linear where the two ramps meet (2 O > L): the smaller of the two.
 (c) Rule 3 keeps one of equal starts of one spacing. Windows of different spacings all count, even if they hold the same
@@ -11,6 +11,7 @@ Where the document leaves a choice, this is what the oracle takes:
 (d) Windows come spacing by spacing, and within a spacing in the order in which rule 3 lists their starts.
 (e) Rule 4's words "without loop" hold for the two frames at the ends only: with loop every window has both ramps.
 (f) Overlap is less than length: else the hop of rule 3 would be no step forward.
+(g) Loops with "batched" and overlap_linear with 2 O > L have windows and weights here. The package refuses both.
 """
 
 from collections.abc import Callable, Sequence
