@@ -23,7 +23,7 @@ RATE, COUNT = 10, 24
 
 def grey(n):
     """Frame n, which can be told from the others."""
-    return np.full((16, 24, 3), 10 * n, np.uint8)
+    return np.full((48, 64, 3), 10 * n, np.uint8)
 
 
 def numbers(frames):
@@ -91,7 +91,7 @@ def test_a_part_of_a_video(clip, tmp_path):
     assert numbers(frames) == [3, 7, 11] and fps == RATE / 4
     gif = export_to_gif(map(grey, range(COUNT)), tmp_path / "a.gif", fps=RATE)
     assert numbers(load_video(gif, start=0.5, end=1.2)) == [5, 6, 7, 8, 9, 10, 11]
-    one_frame = 16 * 24
+    one_frame = 48 * 64
     assert len(load_video(clip, start=1.0, end=1.2, max_pixels=2 * one_frame)) == 2, "what is left out does not count"
     for wrong, said in ((dict(start=-1), "seconds from 0"), (dict(start=2, end=1), "in rising order"),
                         (dict(every=0), "every must be"), (dict(start=9), "no frame begins between 9 and inf"),
@@ -146,7 +146,8 @@ def run(capsys, tmp_path, monkeypatch):
 
 def test_restyle_takes_a_part_and_its_sound(run, clip):
     few = ["--steps", 2, "--strength", 0.5, "--height", 32, "--width", 32, "--seed", 1]
-    assert run("restyle", clip, "a red circle", *few, "--from", 0.5, "--to", 1.1, "--every", 2, "-o", "a.mp4")[0] == 0
+    code, said = run("restyle", clip, "a red circle", *few, "--from", 0.5, "--to", 1.1, "--every", 2, "-o", "a.mp4")
+    assert code == 0, said
     frames, fps = load_video("a.mp4", return_fps=True)
     assert len(frames) == 3 and fps == 5 and has_sound("a.mp4")
     stored = read_metadata("a.mp4")

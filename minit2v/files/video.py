@@ -245,15 +245,18 @@ def export_to_video(
     with ended_cleanly(), tempfile.TemporaryDirectory(prefix="minit2v-") as scratch, _replacing(path) as temp:
         command = [program, "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24",
                    "-s", f"{w + right}x{h + down}", "-r", str(rate), "-i", "pipe:0"]
+        output: list[str] = []
         if tags:  # in a file, as one argument of a command may not be long; a prompt may
             (Path(scratch) / "tags").write_text(tags, encoding="utf-8")
-            command += ["-f", "ffmetadata", "-i", str(Path(scratch) / "tags"), "-map_metadata", "1"]
+            command += ["-f", "ffmetadata", "-i", str(Path(scratch) / "tags")]
+            output += ["-map_metadata", "1"]
         if sound is not None:
             (Path(scratch) / "sound").mkdir()
             track = _sound_of(Path(sound), Path(scratch) / "sound", sound_from)
             if track is not None:  # silence behind it, as long as there are frames
-                command += ["-i", str(track), "-map", f"{1 + bool(tags)}:a", "-af", "apad", "-c:a", "aac", "-shortest"]
-        command += ["-map", "0:v", "-vf", TO_YUV, "-c:v", "libx264", *rate_control, "-movflags", flags,
+                command += ["-i", str(track)]
+                output += ["-map", f"{1 + bool(tags)}:a", "-af", "apad", "-c:a", "aac", "-shortest"]
+        command += [*output, "-map", "0:v", "-vf", TO_YUV, "-c:v", "libx264", *rate_control, "-movflags", flags,
                     "-f", MUXERS[path.suffix.lower()], str(temp.absolute())]
         _encode(command, frames, path, Path(scratch) / "errors")
     return str(path)

@@ -78,13 +78,9 @@ class ContextWindows:
         """How much each frame of a window counts."""
         if self.fuse != "overlap_linear":
             return weights(len(window), self.fuse)
-        ramp = [(i + 1) / (self.overlap + 1) for i in range(self.overlap)]
-        values = [1.0] * len(window)
-        if self.overlap and (self.loop or window[0] > 0):
-            values[: self.overlap] = ramp
-        if self.overlap and (self.loop or window[-1] < frames - 1):
-            values[-self.overlap :] = [min(a, b) for a, b in zip(values[-self.overlap :], ramp[::-1], strict=True)]
-        return values
+        n, last = len(window), self.overlap + 1
+        rises, falls = self.loop or window[0] > 0, self.loop or window[-1] < frames - 1
+        return [min(1.0, (i + 1) / last if rises else 1.0, (n - i) / last if falls else 1.0) for i in range(n)]
 
 
 def check_whole(name: str, value: Any, least: int) -> None:
