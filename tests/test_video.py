@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from minit2v.files.video import _ffmpeg, read_metadata
+from minit2v.files.video import find_ffmpeg, read_metadata
 from minit2v.utils import export_to_gif, export_to_video, load_video
 
 COLOURS = np.array([(0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255), (10, 100, 200), (250, 120, 30)],
@@ -35,7 +35,7 @@ def pixels(frames):
 
 def probe(path):
     """What ffmpeg says about the stream."""
-    said = subprocess.run([_ffmpeg(), "-hide_banner", "-i", str(path)], capture_output=True, text=True).stderr
+    said = subprocess.run([find_ffmpeg(), "-hide_banner", "-i", str(path)], capture_output=True, text=True).stderr
     return next(line for line in said.splitlines() if "Video:" in line)
 
 
@@ -198,7 +198,7 @@ def test_gif_of_many_colours_is_close_and_ffmpeg_reads_it(tmp_path):
     frames = np.stack([np.stack([x, y, np.full_like(x, n / 7)], -1) for n in range(8)])
     path = export_to_gif(frames, tmp_path / "a.gif", fps=10)
     assert np.abs(pixels(load_video(path)) - frames * 255).mean() < 5
-    out = subprocess.run([_ffmpeg(), "-v", "error", "-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"],
+    out = subprocess.run([find_ffmpeg(), "-v", "error", "-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"],
                          capture_output=True)
     assert out.stderr == b"" and len(out.stdout) == 8 * 64 * 64 * 3
     assert (np.frombuffer(out.stdout, np.uint8).reshape(8, 64, 64, 3) == pixels(load_video(path))).all()
@@ -284,7 +284,7 @@ def test_encoder_failure_is_told_and_leaves_nothing(tmp_path, monkeypatch):
                          ("head -c 1000 >/dev/null; exit 5", "exit code 5")]:
         fake.write_text(f"#!/bin/sh\n{script}\n")
         fake.chmod(0o755)
-        monkeypatch.setattr("minit2v.files.video._ffmpeg", lambda: str(fake))
+        monkeypatch.setattr("minit2v.files.video.find_ffmpeg", lambda: str(fake))
         with pytest.raises(RuntimeError, match=said):
             export_to_video(noise, path)
         assert path.read_text() == "old" and sorted(os.listdir(tmp_path)) == ["a.mp4", "ffmpeg"]
@@ -412,11 +412,11 @@ def test_load_video_from_a_folder_and_an_address(tmp_path):
 def test_videos_that_others_made(tmp_path):
     """Ten bits a sample, and more frames a second than ffmpeg writes out."""
     path = str(tmp_path / "a.mp4")
-    subprocess.run([_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", "color=0x0A64C8:s=16x8:r=1000", "-frames:v", "3",
+    subprocess.run([find_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", "color=0x0A64C8:s=16x8:r=1000", "-frames:v", "3",
                     "-pix_fmt", "yuv420p10le", "-c:v", "libx264", path], check=True)
     frames, fps = load_video(path, return_fps=True)
     assert len(frames) == 3 and frames[0].size == (16, 8) and fps == 1000
-    subprocess.run([_ffmpeg(), "-y", "-v", "error", "-f", "lavfi", "-i", "color=0x0A64C8:s=16x8", "-frames:v", "3",
+    subprocess.run([find_ffmpeg(), "-y", "-v", "error", "-f", "lavfi", "-i", "color=0x0A64C8:s=16x8", "-frames:v", "3",
                     "-metadata", b"comment=caf\xe9", str(tmp_path / "b.mp4")], check=True)
     assert read_metadata(tmp_path / "b.mp4") == {}
     assert np.abs(pixels(frames) - [10, 100, 200]).max() <= 4
@@ -441,7 +441,7 @@ def test_what_strangers_write_into_tags(text, tmp_path):
     path = str(tmp_path / "a.mkv")
     tags = [f"-metadata{where}" for where in ("", ":s:v:0") for _ in range(2)]
     values = [f"title={text}", f"artist={text}\ncomment={{}}", f"title={text}", 'comment={"prompt": "of the stream"}']
-    subprocess.run([_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", "color=red:s=16x16:r=12", "-frames:v", "3",
+    subprocess.run([find_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", "color=red:s=16x16:r=12", "-frames:v", "3",
                     *(x for pair in zip(tags, values, strict=True) for x in pair), path], check=True)
     frames, fps = load_video(path, return_fps=True)
     assert len(frames) == 3 and fps == 12 and read_metadata(path) == {}
@@ -545,7 +545,8 @@ def test_every_rate_comes_back(fps, tmp_path):
 def test_videos_whose_frames_last_unequally(suffix, tmp_path):
     def make(source, filters):
         path = str(tmp_path / f"a{suffix}")
-        subprocess.run([_ffmpeg(), "-y", "-v", "error", "-f", "lavfi", "-i", source, "-vf", filters, "-fps_mode", "vfr",
+        subprocess.run([find_ffmpeg(), "-y", "-v", "error", "-f", "lavfi", "-i", source, "-vf", filters,
+                        "-fps_mode", "vfr",
                         "-enc_time_base", "1/1000", "-c:v", "libx264", path], check=True)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -609,8 +610,8 @@ def test_a_limit_of_pixels(tmp_path, monkeypatch):
 def test_a_video_that_unfolds_is_refused_at_once(tmp_path):
     """Kilobytes that would be gigabytes."""
     path = str(tmp_path / "a.mp4")
-    subprocess.run([_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", "color=black:s=1920x1080:r=30", "-frames:v", "150",
-                    "-c:v", "libx264", "-preset", "ultrafast", "-g", "999", path], check=True)
+    subprocess.run([find_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", "color=black:s=1920x1080:r=30", "-frames:v",
+                    "150", "-c:v", "libx264", "-preset", "ultrafast", "-g", "999", path], check=True)
     assert os.path.getsize(path) < 500_000
     run = subprocess.run([sys.executable, "-c", textwrap.dedent("""
         import resource, sys

@@ -17,7 +17,7 @@ from torch import Tensor
 from minit2v_convert import families
 from minit2v_convert.convert import components
 from minit2v_convert.detect import FLOATS, detect
-from minit2v_convert.folders import check_parts, is_authors_layout, open_path, variants
+from minit2v_convert.folders import is_authors_layout, open_path, variants
 from minit2v_convert.modelscope_configuration import NAME
 from minit2v_convert.rename import nearest
 from minit2v_convert.shapes import POSITION_IDS
@@ -134,7 +134,7 @@ def report(model: str, revision: str | None = None, variant: str | None = None) 
     if pipeline_files.INDEX in there:
         with read_from(model):
             index = source.json("", pipeline_files.INDEX)
-            check_parts(index)  # before a name becomes a path
+            pipeline_files.check_index(index)  # before a name becomes a path
         families.refuse(families.of_index(index), model)
         if "config.json" in source.sizes("unet"):
             families.refuse(families.of_unet(source.json("unet", "config.json")), model)
@@ -202,7 +202,10 @@ def _inspect(
             return _inspect_network(source, part, cls, variant, name, sizes)
         shown = (part, cls, "", "", "", _files(sizes))
         if cls.startswith("CLIPTokenizer"):
-            source.tokenizer(part)
+            length = source.tokenizer(part).model_max_length
+            if part and "config.json" in source.sizes("text_encoder"):
+                known = source.json("text_encoder", "config.json").get("max_position_embeddings")
+                pipeline_files.check_length(length, known)
             return shown, 0, []
         schedulers = importlib.import_module("minit2v.schedulers")
         known = [n for n in dir(schedulers) if n.endswith("Scheduler")]
