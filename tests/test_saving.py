@@ -244,6 +244,26 @@ def test_compiled_networks_in_parallel_wrappers_are_saved(folder, monkeypatch, c
         "config.json", "diffusion_pytorch_model.safetensors"]
 
 
+def test_a_wrapper_of_the_user_s_own_is_saved_as_what_it_stands_around(folder):
+    class Timed(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(super().__getattr__("module"), name)
+
+    pipe = TextToVideoSDPipeline.from_pretrained(folder)
+    pipe.unet = Timed(pipe.unet)
+    pipe.save_pretrained(folder.parent / "saved", variant="fp16")
+    assert (folder.parent / "saved" / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+    again = TextToVideoSDPipeline.from_pretrained(folder.parent / "saved", variant="fp16")
+    assert torch.equal(again.unet.conv_in.weight, pipe.unet.module.conv_in.weight)
+
+
 def test_a_model_of_peft_says_how_it_is_saved(folder):
     class PeftModel(nn.Module):
         def __init__(self, unet):

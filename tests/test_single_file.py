@@ -217,7 +217,7 @@ def test_an_address_on_the_hub_is_fetched(made, monkeypatch):
     url = "https://huggingface.co/owner/name/blob/main/deep/sd.safetensors"
     of_request = url.replace("main", "refs%2Fpr%2F1")
     for address in (url, url.replace("blob", "resolve") + "?download=true", Path(url), of_request,
-                    "https://hf.co/owner/name/resolve/main/deep/sd.safetensors"):  # fmt: skip
+                    "HTTPS://HF.co/owner/name/resolve/main/deep/sd.safetensors"):  # fmt: skip
         assert hub.local(address) == made / "sd.safetensors"
     assert [a[2] for a in asked] == ["main", "main", "main", "refs/pr/1", "main"]
     assert {a[:2] for a in asked} == {("owner/name", "deep/sd.safetensors")}
@@ -229,13 +229,18 @@ def test_an_address_on_the_hub_is_fetched(made, monkeypatch):
     for name in ("https://huggingface.co/owner/name", "https://huggingface.co/owner/name/", "owner/name",
                  "https://huggingface.co/owner/name/tree/main"):  # fmt: skip
         assert hub.local(name) == "owner/name"
+        if name != "owner/name":
+            for load in (DiffusionPipeline.from_single_file, AutoencoderKL.from_single_file):
+                with pytest.raises(ValueError, match=f"{name} is a repository, not a file: from_pretrained reads it"):
+                    load(name)
 
 
 @pytest.mark.parametrize("address", [
     "https://example.org/f.ckpt", "http://127.0.0.1:1/f.ckpt", "https://civitai.com/api/download/models/1",
     "https://huggingface.co.example.org/o/r/blob/main/f.ckpt", "https://huggingface.co/o/r/commits/main",
     "https://huggingface.co/o/r/blob/main", "https://huggingface.co/o/r/blob/main/../../x", "https://huggingface.co/o",
-    "https://huggingface.co/o/r/blob/main/%2e%2e/x", "https://user@huggingface.co/o/r/blob/main/f.ckpt"])  # fmt: skip
+    "https://huggingface.co/o/r/blob/main/%2e%2e/x", "https://user@huggingface.co/o/r/blob/main/f.ckpt",
+    "ftp://huggingface.co/o/r/blob/main/f.ckpt", "file:///etc/passwd", "s3://bucket/f.ckpt"])  # fmt: skip
 def test_other_addresses_are_refused_by_name(address, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("it was fetched"))
     for load in (DiffusionPipeline.from_single_file, AutoencoderKL.from_single_file, DiffusionPipeline.from_pretrained):

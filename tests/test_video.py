@@ -11,6 +11,7 @@ import tempfile
 import textwrap
 import urllib.request
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -483,6 +484,52 @@ def test_an_ffmpeg_that_is_too_old_is_named(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"ffmpeg version 4.2.2-static .*7.0 is the oldest .*imageio-ffmpeg"):
         export_to_video(solid(8, 8), tmp_path / "a.mp4")
     assert os.listdir(tmp_path) == ["ffmpeg"]
+
+
+def test_what_is_no_ffmpeg_is_named(tmp_path, monkeypatch):
+    for name, said in (("true", "is no ffmpeg: unset IMAGEIO_FFMPEG_EXE"), ("gone", "gone cannot be started .No such")):
+        (tmp_path / "true").write_text("#!/bin/sh\n"), (tmp_path / "true").chmod(0o755)
+        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / name))
+        with pytest.raises(RuntimeError, match=said):
+            export_to_video(solid(8, 8), tmp_path / "a.mp4")
+
+
+def test_a_pipe_among_images_does_not_wait(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "1.png")
+    os.mkfifo(tmp_path / "pipe")
+    signal.alarm(60)  # without the check it waits for ever
+    for make in (lambda p: os.mkfifo(p), lambda p: p.symlink_to(tmp_path / "pipe"), Path.mkdir):
+        make(folder / "2.png")
+        with pytest.raises(ValueError, match="2.png: a folder, a pipe or a device, not a file"):
+            load_video(folder)
+        (folder / "2.png").rmdir() if (folder / "2.png").is_dir() else (folder / "2.png").unlink()
+    signal.alarm(0)
+
+
+def test_the_limit_of_pillow_is_no_damage(tmp_path, monkeypatch):
+    Image.new("L", (64, 64)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="a.png: Image size .4096 pixels.* Raise PIL.Image.MAX_IMAGE_PIXELS") as error:
+        load_video(tmp_path / "a.png")
+    assert "damaged" not in str(error.value)
+
+
+def test_other_addresses_are_no_files(tmp_path):
+    for address in ("ftp://x/y.mp4", "file:///etc/passwd", "S3://b/c.gif"):
+        with pytest.raises(ValueError, match=f"{address}: of addresses only http and https are fetched"):
+            load_video(address)
+    with pytest.raises(OSError, match="HTTP://127.0.0.1:1/x.mp4: cannot be fetched"):
+        load_video("HTTP://127.0.0.1:1/x.mp4")
+
+
+def test_an_exact_grid_wins_over_a_slower_one_that_is_near(tmp_path):
+    """40, 80, 40 ms are 25 frames a second; to 24 no time is off by more than a GIF's tick."""
+    frames = [Image.new("RGB", (8, 8), c) for c in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=[40, 80, 40])
+    found, fps = load_video(tmp_path / "a.gif", return_fps=True)
+    assert fps == 25 and [f.getpixel((0, 0)) for f in found] == [(255, 0, 0), (0, 255, 0), (0, 255, 0), (0, 0, 255)]
 
 
 def test_numpy_numbers_are_numbers(tmp_path):
