@@ -46,20 +46,15 @@ def shell(line, **kw):
 
 
 def test_streams_that_are_closed_or_know_ascii_alone():
+    """And a path that is not UTF-8, which is written and said byte for byte."""
     base = f"{' '.join(COMMAND)} generate 'ein größeres Bild' {' '.join(FAST)}"
-    made = shell(f"{base} -o größer.mp4 2>&-", env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert (made.returncode, made.stdout, made.stderr) == (0, "größer.mp4\n".encode(), b"")
+    made = shell(base + r" -o $'a\xff/gr\xf6\xdfer.mp4' 2>&-", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (made.returncode, made.stdout, made.stderr) == (0, b"a\xff/gr\xf6\xdfer.mp4\n", b"")
+    assert os.listdir(b"a\xff") == [b"gr\xf6\xdfer.mp4"]
     made = shell(f"{base} -o b.mp4 >&- 2>&- <&-")
     assert made.returncode == 0 and read_metadata("b.mp4")["prompt"] == "ein größeres Bild"
-    report = shell(f"{' '.join(COMMAND)} inspect shapes | head -1; exit ${{PIPESTATUS[0]}}")
-    assert report.returncode == 0 and report.stdout.startswith(b"shapes:") and report.stderr == b""
-
-
-def test_a_path_that_is_not_utf8_is_written_and_said_byte_for_byte():
-    made = subprocess.run([*map(os.fsencode, COMMAND), b"generate", b"a cat", *map(os.fsencode, FAST), b"-o",
-                           b"a\xff/\xfe.mp4"], capture_output=True, timeout=300)  # fmt: skip
-    assert made.returncode == 0 and made.stdout == b"a\xff/\xfe.mp4\n", made
-    assert os.listdir(b"a\xff") == [b"\xfe.mp4"]
+    table = shell(f"{' '.join(COMMAND)} generate --scheduler help | head -1; exit ${{PIPESTATUS[0]}}")
+    assert table.returncode == 0 and table.stdout.startswith(b"name ") and table.stderr == b""
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
@@ -86,7 +81,7 @@ def test_prompts_are_utf8_whatever_the_terminal_speaks(monkeypatch):
 # ------------------------------------------------------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize("seconds", [0.12, 0.3, 0.8, 1.6])
+@pytest.mark.parametrize("seconds", [0.12, 0.5, 1.6])
 def test_ctrl_c_while_modules_are_imported_is_one_line(seconds, default_signals):
     code = "import minit2v.cli, sys; print('now', flush=True); sys.exit(minit2v.cli.main())"
     with subprocess.Popen([sys.executable, "-c", code, "generate", "a cat", "--steps", "900"], stdout=subprocess.PIPE,

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import shutil
 import signal
 import stat
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 import urllib.request
 import warnings
 from pathlib import Path
@@ -18,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from minit2v.files import video
 from minit2v.files.video import find_ffmpeg, read_metadata
 from minit2v.utils import export_to_gif, export_to_video, load_video
 
@@ -316,25 +319,18 @@ def test_interrupt_kills_the_encoder_and_leaves_nothing(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == [] and started[-1].poll() == -9  # the first may ask for the version
 
 
-FULL = """
-    import resource, signal, sys
-    import numpy as np
-    from minit2v.utils import export_to_gif, export_to_video
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then fails as on a full disk
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    noise = np.random.default_rng(0).random((16, 128, 128, 3))
-    try:
-        {export}(noise, sys.argv[1])
-    except (OSError, RuntimeError) as e:
-        print(type(e).__name__, e)
-"""
+@pytest.mark.parametrize("export,suffix", [(export_to_video, ".mp4"), (export_to_gif, ".gif")])
+def test_files_that_may_not_grow(export, suffix, tmp_path, forked):
+    def child():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then fails as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        try:
+            export(np.random.default_rng(0).random((16, 128, 128, 3)), tmp_path / f"a{suffix}")
+        except (OSError, RuntimeError) as e:
+            print(type(e).__name__, e)
 
-
-@pytest.mark.parametrize("export,suffix", [("export_to_video", ".mp4"), ("export_to_gif", ".gif")])
-def test_files_that_may_not_grow(export, suffix, tmp_path):
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(FULL.format(export=export)), tmp_path / f"a{suffix}"],
-                         capture_output=True, text=True)
-    assert "Error" in run.stdout and ("File too large" in run.stdout or "SIGXFSZ" in run.stdout), run
+    code, said = forked(child).wait()
+    assert code == 0 and "Error" in said and ("File too large" in said or "SIGXFSZ" in said), said
     assert os.listdir(tmp_path) == []
 
 
@@ -654,83 +650,85 @@ def test_a_limit_of_pixels(tmp_path, monkeypatch):
         load_video(animated(tmp_path / "b.png", 60_000, 50_000, 36_100), max_pixels=1460 * 64)
 
 
-def test_a_video_that_unfolds_is_refused_at_once(tmp_path):
+def test_a_video_that_unfolds_is_refused_at_once(tmp_path, forked):
     """Kilobytes that would be gigabytes."""
     path = str(tmp_path / "a.mp4")
     subprocess.run([find_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", "color=black:s=1920x1080:r=30", "-frames:v",
                     "150", "-c:v", "libx264", "-preset", "ultrafast", "-g", "999", path], check=True)
     assert os.path.getsize(path) < 500_000
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent("""
-        import resource, sys
-        from minit2v.files.video import load_video
+
+    def child():
+        before = used()
         try:
-            load_video(sys.argv[1])
+            load_video(path)
         except ValueError as e:
             print(e)
-        print(max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
-    """), path], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert "150 frames of 1920x1080 are 311,040,000 pixels, and max_pixels is 268,435,456" in run[0]
-    assert int(run[1]) < 900_000  # KiB, the interpreter with torch included: its frames would take 1,215,000
+        print(used() - before, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+
+    code, said = forked(child).wait()
+    assert code == 0 and "150 frames of 1920x1080 are 311,040,000 pixels, and max_pixels is 268,435,456" in said, said
+    grown, of_ffmpeg = map(int, said.splitlines()[-1].split())
+    assert grown < 100_000 and of_ffmpeg < 900_000  # KiB: its frames would take 1,215,000
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
-def test_memory_while_loading_is_what_is_returned(suffix, tmp_path):
-    """At most 1.2 times the images, which PIL holds at four bytes a pixel."""
+def used():
+    """The most memory that this process has had, in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def test_memory_while_loading_is_what_is_returned(tmp_path):
+    """At most 1.2 times the images, which PIL holds at four bytes a pixel. Each in a process without used memory."""
     x = np.zeros((64, 512, 512, 3), np.uint8)
-    path = (export_to_gif if suffix == ".gif" else export_to_video)(x, tmp_path / f"a{suffix}")
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent("""
-        import resource, sys
+    paths = [export_to_video(x, tmp_path / "a.mp4"), export_to_gif(x, tmp_path / "a.gif")]
+    said = subprocess.run([sys.executable, "-c", textwrap.dedent("""
+        import os, resource, sys
         from PIL import Image, GifImagePlugin
         from minit2v.files.video import load_video
         def used():
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        load_video(sys.argv[2])
-        before = used()
-        frames = load_video(sys.argv[1])
-        print((used() - before) * 1024 / (4 * 64 * 512 * 512), len(frames))
-    """), path, export_to_gif(solid(8, 8), tmp_path / "b.gif")], capture_output=True, text=True, check=True).stdout
-    assert float(run.split()[0]) < 1.2 and run.split()[1] == "64"
+        load_video(sys.argv[1])
+        for path in sys.argv[2:]:
+            if (child := os.fork()) == 0:
+                before = used()
+                frames = load_video(path)
+                print((used() - before) * 1024 / (4 * 64 * 512 * 512), len(frames), flush=True)
+                os._exit(0)
+            os.waitpid(child, 0)
+    """), export_to_gif(solid(8, 8), tmp_path / "b.gif"), *paths], capture_output=True, text=True, check=True).stdout
+    grown = [line.split() for line in said.splitlines()]
+    assert [n for _, n in grown] == ["64", "64"] and all(0.8 < float(share) < 1.2 for share, _ in grown), said
 
 
 # ---------------------------------------------------------------------------------------------- ends that are not clean
 
-KILLED = """
-    import sys, time
-    import numpy as np
-    import minit2v.files.video as video
-    from minit2v.files.video import export_to_gif, export_to_video, load_video
-    what, path, source = sys.argv[1:]
-    def wait(*_):
-        print("now", flush=True)
-        time.sleep(60)
-    x = np.zeros((4, 64, 64, 3), np.uint8)
-    if what == "video":
-        video.np.ascontiguousarray = wait
-        export_to_video(x, path)
-    elif what == "gif":
-        video.os.replace = wait
-        export_to_gif(x, path)
-    else:
-        video._packets = wait
-        load_video(source)
-"""
-
-
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("what", ["video", "gif", "load"])
-def test_signals_leave_nothing_behind(what, name, tmp_path):
+def test_signals_leave_nothing_behind(what, name, tmp_path, forked):
     source = export_to_video(solid(8, 8), tmp_path / "source.mp4")
     out, temporary = tmp_path / "out", tmp_path / "tmp"
     out.mkdir(), temporary.mkdir()
-    number = getattr(signal, name)
-    path = str(out / ("a.gif" if what == "gif" else "a.mp4"))
-    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(KILLED), what, path, source], stdout=subprocess.PIPE,
-                          env={**os.environ, "TMPDIR": str(temporary)},
-                          preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)) as process:
-        assert process.stdout.readline() == b"now\n"
-        assert what == "load" or len(os.listdir(out)) == 1
-        process.send_signal(number)
-        assert process.wait(120) == -number  # it ends by the signal, as without us
+
+    def wait(*_):
+        print("now", flush=True)
+        time.sleep(60)
+
+    def child():
+        tempfile.tempdir = str(temporary)
+        if what == "video":
+            video.np.ascontiguousarray = wait
+            export_to_video(solid(64, 64), out / "a.mp4")
+        elif what == "gif":
+            video.os.replace = wait
+            export_to_gif(solid(64, 64), out / "a.gif")
+        else:
+            video._packets = wait
+            load_video(source)
+
+    process, number = forked(child), getattr(signal, name)
+    assert process.said.readline() == b"now\n"
+    assert what == "load" or len(os.listdir(out)) == 1
+    os.kill(process.pid, number)
+    assert process.wait()[0] == -number  # it ends by the signal, as without us
     assert os.listdir(out) == [] and os.listdir(temporary) == []
 
 
