@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minit2v import cli
+from minit2v import cli, pipelines
 from minit2v.cli import loading, messages, videos
 from minit2v.files import embedded
 from minit2v.files.video import export_to_video, load_video, read_metadata
@@ -37,6 +37,25 @@ def model(tmp_path_factory, make_official_folder):
 @pytest.fixture
 def copy(tmp_path, make_official_folder):
     return make_official_folder(tmp_path / "copy", small=True)
+
+
+KEPT = {}
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(model, monkeypatch):
+    """The parts of `model`, which no test changes, are loaded once with the same arguments: half of a short run."""
+    load = pipelines.files._load
+
+    def once(cls, path, *arguments):
+        if Path(path).absolute() != model:
+            return load(cls, path, *arguments)
+        key = repr((cls, arguments))
+        if key not in KEPT:
+            KEPT[key] = load(cls, path, *arguments)
+        return KEPT[key]
+
+    monkeypatch.setattr(pipelines.files, "_load", once)
 
 
 @pytest.fixture(autouse=True)
@@ -104,13 +123,13 @@ def test_every_option_reaches_the_pipeline(run, model):
     assert any("compat diffusers" in line and 'not "a dog"' in line for line in err)
 
 
-def test_kernels_for_single_operations_and_the_fast_path(run, model, monkeypatch):
+def test_kernels_for_single_operations_and_the_fast_path(run, copy, monkeypatch):
     from minit2v import fast
 
     made, optimize = [], fast.optimize
     monkeypatch.setattr(fast, "optimize", lambda network, **kw: (made.append(type(network).__name__),
                                                                  optimize(network, **kw)))
-    base = ["generate", "a cat", "--model", model, *FAST, "--seed", 1]
+    base = ["generate", "a cat", "--model", copy, *FAST, "--seed", 1]
     code, out, err = run(*base, "--kernels", "torch,geglu=auto", "--optimize", "-o", "a.mp4")
     assert code == 0 and os.environ["MINIT2V_KERNELS"] == "" and read_metadata("a.mp4")["kernels"] == "torch,geglu=auto"
     assert made == ["UNet3DConditionModel", "AutoencoderKL"] and any("optimized" in line for line in err)
