@@ -43,14 +43,14 @@ KEPT = {}
 
 
 @pytest.fixture(autouse=True)
-def loaded_once(model, monkeypatch):
-    """The parts of `model`, which no test changes, are loaded once with the same arguments: half of a short run."""
+def loaded_once(model, images, monkeypatch):
+    """The parts of `model` and `images`, which no test changes, are loaded once: half of a short run."""
     load = pipelines.files._load
 
     def once(cls, path, *arguments):
-        if Path(path).absolute() != model:
+        if Path(path).absolute() not in (model, images):
             return load(cls, path, *arguments)
-        key = repr((cls, arguments))
+        key = repr((cls, path, arguments))
         if key not in KEPT:
             KEPT[key] = load(cls, path, *arguments)
         return KEPT[key]

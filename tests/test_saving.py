@@ -1,6 +1,7 @@
 """Folders of a model change as a whole: a kill or an error leaves the old one or the new one."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,9 +14,17 @@ from minit2v.files import saving
 from minit2v.files.saving import filling
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, make_official_folder):
+    """Its UNet has one level: it is loaded many times."""
+    shallow = dict(block_out_channels=[32], down_block_types=["CrossAttnDownBlock3D"],
+                   up_block_types=["CrossAttnUpBlock3D"])
+    return make_official_folder(tmp_path_factory.mktemp("model"), small=True, unet=shallow)
+
+
 @pytest.fixture
-def folder(tmp_path, make_official_folder):
-    return make_official_folder(tmp_path / "model", small=True)
+def folder(model, tmp_path):
+    return shutil.copytree(model, tmp_path / "model")
 
 
 NETWORKS = ("text_encoder", "unet", "vae")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,12 @@ DATA = Path(__file__).parent / "data" / "authors_files.json.gz"
 GROUPS = {"block_out_channels": [32, 64], "norm_num_groups": 32}
 
 
+clip = cache(CLIPTokenizer.clip)  # of 49,408 symbols, and always the same: 0.1 s
+
+
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, tmp_path):
+    monkeypatch.setattr(CLIPTokenizer, "clip", staticmethod(clip))
     import huggingface_hub.constants as constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -97,14 +102,12 @@ def test_a_file_and_a_motion_module_s_file_make_a_video(animate, made):
 def test_what_a_file_lacks_is_said_and_may_be_given(animate, made):
     code, said = animate("novae.safetensors", "--adapter", "adapter")
     assert code == 1 and "has no vae: give it as vae=... (--vae), or" in said[-1] and "(--config)" in said[-1]
-    videos = []
     for n, options in enumerate((["--vae", "sd"], ["--vae", "sd/vae"], ["--vae", "sd.safetensors"], ["--config", "sd"],
                                  ["--config", "sd", "--tokenizer", "sd/tokenizer", "--vae", "sd"])):  # fmt: skip
         code, said = animate("novae.safetensors", "--adapter", "adapter", *options, "-o", f"{n}.mp4")
         assert code == 0, said
         stored = read_metadata(f"{n}.mp4")
         assert [stored.get(o[2:]) for o in options[::2]] == [str(made / o) for o in options[1::2]]
-        videos.append(Path(f"{n}.mp4").read_bytes()[-1000:])
     code, said = animate("notext.safetensors", "--adapter", "adapter")
     assert code == 1 and "has no text_encoder: give it as text_encoder=..., or" in said[-1]
     assert animate("notext.safetensors", "--adapter", "adapter", "--config", "sd", "-o", "x.mp4")[0] == 0
