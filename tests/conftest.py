@@ -6,6 +6,9 @@ The fixtures return functions, because a folder of tests without `__init__.py` c
 import gzip
 import json
 import os
+import signal
+import sys
+import traceback
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -126,8 +129,6 @@ def _write_tiny_vocabulary(folder: Path) -> None:
 
 
 def _default_signals() -> None:
-    import signal
-
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
 
@@ -136,6 +137,46 @@ def _default_signals() -> None:
 def default_signals() -> Callable[[], None]:
     """For `preexec_fn` of a child that gets signals: whoever runs the tests in the background has them ignored."""
     return _default_signals
+
+
+class _Forked:
+    """A child of this process that runs `function`: no start of an interpreter, no import. Its streams are one pipe."""
+
+    def __init__(self, function: Callable[[], object]):
+        read, write = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(read)
+            os.dup2(write, 1)
+            os.dup2(write, 2)
+            sys.stdout = sys.stderr = open(write, "w", buffering=1, encoding="utf-8")
+            _default_signals()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            code = 0
+            try:
+                function()
+            except SystemExit as end:
+                code = end.code
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+            finally:
+                sys.stdout.flush()
+                os._exit(code)  # none of what pytest would do at its own end
+        os.close(write)
+        self.said = open(read, "rb")  # noqa: SIM115
+
+    def wait(self) -> tuple[int, str]:
+        """(exit code, or minus the signal that ended it; what it has said since the last line that was read)."""
+        with self.said:
+            rest = self.said.read().decode()
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1]), rest
+
+
+@pytest.fixture(scope="session")
+def forked() -> type[_Forked]:
+    """forked(function) -> a child that runs it, with default signals: `pid`, `said` (its output), `wait()`."""
+    return _Forked
 
 
 @pytest.fixture(scope="session")

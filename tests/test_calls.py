@@ -15,9 +15,15 @@ from minit2v import (
     MotionAdapter,
     PNDMScheduler,
     TextToVideoSDPipeline,
+    UNet2DConditionModel,
+    UNetMotionModel,
     VideoToVideoSDPipeline,
 )
 
+IMAGE = dict(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+             layers_per_block=1, norm_num_groups=8, cross_attention_dim=8, attention_head_dim=4)
+MOTION = dict(block_out_channels=(32,), motion_layers_per_block=1, motion_norm_num_groups=8,
+              motion_num_attention_heads=4)
 FAST = dict(num_frames=3, num_inference_steps=6, height=16, width=16, output_type="np")
 
 
@@ -184,6 +190,18 @@ def test_a_motion_adapter_of_another_library():
         AnimateDiffPipeline(None, None, None, None, MotionAdapterOfTheirs(), None)
     with pytest.raises(TypeError, match="of diffusers.*minit2v.UNet2DConditionModel.from_pretrained"):
         AnimateDiffPipeline(None, None, None, UNet3DConditionModel(), None, None)
+    with pytest.raises(TypeError, match="motion_adapter must be a MotionAdapter of minit2v, not a MotionAdapter of di"):
+        UNetMotionModel.from_unet2d(UNet2DConditionModel(**IMAGE), MotionAdapterOfTheirs())
+    with pytest.raises(TypeError, match="unet must be a UNet2DConditionModel of minit2v, not a UNet3DCond"):
+        UNetMotionModel.from_unet2d(UNet3DConditionModel())
+    with pytest.raises(TypeError, match="unet must be a UNet2DConditionModel or UNetMotionModel, not a function"):
+        AnimateDiffPipeline(None, None, None, lambda x: x, None, None)
+
+
+def test_a_compiled_motion_adapter_is_taken_out_of_it():
+    unet, adapter = UNet2DConditionModel(**IMAGE), MotionAdapter(**MOTION)
+    made = AnimateDiffPipeline(None, None, None, unet, torch.compile(adapter, backend="eager"), None)
+    assert made.motion_adapter is adapter and isinstance(made.unet, UNetMotionModel)
 
 
 @pytest.mark.parametrize("method", ["enable_attention_slicing", "enable_xformers_memory_efficient_attention",
@@ -192,12 +210,18 @@ def test_a_motion_adapter_of_another_library():
 def test_what_is_not_needed_says_so_in_a_line(pipe, caplog, method):
     with caplog.at_level(logging.WARNING):
         getattr(pipe, method)()
-    assert [r.getMessage().startswith(f"{method}() changes nothing") for r in caplog.records] == [True]
+        if "slicing" not in method:
+            pipe.unet.__getattribute__(method)(), pipe.vae.__getattribute__(method)()
+    said = [r.getMessage().startswith(f"{method}() changes nothing") for r in caplog.records]
+    assert said == [True] * (1 if "slicing" in method else 3)
 
 
 def test_what_a_pipeline_lacks_is_named_with_the_nearest(pipe):
     with pytest.raises(AttributeError, match="TextToVideoSDPipeline has no 'enable_vae_slising' .nearest: 'enable_vae"):
         pipe.enable_vae_slising()
+    with pytest.raises(AttributeError, match="AutoencoderKL has no 'enable_tilin' .nearest: 'enable_tiling'"):
+        pipe.vae.enable_tilin()
+    assert not hasattr(pipe.unet, "set_processor") and pipe.unet.conv_in is dict(pipe.unet.named_children())["conv_in"]
     assert not hasattr(pipe, "image_encoder") and getattr(pipe, "nothing", 3) == 3
     with pytest.raises(ValueError, match="has no networks"):
         TextToVideoSDPipeline(None, None, None, None, None).device  # noqa: B018  a property that says what it lacks

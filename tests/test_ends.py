@@ -1,5 +1,6 @@
 """How the command ends: signals, streams, names that no terminal should see, files of strangers."""
 
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from minit2v import cli
+from minit2v.cli import videos
 from minit2v.files.video import export_to_video, read_metadata
 
 COMMAND = [sys.executable, "-m", "minit2v"]
@@ -43,27 +45,48 @@ def shell(line, **kw):
 # ------------------------------------------------------------------------------------------------------------- streams
 
 
-def test_streams_that_are_closed_or_know_ascii_alone():
+def test_streams_that_are_closed_or_know_ascii_alone(forked):
+    """And a path that is not UTF-8, which is written and said byte for byte."""
+    def child():  # as Python begins where stderr is closed, and PYTHONIOENCODING is ascii
+        os.close(2)
+        sys.stdout, sys.stderr = open(1, "w", encoding="ascii", closefd=False), None  # noqa: SIM115
+        sys.exit(cli.main(["generate", "ein größeres Bild", *FAST, "-o", os.fsdecode(b"a\xff/gr\xf6\xdfer.mp4")]))
+
+    process = forked(child)
+    assert process.said.readline() == b"a\xff/gr\xf6\xdfer.mp4\n" and process.wait() == (0, "")
+    assert os.listdir(b"a\xff") == [b"gr\xf6\xdfer.mp4"]
     base = f"{' '.join(COMMAND)} generate 'ein größeres Bild' {' '.join(FAST)}"
-    made = shell(f"{base} -o größer.mp4 2>&-", env={**os.environ, "PYTHONIOENCODING": "ascii"})
-    assert (made.returncode, made.stdout, made.stderr) == (0, "größer.mp4\n".encode(), b"")
     made = shell(f"{base} -o b.mp4 >&- 2>&- <&-")
     assert made.returncode == 0 and read_metadata("b.mp4")["prompt"] == "ein größeres Bild"
-    report = shell(f"{' '.join(COMMAND)} inspect shapes | head -1; exit ${{PIPESTATUS[0]}}")
-    assert report.returncode == 0 and report.stdout.startswith(b"shapes:") and report.stderr == b""
+    table = shell(f"{' '.join(COMMAND)} generate --scheduler help | head -1; exit ${{PIPESTATUS[0]}}")
+    assert table.returncode == 0 and table.stdout.startswith(b"name ") and table.stderr == b""
 
 
-def test_a_path_that_is_not_utf8_is_written_and_said_byte_for_byte():
-    made = subprocess.run([*map(os.fsencode, COMMAND), b"generate", b"a cat", *map(os.fsencode, FAST), b"-o",
-                           b"a\xff/\xfe.mp4"], capture_output=True, timeout=300)  # fmt: skip
-    assert made.returncode == 0 and made.stdout == b"a\xff/\xfe.mp4\n", made
-    assert os.listdir(b"a\xff") == [b"\xfe.mp4"]
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_behind_the_streams(monkeypatch, capsys):
+    full = io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=True)  # noqa: SIM115
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", full)
+        for args in (["--help"], ["generate", "--help"], ["--version"], ["generate", "--scheduler", "help", "a"]):
+            assert cli.main(args) == 1
+            assert capsys.readouterr().err == "minit2v: error: No space left on device\n"
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", full)  # messages are lost, the work is not
+        assert cli.main(["generate", "a cat", *FAST, "-o", "a.gif"]) == 0
+    assert capsys.readouterr().out == "a.gif\n" and read_metadata("a.gif")["prompt"] == "a cat"
+
+
+def test_prompts_are_utf8_whatever_the_terminal_speaks(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("größer\n".encode()), encoding="ascii"))
+    assert videos._read_prompts("-") == ["größer"]
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: "ascii")
+    assert videos._output_paths(None, ["größer", "é"], 1) == [Path("grer-1.mp4"), Path("video-1.mp4")]
 
 
 # ------------------------------------------------------------------------------------------------------------- signals
 
 
-@pytest.mark.parametrize("seconds", [0.12, 0.3, 0.8, 1.6])
+@pytest.mark.parametrize("seconds", [0.12, 0.5, 1.1])
 def test_ctrl_c_while_modules_are_imported_is_one_line(seconds, default_signals):
     code = "import minit2v.cli, sys; print('now', flush=True); sys.exit(minit2v.cli.main())"
     with subprocess.Popen([sys.executable, "-c", code, "generate", "a cat", "--steps", "900"], stdout=subprocess.PIPE,
@@ -99,6 +122,15 @@ def test_what_cannot_be_written_is_refused_before_the_work(run, monkeypatch):
     code, out, err = run("generate", "a cat", "--fps", "101", "-o", "a.gif")
     assert code == 1 and "a.gif can have 0.01 to 100 frames per second, not 101: give --fps" in err
     assert os.listdir() == []
+
+
+def test_what_encodes_is_looked_for_before_the_work(run, monkeypatch):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/bin/true")
+    monkeypatch.setattr("minit2v.cli.loading.load", None)
+    code, out, err = run("generate", "a cat", "-o", "a.mp4")
+    assert code == 1 and "/bin/true is no ffmpeg" in err and err.count("\n") == 1, err
+    monkeypatch.setattr("minit2v.cli.loading.load", lambda *_: (_ for _ in ()).throw(ValueError("loaded")))
+    assert "error: loaded" in run("generate", "a cat", "-o", "a.gif")[2]  # which needs none
 
 
 def test_errors_after_parsing_point_to_the_help_of_the_command(run):

@@ -1,6 +1,7 @@
 """Folders of a model change as a whole: a kill or an error leaves the old one or the new one."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,9 +14,17 @@ from minit2v.files import saving
 from minit2v.files.saving import filling
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, make_official_folder):
+    """Its UNet has one level: it is loaded many times."""
+    shallow = dict(block_out_channels=[32], down_block_types=["CrossAttnDownBlock3D"],
+                   up_block_types=["CrossAttnUpBlock3D"])
+    return make_official_folder(tmp_path_factory.mktemp("model"), small=True, unet=shallow)
+
+
 @pytest.fixture
-def folder(tmp_path, make_official_folder):
-    return make_official_folder(tmp_path / "model", small=True)
+def folder(model, tmp_path):
+    return shutil.copytree(model, tmp_path / "model")
 
 
 NETWORKS = ("text_encoder", "unet", "vae")
@@ -242,6 +251,26 @@ def test_compiled_networks_in_parallel_wrappers_are_saved(folder, monkeypatch, c
     pipe.unet.save_pretrained(folder.parent / "unet")  # the wrapper passes it on
     assert sorted(p.name for p in (folder.parent / "unet").iterdir()) == [
         "config.json", "diffusion_pytorch_model.safetensors"]
+
+
+def test_a_wrapper_of_the_user_s_own_is_saved_as_what_it_stands_around(folder):
+    class Timed(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(super().__getattr__("module"), name)
+
+    pipe = TextToVideoSDPipeline.from_pretrained(folder)
+    pipe.unet = Timed(pipe.unet)
+    pipe.save_pretrained(folder.parent / "saved", variant="fp16")
+    assert (folder.parent / "saved" / "unet" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+    again = TextToVideoSDPipeline.from_pretrained(folder.parent / "saved", variant="fp16")
+    assert torch.equal(again.unet.conv_in.weight, pipe.unet.module.conv_in.weight)
 
 
 def test_a_model_of_peft_says_how_it_is_saved(folder):

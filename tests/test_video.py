@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import shutil
 import signal
 import stat
@@ -9,15 +10,18 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 import urllib.request
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from minit2v.files.video import _ffmpeg, read_metadata
+from minit2v.files import video
+from minit2v.files.video import find_ffmpeg, read_metadata
 from minit2v.utils import export_to_gif, export_to_video, load_video
 
 COLOURS = np.array([(0, 0, 0), (255, 255, 255), (255, 0, 0), (0, 255, 0), (0, 0, 255), (10, 100, 200), (250, 120, 30)],
@@ -35,7 +39,7 @@ def pixels(frames):
 
 def probe(path):
     """What ffmpeg says about the stream."""
-    said = subprocess.run([_ffmpeg(), "-hide_banner", "-i", str(path)], capture_output=True, text=True).stderr
+    said = subprocess.run([find_ffmpeg(), "-hide_banner", "-i", str(path)], capture_output=True, text=True).stderr
     return next(line for line in said.splitlines() if "Video:" in line)
 
 
@@ -198,7 +202,7 @@ def test_gif_of_many_colours_is_close_and_ffmpeg_reads_it(tmp_path):
     frames = np.stack([np.stack([x, y, np.full_like(x, n / 7)], -1) for n in range(8)])
     path = export_to_gif(frames, tmp_path / "a.gif", fps=10)
     assert np.abs(pixels(load_video(path)) - frames * 255).mean() < 5
-    out = subprocess.run([_ffmpeg(), "-v", "error", "-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"],
+    out = subprocess.run([find_ffmpeg(), "-v", "error", "-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"],
                          capture_output=True)
     assert out.stderr == b"" and len(out.stdout) == 8 * 64 * 64 * 3
     assert (np.frombuffer(out.stdout, np.uint8).reshape(8, 64, 64, 3) == pixels(load_video(path))).all()
@@ -284,7 +288,7 @@ def test_encoder_failure_is_told_and_leaves_nothing(tmp_path, monkeypatch):
                          ("head -c 1000 >/dev/null; exit 5", "exit code 5")]:
         fake.write_text(f"#!/bin/sh\n{script}\n")
         fake.chmod(0o755)
-        monkeypatch.setattr("minit2v.files.video._ffmpeg", lambda: str(fake))
+        monkeypatch.setattr("minit2v.files.video.find_ffmpeg", lambda: str(fake))
         with pytest.raises(RuntimeError, match=said):
             export_to_video(noise, path)
         assert path.read_text() == "old" and sorted(os.listdir(tmp_path)) == ["a.mp4", "ffmpeg"]
@@ -315,25 +319,18 @@ def test_interrupt_kills_the_encoder_and_leaves_nothing(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == [] and started[-1].poll() == -9  # the first may ask for the version
 
 
-FULL = """
-    import resource, signal, sys
-    import numpy as np
-    from minit2v.utils import export_to_gif, export_to_video
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then fails as on a full disk
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    noise = np.random.default_rng(0).random((16, 128, 128, 3))
-    try:
-        {export}(noise, sys.argv[1])
-    except (OSError, RuntimeError) as e:
-        print(type(e).__name__, e)
-"""
+@pytest.mark.parametrize("export,suffix", [(export_to_video, ".mp4"), (export_to_gif, ".gif")])
+def test_files_that_may_not_grow(export, suffix, tmp_path, forked):
+    def child():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then fails as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        try:
+            export(np.random.default_rng(0).random((16, 128, 128, 3)), tmp_path / f"a{suffix}")
+        except (OSError, RuntimeError) as e:
+            print(type(e).__name__, e)
 
-
-@pytest.mark.parametrize("export,suffix", [("export_to_video", ".mp4"), ("export_to_gif", ".gif")])
-def test_files_that_may_not_grow(export, suffix, tmp_path):
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(FULL.format(export=export)), tmp_path / f"a{suffix}"],
-                         capture_output=True, text=True)
-    assert "Error" in run.stdout and ("File too large" in run.stdout or "SIGXFSZ" in run.stdout), run
+    code, said = forked(child).wait()
+    assert code == 0 and "Error" in said and ("File too large" in said or "SIGXFSZ" in said), said
     assert os.listdir(tmp_path) == []
 
 
@@ -412,11 +409,11 @@ def test_load_video_from_a_folder_and_an_address(tmp_path):
 def test_videos_that_others_made(tmp_path):
     """Ten bits a sample, and more frames a second than ffmpeg writes out."""
     path = str(tmp_path / "a.mp4")
-    subprocess.run([_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", "color=0x0A64C8:s=16x8:r=1000", "-frames:v", "3",
+    subprocess.run([find_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", "color=0x0A64C8:s=16x8:r=1000", "-frames:v", "3",
                     "-pix_fmt", "yuv420p10le", "-c:v", "libx264", path], check=True)
     frames, fps = load_video(path, return_fps=True)
     assert len(frames) == 3 and frames[0].size == (16, 8) and fps == 1000
-    subprocess.run([_ffmpeg(), "-y", "-v", "error", "-f", "lavfi", "-i", "color=0x0A64C8:s=16x8", "-frames:v", "3",
+    subprocess.run([find_ffmpeg(), "-y", "-v", "error", "-f", "lavfi", "-i", "color=0x0A64C8:s=16x8", "-frames:v", "3",
                     "-metadata", b"comment=caf\xe9", str(tmp_path / "b.mp4")], check=True)
     assert read_metadata(tmp_path / "b.mp4") == {}
     assert np.abs(pixels(frames) - [10, 100, 200]).max() <= 4
@@ -441,7 +438,7 @@ def test_what_strangers_write_into_tags(text, tmp_path):
     path = str(tmp_path / "a.mkv")
     tags = [f"-metadata{where}" for where in ("", ":s:v:0") for _ in range(2)]
     values = [f"title={text}", f"artist={text}\ncomment={{}}", f"title={text}", 'comment={"prompt": "of the stream"}']
-    subprocess.run([_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", "color=red:s=16x16:r=12", "-frames:v", "3",
+    subprocess.run([find_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", "color=red:s=16x16:r=12", "-frames:v", "3",
                     *(x for pair in zip(tags, values, strict=True) for x in pair), path], check=True)
     frames, fps = load_video(path, return_fps=True)
     assert len(frames) == 3 and fps == 12 and read_metadata(path) == {}
@@ -483,6 +480,57 @@ def test_an_ffmpeg_that_is_too_old_is_named(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"ffmpeg version 4.2.2-static .*7.0 is the oldest .*imageio-ffmpeg"):
         export_to_video(solid(8, 8), tmp_path / "a.mp4")
     assert os.listdir(tmp_path) == ["ffmpeg"]
+
+
+def test_what_is_no_ffmpeg_is_named(tmp_path, monkeypatch):
+    for name, said in (("true", "is no ffmpeg: unset IMAGEIO_FFMPEG_EXE"), ("gone", "gone cannot be started .No such")):
+        (tmp_path / "true").write_text("#!/bin/sh\n"), (tmp_path / "true").chmod(0o755)
+        monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / name))
+        with pytest.raises(RuntimeError, match=said):
+            export_to_video(solid(8, 8), tmp_path / "a.mp4")
+
+
+def test_a_pipe_among_images_does_not_wait(tmp_path, request):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    Image.new("RGB", (8, 8)).save(folder / "1.png")
+    os.mkfifo(tmp_path / "pipe")
+
+    def waits(*_):
+        raise TimeoutError("it waits for somebody to write")
+
+    before = signal.signal(signal.SIGALRM, waits)
+    request.addfinalizer(lambda: (signal.alarm(0), signal.signal(signal.SIGALRM, before)))
+    signal.alarm(30)
+    for make in (lambda p: os.mkfifo(p), lambda p: p.symlink_to(tmp_path / "pipe"), Path.mkdir):
+        make(folder / "2.png")
+        with pytest.raises(ValueError, match="2.png: a folder, a pipe or a device, not a file"):
+            load_video(folder)
+        (folder / "2.png").rmdir() if (folder / "2.png").is_dir() else (folder / "2.png").unlink()
+
+
+def test_the_limit_of_pillow_is_no_damage(tmp_path, monkeypatch):
+    Image.new("L", (64, 64)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match="a.png: Image size .4096 pixels.* Raise PIL.Image.MAX_IMAGE_PIXELS") as error:
+        load_video(tmp_path / "a.png")
+    assert "damaged" not in str(error.value)
+
+
+def test_other_addresses_are_no_files(tmp_path):
+    for address in ("ftp://x/y.mp4", "file:///etc/passwd", "S3://b/c.gif"):
+        with pytest.raises(ValueError, match=f"{address}: of addresses only http and https are fetched"):
+            load_video(address)
+    with pytest.raises(OSError, match="HTTP://127.0.0.1:1/x.mp4: cannot be fetched"):
+        load_video("HTTP://127.0.0.1:1/x.mp4")
+
+
+def test_an_exact_grid_wins_over_a_slower_one_that_is_near(tmp_path):
+    """40, 80, 40 ms are 25 frames a second; to 24 no time is off by more than a GIF's tick."""
+    frames = [Image.new("RGB", (8, 8), c) for c in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=[40, 80, 40])
+    found, fps = load_video(tmp_path / "a.gif", return_fps=True)
+    assert fps == 25 and [f.getpixel((0, 0)) for f in found] == [(255, 0, 0), (0, 255, 0), (0, 255, 0), (0, 0, 255)]
 
 
 def test_numpy_numbers_are_numbers(tmp_path):
@@ -545,7 +593,8 @@ def test_every_rate_comes_back(fps, tmp_path):
 def test_videos_whose_frames_last_unequally(suffix, tmp_path):
     def make(source, filters):
         path = str(tmp_path / f"a{suffix}")
-        subprocess.run([_ffmpeg(), "-y", "-v", "error", "-f", "lavfi", "-i", source, "-vf", filters, "-fps_mode", "vfr",
+        subprocess.run([find_ffmpeg(), "-y", "-v", "error", "-f", "lavfi", "-i", source, "-vf", filters,
+                        "-fps_mode", "vfr",
                         "-enc_time_base", "1/1000", "-c:v", "libx264", path], check=True)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -606,83 +655,85 @@ def test_a_limit_of_pixels(tmp_path, monkeypatch):
         load_video(animated(tmp_path / "b.png", 60_000, 50_000, 36_100), max_pixels=1460 * 64)
 
 
-def test_a_video_that_unfolds_is_refused_at_once(tmp_path):
+def test_a_video_that_unfolds_is_refused_at_once(tmp_path, forked):
     """Kilobytes that would be gigabytes."""
     path = str(tmp_path / "a.mp4")
-    subprocess.run([_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", "color=black:s=1920x1080:r=30", "-frames:v", "150",
-                    "-c:v", "libx264", "-preset", "ultrafast", "-g", "999", path], check=True)
+    subprocess.run([find_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", "color=black:s=1920x1080:r=30", "-frames:v",
+                    "150", "-c:v", "libx264", "-preset", "ultrafast", "-g", "999", path], check=True)
     assert os.path.getsize(path) < 500_000
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent("""
-        import resource, sys
-        from minit2v.files.video import load_video
+
+    def child():
+        before = used()
         try:
-            load_video(sys.argv[1])
+            load_video(path)
         except ValueError as e:
             print(e)
-        print(max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
-    """), path], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert "150 frames of 1920x1080 are 311,040,000 pixels, and max_pixels is 268,435,456" in run[0]
-    assert int(run[1]) < 900_000  # KiB, the interpreter with torch included: its frames would take 1,215,000
+        print(used() - before, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+
+    code, said = forked(child).wait()
+    assert code == 0 and "150 frames of 1920x1080 are 311,040,000 pixels, and max_pixels is 268,435,456" in said, said
+    grown, of_ffmpeg = map(int, said.splitlines()[-1].split())
+    assert grown < 100_000 and of_ffmpeg < 900_000  # KiB: its frames would take 1,215,000
 
 
-@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
-def test_memory_while_loading_is_what_is_returned(suffix, tmp_path):
-    """At most 1.2 times the images, which PIL holds at four bytes a pixel."""
+def used():
+    """The most memory that this process has had, in KiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def test_memory_while_loading_is_what_is_returned(tmp_path):
+    """At most 1.2 times the images, which PIL holds at four bytes a pixel. Each in a process without used memory."""
     x = np.zeros((64, 512, 512, 3), np.uint8)
-    path = (export_to_gif if suffix == ".gif" else export_to_video)(x, tmp_path / f"a{suffix}")
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent("""
-        import resource, sys
+    paths = [export_to_video(x, tmp_path / "a.mp4"), export_to_gif(x, tmp_path / "a.gif")]
+    said = subprocess.run([sys.executable, "-c", textwrap.dedent("""
+        import os, resource, sys
         from PIL import Image, GifImagePlugin
         from minit2v.files.video import load_video
         def used():
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        load_video(sys.argv[2])
-        before = used()
-        frames = load_video(sys.argv[1])
-        print((used() - before) * 1024 / (4 * 64 * 512 * 512), len(frames))
-    """), path, export_to_gif(solid(8, 8), tmp_path / "b.gif")], capture_output=True, text=True, check=True).stdout
-    assert float(run.split()[0]) < 1.2 and run.split()[1] == "64"
+        load_video(sys.argv[1])
+        for path in sys.argv[2:]:
+            if (child := os.fork()) == 0:
+                before = used()
+                frames = load_video(path)
+                print((used() - before) * 1024 / (4 * 64 * 512 * 512), len(frames), flush=True)
+                os._exit(0)
+            os.waitpid(child, 0)
+    """), export_to_gif(solid(8, 8), tmp_path / "b.gif"), *paths], capture_output=True, text=True, check=True).stdout
+    grown = [line.split() for line in said.splitlines()]
+    assert [n for _, n in grown] == ["64", "64"] and all(0.8 < float(share) < 1.2 for share, _ in grown), said
 
 
 # ---------------------------------------------------------------------------------------------- ends that are not clean
 
-KILLED = """
-    import sys, time
-    import numpy as np
-    import minit2v.files.video as video
-    from minit2v.files.video import export_to_gif, export_to_video, load_video
-    what, path, source = sys.argv[1:]
-    def wait(*_):
-        print("now", flush=True)
-        time.sleep(60)
-    x = np.zeros((4, 64, 64, 3), np.uint8)
-    if what == "video":
-        video.np.ascontiguousarray = wait
-        export_to_video(x, path)
-    elif what == "gif":
-        video.os.replace = wait
-        export_to_gif(x, path)
-    else:
-        video._packets = wait
-        load_video(source)
-"""
-
-
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 @pytest.mark.parametrize("what", ["video", "gif", "load"])
-def test_signals_leave_nothing_behind(what, name, tmp_path):
+def test_signals_leave_nothing_behind(what, name, tmp_path, forked):
     source = export_to_video(solid(8, 8), tmp_path / "source.mp4")
     out, temporary = tmp_path / "out", tmp_path / "tmp"
     out.mkdir(), temporary.mkdir()
-    number = getattr(signal, name)
-    path = str(out / ("a.gif" if what == "gif" else "a.mp4"))
-    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(KILLED), what, path, source], stdout=subprocess.PIPE,
-                          env={**os.environ, "TMPDIR": str(temporary)},
-                          preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)) as process:
-        assert process.stdout.readline() == b"now\n"
-        assert what == "load" or len(os.listdir(out)) == 1
-        process.send_signal(number)
-        assert process.wait(120) == -number  # it ends by the signal, as without us
+
+    def wait(*_):
+        print("now", flush=True)
+        time.sleep(60)
+
+    def child():
+        tempfile.tempdir = str(temporary)
+        if what == "video":
+            video.np.ascontiguousarray = wait
+            export_to_video(solid(64, 64), out / "a.mp4")
+        elif what == "gif":
+            video.os.replace = wait
+            export_to_gif(solid(64, 64), out / "a.gif")
+        else:
+            video._packets = wait
+            load_video(source)
+
+    process, number = forked(child), getattr(signal, name)
+    assert process.said.readline() == b"now\n"
+    assert what == "load" or len(os.listdir(out)) == 1
+    os.kill(process.pid, number)
+    assert process.wait()[0] == -number  # it ends by the signal, as without us
     assert os.listdir(out) == [] and os.listdir(temporary) == []
 
 

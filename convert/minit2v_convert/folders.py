@@ -56,7 +56,11 @@ def open_path(src: Path, variant: str | None = None, mmap: bool = True) -> Opene
     if (src / INDEX).is_file():
         opened = Opened({})
         families.refuse(families.of_index(parse_json(src / INDEX)), src)
-        for name in networks(parse_json(src / INDEX)):
+        try:
+            named = networks(parse_json(src / INDEX))
+        except ValueError as error:
+            raise error if str(src) in str(error) else ValueError(f"{src}: {error}") from None
+        for name in named:
             if not (src / name / CONFIG).is_file():
                 missing = f"{src / name} has no {CONFIG}" if (src / name).is_dir() else f"there is no {src / name}"
                 raise ValueError(f"{missing}, and {INDEX} names it")

@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,7 +12,7 @@ from minit2v_convert.rename import nearest
 from .. import __version__
 from ..files import embedded
 from . import long_videos
-from .messages import clean, tell
+from .messages import clean, tell, write
 
 ADAPTER = "guoyww/animatediff-motion-adapter-v1-5-2"  # for every other image model
 SUFFIXES = (".mp4", ".gif", ".mkv", ".mov", ".m4v")
@@ -84,6 +85,9 @@ class Parser(argparse.ArgumentParser):
             word, known = rest[0].split("=")[0], [s for a in self._actions for s in a.option_strings]
             self.error(f"unknown argument {word!r}{nearest(word, known)}")
         return namespace, rest
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        write(file or sys.stderr, message)  # argparse's own says nothing of a full disk
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, clean(f"{self.prog}: error: {message}; see {self.prog} --help") + "\n")

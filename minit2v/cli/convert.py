@@ -18,7 +18,7 @@ from ..models.unet2d import UNet2DConditionModel
 from ..models.unet3d import UNet3DConditionModel
 from ..models.unet_motion import MotionAdapter, UNetMotionModel
 from ..models.vae import AutoencoderKL
-from .messages import tell
+from .messages import Progress, tell
 
 TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = _tokenizer(args.tokenizer) if "tokenizer" in args else None
     config = _config(args.config) if "config" in args else None
     src, dst = _here(args.src), Path(args.dst).expanduser()
-    with tqdm(unit="B", unit_scale=True, dynamic_ncols=True, disable=args.dry_run) as bar:
+    with tqdm(unit="B", unit_scale=True, dynamic_ncols=True, disable=args.dry_run, file=Progress()) as bar:
 
         def show(file: str, n: int, total: int) -> None:
             bar.total = total

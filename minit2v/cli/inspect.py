@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import json
 import math
 import os
 import re
@@ -17,7 +18,7 @@ from torch import Tensor
 from minit2v_convert import families
 from minit2v_convert.convert import components
 from minit2v_convert.detect import FLOATS, detect
-from minit2v_convert.folders import check_parts, is_authors_layout, open_path, variants
+from minit2v_convert.folders import is_authors_layout, open_path, variants
 from minit2v_convert.modelscope_configuration import NAME
 from minit2v_convert.rename import nearest
 from minit2v_convert.shapes import POSITION_IDS
@@ -134,7 +135,7 @@ def report(model: str, revision: str | None = None, variant: str | None = None) 
     if pipeline_files.INDEX in there:
         with read_from(model):
             index = source.json("", pipeline_files.INDEX)
-            check_parts(index)  # before a name becomes a path
+            pipeline_files.check_index(index)  # before a name becomes a path
         families.refuse(families.of_index(index), model)
         if "config.json" in source.sizes("unet"):
             families.refuse(families.of_unet(source.json("unet", "config.json")), model)
@@ -202,8 +203,12 @@ def _inspect(
             return _inspect_network(source, part, cls, variant, name, sizes)
         shown = (part, cls, "", "", "", _files(sizes))
         if cls.startswith("CLIPTokenizer"):
-            source.tokenizer(part)
-            return shown, 0, []
+            tokenizer = source.tokenizer(part)
+            length = tokenizer.model_max_length
+            if part and "config.json" in source.sizes("text_encoder"):
+                known = source.json("text_encoder", "config.json").get("max_position_embeddings")
+                pipeline_files.check_length(length, known)
+            return shown, 0, _second_vocabulary(source, part, sizes, tokenizer)
         schedulers = importlib.import_module("minit2v.schedulers")
         known = [n for n in dir(schedulers) if n.endswith("Scheduler")]
         if cls not in known:
@@ -212,6 +217,19 @@ def _inspect(
         return shown, 0, []
     except (*BROKEN, OSError) as e:  # a file may say anything
         return (part, cls or "", "", "", "", _files(sizes)), 0, [first_line(e)]
+
+
+def _second_vocabulary(source: Source, part: str, names: Iterable[str], tokenizer: CLIPTokenizer) -> list[str]:
+    """What is wrong with vocab.json and merges.txt beside the tokenizer.json that is read: others read them."""
+    if not isinstance(source, Folder) or not {"tokenizer.json", "vocab.json", "merges.txt"} <= {*names}:
+        return []
+    try:
+        second = CLIPTokenizer._read(source.root / part, [n for n in names if n != "tokenizer.json"])
+    except (*BROKEN, OSError) as e:
+        return [f"{first_line(e)} (tokenizer.json is read in its place)"]
+    one, two = (json.loads(t.backend.to_str())["model"] for t in (tokenizer, second))
+    return [] if all(one[k] == two[k] for k in ("vocab", "merges")) else [
+        "vocab.json and merges.txt have another vocabulary than tokenizer.json, which is read"]
 
 
 def _inspect_network(

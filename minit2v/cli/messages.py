@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 from minit2v_convert.rename import shown
@@ -16,12 +16,12 @@ LONGEST = 2000  # characters of a line: what a file says can be of any length
 
 def say(text: str) -> None:
     """A line on stderr."""
-    _write(sys.stderr, f"minit2v: {clean(text)}\n")
+    write(sys.stderr, f"minit2v: {clean(text)}\n")
 
 
 def tell(*lines: str) -> None:
     """Lines on stdout."""
-    _write(sys.stdout, "".join(f"{shown(line)}\n" for line in lines))
+    write(sys.stdout, "".join(f"{shown(line)}\n" for line in lines))
 
 
 def tell_path(path: str | os.PathLike) -> None:
@@ -43,7 +43,7 @@ def clean(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
-def _write(stream: TextIO, text: str) -> None:
+def write(stream: TextIO, text: str) -> None:
     """Whatever the stream's encoding is: what it lacks is escaped. Nobody reads any more: that is no error."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
@@ -54,6 +54,20 @@ def _write(stream: TextIO, text: str) -> None:
     except OSError:
         if stream is not sys.stderr:  # a full disk; on stderr nobody could be told
             raise
+
+
+class Progress:
+    """stderr for progress bars: where it takes no more (a full disk), the work goes on."""
+
+    def write(self, text: str) -> None:
+        write(sys.stderr, text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stderr.flush()
 
 
 def _lead_nowhere(stream: TextIO) -> None:

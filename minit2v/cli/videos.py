@@ -21,7 +21,7 @@ from ..files import embedded
 from . import long_videos
 from .arguments import SUFFIXES, make_parser
 from .ends import importing
-from .messages import one_line, say, tell_path
+from .messages import Progress, one_line, say, tell_path
 
 # The models that come with the package: what each command takes where no other is given.
 EMBEDDED = {
@@ -88,15 +88,18 @@ def run(args: argparse.Namespace) -> int:
         if not 0.01 <= settings["fps"] <= (most := 100 if path.suffix.lower() == ".gif" else 1000):
             raise ValueError(f"{path} can have 0.01 to {most} frames per second, not {settings['fps']:g}: give --fps")
     with importing():
+        from ..files.video import find_ffmpeg
         from .loading import load  # torch takes a second, in which all errors above have been said
 
+    if any(path.suffix.lower() != ".gif" for path in paths):
+        find_ffmpeg()
     pipe, call = load(args.command, settings, len(video) if video else None)
 
     say(_summary(settings, len(video) if video else settings["num_frames"]))
     failures = []
     for n, ((prompt, at), path) in enumerate(zip(entries, paths, strict=True)):
         pipe.set_progress_bar_config(desc=f"{n + 1}/{len(prompts)}" if len(prompts) > 1 else None, unit="step",
-                                     dynamic_ncols=True)
+                                     dynamic_ncols=True, file=Progress())
         try:
             start = time.monotonic()
             latents = _latents(pipe, call, long_videos.texts_of(prompt, at), settings["seed"], video)
@@ -197,7 +200,10 @@ def _versions() -> dict[str, str]:
 def _read_prompts(file: str) -> list[str]:
     """The lines of a file, blank ones left out. What ends a line is a line feed, a carriage return, or both."""
     try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        if file == "-":  # UTF-8 whatever the terminal's encoding is
+            text = sys.stdin.buffer.read().decode() if hasattr(sys.stdin, "buffer") else sys.stdin.read()
+        else:
+            text = Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
         raise ValueError(f"{file}: not UTF-8 text ({e.reason} at byte {e.start})") from None
     lines = re.split(r"[\r\n]+", text.removeprefix("\ufeff"))  # some editors begin a file with that mark
@@ -230,7 +236,9 @@ def _output_paths(output: Path | None, prompts: list[str], seed: int) -> list[Pa
         return [output]
     if is_file:
         return [folder / f"{output.stem}-{n + 1}{output.suffix}" for n in range(len(prompts))]
-    words = [re.sub(r"[\W_]+", "-", prompt.lower())[:40].strip("-") or "video" for prompt in prompts]
+    system = sys.getfilesystemencoding()  # which may lack letters of the prompt
+    words = [re.sub(r"[\W_]+", "-", prompt.lower().encode(system, "ignore").decode(system))[:40].strip("-") or "video"
+             for prompt in prompts]
     return [folder / f"{w}-{seed}.mp4" for w in words]
 
 
@@ -249,7 +257,7 @@ def _read_source(
     if wanted not in (None, digest):
         raise ValueError(f"{path}: not the video that was begun with, its frames have changed")
     measured = {"strength": 0.6, "height": frames[0].height, "width": frames[0].width, **({"fps": fps} if fps else {})}
-    where = path if path.startswith(("http://", "https://")) else str(Path(path).absolute())
+    where = path if "://" in path else str(Path(path).absolute())
     return frames, measured, {"video": where, "video_sha256": digest, **cut}
 
 
@@ -257,7 +265,7 @@ def _find_sound(source: dict[str, Any], fps: float, of_video: float | None) -> t
     """The file whose sound the new video gets, and where it begins; a line where its sound does not fit the frames."""
     from ..files.video import has_sound
 
-    if source["video"].startswith(("http://", "https://")):
+    if "://" in source["video"]:
         say("sound is taken from files only: fetch the video first, if it has some")
         return None
     if not has_sound(source["video"]):

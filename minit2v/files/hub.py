@@ -5,6 +5,7 @@ OSError: each in one line that names the file.
 """
 
 import glob
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -103,14 +104,15 @@ def local(
 
     revision: for such an id alone, the address of a file has its own. ValueError on any other address.
     """
-    url = re.fullmatch(r"https?:/+([^/]+)/?([^?#]*).*", str(path_or_id))  # a Path has made one slash of two
-    if url is None:
+    url = re.fullmatch(r"(?s)([A-Za-z][\w+.-]+):/+([^/]*)/?([^?#]*).*", str(path_or_id))  # a Path has one slash
+    if url is None or os.path.exists(path_or_id):
         return path_or_id
     import huggingface_hub as hf
     from huggingface_hub import constants, errors
 
-    where = [unquote(part) for part in url[2].strip("/").split("/")]
-    known = url[1].lower() in (*HOSTS, constants.ENDPOINT.split("//")[-1]) and not {"", ".", ".."} & {*where}
+    where = [unquote(part) for part in url[3].strip("/").split("/")]
+    is_web = url[1].lower() in ("http", "https")
+    known = is_web and url[2].lower() in (*HOSTS, constants.ENDPOINT.split("//")[-1]) and not {"", ".", ".."} & {*where}
     if known and (len(where) == 2 or where[2:] == ["tree", revision or "main"]):
         return "/".join(where[:2])
     if not known or len(where) < 5 or where[2] not in ("blob", "resolve"):
@@ -125,6 +127,14 @@ def local(
         if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
             raise FileNotFoundError(f"{repo} has no {name} in revision {revision!r}") from None
         raise OSError(f"fetching {name} of {repo} failed: {first_line(error)}") from error
+
+
+def local_file(path: str | Path, **where: Any) -> Path:
+    """`local` for what is one file. ValueError on the address of a repository."""
+    found = local(path, **where)
+    if isinstance(found, str) and found != str(path):
+        raise ValueError(f"{path} is a repository, not a file: from_pretrained reads it, or give the address of a file")
+    return Path(found).expanduser()
 
 
 def check_hub_id(name: str) -> None:

@@ -148,7 +148,8 @@ def _replacing(path: Path) -> Iterator[Path]:
         raise type(e)(e.errno, f"cannot write here ({e.strerror or e})", str(path)) from e
 
 
-def _ffmpeg() -> str:
+def find_ffmpeg() -> str:
+    """The program's path. Raises ImportError where there is none, RuntimeError where it cannot do the work."""
     try:
         from imageio_ffmpeg import get_ffmpeg_exe
     except ImportError as e:
@@ -159,7 +160,12 @@ def _ffmpeg() -> str:
 @cache
 def _checked(program: str) -> str:
     """The program's whole path. Raises RuntimeError where it is too old."""
-    said = subprocess.run([program, "-version"], stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout
+    try:
+        said = subprocess.run([program, "-version"], stdin=subprocess.DEVNULL, capture_output=True, text=True).stdout
+    except OSError as e:
+        raise RuntimeError(f"{program} cannot be started ({e.strerror})") from e
+    if not said.startswith("ffmpeg version"):
+        raise RuntimeError(f"{program} is no ffmpeg: unset IMAGEIO_FFMPEG_EXE, or pip install -U imageio-ffmpeg")
     version = re.match(r"ffmpeg version n?(\d+)\.", said)  # those built from its repository have no number
     if version and int(version[1]) < OLDEST_FFMPEG:
         raise RuntimeError(f"{program} is {shown(said.splitlines()[0][:60])}, and {OLDEST_FFMPEG}.0 is the oldest that "
@@ -227,7 +233,7 @@ def export_to_video(
     hint = "; export_to_gif writes GIFs" if suffix == ".gif" else nearest(suffix, list(MUXERS))
     path = _target(output_video_path, ".mp4", list(MUXERS), hint)
     tags = f";FFMETADATA1\ncomment={_escape(_json(metadata))}\n" if metadata else None
-    program = _ffmpeg()
+    program = find_ffmpeg()
 
     block = math.lcm(2, macro_block_size or 1)
     h, w = first.shape[:2]
@@ -406,7 +412,9 @@ def load_video(
 
 def _local(path: str | os.PathLike, scratch: Path, max_pixels: float) -> Path:
     """The path itself, or what was downloaded from an address."""
-    if str(path).startswith(("http://", "https://")):
+    if re.match(r"[a-z][a-z0-9+.-]+://", str(path), re.I):
+        if not str(path).lower().startswith(("http://", "https://")):
+            raise ValueError(f"{shown(path)}: of addresses only http and https are fetched")
         import urllib.request
 
         local, most = scratch / "video", 3 * max_pixels  # bytes: what that many pixels take uncompressed
@@ -462,6 +470,9 @@ def _opened(path: Path, what: str) -> Iterator[Any]:
     except Exception as e:  # a broken file breaks its reader anywhere
         if isinstance(e, ValueError) and str(e).startswith(f"{shown(path)}: "):
             raise
+        if isinstance(e, Image.DecompressionBombError):  # Pillow's own limit, which holds for all of the process
+            raise ValueError(f"{shown(path)}: {shown(first_line(e))} Raise PIL.Image.MAX_IMAGE_PIXELS, and "
+                             "max_pixels, for it") from e  # fmt: skip
         raise ValueError(f"{shown(path)}: {what} ({shown(first_line(e))})") from e
 
 
@@ -478,6 +489,8 @@ def _rgb(image: Any) -> Any:
 
 def _load_folder(path: Path, max_pixels: float) -> list:
     files = [f for f in path.iterdir() if f.suffix.lower() in IMAGES]
+    if others := [f for f in files if f.exists() and not f.is_file()]:  # to open a pipe would wait for ever
+        raise ValueError(f"{shown(others[0])}: a folder, a pipe or a device, not a file")
     if not files:
         raise ValueError(f"{shown(path)}: no images ({', '.join(IMAGES)}) in this folder")
     files.sort(key=lambda f: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", f.name)])
@@ -527,8 +540,8 @@ def _ffmpeg_reads(
     with open(path, "rb") as file, open(log, "wb") as messages:
         # Only errors are logged: what ffmpeg else says repeats what the file says, and that may look like an error.
         options = ["-nostdin", "-y", "-v", "error", *["-xerror"] * strict, "-max_pixels", largest]
-        process = subprocess.Popen([_ffmpeg(), *options, "-protocol_whitelist", "fd", "-fd", "0", "-i", "fd:", *output],
-                                   stdin=file, stdout=subprocess.PIPE, stderr=messages, cwd=scratch)  # fmt: skip
+        command = [find_ffmpeg(), *options, "-protocol_whitelist", "fd", "-fd", "0", "-i", "fd:", *output]
+        process = subprocess.Popen(command, stdin=file, stdout=subprocess.PIPE, stderr=messages, cwd=scratch)
         try:
             yield process.stdout
             code = process.wait()
@@ -671,14 +684,16 @@ def _even(times: list[float], tick: float, declared: float | None) -> tuple[list
     lengths = [b - a for a, b in itertools.pairwise(times) if b > a] or [total]
     ticks = math.gcd(*(round(x / tick) for x in lengths))
     rates = [24, 25, 30, 50, 60, declared or 30, 1 / (max(1, ticks) * tick), *(m / min(lengths) for m in (1, 2, 3, 4))]
-    for rate in sorted(r for r in rates if total * r <= max(2 * n, 30.5 * total) + 1):
-        for shift in (0, tick / 2):
+    rates = sorted(r for r in rates if total * r <= max(2 * n, 30.5 * total) + 1)
+    for rate, exactly in [(r, True) for r in rates] + [(r, False) for r in rates]:
+        for shift in (0,) if exactly else (0, tick / 2):
             points = [round((t + shift) * rate) for t in times[:-1]]
             near = min(max((0.499 if shift else 0.6) * tick, min(0.1 / rate, 0.01)), 0.25 / rate)
+            near = 1e-6 * tick if exactly else near
             last = max(round(total * rate), points[-1] + 1)
             if (all(a < b for a, b in itertools.pairwise(points))
                     and all(abs(t + shift - p / rate) <= near for t, p in zip(times[:-1], points, strict=True))
-                    and abs(last / rate - total) <= max(0.25 / rate, 0.1 * total)):  # fmt: skip
+                    and abs(last / rate - total) <= (near if exactly else max(0.25 / rate, 0.1 * total))):  # fmt: skip
                 pairs = zip(points, [*points[1:], last], strict=True)
                 error = 1 + tick / total / 2
                 return ([i for i, (a, b) in enumerate(pairs) for _ in range(b - a)],

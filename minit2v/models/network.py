@@ -1,11 +1,12 @@
 """What all networks share: a config, strict loading, saving under diffusers' names."""
 
 import inspect
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import fields as dataclass_fields
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,11 @@ from minit2v_convert.stream import parse_json, replacing
 
 from ..compat import compat_fields
 from ..files.config import config_fields, make_config, one_dtype, quoted, read_from
-from ..files.hub import DIFFUSERS_VERSION, choose_weights, find_config, find_folder, local, write_json
+from ..files.hub import DIFFUSERS_VERSION, choose_weights, find_config, find_folder, local, local_file, write_json
 from ..files.saving import filling
 from ..files.weights import Weightless, fill, fill_from, open_weights
+
+logger = logging.getLogger(__name__)
 
 
 class Network(nn.Module):
@@ -54,6 +57,29 @@ class Network(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    if not TYPE_CHECKING:  # a type checker would believe that there is every name
+
+        def __getattr__(self, name: str) -> Any:
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                if name.startswith("_") or hasattr(type(self), name):  # a property whose own error says more
+                    raise
+                near = nearest(name, [n for n in dir(self) if not n.startswith("_")])
+                raise AttributeError(f"{type(self).__name__} has no {name!r}{near}", name=name) from None
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
+        say_unneeded("enable_xformers_memory_efficient_attention", "PyTorch's own attention takes as little memory")
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        say_unneeded("disable_xformers_memory_efficient_attention", "xformers is never used")
+
+    def fuse_qkv_projections(self) -> None:
+        say_unneeded("fuse_qkv_projections", "the pipeline's optimize() lays q, k and v together")
+
+    def unfuse_qkv_projections(self) -> None:
+        say_unneeded("unfuse_qkv_projections", "the pipeline's restore() takes the weights back to where they were")
 
     def set_compat(self, compat: str | None) -> Self:
         """Set the fields in which we deviate as this mode has them (compat.py), except those passed in code.
@@ -193,7 +219,7 @@ class Network(nn.Module):
 
         cls._check_fields("from_single_file", config_overrides)
         dtype = one_dtype(torch_dtype, dtype)
-        path = Path(local(path)).expanduser()
+        path = local_file(path)
         found = components(path, ema, mmap=mmap)
         name, part = next(((n, p) for n, p in found.items() if p.cls in cls.class_names()), ("", None))
         if part is None:
@@ -277,3 +303,7 @@ class Network(nn.Module):
         """Diffusers' names of what a network of this config has."""
         with torch.device("meta"), Weightless():
             return set(type(self).from_config(self.config).diffusers_state_dict())
+
+
+def say_unneeded(method: str, why: str) -> None:
+    logger.warning("%s() changes nothing, and nothing is needed: %s.", method, why)

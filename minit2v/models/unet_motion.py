@@ -257,8 +257,9 @@ class UNetMotionModel(UNet):
         Both are copied, and stay as they were. load_weights: False takes the shapes alone, with random weights.
         compat: as in `set_compat`. Raises ValueError where the two do not fit each other, TypeError on another network.
         """
-        if not isinstance(unet, UNet2DConditionModel):
-            raise TypeError(f"unet must be a UNet2DConditionModel, not a {type(unet).__name__}")
+        _check_ours("unet", unet, UNet2DConditionModel)
+        if motion_adapter is not None:
+            _check_ours("motion_adapter", motion_adapter, MotionAdapter)
         image = {f.name: getattr(unet.config, f.name) for f in fields(UNet2DConditionModel.Config)}
         image["num_attention_heads"] = image.pop("attention_head_dim")
         for name in ("down_block_types", "up_block_types"):
@@ -286,8 +287,10 @@ class UNetMotionModel(UNet):
     def load_motion_modules(self, motion_adapter: MotionAdapter) -> None:
         """Copies of the adapter's modules take the place of those that are here: where it has none, none are left.
 
-        The fields about motion modules become the adapter's, except as `set_compat` has set them.
+        The fields about motion modules become the adapter's, except as `set_compat` has set them. Raises ValueError
+        where it does not fit, TypeError on what is no adapter of this package.
         """
+        _check_ours("motion_adapter", motion_adapter, MotionAdapter)
         self.config = replace(self.config, **shared_fields(motion_adapter.config, self.config))
         self.explicit = motion_adapter.explicit
         self.install(copy.deepcopy(motion_adapter).to(device=self.device, dtype=self.dtype).requires_grad_(True))
@@ -361,6 +364,13 @@ class UNetMotionModel(UNet):
             elif isinstance(module, MotionModule):
                 module.norm_over_video = self.config.motion_norms == "video"
         return self
+
+
+def _check_ours(name: str, given: Any, cls: type) -> None:
+    if not isinstance(given, cls):
+        library = type(given).__module__.split(".")[0]
+        whose = f" of {library}" if type(given).__name__ == cls.__name__ else ""
+        raise TypeError(f"{name} must be a {cls.__name__} of minit2v, not a {type(given).__name__}{whose}")
 
 
 def shared_fields(adapter: MotionAdapterConfig, unet: Any) -> dict[str, Any]:

@@ -88,6 +88,7 @@ class AnimateDiffPipeline(DiffusionPipeline):
                 raise ValueError(f"{name} must be None: image prompts (IP-Adapter) are not here yet")
         for name, component in (("unet", unet), ("motion_adapter", motion_adapter)):
             check_component(name, component, self.COMPONENTS[name])
+        motion_adapter = unwrapped(motion_adapter)
         if not isinstance(motion_adapter, MotionAdapter | None):
             raise TypeError(f"motion_adapter must be a MotionAdapter, not a {type(motion_adapter).__name__}")
         inner = unwrapped(unet)

@@ -31,6 +31,7 @@ from ..compat import compat_fields
 from ..files import hub
 from ..files.config import read_from
 from ..models.clip import CLIPTextModel
+from ..models.network import say_unneeded
 from ..models.tokenizer import CLIPTokenizer
 from ..models.unet import UNet
 from ..models.unet_motion import UNetMotionModel
@@ -326,7 +327,7 @@ class DiffusionPipeline:
         """
         where: dict[str, Any] = dict(revision=revision, local_files_only=local_files_only, token=token,
                                      cache_dir=cache_dir, force_download=force_download)
-        path = Path(hub.local(path, **where)).expanduser()
+        path = hub.local_file(path, **where)
         if cls is DiffusionPipeline:
             cls = files.pipeline_class_of_file(path, DiffusionPipeline.CLASSES)
         fields = {name: overrides.pop(name, None) for name in cls.FIELDS}
@@ -475,22 +476,22 @@ class DiffusionPipeline:
     # What others need for less memory, and is here at all times -------------------------------------------------------
 
     def enable_attention_slicing(self, slice_size: Any = "auto") -> None:
-        _say_unneeded("enable_attention_slicing", "attention takes little memory as it is")
+        say_unneeded("enable_attention_slicing", "attention takes little memory as it is")
 
     def disable_attention_slicing(self) -> None:
-        _say_unneeded("disable_attention_slicing", "attention is never sliced")
+        say_unneeded("disable_attention_slicing", "attention is never sliced")
 
     def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
-        _say_unneeded("enable_xformers_memory_efficient_attention", "PyTorch's own attention takes as little memory")
+        say_unneeded("enable_xformers_memory_efficient_attention", "PyTorch's own attention takes as little memory")
 
     def disable_xformers_memory_efficient_attention(self) -> None:
-        _say_unneeded("disable_xformers_memory_efficient_attention", "xformers is never used")
+        say_unneeded("disable_xformers_memory_efficient_attention", "xformers is never used")
 
     def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
-        _say_unneeded("fuse_qkv_projections", "pipe.optimize() lays q, k and v together")
+        say_unneeded("fuse_qkv_projections", "pipe.optimize() lays q, k and v together")
 
     def unfuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
-        _say_unneeded("unfuse_qkv_projections", "pipe.restore() takes the weights back to where they were")
+        say_unneeded("unfuse_qkv_projections", "pipe.restore() takes the weights back to where they were")
 
     # Speed -----------------------------------------------------------------------------------------------------------
 
@@ -992,10 +993,6 @@ class DiffusionPipeline:
                     f"the text encoder reads {encoder.config.max_position_embeddings} tokens")  # fmt: skip
                 raise ValueError(f"give negative_prompt_embeds of {length} tokens, as prompt_embeds has: {why}")
         return batch
-
-
-def _say_unneeded(method: str, why: str) -> None:
-    logger.warning("%s() changes nothing, and nothing is needed: %s.", method, why)
 
 
 def texts_of(prompts: Any) -> list[str]:

@@ -94,7 +94,10 @@ def write_blank(name: str, folder: str | Path) -> Path:
     (parent := folder.absolute().parent).mkdir(parents=True, exist_ok=True)
     with ended_cleanly(), tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=parent) as temporary:
         new = Path(temporary) / "new"  # since the temporary one is for nobody else to read
-        _write(model, new)
+        try:
+            _write(model, new)
+        except OSError as error:
+            raise OSError(str(error).replace(str(new), str(folder))) from error
         if folder.exists():
             folder.rmdir()
         os.replace(new, folder)

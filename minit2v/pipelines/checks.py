@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..schedulers.base import Scheduler
 Generators = torch.Generator | Sequence[torch.Generator] | None
 Prompts = str | list[str] | Mapping[int, str] | None  # a mapping: texts at some frames
 OTHERS = ("diffusers", "transformers")  # libraries that have classes of the same names
-PLAIN = (str, bytes, Path, int, float, dict, list, tuple)  # what no component is
+PLAIN = (str, bytes, Path, int, float, dict, list, tuple, FunctionType)  # what no component is
 
 
 def check_component(name: str, component: Any, fitting: Sequence[str]) -> None:

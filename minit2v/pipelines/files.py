@@ -55,8 +55,15 @@ def read_index(path_or_id: str | Path, subfolder: str | None, where: dict[str, A
     index = hub.read_json(path_or_id, INDEX, subfolder=subfolder, **where)
     families.refuse(families.of_index(index), path_or_id)
     with read_from(path_or_id):
-        check_parts(index)
-        fields = index.get(FIELDS_KEY, {})
+        check_index(index)
+    return index
+
+
+def check_index(index: dict[str, Any]) -> None:
+    """ValueError on names and fields that no model_index.json has."""
+    check_parts(index)
+    if FIELDS_KEY in index:
+        fields = index[FIELDS_KEY]
         if not isinstance(fields, dict):
             raise ValueError(f"{INDEX}: {FIELDS_KEY} must be an object, not {quoted(fields)}")
         for name, value in fields.items():
@@ -64,7 +71,6 @@ def read_index(path_or_id: str | Path, subfolder: str | None, where: dict[str, A
                 raise ValueError(f"{INDEX}: {FIELDS_KEY} {quoted(name)} cannot be {quoted(value)}")
             if name == "compat":
                 compat_fields("", value)
-    return index
 
 
 def pipeline_class(index: dict[str, Any], classes: dict[str, type]) -> type:
@@ -142,11 +148,15 @@ def load_components(
             raise FileNotFoundError(f"{error}; the {name} may be given as {_argument(name)}") from error
     found = {name: overrides.get(name, loaded.get(name)) for name in pipeline.COMPONENTS}
     length = getattr(found.get("tokenizer"), "model_max_length", None)
-    positions = getattr(getattr(found.get("text_encoder"), "config", None), "max_position_embeddings", None)
+    check_length(length, getattr(getattr(found.get("text_encoder"), "config", None), "max_position_embeddings", None))
+    return found
+
+
+def check_length(length: Any, positions: Any) -> None:
+    """ValueError where the tokenizer gives more tokens than the text encoder reads."""
     if isinstance(length, int) and isinstance(positions, int) and length > positions:
         raise ValueError(f"the tokenizer's model_max_length is {length}, and the text_encoder has {positions} "
                          "positions")  # fmt: skip
-    return found
 
 
 def _argument(name: str) -> str:
@@ -224,7 +234,8 @@ def load_single_file(
     unet = found["unet"].cls if "unet" in found else ""
     if unet not in pipeline.COMPONENTS["unet"] or unet not in FAMILIES:
         raise ValueError(f"{path} is {next(iter(found.values())).title}, without a UNet for {pipeline.__name__}")
-    if unet == "UNet2DConditionModel" and not (overrides.get("motion_adapter") or "motion_adapter" in found):
+    has_motion = "motion_adapter" in found or overrides.get("motion_adapter") is not None
+    if unet == "UNet2DConditionModel" and not has_motion:
         raise ValueError(f"{path} is an image model, to which {pipeline.__name__} adds motion; "
                          "give motion_adapter=MotionAdapter.from_pretrained(...)")
     index = read_index(config, None, where) if config is not None else {}
@@ -262,7 +273,8 @@ def load_single_file(
 def _check_motion(classes: dict[str, type], overrides: dict[str, Any], pipeline: type) -> None:
     """An image model needs a motion adapter; a UNet that has motion modules does not take others in passing."""
     kinds = [c.__name__ for c in classes["unet"].__mro__] if "unet" in classes else []
-    if "UNet2DConditionModel" in kinds and "motion_adapter" not in classes and not overrides.get("motion_adapter"):
+    if "UNet2DConditionModel" in kinds and "motion_adapter" not in classes and (
+            overrides.get("motion_adapter") is None):
         raise ValueError(f"{INDEX}: the unet is an image model, to which {pipeline.__name__} adds motion; "
                          "give motion_adapter=MotionAdapter.from_pretrained(...)")
     if "UNetMotionModel" in kinds and overrides.get("motion_adapter") is not None:
@@ -315,6 +327,7 @@ def save_components(
                 index[name] = NOTHING[0]
                 continue
             weights = dict(safe_serialization=safe_serialization, variant=variant)
+            component = getattr(component.save_pretrained, "__self__", component)  # out of a wrapper of the user's own
             component.save_pretrained(new / name, **weights if isinstance(component, Network) else {})
             library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"
             if not type(component).__module__.startswith("minit2v."):

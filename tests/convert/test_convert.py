@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -17,9 +16,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minit2v import AutoencoderKL, CLIPTextModel, MotionAdapter, UNet2DConditionModel, UNet3DConditionModel
+from minit2v import AutoencoderKL, CLIPTextModel, MotionAdapter, UNet2DConditionModel, UNet3DConditionModel, cli
 from minit2v.cli import inspect
-from minit2v_convert import animatediff, configs, shapes
+from minit2v_convert import animatediff, configs, shapes, stream
 from minit2v_convert import convert as module
 from minit2v_convert.convert import components, convert
 from minit2v_convert.folders import variants
@@ -547,48 +546,49 @@ def test_too_little_room(single, image_model, tmp_path, monkeypatch):
         convert(single, tmp_path / "out", config=image_model)
 
 
+def slowly(made):
+    """Says that it writes, and takes its time."""
+
+    def slow(*args):
+        print("writing", flush=True)
+        time.sleep(0.2)
+        return made(*args)
+
+    return slow
+
+
 @pytest.mark.parametrize("name", ["out", "out.safetensors"])
-def test_interrupted_means_nothing_left_behind(single, image_model, tmp_path, name, default_signals):
+def test_interrupted_means_nothing_left_behind(single, image_model, tmp_path, name, forked):
     """A real signal, in the middle of a file."""
     src, to, config = (single, "diffusers", image_model) if name == "out" else (image_model, "single-file", None)
-    code = f"""
-import time
-from minit2v_convert import convert as c, stream
-made = stream.made
-def slow(*a):
-    print("writing", flush=True); time.sleep(0.2); return made(*a)
-stream.made = slow
-c.convert({str(src)!r}, {str(tmp_path / name)!r}, {to!r}, config={config and str(config)!r})
-"""
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          preexec_fn=default_signals) as process:
-        for _ in range(3):
-            assert process.stdout.readline() == b"writing\n"
-        assert len(list(tmp_path.glob(".out*"))) == 1
-        time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        assert b"KeyboardInterrupt" in process.stderr.read()
+
+    def child():
+        stream.made = slowly(stream.made)
+        convert(src, tmp_path / name, to, config=config)
+
+    process = forked(child)
+    for _ in range(3):
+        assert process.said.readline() == b"writing\n"
+    assert len(list(tmp_path.glob(".out*"))) == 1
+    time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    code, said = process.wait()
+    assert code == 1 and "KeyboardInterrupt" in said
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_at_the_command_line_leaves_nothing(image_model, tmp_path, number, default_signals):
-    code = f"""
-import time
-from minit2v import cli
-from minit2v_convert import stream
-made = stream.made
-def slow(*a):
-    print("writing", flush=True); time.sleep(0.2); return made(*a)
-stream.made = slow
-raise SystemExit(cli.main(["convert", {str(image_model)!r}, {str(tmp_path / "a" / "b" / "out")!r}]))
-"""
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                          preexec_fn=default_signals) as process:
-        assert process.stdout.readline() == process.stdout.readline() == b"writing\n"
-        assert len(list((tmp_path / "a" / "b").iterdir())) == 1
-        process.send_signal(number)
-        assert process.wait(120) == -number  # as without us: a shell says 143 or 129
+def test_a_signal_at_the_command_line_leaves_nothing(image_model, tmp_path, number, forked):
+    def child():
+        stream.made = slowly(stream.made)
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  the bar
+        raise SystemExit(cli.main(["convert", str(image_model), str(tmp_path / "a" / "b" / "out")]))
+
+    process = forked(child)
+    assert process.said.readline() == process.said.readline() == b"writing\n"
+    assert len(list((tmp_path / "a" / "b").iterdir())) == 1
+    os.kill(process.pid, number)
+    assert process.wait()[0] == -number  # as without us: a shell says 143 or 129
     assert not list(tmp_path.iterdir())
 
 

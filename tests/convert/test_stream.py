@@ -7,7 +7,6 @@ import os
 import pickle
 import re
 import signal
-import subprocess
 import sys
 import types
 import zipfile
@@ -277,27 +276,22 @@ def _umask() -> int:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_signals_leave_nothing_behind(tmp_path, number):
+def test_signals_leave_nothing_behind(tmp_path, number, forked):
     """In a program that does not handle them; one that does keeps its handler, and one that ignores them goes on."""
-    code = """
-import os, signal, sys, threading
-from minit2v_convert.stream import replacing
-number, how, path = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-signal.signal(number, signal.SIG_DFL)
-if how == "handled":
-    signal.signal(number, lambda *_: print("handled"))
-elif how == "ignored":
-    signal.signal(number, signal.SIG_IGN)
-with replacing(path) as temporary:
-    temporary.write_text("half")
-    os.kill(os.getpid(), number)
-    temporary.write_text("whole")
-assert signal.getsignal(number) != signal.SIG_DFL
-"""
+
+    def child():
+        if how == "handled":
+            signal.signal(number, lambda *_: print("handled"))
+        elif how == "ignored":
+            signal.signal(number, signal.SIG_IGN)
+        with replacing(tmp_path / how / "x") as temporary:
+            temporary.write_text("half")
+            os.kill(os.getpid(), number)
+            temporary.write_text("whole")
+        assert signal.getsignal(number) != signal.SIG_DFL
+
     for how, out, left in (("plain", "", []), ("handled", "handled\n", ["x"]), ("ignored", "", ["x"])):
-        run = subprocess.run([sys.executable, "-c", code, str(int(number)), how, tmp_path / how / "x"],
-                             capture_output=True, text=True)
-        assert (run.returncode, run.stdout) == (-number if how == "plain" else 0, out), run.stderr
+        assert forked(child).wait() == (-number if how == "plain" else 0, out)
         assert os.listdir(tmp_path / how) == left and (not left or (tmp_path / how / "x").read_text() == "whole")
 
 
