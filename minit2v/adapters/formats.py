@@ -312,7 +312,7 @@ def _unfit(layer: Layer, header: Header, weight: Sequence[int], embedding: bool)
             want |= {"mid": [s, r, *kernel], "up": [o, s, *ones]}
             if not kernel:
                 return "has mid weights, which only convolutions have"
-        wrong = [role for role in want if _plain(shape[role], len(want[role])) != want[role]]
+        wrong = [role for role in want if _plain(shape[role]) != _plain(want[role])]
     if not r:
         return "is of rank 0"
     if wrong:
@@ -321,10 +321,10 @@ def _unfit(layer: Layer, header: Header, weight: Sequence[int], embedding: bool)
     return ""
 
 
-def _plain(shape: Sequence[int], axes: int) -> list[int]:
-    """Without the trailing axes of size 1 of a 1x1 convolution beyond so many; with those that are lacking."""
+def _plain(shape: Sequence[int]) -> list[int]:
+    """Without the trailing axes of size 1 that a 1x1 convolution has, and some files' products have not."""
     found = [*shape]
-    while len(found) > axes and found[-1] == 1:
+    while len(found) > 2 and found[-1] == 1:
         found.pop()
     return found
 
