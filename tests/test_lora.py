@@ -10,6 +10,7 @@ import random
 import re
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from minit2v import (
 )
 from minit2v.adapters import formats, lora
 from minit2v.adapters.low_rank import has_branches
+from minit2v.fast import graphs
 from minit2v.files.weights import Weightless
 from minit2v_convert.configs import CLIP_H, CLIP_L, UNET3D, UNET_MOTION
 from minit2v_convert.sparse import write_sparse_safetensors
@@ -784,9 +786,10 @@ def test_a_pipeline_is_saved_with_what_is_fused_alone(two, tmp_path):
 
 def test_copies_and_dtypes(two):
     two.set_adapters(["a", "b"], [0.5, 0.25])
-    made = frames(two)
+    made, names = frames(two), [*two.unet.state_dict()]
     other = copy.deepcopy(two)
     two.unload_lora_weights()
+    assert names == [*two.unet.state_dict()], "nothing that is saved has another name"
     assert np.array_equal(frames(other), made)
     assert other.get_active_adapters() == ["a", "b"]
     other.to(torch.float64)
@@ -895,6 +898,48 @@ def test_the_fast_path(of_module, which):
     put_back(pipe)
 
 
+def test_no_graph_is_captured_again(pipe, monkeypatch):
+    """Another LoRA of the same ranks, another weight, a call's scale: the same kernels read the same memory."""
+    captures = []
+
+    def capture(run, device, other):
+        captures.append(y := run())
+        return graphs.Capture(SimpleNamespace(replay=lambda: y.copy_(run())), None, y)
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr("minit2v.fast.executor.can_capture", lambda x: True)
+    pipe.load_lora_weights(draw(pipe, only="."), "a")
+    fast.optimize(pipe.unet, graphs=True)
+    first = frames(pipe)
+    pipe.load_lora_weights(draw(pipe, only=".", seed=1), "a", hotswap=True)
+    other = frames(pipe)
+    pipe.set_adapters("a", 0.5)
+    half = frames(pipe, cross_attention_kwargs={"scale": 0.5})
+    assert len(captures) == 1 and not close(first, other, 1e-2) and not close(other, half, 1e-2)
+    assert close(half, frames_as_written(pipe, cross_attention_kwargs={"scale": 0.5}), 1e-5)
+    pipe.set_adapters("a", 0.25)
+    pipe.fuse_lora()
+    assert close(frames(pipe), half, 1e-4) and len(captures) == 2
+
+
+@torch.no_grad()
+def test_nothing_is_compiled_again(pipe):
+    compiled = []
+
+    def backend(graph, example):
+        compiled.append(graph)
+        return graph.forward
+
+    pipe.load_lora_weights(draw(pipe), "a")
+    layer = pipe.unet.mid[0].spatial.block.attn1.to_q
+    run, x = torch.compile(layer, backend=backend, fullgraph=True), torch.randn(2, layer.in_features)
+    first = run(x)
+    pipe.load_lora_weights(draw(pipe, seed=1), "a", hotswap=True)
+    pipe.set_adapters("a", 0.5)
+    other = run(x)
+    assert len(compiled) == 1 and torch.equal(other, layer(x)) and not torch.allclose(first, other, atol=1e-2)
+
+
 def frames_as_written(pipe, **arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINIT2V_OPTIMIZE", "0")
@@ -941,6 +986,10 @@ def test_inspect(tmp_path, capsys):
     assert cli.main(["inspect", str(tmp_path / "broken.safetensors")]) == 1
     out = capsys.readouterr().out
     assert "wrong: 2 tensors of the LoRA without a place" in out and "not complete" in out
+    embedded = quiet(DiffusionPipeline.from_pretrained("shapes"))
+    save_file(draw(embedded), tmp_path / "shapes.safetensors")
+    assert cli.main(["inspect", str(tmp_path / "shapes.safetensors")]) == 0
+    assert "LoRA of shapes, in peft" in capsys.readouterr().out
     write_sparse_safetensors(tmp_path / "loha.safetensors", {f"{STEM}.hada_w1_a": ((32, 4), "F16")})
     assert cli.main(["inspect", str(tmp_path / "loha.safetensors")]) != 0
     assert "LoHa" in capsys.readouterr().err

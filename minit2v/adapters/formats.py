@@ -367,11 +367,11 @@ def published() -> dict[str, list[Target]]:
 
 
 def describe(
-    header: Header, tensor: Callable[[str], Tensor], configs: Mapping[str, "Config"]
+    header: Header, tensor: Callable[[str], Tensor], configs: Mapping[str, "Config"], models: Mapping[str, list[Target]]
 ) -> tuple[list[str], bool]:
-    """The lines that say what a file of LoRA is, and whether all of it fits a published model. Raises Refused."""
+    """The lines that say what a file of LoRA is, and whether all of it fits one of the models. Raises Refused."""
     readings, refusals = {}, []
-    for title, targets in published().items():
+    for title, targets in models.items():
         try:
             readings[title] = read(header, targets)
         except Refused as error:
