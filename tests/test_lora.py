@@ -732,6 +732,58 @@ def test_one_scale_at_a_time(two):
     frames(other)
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """hub(repository, file, tensors): it is in the cache, and the hub is not asked."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def put(repo, file, tensors):
+        folder = tmp_path / ("models--" + repo.replace("/", "--"))
+        (folder / "snapshots" / "abc").mkdir(parents=True, exist_ok=True)
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / "main").write_text("abc")
+        save_file(tensors, folder / "snapshots" / "abc" / file)
+
+    return put
+
+
+def test_the_snippets_of_the_reference_s_pages(motion, hub):
+    """Motion LoRAs, alone and with peft, and AnimateLCM's, on the names of the hub."""
+    old = {n.replace(".lora_A", "_lora.down").replace(".lora_B", "_lora.up"): x
+           for n, x in draw(motion, only=MOTION).items()}  # fmt: skip
+    old = {re.sub(r"(attn\d)\.(to_[qkv]|to_out)(\.0)?_lora", r"\1.processor.\2_lora", n): x for n, x in old.items()}
+    for repo in ("guoyww/animatediff-motion-lora-zoom-out", "diffusers/animatediff-motion-lora-zoom-out",
+                 "diffusers/animatediff-motion-lora-pan-left"):  # fmt: skip
+        hub(repo, "diffusion_pytorch_model.safetensors", old)
+    lcm = {}
+    for name, x in draw(motion).items():
+        component, stem, half = re.fullmatch(r"(\w+)\.(.*)\.lora_([AB]).weight", name).groups()
+        if component == "unet":
+            lcm[f"lora_unet_{stem.replace('.', '_')}.lora_{'down' if half == 'A' else 'up'}.weight"] = x
+    hub("wangfuyun/AnimateLCM", "AnimateLCM_sd15_t2v_lora.safetensors", lcm)
+    hub("wangfuyun/AnimateLCM", "diffusion_pytorch_model.safetensors", {"x": torch.ones(1)})
+    pipe, before = motion, frames(motion)
+
+    pipe.load_lora_weights("guoyww/animatediff-motion-lora-zoom-out", adapter_name="zoom-out")
+    assert not close(frames(pipe), before, 1e-3)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights("diffusers/animatediff-motion-lora-zoom-out", adapter_name="zoom-out")
+    pipe.load_lora_weights("diffusers/animatediff-motion-lora-pan-left", adapter_name="pan-left")
+    pipe.set_adapters(["zoom-out", "pan-left"], adapter_weights=[1.0, 1.0])
+    assert pipe.get_active_adapters() == ["zoom-out", "pan-left"]
+    pipe.load_lora_weights("wangfuyun/AnimateLCM", weight_name="AnimateLCM_sd15_t2v_lora.safetensors",
+                           adapter_name="lcm-lora")  # fmt: skip
+    pipe.set_adapters(["lcm-lora"], [0.8])
+    assert not close(frames(pipe), before, 1e-3)
+    with pytest.raises(FileNotFoundError, match="wangfuyun/AnimateLCM-2 is not in the cache"):
+        pipe.load_lora_weights("wangfuyun/AnimateLCM-2")
+    with pytest.raises(FileNotFoundError, match="copy of wangfuyun/AnimateLCM has no .*choose with weight_name="):
+        pipe.load_lora_weights("wangfuyun/AnimateLCM")
+
+
 # --------------------------------------------------------------------------------------------------------------- saving
 
 
