@@ -337,6 +337,14 @@ def test_what_is_refused_by_name(motion, why):
     assert motion.get_list_adapters() == {} and not has_branches(motion.unet)
 
 
+def test_of_a_pipeline_that_is_one_half(of_module):
+    pipe = of_module["v2"]
+    with pytest.raises(ValueError, match="is of a text_encoder, of which there is none here; .*strict=False"):
+        lora.load({"unet": pipe.unet}, lora.open_dict(draw(pipe)), None, True, False)
+    with pytest.raises(ValueError, match="is of a network, of which there is none here"):
+        lora.load({}, lora.open_dict({"conv_in.lora_A.weight": torch.ones(4, 4, 3, 3)}), None, True, False)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("role", ["lora_down.weight", "alpha"])
 def test_numbers_that_are_none(motion, value, role):

@@ -282,8 +282,9 @@ def _place(stem: str, form: str, targets: Sequence[Target]) -> tuple[str, str] |
 
 def _stray(stem: str, form: str, targets: Sequence[Target]) -> tuple[str, Callable[[], str]]:
     found, rest = _split(stem, targets)
-    if not found:
-        component = next(c for p, c in PREFIXES.items() if stem.removeprefix(PEFT_PREFIX).startswith(p))
+    if not found:  # the pipeline may be one half of a whole one
+        begins = (c for p, c in PREFIXES.items() if stem.removeprefix(PEFT_PREFIX).startswith(p))
+        component = next(begins, "network")
         return f"is of a {component}, of which there is none here", str
 
     def near() -> str:  # slow: only for what is shown

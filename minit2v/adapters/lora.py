@@ -501,6 +501,7 @@ def fuse(networks: Networks, scale: float, given: Any) -> None:
                 layer.weight.data = fused
                 done.append((layer.weight, before))
         change(networks, new)
+        logger.info("fuse_lora: %s went into the weights of %d layers.", ", ".join(map(repr, names)), len(done))
     except BaseException:
         for weight, before in done:
             weight.data = before

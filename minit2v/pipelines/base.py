@@ -371,8 +371,9 @@ class DiffusionPipeline:
         call = mine, used
         with _running_lock:
             if any(mine & theirs or used & own for own, theirs in _running):
-                raise RuntimeError(f"this {type(self).__name__}, or one with the same scheduler or offloaded networks, "
-                                   "is in the middle of a call: make another around the same networks, with "
+                raise RuntimeError(f"this {type(self).__name__}, or one with the same scheduler, or networks that are "
+                                   "offloaded or whose LoRAs have its scale, is in the middle of a call: make another "
+                                   "around the same networks, with "
                                    f"{type(self).__name__}.from_pipe(pipe), for each thread")  # fmt: skip
             _running.append(call)
         self._interrupt, self._lora_scale = False, 1.0
