@@ -1041,7 +1041,7 @@ class DiffusionPipeline:
         """
         warm_up = len(timesteps) - steps * self.scheduler.order  # solver calls that make no step of their own (PNDM)
         done = 0
-        with self._placed("unet") as unet:
+        with self._placed("unet") as unet, lora.scaled(unwrapped(unet), self._lora_scale):
             predict = fast.runner(unet)  # the same numbers, computed faster where nothing of the UNet was changed
             if self._windows is not None:
                 predict = Windowed(self._windows, predict)
