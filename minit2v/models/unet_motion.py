@@ -20,6 +20,7 @@ from minit2v_convert import diffusers_motion
 
 from ..files.weights import Weightless
 from .blocks import MotionModule
+from .image_prompt import Prompt
 from .network import Network
 from .unet import Place, UNet, check_levels, per_level
 from .unet2d import Block, UNet2DConditionModel, check_heads
@@ -227,7 +228,7 @@ class UNetMotionModel(UNet):
     def make_block(self, c_in: int, c_out: int, attention: bool, place: Place) -> nn.Module:
         return Block(self.config, c_in, c_out, attention)
 
-    def check(self, x: Tensor, t: int | float | Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    def check(self, x: Tensor, t: int | float | Tensor, context: Tensor | Prompt) -> tuple[Tensor, Tensor | Prompt]:
         t, context = super().check(x, t, context)
         if x.shape[2] > (most := self.config.motion_max_seq_length):
             raise ValueError(f"x has {x.shape[2]} frames, and the motion modules know {most} positions")
@@ -331,13 +332,9 @@ class UNetMotionModel(UNet):
         """This network in a mode, without touching it: itself if it is in that mode, else one of the same tensors."""
         if compat is None or compat == self.compat:
             return self
-        with torch.device("meta"), Weightless():
-            new = type(self)(self.config)
-        new.explicit = self.explicit
-        new.load_state_dict(self.state_dict(keep_vars=True), assign=True)
-        new.set_chunking(self.chunking)
-        new.free_u, new.gradient_checkpointing = self.free_u, self.gradient_checkpointing
-        return new.set_compat(compat).train(self.training)
+        shared = {id(x): x for x in (*self.parameters(), *self.buffers())}
+        new: Self = copy.deepcopy(self, shared)  # with the adapters that are in it
+        return new.set_compat(compat)
 
     def apply_norms(self) -> Self:
         """Have the norms span what the config says."""
