@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -156,6 +157,13 @@ class UNet(Network):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
+
+    def save_pretrained(
+        self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None
+    ) -> None:
+        if self.image_projections is not None:
+            raise ValueError("an IP-Adapter is in the UNet, and its place is its own file: unload_ip_adapter() first")
+        super().save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
 
     def check(self, x: Tensor, t: int | float | Tensor, context: Tensor | Prompt) -> tuple[Tensor, Tensor | Prompt]:
         """t as a tensor (b,), context as (b l d) or ((b f) l d). ValueError, one line, where a shape is wrong."""

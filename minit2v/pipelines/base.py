@@ -25,10 +25,12 @@ from minit2v_convert.folders import is_authors_layout
 from minit2v_convert.rename import nearest
 
 from .. import fast
+from ..adapters.ip_adapter import Pictures
 from ..compat import compat_fields
 from ..files import hub
 from ..files.config import read_from
 from ..models.clip import CLIPTextModel
+from ..models.image_prompt import Prompt
 from ..models.tokenizer import CLIPTokenizer
 from ..models.unet import UNet
 from ..models.vae import AutoencoderKL
@@ -634,14 +636,15 @@ class DiffusionPipeline:
         generator: Generators,
         callbacks: StepCallbacks,
         video: NoisedVideo | None = None,
+        pictures: Pictures | None = None,
     ) -> Tensor:
         """x (b c f h w) at the noise of timesteps[0] -> clean latents (b c f h w); with FreeInit, several times over.
 
-        video: what x was made of, where it is not noise alone. Every round of FreeInit begins with the texts of the
+        video: what x was made of, where it is not noise alone. pictures: those that IP-Adapters are shown. Every round of FreeInit begins with the texts of the
         call, and the callbacks count its steps from 0.
         """
         once = partial(self._denoise_once, text=text, negative=negative, guidance_scale=guidance_scale,
-                       step_arguments=self._step_arguments(eta, generator), callbacks=callbacks)
+                       step_arguments=self._step_arguments(eta, generator), callbacks=callbacks, pictures=pictures)
         if self._free_init is None:
             with self.progress_bar(total=steps) as bar:
                 return once(x, timesteps, steps, bar)
@@ -667,6 +670,7 @@ class DiffusionPipeline:
         guidance_scale: float,
         step_arguments: dict[str, Any],
         callbacks: StepCallbacks,
+        pictures: Pictures | None,
     ) -> Tensor:
         """x (b c f h w) at the noise of timesteps[0] -> clean latents (b c f h w).
 
@@ -677,7 +681,8 @@ class DiffusionPipeline:
         done = 0
         with self._placed("unet") as unet:
             predict = fast.door(unet)  # the same numbers, computed faster where nothing of the UNet was changed
-            context = _join(negative, text).to(unet.dtype)
+            show = pictures.beside(unwrapped(unet)) if pictures is not None else None  # the UNet this beside a text
+            context = _join(negative, text, unet.dtype, show)
             for i, t in enumerate(timesteps):
                 if self._interrupt:
                     check_result(x, unet, "the UNet")
@@ -698,7 +703,7 @@ class DiffusionPipeline:
                     before = text, negative
                     x, text, negative = callbacks(self, done, t, x, text, negative)
                     if callbacks.show_text or text is not before[0] or negative is not before[1]:
-                        context = _join(negative, text).to(unet.dtype)
+                        context = _join(negative, text, unet.dtype, show)
                     done += 1
                     bar.update()
         return x
@@ -785,6 +790,9 @@ def _say_unneeded(method: str, why: str) -> None:
     logger.warning("%s() changes nothing, and nothing is needed: %s.", method, why)
 
 
-def _join(negative: Tensor | None, text: Tensor) -> Tensor:
-    """The texts (b l d) of one prediction: with guidance the negative ones (b l d) first."""
-    return text if negative is None else torch.cat([negative, text])
+def _join(
+    negative: Tensor | None, text: Tensor, dtype: torch.dtype, show: Callable[[Tensor], Prompt] | None
+) -> Tensor | Prompt:
+    """The texts (b l d) of one prediction, with guidance the negative ones (b l d) first, and pictures beside them."""
+    texts = (text if negative is None else torch.cat([negative, text])).to(dtype)
+    return texts if show is None else show(texts)
