@@ -75,4 +75,5 @@ IP_KNOWN = {
 }
 IP = Format("ip_adapter", shapes.ip_adapter, lambda base, get: base, IP_KNOWN, IP_ADAPTER_ROWS)
 IMAGE_ENCODER = Format("image_encoder", shapes.clip_image, configs.infer_clip_image,
-                       {"CLIP ViT-H/14": configs.CLIP_IMAGE, "CLIP ViT-bigG/14": configs.CLIP_IMAGE_BIG_G}, optional={"vision_model.embeddings.position_ids": "I64"})
+                       {"CLIP ViT-H/14": configs.CLIP_IMAGE, "CLIP ViT-bigG/14": configs.CLIP_IMAGE_BIG_G},
+                       optional={"vision_model.embeddings.position_ids": "I64"})

@@ -34,7 +34,7 @@ from ..models.layers import Attention, TransformerBlock
 from ..models.unet import Level, UNet
 
 PUBLISHED = "h94/IP-Adapter"  # where the adapters and their image encoders are
-# By the width of the vectors that an adapter reads: CLIP ViT-H's of a picture and of its parts, ViT-bigG's of a picture.
+# By the width of the vectors of whole pictures that an adapter reads: ViT-H's and ViT-bigG's.
 ENCODERS = {1024: "models/image_encoder", 1280: "sdxl_models/image_encoder"}
 FAMILIES = {1024: " (Stable Diffusion 2's)", 2048: " (Stable Diffusion XL's)"}
 FACE_ID = "an IP-Adapter FaceID, which reads insightface's vectors of faces: only adapters that read pictures are here"
@@ -65,7 +65,7 @@ AS_IT_IS = Layout(rules=[("{*}", "{*}")])
 
 
 class Source(NamedTuple):
-    """Where an adapter is: what messages call it, its tensors, and the folder (root, subfolder) beside which to look."""
+    """Where an adapter is: what messages call it, its tensors, and the folder (root, subfolder) that it lies in."""
 
     label: str
     open: Callable[[], dict[str, Tensor]]
@@ -73,7 +73,7 @@ class Source(NamedTuple):
 
 
 def find(what: Any, subfolder: str | None, weight_name: str | None, **where: Any) -> Source:
-    """An adapter's file in a folder or hub repository, a file, the address of one, or the content of one (a dictionary).
+    """An adapter's file in a folder or hub repository, a file, the address of one, or its content (a dictionary).
 
     `where` as of `hub.find_folder`. FileNotFoundError where it is not there, ValueError where that is not clear.
     """
@@ -189,7 +189,8 @@ def find_encoder(source: Source, adapter: IPAdapter, folder: str, **arguments: A
     if not adapter.image_proj.reads_states:
         part = ENCODERS.get(adapter.image_proj.features, part)
     try:
-        return CLIPVisionModelWithProjection.from_pretrained(PUBLISHED, subfolder=part, **{**arguments, "revision": None})
+        arguments["revision"] = None  # that of the adapter's repository
+        return CLIPVisionModelWithProjection.from_pretrained(PUBLISHED, subfolder=part, **arguments)
     except OSError as error:
         raise OSError(f"{source.label} has no image encoder beside it, and the published one cannot be had: {error}; "
                       "give the pipeline its image_encoder, or image_encoder_folder=None and later "
@@ -208,7 +209,7 @@ def check_encoder(encoder: CLIPVisionModelWithProjection, projection: Any, label
 
 
 class Place(NamedTuple):
-    """An attention to the text, and where diffusers counts it: down, mid or up, the block there, the attention in it."""
+    """An attention to the text, and where it is: down, mid or up, the number of the block, and of itself in that."""
 
     part: str
     block: int
@@ -257,8 +258,8 @@ def remove(unet: UNet) -> None:
 
 
 def set_scales(unet: UNet, scale: Any) -> None:
-    """A number for one adapter; a dictionary of blocks; a list with one of these for each, or with a list of a number for
-    each picture where pictures have masks. ValueError on anything else, and nothing is changed then."""
+    """A number for one adapter, or a dictionary of blocks (`expand`); or a list with one of these for each, or in it a
+    list with a number for each picture that has a mask. ValueError on anything else, and then nothing changes."""
     count = len(projections(unet))
     if not count:
         raise ValueError("there is no IP-Adapter whose scale could be set: load_ip_adapter first")
@@ -325,8 +326,8 @@ def _number(value: Any) -> float:
 class Pictures:
     """What a call shows the UNet beside its texts.
 
-    features, for each adapter: (b i c), or CLIP's states (b i l c); or (b f i ...) with others for each frame. b: of the
-    texts of a prediction, with guidance the negative ones first. masks: for each adapter, None or as in `Prompt`.
+    features, for each adapter: (b i c), or CLIP's states (b i l c); or (b f i ...) with others for each frame. b is
+    that of a prediction's texts, with guidance the negative ones first. masks: as in `Prompt`.
     """
 
     features: list[Tensor]
@@ -368,8 +369,8 @@ def _pixels(picture: Any, encoder: CLIPVisionModelWithProjection) -> Tensor:
         return encoder.pixels(picture)
     s = encoder.config.image_size
     if tuple(picture.shape) != (3, s, s) or not picture.is_floating_point():
-        raise ValueError(f"a tensor is pixels that are prepared for the image encoder, floating-point (3, {s}, {s}), not "
-                         f"{tuple(picture.shape)} of {picture.dtype}")  # fmt: skip
+        raise ValueError(f"a tensor is pixels that are prepared for the image encoder, floating-point (3, {s}, {s}), "
+                         f"not {tuple(picture.shape)} of {picture.dtype}")  # fmt: skip
     if not torch.isfinite(picture).all():
         raise ValueError("a tensor holds NaN or infinity")
     return picture.float().cpu()
@@ -392,8 +393,9 @@ def check_embeds(embeds: Any, read: Sequence[Any], several: int, count: int) -> 
         ):  # fmt: skip
             found = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
             inner = f"pictures, {'states, ' * projection.reads_states}{projection.features}"
-            raise ValueError(f"ip_adapter_image_embeds: here a tensor ({' or '.join(map(str, sorted(rows)))}, {inner}), "
-                             f"or ({several}, frames, {inner}), is read, not {found}")  # fmt: skip
+            n = " or ".join(map(str, sorted(rows)))
+            raise ValueError(f"ip_adapter_image_embeds: each must be a floating-point tensor, here ({n}, {inner}) or "
+                             f"({n}, frames, {inner}), not {found}")  # fmt: skip
         if not torch.isfinite(x).all():
             raise ValueError("ip_adapter_image_embeds hold NaN or infinity")
     return list(embeds)

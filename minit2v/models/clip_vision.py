@@ -123,6 +123,8 @@ MOST_OBLONG = 100  # length by width: what is resized before its middle is cut o
 
 def _to_image(picture: Any) -> Image.Image:
     if isinstance(picture, Image.Image):
+        if picture.mode.startswith(("I", "F")):  # which PIL would clip to 8 bits
+            raise ValueError(f"a picture of mode {picture.mode} has no 8 bits: load_image makes them")
         try:
             return picture.convert("RGB")
         except (OSError, ValueError, SyntaxError) as error:  # a file that is cut off is read only now

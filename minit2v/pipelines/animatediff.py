@@ -47,8 +47,8 @@ class AnimateDiffPipeline(DiffusionPipeline):
 
     unet: a UNet2DConditionModel, of which with `motion_adapter` a UNetMotionModel is made, and both stay as they were;
     or a UNetMotionModel, which is used as it is (in another `compat` mode: one that shares its tensors).
-    image_encoder: turns pictures into vectors for IP-Adapters, and comes with `load_ip_adapter`. feature_extractor: None,
-    as pictures are prepared in the way that the image_encoder's config says.
+    image_encoder: turns pictures into vectors for IP-Adapters, and comes with `load_ip_adapter`. feature_extractor:
+    None, as pictures are prepared in the way that the image_encoder's config says.
     """
 
     COMPONENTS = {
@@ -157,8 +157,8 @@ class AnimateDiffPipeline(DiffusionPipeline):
         and what it returns replaces `latents`, `prompt_embeds` or `negative_prompt_embeds`; callback(step, t, latents)
         is its older form, called every `callback_steps` steps.
         ip_adapter_image: what IP-Adapters are shown, see `prepare_ip_adapter_image_embeds`, whose results are
-        ip_adapter_image_embeds. cross_attention_kwargs: {"ip_adapter_masks": for each adapter a tensor (1 i H W)}, where
-        in the video each of its i pictures is to be seen (`IPAdapterMaskProcessor`).
+        ip_adapter_image_embeds. cross_attention_kwargs: {"ip_adapter_masks": for each adapter a tensor (1 i H W)},
+        where in the video each of its i pictures is to be seen (`IPAdapterMaskProcessor`).
         """
         callbacks = StepCallbacks(callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs)
         self._check_prompt(prompt)
@@ -231,14 +231,14 @@ class AnimateDiffPipeline(DiffusionPipeline):
         where: dict[str, Any] = dict(revision=revision, local_files_only=local_files_only, token=token,
                                      cache_dir=cache_dir, force_download=force_download)
         given = (pretrained_model_name_or_path_or_dict, subfolder, weight_name)
-        sources = [ip_adapter.find(*one, **where) for one in _in_step(*given)]
-        adapters = [ip_adapter.read(source, unet) for source in sources]
+        places = [ip_adapter.find(*one, **where) for one in _in_step(*given)]
+        adapters = [ip_adapter.read(place, unet) for place in places]
         encoder = self.image_encoder
         if encoder is None and image_encoder_folder is not None:
-            encoder = ip_adapter.find_encoder(sources[0], adapters[0], image_encoder_folder, dtype=self.dtype, **where)
-        for source, adapter in zip(sources, adapters, strict=True):
+            encoder = ip_adapter.find_encoder(places[0], adapters[0], image_encoder_folder, dtype=self.dtype, **where)
+        for place, adapter in zip(places, adapters, strict=True):
             if encoder is not None:
-                ip_adapter.check_encoder(encoder, adapter.image_proj, source.label)
+                ip_adapter.check_encoder(encoder, adapter.image_proj, place.label)
         ip_adapter.install(unet, adapters)
         if encoder is not self.image_encoder:
             self.image_encoder = encoder.to(self.device)
@@ -247,9 +247,9 @@ class AnimateDiffPipeline(DiffusionPipeline):
         """How much the pictures count: a number, 0 for nothing; for several adapters a list with one for each.
 
         In the place of a number: {"down": x, "mid": x, "up": x}, x a number, or a list with one for each attention of a
-        block, or {"block_1": such a number or list}, with the blocks counted from 0 as they are passed; what is left out
-        is 0. Or a list with a number for each picture, [[0.7, 0.4]], where they have masks. It holds for every pipeline
-        that shares the UNet. ValueError where it fits neither the UNet nor its adapters.
+        block, or {"block_1": such a number or list}, with the blocks counted from 0 as they are passed; what is left
+        out is 0. Or a list with a number for each picture, [[0.7, 0.4]], where they have masks. It holds for every
+        pipeline that shares the UNet. ValueError where it fits neither the UNet nor its adapters.
         """
         if self.unet is None:
             raise ValueError("an IP-Adapter is in the pipeline's unet, which is None")

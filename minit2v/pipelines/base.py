@@ -640,8 +640,8 @@ class DiffusionPipeline:
     ) -> Tensor:
         """x (b c f h w) at the noise of timesteps[0] -> clean latents (b c f h w); with FreeInit, several times over.
 
-        video: what x was made of, where it is not noise alone. pictures: those that IP-Adapters are shown. Every round of FreeInit begins with the texts of the
-        call, and the callbacks count its steps from 0.
+        video: what x was made of, where it is not noise alone. pictures: those that IP-Adapters are shown. Every round
+        of FreeInit begins with the texts of the call, and the callbacks count its steps from 0.
         """
         once = partial(self._denoise_once, text=text, negative=negative, guidance_scale=guidance_scale,
                        step_arguments=self._step_arguments(eta, generator), callbacks=callbacks, pictures=pictures)

@@ -104,7 +104,7 @@ def load_components(
     A class in `overrides` loads the folder's component in place of the class that the index names.
     """
     own, overrides = _split_classes(overrides, pipeline)
-    unused = {name: why for name, why in UNUSED.items() if not pipeline.COMPONENTS.get(name, ("",))[0] in CLASSES}
+    unused = {name: why for name, why in UNUSED.items() if pipeline.COMPONENTS.get(name, ("",))[0] not in CLASSES}
     for name in overrides:
         if name not in pipeline.COMPONENTS and name not in UNUSED:
             known = [*pipeline.COMPONENTS, *pipeline.FIELDS, "variant", "revision", "subfolder", "torch_dtype", "dtype",
