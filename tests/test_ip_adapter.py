@@ -171,7 +171,8 @@ def test_masks(pipe, folder):
     plain, shown = video(pipe), video(pipe, ip_adapter_image=picture())
 
     def masked(*masks, pictures=None):
-        return video(pipe, ip_adapter_image=pictures or picture(), cross_attention_kwargs={"ip_adapter_masks": list(masks)})
+        masks = {"ip_adapter_masks": list(masks)}
+        return video(pipe, ip_adapter_image=pictures or picture(), cross_attention_kwargs=masks)
 
     assert_close(masked(torch.ones(1, 1, 16, 24)), shown)
     assert torch.equal(masked(None), shown)

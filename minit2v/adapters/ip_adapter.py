@@ -73,7 +73,8 @@ class Source(NamedTuple):
 
 
 def find(what: Any, subfolder: str | None, weight_name: str | None, **where: Any) -> Source:
-    """An adapter's file in a folder or hub repository, a file, the address of one, or its content (a dictionary).
+    """An adapter's file in a folder or hub repository, a file, owner/name/file on the hub, the address of one, or its
+    content (a dictionary).
 
     `where` as of `hub.find_folder`. FileNotFoundError where it is not there, ValueError where that is not clear.
     """
@@ -90,6 +91,9 @@ def find(what: Any, subfolder: str | None, weight_name: str | None, **where: Any
         if weight_name is not None and weight_name != path.name:
             raise ValueError(f"{path} is a file: weight_name {weight_name!r} is one of a folder or hub id")
         return Source(str(path), lambda: open_weights(path, mmap=False), (path.parent, ""))
+    parts = str(what).split("/")
+    if weight_name is None and len(parts) > 2 and parts[-1].endswith(WEIGHTS) and not path.parent.is_dir():
+        what, weight_name = "/".join(parts[:2]), "/".join(parts[2:])  # owner/name/file
     if weight_name is not None and "/" in weight_name:
         inner, weight_name = weight_name.rsplit("/", 1)
         subfolder = f"{subfolder}/{inner}" if subfolder else inner

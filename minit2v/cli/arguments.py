@@ -10,6 +10,7 @@ from minit2v_convert.rename import nearest
 
 from .. import __version__
 from ..files import embedded
+from . import pictures
 from .messages import clean, tell
 
 ADAPTER = "guoyww/animatediff-motion-adapter-v1-5-2"  # for every other image model
@@ -112,6 +113,7 @@ def make_parser() -> Parser:
             sub.add_argument("--adapter", metavar="MODEL", help="the motion adapter: a folder or a hub id; "
                              f"shapes-motion for shapes-image, else {ADAPTER}")
             sub.add_argument("--video", metavar="VIDEO", help="begin with a video, a GIF, or a folder of images")
+            pictures.add_arguments(sub)
         else:
             sub.add_argument("--model", help="a folder or a hub id; shapes is the one in this package")
         if sub is not generate:

@@ -18,6 +18,7 @@ from ..models.vae import AutoencoderKL
 from ..pipelines.checks import check_pixels, check_size
 from ..pipelines.files import INDEX, read_index
 from ..schedulers.names import solver_of
+from . import pictures
 from .arguments import ADAPTER
 from .messages import one_line, say
 
@@ -33,10 +34,13 @@ PIPELINES = {  # (command, whether there is a video to begin with)
 MOTION_SCHEDULE = {"beta_schedule": "linear", "timestep_spacing": "linspace", "steps_offset": 1, "clip_sample": False}
 
 
-def load(command: str, settings: dict[str, Any], video_frames: int | None) -> tuple[Any, dict[str, Any]]:
+def load(
+    command: str, settings: dict[str, Any], video_frames: int | None, before: dict[str, Any] | None = None
+) -> tuple[Any, dict[str, Any]]:
     """The pipeline, and the arguments of its call; `settings` gets what was chosen for options that were not given.
 
-    video_frames: of the video to begin with, None where there is none.
+    video_frames: of the video to begin with, None where there is none. before: what is stored in a video that is made
+    again.
     """
     from_video = video_frames is not None
     solver, chosen = solver_of(settings["scheduler"]) if settings.get("scheduler") else (None, {})
@@ -87,6 +91,7 @@ def load(command: str, settings: dict[str, Any], video_frames: int | None) -> tu
         settings["height"], settings["width"] = check_size(height, width, pipe.unet, pipe.vae_scale_factor)
     defaults = inspect.signature(cls.__call__).parameters
     call = {argument: settings.setdefault(name, defaults[argument].default) for name, argument in names.items()}
+    call |= pictures.load(pipe, settings, before or {})
     for name in settings.keys() & {"model", "base", "adapter", "vae", "tokenizer", "config"}:
         if embedded.find(settings[name]) is None and Path(settings[name]).exists():
             settings[name] = os.path.abspath(settings[name])  # to be found from other folders, too
