@@ -605,7 +605,7 @@ def test_animate_with_pictures_and_again(run, images, adapter, make_ip_adapter, 
         assert Path(f"{name}.mp4").read_bytes() == Path(f"../{name}.mp4").read_bytes()
     shutil.copy("../1.png", "../0.png")
     code, _, err = run("animate", "--replay", "../a.mp4", "--trust", "-o", "e.mp4")
-    assert code == 0 and any("0.png:0.6 is not what it was: its content has changed" in line for line in err)
+    assert code == 0 and any("0.png:0.6 has changed since the video was made" in line for line in err)
     assert not np.array_equal(pixels("e.mp4"), pixels("a.mp4"))
     code, _, err = run("animate", "--replay", "../a.mp4", "--trust", "--image", "../1.png:0.6", "-o", "f.mp4")
     assert code == 0 and not any("warning" in line for line in err), err
@@ -621,9 +621,13 @@ def test_animate_with_pictures_and_again(run, images, adapter, make_ip_adapter, 
         (("--ip-adapter", "a", "--ip-adapter", "b", "--image", "c"), "1 --image for 2 --ip-adapter", 2),
         (("--ip-adapter", "a", "--image", "c:1", "--image", "d:0.5"), "count the same, give them one scale", 2),
         (("--ip-adapter", "a.bin", "--image", "gone.png"), "gone.png: no such file", 1),
+        (("--ip-adapter", "a.bin", "--image", "0.png"), "--ip-adapter: there is no folder 'a.bin'", 1),
+        (("--ip-adapter", "a.bin", "--image", "0.png:1"), "a picture has this whole name: add a scale, 0.png:1:1", 2),
     ],
 )
 def test_pictures_that_do_not_fit(run, images, adapter, given, said, code):
+    for name in ("0.png", *["0.png:1"] * ("0.png:1" in given)):
+        Image.new("RGB", (9, 9)).save(name, "png")
     fails(run("animate", "a cat", "--base", images, "--adapter", adapter, *FAST, *given), said, code=code)
 
 

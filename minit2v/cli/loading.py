@@ -34,13 +34,10 @@ PIPELINES = {  # (command, whether there is a video to begin with)
 MOTION_SCHEDULE = {"beta_schedule": "linear", "timestep_spacing": "linspace", "steps_offset": 1, "clip_sample": False}
 
 
-def load(
-    command: str, settings: dict[str, Any], video_frames: int | None, before: dict[str, Any] | None = None
-) -> tuple[Any, dict[str, Any]]:
+def load(command: str, settings: dict[str, Any], video_frames: int | None) -> tuple[Any, dict[str, Any]]:
     """The pipeline, and the arguments of its call; `settings` gets what was chosen for options that were not given.
 
-    video_frames: of the video to begin with, None where there is none. before: what is stored in a video that is made
-    again.
+    video_frames: of the video to begin with, None where there is none.
     """
     from_video = video_frames is not None
     solver, chosen = solver_of(settings["scheduler"]) if settings.get("scheduler") else (None, {})
@@ -91,7 +88,7 @@ def load(
         settings["height"], settings["width"] = check_size(height, width, pipe.unet, pipe.vae_scale_factor)
     defaults = inspect.signature(cls.__call__).parameters
     call = {argument: settings.setdefault(name, defaults[argument].default) for name, argument in names.items()}
-    call |= pictures.load(pipe, settings, before or {})
+    call |= pictures.load(pipe, settings)
     for name in settings.keys() & {"model", "base", "adapter", "vae", "tokenizer", "config"}:
         if embedded.find(settings[name]) is None and Path(settings[name]).exists():
             settings[name] = os.path.abspath(settings[name])  # to be found from other folders, too

@@ -4,10 +4,13 @@ import argparse
 import hashlib
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .messages import say
+from .messages import one_line, say
+
+OPTIONS = ("ip_adapter", "image")  # settings that are lists; beside them, under "..._sha256", what is in the files
 
 
 def add_arguments(parser: Any) -> None:
@@ -21,15 +24,15 @@ def _picture(text: str) -> str:
     where, scale = split(text)
     if not where:
         raise argparse.ArgumentTypeError(f"{text!r} is no PICTURE[:SCALE]")
+    if where != text and Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text!r}: a picture has this whole name: add a scale, {text}:1")
     return f"{where}:{scale:g}"
 
 
 def split(text: str) -> tuple[str, float]:
-    """PICTURE[:SCALE]. A file of that very name has no scale behind it."""
+    """PICTURE[:SCALE]. The last colon counts, if a number is behind it."""
     found = re.fullmatch(r"(.*):([-+]?(?:\d+\.?\d*|\.\d+))", text, re.DOTALL)
-    if found is None or Path(text).exists():
-        return text, 1.0
-    return found[1], float(found[2])
+    return (text, 1.0) if found is None else (found[1], float(found[2]))
 
 
 def check(args: argparse.Namespace) -> None:
@@ -45,11 +48,8 @@ def check(args: argparse.Namespace) -> None:
         args.usage_error("--image: all pictures of one --ip-adapter count the same, give them one scale")
 
 
-def load(pipe: Any, settings: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
-    """Put the adapters into the pipeline; returns the argument of its call. Settings get what finds the files again.
-
-    before: the settings of a video that is made again, with the digests of what it was made with.
-    """
+def load(pipe: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Put the adapters into the pipeline; returns the argument of its call. Settings get what finds the files again."""
     if "ip_adapter" not in settings:
         return {}
     from ..adapters import ip_adapter
@@ -58,24 +58,38 @@ def load(pipe: Any, settings: dict[str, Any], before: dict[str, Any]) -> dict[st
     names = settings["ip_adapter"]
     where, scales = zip(*map(split, settings["image"]), strict=True)
     images = [load_image(path) for path in where]
-    files = [Path(ip_adapter.find(name, None, None).label) for name in names]
     say(f"loading {' and '.join(names)}")
-    pipe.load_ip_adapter(list(names))
-    pipe.set_ip_adapter_scale(list(scales[: len(names)]))
+    try:
+        files = [Path(ip_adapter.find(name, None, None).label) for name in names]
+        pipe.load_ip_adapter(list(names))
+        pipe.set_ip_adapter_scale(list(scales[: len(names)]))
+    except (ValueError, OSError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"--ip-adapter: {one_line(error)}") from error
     settings["ip_adapter"] = [_found_again(name) for name in names]
     settings["image"] = [f"{_found_again(path)}:{scale:g}" for path, scale in zip(where, scales, strict=True)]
     settings["ip_adapter_sha256"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     settings["image_sha256"] = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
-    for name in ("ip_adapter", "image"):
-        if settings[name] != before.get(name):  # others were given
-            continue
-        then = before.get(f"{name}_sha256")
-        for k, (what, now) in enumerate(zip(settings[name], settings[f"{name}_sha256"], strict=True)):
-            if not isinstance(then, list) or then[k : k + 1] != [now]:
-                say(f"warning: {what} is not what it was: its content has changed")
     return {"ip_adapter_image": [images] if len(names) == 1 else images}
 
 
 def _found_again(name: str) -> str:
     """A path from any folder; an address or a name on the hub as it is."""
     return os.path.abspath(name) if Path(name).exists() else name
+
+
+def digests(stored: Mapping[str, Any]) -> dict[str, str]:
+    """{adapter or picture: SHA-256} of what made a video, a picture's of its pixels."""
+    found: dict[str, str] = {}
+    for name in OPTIONS:
+        what, sums = stored.get(name), stored.get(f"{name}_sha256")
+        if isinstance(what, list) and isinstance(sums, list):
+            found |= zip(map(str, what), map(str, sums), strict=False)
+    return found
+
+
+def say_changes(settings: Mapping[str, Any], before: Mapping[str, str]) -> None:
+    """Of the files that the settings name those that are others than when the video was made."""
+    for what, now in digests(settings).items():
+        if before.get(what, now) != now:
+            say(f"warning: {what} has changed since the video was made, which may come out differently")

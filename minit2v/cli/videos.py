@@ -37,8 +37,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 # them back through the parser, so that a file says nothing that the command line could not.
 SETTINGS = ("model", "base", "adapter", "vae", "tokenizer", "config", "revision", "variant", "negative_prompt",
             "num_frames", "steps", "guidance_scale", "strength", "free_init", "scheduler", "seed", "height", "width",
-            "fps", "dtype", "device", "compat", "kernels", "optimize", "ip_adapter", "image")
-DIGESTS = ("ip_adapter_sha256", "image_sha256")  # stored beside them
+            "fps", "dtype", "device", "compat", "kernels", "optimize", *pictures.OPTIONS)
+DIGESTS = tuple(f"{name}_sha256" for name in pictures.OPTIONS)  # stored beside them
 DECODED_AT_ONCE = 8  # frames: what the VAE's last layers need would otherwise grow with the video
 
 
@@ -81,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
     with importing():
         from .loading import load  # torch takes a second, in which all errors above have been said
 
-    pipe, call = load(args.command, settings, len(video) if video else None, before)
+    pipe, call = load(args.command, settings, len(video) if video else None)
+    pictures.say_changes(settings, before)
 
     say(_summary(settings, len(video) if video else settings["num_frames"]))
     failures = []
@@ -240,9 +241,9 @@ def _options(name: str, value: Any) -> list[str]:
     return [f"--{option}={one}" for one in (value if isinstance(value, list) else [value])]
 
 
-def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None, dict[str, Any]]:
-    """The arguments that made a video, under those given now; the digest of the video that it began with; and all that
-    is stored.
+def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None, dict[str, str]]:
+    """The arguments that made a video, under those given now; the digest of the video that it began with, and those
+    of the adapters' files.
 
     Whoever made the file may have named any model and video: they are used with `--trust` alone.
     """
@@ -286,12 +287,12 @@ def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None, d
         except ValueError:
             say(f"warning: made on {again.device}, which is not here: the numbers may differ a little")
             again.device = "auto"
-    return again, None if "video" in given else stored.get("video_sha256"), stored
+    return again, None if "video" in given else stored.get("video_sha256"), pictures.digests(stored)
 
 
 def _check_trust(args: argparse.Namespace, stored: dict[str, Any], given: dict[str, Any]) -> None:
     """Says what a file names outside this package. ValueError where that was neither given here nor trusted."""
-    names = ("model", "base", "adapter", "vae", "tokenizer", "config", "video", "ip_adapter", "image")
+    names = ("model", "base", "adapter", "vae", "tokenizer", "config", "video", *pictures.OPTIONS)
     said = {k: ", ".join(map(str, v)) if isinstance(v := stored[k], list) else str(v)
             for k in names if stored.get(k) is not None and k not in given}  # fmt: skip
     named = {k: v for k, v in said.items() if k == "video" or embedded.find(v) is None}
