@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # the same list twice: here for type checkers, below for Python (a test compares them)
+    from .adapters.ip_adapter import IPAdapterMaskProcessor as IPAdapterMaskProcessor
     from .models.attention_maps import attention_maps as attention_maps
     from .models.clip import CLIPTextModel as CLIPTextModel
+    from .models.clip_vision import CLIPVisionModelWithProjection as CLIPVisionModelWithProjection
     from .models.tokenizer import CLIPTokenizer as CLIPTokenizer
     from .models.unet2d import UNet2DConditionModel as UNet2DConditionModel
     from .models.unet3d import UNet3DConditionModel as UNet3DConditionModel
@@ -38,11 +40,13 @@ else:
         "AutoencoderKL": "models.vae",
         "CLIPTextModel": "models.clip",
         "CLIPTokenizer": "models.tokenizer",
+        "CLIPVisionModelWithProjection": "models.clip_vision",
         "DDIMScheduler": "schedulers",
         "DPMSolverMultistepScheduler": "schedulers",
         "DiffusionPipeline": "pipelines",
         "EulerAncestralDiscreteScheduler": "schedulers",
         "EulerDiscreteScheduler": "schedulers",
+        "IPAdapterMaskProcessor": "adapters.ip_adapter",
         "MotionAdapter": "models.unet_motion",
         "PNDMScheduler": "schedulers",
         "TextToVideoSDPipeline": "pipelines",

@@ -154,6 +154,14 @@ DEVIATIONS: tuple[Deviation, ...] = (
             "TextToVideoSDPipeline", "VideoToVideoSDPipeline", "AnimateDiffPipeline", "AnimateDiffVideoToVideoPipeline",
         )
     ),
+    *(
+        Deviation(
+            pipeline, "mask_grid", "exact", "published",
+            "masks of IP-Adapters are scattered over other rows where a mask's sides are not in the ratio of a level's",
+            "image_processor.py: IPAdapterMaskProcessor.downsample",
+        )
+        for pipeline in ("AnimateDiffPipeline", "AnimateDiffVideoToVideoPipeline")
+    ),
     Deviation(
         "AnimateDiffVideoToVideoPipeline", "array_resize", "bicubic", "nearest",
         "where pixels are picked and not averaged, edges flicker from frame to frame; images are resized by Lanczos",

@@ -266,6 +266,52 @@ def make_official_folder() -> Callable[..., Path]:
     return make
 
 
+# The published IP-Adapters, small: names as theirs, for the small UNet, whose attentions to the text are 32, 32, 32, 64
+# wide. Pictures of 28 x 28, of which CLIP makes 17 states of width 40, or one vector of width 20.
+SMALL_ENCODER = dict(hidden_size=40, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=28,
+                     patch_size=7, projection_dim=20)  # fmt: skip
+IMAGE_PROJ = {
+    "base": {"proj.weight": (96, 20), "proj.bias": (96,), "norm.weight": (24,), "norm.bias": (24,)},
+    "full-face": {"proj.0.weight": (40, 40), "proj.0.bias": (40,), "proj.2.weight": (24, 40), "proj.2.bias": (24,),
+                  "proj.3.weight": (24,), "proj.3.bias": (24,)},
+    "plus": {
+        "latents": (1, 5, 48), "proj_in.weight": (48, 40), "proj_in.bias": (48,), "proj_out.weight": (24, 48),
+        "proj_out.bias": (24,), "norm_out.weight": (24,), "norm_out.bias": (24,),
+        **{f"layers.{i}.{name}": shape for i in range(4) for name, shape in {
+            "0.norm1.weight": (48,), "0.norm1.bias": (48,), "0.norm2.weight": (48,), "0.norm2.bias": (48,),
+            "0.to_q.weight": (128, 48), "0.to_kv.weight": (256, 48), "0.to_out.weight": (48, 128),
+            "1.0.weight": (48,), "1.0.bias": (48,), "1.1.weight": (192, 48), "1.3.weight": (48, 192)}.items()},
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def make_ip_adapter() -> Callable[..., Path]:
+    """make_ip_adapter(folder, kind="base", seed=0, encoder=True) -> the file in it, beside a small image_encoder.
+
+    kind: "base", "plus" or "full-face"; every number random, also those of norms. With encoder=False the file alone.
+    """
+
+    def make(folder: Path, kind: str = "base", seed: int = 0, encoder: bool = True) -> Path:
+        from safetensors.torch import save_file
+
+        from minit2v.models.clip_vision import CLIPVisionModelWithProjection
+
+        folder.mkdir(parents=True, exist_ok=True)
+        if encoder and not (folder / "image_encoder").exists():
+            _randomize(CLIPVisionModelWithProjection(**SMALL_ENCODER), 7).save_pretrained(folder / "image_encoder")
+        shapes = {f"image_proj.{name}": shape for name, shape in IMAGE_PROJ[kind].items()}
+        for k, width in enumerate((32, 32, 32, 64)):
+            shapes |= {f"ip_adapter.{2 * k + 1}.to_{x}_ip.weight": (width, 24) for x in "kv"}
+        generator = torch.Generator().manual_seed(seed)
+        state = {name: torch.randn(shape, generator=generator) * (shape[-1] ** -0.5 if len(shape) > 1 else 0.5)
+                 for name, shape in shapes.items()}  # fmt: skip
+        save_file(state, folder / f"ip-adapter-{kind}_sd15.safetensors")
+        return folder / f"ip-adapter-{kind}_sd15.safetensors"
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def make_adapter_folder() -> Callable[..., Path]:
     """make_adapter_folder(folder, version, **fields) -> folder / the published name, with a small motion adapter.

@@ -13,6 +13,7 @@ from minit2v import (
     AnimateDiffPipeline,
     AnimateDiffVideoToVideoPipeline,
     AutoencoderKL,
+    CLIPVisionModelWithProjection,
     DiffusionPipeline,
     MotionAdapter,
     TextToVideoSDPipeline,
@@ -378,8 +379,8 @@ def test_a_unet_without_a_size(pipe, base, adapter):
         (dict(num_videos_per_prompt=2, generator=[torch.Generator()] * 3), ValueError, "3 generators for 2 videos"),
         (dict(num_videos_per_prompt=2, latents=torch.zeros(1, 4, 3, 8, 12)), ValueError, r"latents must be \(2, 4, 3"),
         (dict(prompt={0: "a cat", 8: "a dog"}), ValueError, "FreeNoise, which is not here yet"),
-        (dict(ip_adapter_image=Image.new("RGB", (8, 8))), ValueError, "image prompts .IP-Adapter. are not here yet"),
-        (dict(ip_adapter_image_embeds=[torch.zeros(1)]), ValueError, "ip_adapter_image_embeds must be None"),
+        (dict(ip_adapter_image=Image.new("RGB", (8, 8))), ValueError, "there is no IP-Adapter"),
+        (dict(ip_adapter_image_embeds=[torch.zeros(1)]), ValueError, "there is no IP-Adapter"),
         (dict(cross_attention_kwargs={"scale": 0.5}), ValueError, "cross_attention_kwargs"),
         (dict(height=17), ValueError, "height must be a multiple of 2, not 17"),
         (dict(eta=2), ValueError, "eta must lie in"),
@@ -465,8 +466,8 @@ def test_an_adapter_without_a_mid_block_goes_into_any_unet(pipe, adapter):
         (dict(motion_adapter="guoyww/x"), TypeError, "motion_adapter must be a MotionAdapter, not a str"),
         (dict(motion_adapter=MotionAdapter), TypeError, "motion_adapter must be a component, not the class"),
         (dict(unet=UNet3DConditionModel), TypeError, "unet must be a component, not the class UNet3DCond"),
-        (dict(feature_extractor=object()), ValueError, "feature_extractor must be None: image prompts"),
-        (dict(image_encoder=object()), ValueError, "image_encoder must be None"),
+        (dict(feature_extractor=object()), ValueError, "feature_extractor must be None: pictures are"),
+        (dict(image_encoder="h94/IP-Adapter"), TypeError, "image_encoder must be a CLIPVisionModelWithProjection, not"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
@@ -538,7 +539,7 @@ def test_another_adapter_for_a_whole_folder(pipe, adapter, tmp_path, caplog):
 
 
 def test_parts_of_a_folder_that_nothing_here_uses(base, adapter, tmp_path):
-    """Safety checker, feature extractor and image encoder: named in indexes, and passed over."""
+    """Safety checker and feature extractor: named in indexes, and passed over. An image encoder is loaded."""
     index = json.loads((base / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionPipeline" and {"safety_checker", "feature_extractor"} < index.keys()
     index |= {"image_encoder": ["transformers", "CLIPVisionModelWithProjection"], "requires_safety_checker": True}
@@ -546,8 +547,19 @@ def test_parts_of_a_folder_that_nothing_here_uses(base, adapter, tmp_path):
         if part.is_dir():
             (tmp_path / part.name).symlink_to(part)
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    pipe = AnimateDiffPipeline.from_pretrained(tmp_path, motion_adapter=adapter, safety_checker=None)
+    with pytest.raises(FileNotFoundError, match="image_encoder does not exist; .* may be given as image_encoder="):
+        AnimateDiffPipeline.from_pretrained(tmp_path, motion_adapter=adapter, safety_checker=None)
+    CLIPVisionModelWithProjection(hidden_size=8, num_attention_heads=2, intermediate_size=8, num_hidden_layers=1,
+                                  image_size=4, patch_size=2).save_pretrained(tmp_path / "image_encoder")  # fmt: skip
+    pipe = AnimateDiffPipeline.from_pretrained(tmp_path, motion_adapter=adapter, image_encoder=None)
     assert pipe.components["image_encoder"] is None is pipe.feature_extractor
+    pipe = AnimateDiffPipeline.from_pretrained(tmp_path, motion_adapter=adapter, safety_checker=None)
+    assert pipe.image_encoder.config.image_size == 4 and pipe.feature_extractor is None
+    pipe.save_pretrained(tmp_path / "saved")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    assert again.image_encoder.config == pipe.image_encoder.config
+    index = json.loads((tmp_path / "saved/model_index.json").read_text())
+    assert index["image_encoder"] == ["transformers", "CLIPVisionModelWithProjection"]
     assert type(pipe.scheduler) is PNDMScheduler
 
 

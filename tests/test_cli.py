@@ -1,5 +1,6 @@
 """The `minit2v` command, mostly called in this process, on small random models."""
 
+import hashlib
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from minit2v import cli, pipelines
@@ -589,6 +591,64 @@ def test_animate_what_does_not_fit(run, model, images, adapter, make_adapter_fol
     fails(run(*base, images, "--adapter", wide), "does not fit the UNet")
     fails(run("generate", "a cat", "--model", images), "UNet2DConditionModel")
     assert os.listdir() == []
+
+
+def test_animate_with_pictures_and_again(run, images, adapter, make_ip_adapter, monkeypatch):
+    """Their paths, scales and digests are in the file, which is made again from another folder."""
+    here = Path.cwd()
+    for seed, kind in enumerate(("base", "plus")):
+        make_ip_adapter(here / "ip", kind, seed)
+    base, plus = "ip/ip-adapter-base_sd15.safetensors", "ip/ip-adapter-plus_sd15.safetensors"
+    for k in range(2):
+        Image.fromarray(np.random.default_rng(k).integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(f"{k}.png")
+    call = ("animate", "a cat", "--base", images, "--adapter", adapter, *FAST, "--seed", 7)
+    assert run(*call, "-o", "without.mp4")[0] == 0
+    code, out, err = run(*call, "--ip-adapter", base, "--image", "0.png:0.6", "-o", "a.mp4")
+    assert code == 0 and err[1] == f"minit2v: loading {base}" and ", 1 picture" in err[2]
+    assert not np.array_equal(pixels("a.mp4"), pixels("without.mp4"))
+    stored = read_metadata("a.mp4")
+    assert stored["ip_adapter"] == [str(here / base)] and stored["image"] == [f"{here}/0.png:0.6"]
+    assert stored["ip_adapter_sha256"] == [hashlib.sha256(Path(base).read_bytes()).hexdigest()]
+    assert run(*call, "--ip-adapter", base, "--image", "0.png:0", "-o", "b.mp4")[0] == 0
+    assert np.array_equal(pixels("b.mp4"), pixels("without.mp4"))
+    two = ("--ip-adapter", base, "--ip-adapter", plus, "--image", "0.png:0.6", "--image", "1.png:-0.5")
+    assert run(*call, *two, "-o", "c.mp4")[0] == 0
+    assert not np.array_equal(pixels("c.mp4"), pixels("a.mp4"))
+    assert run(*call, "--ip-adapter", base, "--image", "0.png", "--image", "1.png", "-o", "d.mp4")[0] == 0
+
+    (here / "else").mkdir()
+    monkeypatch.chdir(here / "else")
+    fails(run("animate", "--replay", "../c.mp4"), "names .*ip_adapter .*base_sd15.*plus_sd15.*image .*0.png:0.6, ")
+    for name in ("a", "c", "d"):
+        code, _, err = run("animate", "--replay", f"../{name}.mp4", "--trust", "-o", f"{name}.mp4")
+        assert code == 0 and not any("warning" in line for line in err), err
+        assert Path(f"{name}.mp4").read_bytes() == Path(f"../{name}.mp4").read_bytes()
+    shutil.copy("../1.png", "../0.png")
+    code, _, err = run("animate", "--replay", "../a.mp4", "--trust", "-o", "e.mp4")
+    assert code == 0 and any("0.png:0.6 has changed since the video was made" in line for line in err)
+    assert not np.array_equal(pixels("e.mp4"), pixels("a.mp4"))
+    code, _, err = run("animate", "--replay", "../a.mp4", "--trust", "--image", "../1.png:0.6", "-o", "f.mp4")
+    assert code == 0 and not any("warning" in line for line in err), err
+    assert np.array_equal(pixels("f.mp4"), pixels("e.mp4"))
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "code"),
+    [
+        (("--ip-adapter", "a.bin"), "--ip-adapter: it is shown which picture", 2),
+        (("--image", "a.png"), "--image: it is shown by which adapter", 2),
+        (("--image", ":0.5"), "':0.5' is no PICTURE", 2),
+        (("--ip-adapter", "a", "--ip-adapter", "b", "--image", "c"), "1 --image for 2 --ip-adapter", 2),
+        (("--ip-adapter", "a", "--image", "c:1", "--image", "d:0.5"), "count the same, give them one scale", 2),
+        (("--ip-adapter", "a.bin", "--image", "gone.png"), "gone.png: no such file", 1),
+        (("--ip-adapter", "a.bin", "--image", "0.png"), "--ip-adapter: there is no folder 'a.bin'", 1),
+        (("--ip-adapter", "a.bin", "--image", "0.png:1"), "a picture has this whole name: add a scale, 0.png:1:1", 2),
+    ],
+)
+def test_pictures_that_do_not_fit(run, images, adapter, given, said, code):
+    for name in ("0.png", *["0.png:1"] * ("0.png:1" in given)):
+        Image.new("RGB", (9, 9)).save(name, "png")
+    fails(run("animate", "a cat", "--base", images, "--adapter", adapter, *FAST, *given), said, code=code)
 
 
 def test_animate_a_video(run, images, adapter, source):

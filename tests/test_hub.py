@@ -832,6 +832,44 @@ def test_animatediff_of_two_repositories(hub, tmp_path, make_official_folder, ma
     assert all(same(getattr(pipe, part), getattr(local, part)) for part in NETWORKS)
 
 
+@pytest.mark.parametrize("how", ["keywords", "owner/name/file", "address", "a file alone"])
+def test_an_ip_adapter_and_its_image_encoder(hub, tmp_path, make_official_folder, make_adapter_folder, make_ip_adapter,
+                                             how):  # fmt: skip
+    """Of h94's repository the file and the encoder beside it; the encoder also for a file that lies here alone."""
+    from minit2v import AnimateDiffPipeline, MotionAdapter
+
+    base = make_official_folder(tmp_path / "base", "sd15", small=True)
+    adapter = MotionAdapter.from_pretrained(make_adapter_folder(tmp_path, "v1-5-2"))
+    file = make_ip_adapter(tmp_path / "h94" / "models")
+    hub.repos["h94/IP-Adapter"] = tmp_path / "h94"
+    (file.parent / "ip-adapter-plus_sd15.bin").write_bytes(b"not needed")
+    alone = make_ip_adapter(tmp_path / "alone", encoder=False)
+    pipe = AnimateDiffPipeline.from_pretrained(base, motion_adapter=adapter)
+    encoder = ["models/image_encoder/config.json", "models/image_encoder/model.safetensors"]
+    wanted = [f"models/{file.name}", *encoder]
+    if how == "keywords":
+        pipe.load_ip_adapter("h94/IP-Adapter", subfolder="models", weight_name=file.name)
+    elif how == "owner/name/file":
+        pipe.load_ip_adapter(f"h94/IP-Adapter/models/{file.name}")
+    elif how == "address":
+        pipe.load_ip_adapter(f"https://huggingface.co/h94/IP-Adapter/blob/{'a' * 40}/models/{file.name}")
+    else:
+        pipe.load_ip_adapter(alone)
+        wanted = encoder
+    assert sorted(hub.sent) == sorted(wanted)
+    local = AnimateDiffPipeline.from_pretrained(base, motion_adapter=adapter)
+    local.load_ip_adapter(file)
+    assert same(pipe.unet, local.unet) and same(pipe.image_encoder, local.image_encoder)
+
+    del hub.repos["h94/IP-Adapter"]
+    shutil.rmtree(tmp_path / "cache")
+    pipe.unload_ip_adapter()
+    with pytest.raises(OSError) as error:
+        pipe.load_ip_adapter(alone)
+    assert "no image encoder beside it, and the published one cannot be had: there is no folder" in line(error)
+    pipe.load_ip_adapter(alone, image_encoder_folder=None)
+
+
 def test_bin_only_repositories_and_revisions(hub, repository):
     for path in (repository / "unet").glob("*.safetensors"):
         path.unlink()

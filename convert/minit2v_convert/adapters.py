@@ -74,5 +74,6 @@ IP_KNOWN = {
     "plus, sd15": {**IP_ADAPTER, "image_dim": 1280, "tokens": 16, "resampler": 4},
 }
 IP = Format("ip_adapter", shapes.ip_adapter, lambda base, get: base, IP_KNOWN, IP_ADAPTER_ROWS)
-IMAGE_ENCODER = Format("image_encoder", shapes.clip_image, lambda base, get: base,
-                       {"CLIP ViT-H/14": configs.CLIP_IMAGE}, optional={"vision_model.embeddings.position_ids": "I64"})
+IMAGE_ENCODER = Format("image_encoder", shapes.clip_image, configs.infer_clip_image,
+                       {"CLIP ViT-H/14": configs.CLIP_IMAGE, "CLIP ViT-bigG/14": configs.CLIP_IMAGE_BIG_G},
+                       optional={"vision_model.embeddings.position_ids": "I64"})

@@ -4,6 +4,7 @@ Shapes do not tell how many heads an attention has, nor how many groups a norm, 
 was made for: of a network of another size than the published ones these are as published, until a config says them.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,6 +64,9 @@ CLIP_IMAGE: Config = {
     "architectures": ["CLIPVisionModelWithProjection"], "hidden_act": "gelu", "hidden_size": 1280, "image_size": 224,
     "intermediate_size": 5120, "num_attention_heads": 16, "num_hidden_layers": 32, "patch_size": 14,
     "projection_dim": 1024,
+}  # fmt: skip
+CLIP_IMAGE_BIG_G: Config = {
+    **CLIP_IMAGE, "hidden_size": 1664, "intermediate_size": 8192, "num_hidden_layers": 48, "projection_dim": 1280,
 }  # fmt: skip
 IP_ADAPTER: Config = {**UNET2D, "image_dim": 1024, "tokens": 4, "resampler": 0}
 
@@ -165,10 +169,26 @@ def infer_clip(base: Config, get: Get) -> Config:
     return {**base, **found}
 
 
+def infer_clip_image(base: Config, get: Get) -> Config:
+    layers = list(_numbered(get, "vision_model.encoder.layers.{}.", ("layer_norm1.weight", "layer_norm2.weight")))
+    found: dict[str, Any] = {"num_hidden_layers": len(layers)}
+    if layers and layers[0][0] != base["hidden_size"]:
+        found |= {"hidden_size": layers[0][0], "num_attention_heads": max(1, layers[0][0] // 64)}
+    if shape := _first(get, *(f"vision_model.encoder.layers.0.mlp.fc1.{p}" for p in ("bias", "weight"))):
+        found["intermediate_size"] = shape[0]
+    if (shape := get("vision_model.embeddings.patch_embedding.weight")) and len(shape) == 4:
+        found["patch_size"] = shape[2]
+        if rows := get("vision_model.embeddings.position_embedding.weight"):
+            found["image_size"] = shape[2] * math.isqrt(max(0, rows[0] - 1))
+    if shape := get("visual_projection.weight"):
+        found["projection_dim"] = shape[0]
+    return {**base, **found}
+
+
 # What shapes tell of a config.
 SAID = ("block_out_channels", "layers_per_block", "motion_layers_per_block", "in_channels", "out_channels",
         "latent_channels", "cross_attention_dim", "use_motion_mid_block", "hidden_size", "intermediate_size",
-        "num_hidden_layers", "vocab_size", "max_position_embeddings")  # fmt: skip
+        "num_hidden_layers", "vocab_size", "max_position_embeddings", "patch_size", "image_size")  # fmt: skip
 
 
 def said(config: Config) -> Config:

@@ -279,7 +279,8 @@ def _to_diffusers(
     lone = len(found) == 1 and not (src / INDEX).is_file()
     for component, part in found.items():
         below = "" if lone else f"{component}/"
-        stems = {"text_encoder": "model" if safe else "pytorch_model", "lora": "pytorch_lora_weights"}
+        of_transformers = "model" if safe else "pytorch_model"
+        stems = {"text_encoder": of_transformers, "image_encoder": of_transformers, "lora": "pytorch_lora_weights"}
         name = f"{below}{stems.get(component, STEMS[0])}{'.safetensors' if safe else '.bin'}"
         work.plans[name], work.sources[name] = part.plan, {"": part.source}
         if part.config is not None:

@@ -23,7 +23,7 @@ NAME = re.compile(rf"({'|'.join(STEMS)})(?:\.(?P<v>[\w-]+?))?(?:-(?P<n>\d{{5}})-
 NO_NETWORKS = {
     "safety_checker": "a classifier of single images",
     "feature_extractor": "prepares images for the safety checker",
-    "image_encoder": "turns image prompts into vectors: nothing here can use it yet",
+    "image_encoder": "turns image prompts into vectors: it belongs to an IP-Adapter, and is converted by itself",
 }
 WEIGHTLESS = re.compile("Scheduler|Tokenizer|Processor|Extractor")  # in the names of classes
 INDEX, CONFIG = "model_index.json", "config.json"

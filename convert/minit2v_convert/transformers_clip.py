@@ -1,9 +1,9 @@
-"""transformers' names of the CLIP text encoder, as every published `text_encoder` folder has them."""
+"""transformers' names of CLIP's two encoders, as published `text_encoder` and `image_encoder` folders have them."""
 
 from .rename import Layout, under
 
 LAYER = under(
-    "text_model.encoder.layers.{i}.",
+    "encoder.layers.{i}.",
     "layers.{i}.",
     [
         ("layer_norm1.{p}", "norm1.{p}"),
@@ -21,7 +21,7 @@ LAYOUT = Layout(
     rules=[
         ("text_model.embeddings.token_embedding.weight", "tokens.weight"),
         ("text_model.embeddings.position_embedding.weight", "positions.weight"),
-        *LAYER,
+        *under("text_model.", "", LAYER),
         ("text_model.final_layer_norm.{p}", "norm_out.{p}"),
     ],
     # Some merges, and the state dict of transformers >= 5.6, have no `text_model.` level. Files always had one.
@@ -34,4 +34,17 @@ LAYOUT = Layout(
         "text_model.embeddings.position_ids": "0, 1, 2, ...: a buffer of old transformers, in fp16 merges even rounded",
         "embeddings.position_ids": "the same where the `text_model.` level is missing",
     },
+)
+
+VISION = Layout(
+    rules=[
+        ("vision_model.embeddings.class_embedding", "class_token"),
+        ("vision_model.embeddings.patch_embedding.weight", "patches.weight"),
+        ("vision_model.embeddings.position_embedding.weight", "positions.weight"),
+        ("vision_model.pre_layrnorm.{p}", "norm_in.{p}"),  # so it is spelled
+        *under("vision_model.", "", LAYER),
+        ("vision_model.post_layernorm.{p}", "norm_out.{p}"),
+        ("visual_projection.weight", "projection.weight"),
+    ],
+    ignored={"vision_model.embeddings.position_ids": "0, 1, 2, ...: a buffer of old transformers"},
 )

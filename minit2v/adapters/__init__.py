@@ -1,4 +1,4 @@
-"""What is put into networks that are loaded: LoRA, textual inversion, IP-Adapter.
+"""What is put into a model that is loaded, and taken out again without a trace: LoRA, textual inversion, IP-Adapter.
 
-The tables of names are convert/'s, the calls are the pipelines'; here is what reads the files and what is computed.
+Each file reads what people have, knows it by its content, and refuses in one line what does not fit the model.
 """

@@ -11,7 +11,7 @@ from minit2v_convert.rename import nearest
 
 from .. import __version__
 from ..files import embedded
-from . import long_videos
+from . import long_videos, pictures
 from .messages import clean, tell, write
 
 ADAPTER = "guoyww/animatediff-motion-adapter-v1-5-2"  # for every other image model
@@ -117,6 +117,7 @@ def make_parser() -> Parser:
             sub.add_argument("--adapter", metavar="MODEL", help="the motion adapter: a folder or a hub id; "
                              f"shapes-motion for shapes-image, else {ADAPTER}")
             sub.add_argument("--video", metavar="VIDEO", help="begin with a video, a GIF, or a folder of images")
+            pictures.add_arguments(sub)
         else:
             sub.add_argument("--model", help="a folder or a hub id; shapes is the one in this package")
         if sub is not generate:

@@ -18,7 +18,7 @@ from ..models.vae import AutoencoderKL
 from ..pipelines.checks import check_pixels, check_size
 from ..pipelines.files import INDEX, read_index
 from ..schedulers.names import solver_of
-from . import long_videos
+from . import long_videos, pictures
 from .arguments import ADAPTER
 from .messages import one_line, say
 
@@ -91,6 +91,7 @@ def load(command: str, settings: dict[str, Any], video_frames: int | None) -> tu
         settings["height"], settings["width"] = check_size(height, width, pipe.unet, pipe.vae_scale_factor)
     defaults = inspect.signature(cls.__call__).parameters
     call = {argument: settings.setdefault(name, defaults[argument].default) for name, argument in names.items()}
+    call |= pictures.load(pipe, settings)
     for name in settings.keys() & {"model", "base", "adapter", "vae", "tokenizer", "config"}:
         if embedded.find(settings[name]) is None and Path(settings[name]).exists():
             settings[name] = os.path.abspath(settings[name])  # to be found from other folders, too

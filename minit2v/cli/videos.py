@@ -18,7 +18,7 @@ from typing import Any
 
 from .. import __version__
 from ..files import embedded
-from . import long_videos
+from . import long_videos, pictures
 from .arguments import SUFFIXES, make_parser
 from .ends import importing
 from .messages import Progress, one_line, say, tell_path
@@ -38,16 +38,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 # them back through the parser, so that a file says nothing that the command line could not.
 SETTINGS = ("model", "base", "adapter", "vae", "tokenizer", "config", "revision", "variant", "negative_prompt",
             "num_frames", "steps", "guidance_scale", "strength", "free_init", *long_videos.OPTIONS, "scheduler", "seed",
-            "height", "width", "fps", "dtype", "device", "compat", "kernels", "optimize")
+            "height", "width", "fps", "dtype", "device", "compat", "kernels", "optimize", *pictures.OPTIONS)
 CUT = ("from", "to", "every")  # what of the video that is begun with
+DIGESTS = tuple(f"{name}_sha256" for name in pictures.OPTIONS)  # stored beside them
 DECODED_AT_ONCE = 8  # frames: what the VAE's last layers need would otherwise grow with the video
 
 
 def run(args: argparse.Namespace) -> int:
     """The exit code: 1 where some prompts failed."""
-    digest = None
+    digest, before = None, {}
     if "replay" in args:
-        args, digest = _replay(args)
+        args, digest, before = _replay(args)
     given = {k: v for k, v in vars(args).items() if k in (*SETTINGS, *CUT)}
     video, source = getattr(args, "video", None), {}
     at = getattr(args, "prompt_at", {})
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         args.usage_error("--num-frames: a video has its own number of frames")
     if video is None and "strength" in given:
         args.usage_error("--strength: how far to go from which video? Give --video VIDEO")
+    pictures.check(args)
     models = dict(EMBEDDED[args.command])
     if "adapter" in given and "base" not in given:
         args.usage_error("--adapter: to which image model? Give --base MODEL")
@@ -94,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
     if any(path.suffix.lower() != ".gif" for path in paths):
         find_ffmpeg()
     pipe, call = load(args.command, settings, len(video) if video else None)
+    pictures.say_changes(settings, before)
 
     say(_summary(settings, len(video) if video else settings["num_frames"]))
     failures = []
@@ -104,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
             start = time.monotonic()
             latents = _latents(pipe, call, long_videos.texts_of(prompt, at), settings["seed"], video)
             about = {"minit2v": args.command, "prompt": prompt, **({"prompt_at": at} if at else {}),
-                     **{k: settings[k] for k in SETTINGS if k in settings},
+                     **{k: settings[k] for k in (*SETTINGS, *DIGESTS) if k in settings},
                      **source, "versions": _versions()}
             frames = pipe.stream_frames(latents, DECODED_AT_ONCE)
             tell_path(_write(frames, path, settings["fps"], about, sound, replace=path == output))
@@ -132,6 +135,8 @@ def _summary(s: dict[str, Any], frames: int) -> str:
     parts += long_videos.summary(s)
     if s.get("optimize"):
         parts.append("optimized")
+    if s.get("ip_adapter"):
+        parts.append(f"{len(s['image'])} picture{'s' * (len(s['image']) > 1)}")
     if s.get("negative_prompt"):
         parts.append(f"not {_quote(s['negative_prompt'])}")
     return ", ".join(parts + [f"{k} {s[k]}" for k in ("revision", "variant", "compat") if s.get(k)])
@@ -276,13 +281,16 @@ def _find_sound(source: dict[str, Any], fps: float, of_video: float | None) -> t
     return source["video"], source.get("from", 0.0)
 
 
-def _option(name: str, value: Any) -> str:
+def _options(name: str, value: Any) -> list[str]:
     option = name.replace("_", "-")
-    return f"--{'' if value else 'no-'}{option}" if isinstance(value, bool) else f"--{option}={value}"
+    if isinstance(value, bool):
+        return [f"--{'' if value else 'no-'}{option}"]
+    return [f"--{option}={one}" for one in (value if isinstance(value, list) else [value])]
 
 
-def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None]:
-    """The arguments that made a video, under those given now; and the digest of the video that it began with.
+def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None, dict[str, str]]:
+    """The arguments that made a video, under those given now; the digest of the video that it began with, and those
+    of the adapters' files.
 
     Whoever made the file may have named any model and video: they are used with `--trust` alone.
     """
@@ -300,7 +308,7 @@ def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None]:
         raise ValueError(f"{args.replay} was made by {command}: minit2v {again} --replay makes it again")
     given = {k: v for k, v in vars(args).items() if k not in ("command", "replay", "prompt", "prompts")}
     _check_trust(args, stored, given)
-    words = [_option(k, stored[k]) for k in (*SETTINGS, *CUT) if stored.get(k) is not None]
+    words = [word for k in (*SETTINGS, *CUT) if stored.get(k) is not None for word in _options(k, stored[k])]
     prompts = args.prompt or ([] if "prompts" in args else [stored["prompt"]])
     if source is not None and command == "animate":
         words.append(f"--video={source}")
@@ -331,14 +339,15 @@ def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None]:
         except ValueError:
             say(f"warning: made on {again.device}, which is not here: the numbers may differ a little")
             again.device = "auto"
-    return again, None if "video" in given else stored.get("video_sha256")
+    return again, None if "video" in given else stored.get("video_sha256"), pictures.digests(stored)
 
 
 def _check_trust(args: argparse.Namespace, stored: dict[str, Any], given: dict[str, Any]) -> None:
     """Says what a file names outside this package. ValueError where that was neither given here nor trusted."""
-    names = ("model", "base", "adapter", "vae", "tokenizer", "config", "video")
-    named = {k: str(stored[k]) for k in names if stored.get(k) is not None and k not in given
-             and (k == "video" or embedded.find(str(stored[k])) is None)}  # fmt: skip
+    names = ("model", "base", "adapter", "vae", "tokenizer", "config", "video", *pictures.OPTIONS)
+    said = {k: ", ".join(map(str, v)) if isinstance(v := stored[k], list) else str(v)
+            for k in names if stored.get(k) is not None and k not in given}  # fmt: skip
+    named = {k: v for k, v in said.items() if k == "video" or embedded.find(v) is None}
     if not named:
         return
     what = ", ".join(f"{k} {v!r}" for k, v in named.items())

@@ -4,7 +4,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from operator import is_
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 import torch.nn.modules.module as hooks
 from torch import Tensor, nn
 
+from ..models.image_prompt import ImageAttention, Prompt
 from ..models.unet import UNet
 from ..models.unet2d import UNet2DConditionModel
 from ..models.unet3d import UNet3DConditionModel
@@ -208,7 +209,7 @@ class UNetExecutor(Executor):
         self.graphs = Graphs() if graphs else None
         self.compile = compile
 
-    def predict(self, x: Tensor, t: int | float | Tensor, context: Tensor, texts: "Texts") -> Tensor:
+    def predict(self, x: Tensor, t: int | float | Tensor, context: Tensor | Prompt, texts: "Texts") -> Tensor:
         """x (b c f h w), t a number or (b,), context (b l d) or (b f l d) -> the prediction (b c f h w)."""
         unet = self.network
         one = not isinstance(t, Tensor) or t.numel() == 1
@@ -218,15 +219,18 @@ class UNetExecutor(Executor):
         of_text = texts.of(self, context, flat)
         if self.graphs is None or not can_capture(x) or any(map(is_touched, self.state.modules)):
             return self.run(x, t, flat, of_text)
-        names, pairs = list(of_text), [y for pair in of_text.values() for y in pair]
+        parts = tensors_of(flat)
 
-        def run(x: Tensor, t: Tensor, context: Tensor, *pairs: Tensor) -> Tensor:
-            return self.run(x, t, context, dict(zip(names, zip(pairs[::2], pairs[1::2], strict=True), strict=True)))
+        def run(x: Tensor, t: Tensor, *tensors: Tensor) -> Tensor:
+            own, rest = tensors[: len(parts)], iter(tensors[len(parts) :])
+            context = flat.of(own) if isinstance(flat, Prompt) else own[0]
+            return self.run(x, t, context, {m: tuple(islice(rest, len(made))) for m, made in of_text.items()})
 
-        key = repr(unet.config), unet.chunking, unet.free_u, getattr(unet, "free_noise", None)
-        return self.graphs.run(key, run, [x, t, flat, *pairs])
+        scales = tuple(m.scales for m in self.image_attentions)
+        key = repr(unet.config), unet.chunking, unet.free_u, getattr(unet, "free_noise", None), scales
+        return self.graphs.run(key, run, [x, t, *parts, *chain.from_iterable(of_text.values())])
 
-    def run(self, x: Tensor, t: Tensor, context: Tensor, texts: dict[nn.Module, tuple[Tensor, Tensor]]) -> Tensor:
+    def run(self, x: Tensor, t: Tensor, context: Tensor | Prompt, texts: dict[nn.Module, tuple[Tensor, ...]]) -> Tensor:
         """x (b c f h w), t (1,) or (b,), context (b l d) or ((b f) l d), all checked."""
         run = Run(self.ops, self.known, x.shape[2], context=context, texts=texts, compiled=self.compiled)
         modules.times_of(run, self.network, t, self.times)
@@ -240,6 +244,7 @@ class UNetExecutor(Executor):
     def renew(self) -> None:
         super().renew()
         unet = self.network
+        self.image_attentions = [m for m in unet.modules() if isinstance(m, ImageAttention)]
         self.compiled: dict[nn.Module, Any] = {}
         if self.compile:
             # PyTorch's compiler looks for hooks once, when it compiles: blocks with some are left to run as written.
@@ -274,22 +279,31 @@ class Texts:
     """Keys and values of a text, computed once as long as it is the same tensor and nobody writes into it."""
 
     def __init__(self) -> None:
-        self.last: tuple[Any, list[int], dict[nn.Module, tuple[Tensor, Tensor]]] | None = None
+        self.last: tuple[Any, list[int], dict[nn.Module, tuple[Tensor, ...]]] | None = None
 
-    def of(self, executor: UNetExecutor, context: Tensor, flat: Tensor) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+    def of(
+        self, executor: UNetExecutor, context: Tensor | Prompt, flat: Tensor | Prompt
+    ) -> dict[nn.Module, tuple[Tensor, ...]]:
         """context, and the same as (n l d) -> for each attention to the text its keys and values (n l h d)."""
-        if not context.is_inference() and self.last is not None and self.last[0]() is context:
+        uncounted = any(x.is_inference() for x in tensors_of(context))
+        if not uncounted and self.last is not None and self.last[0]() is context:
             if self.last[1] == versions(executor, context, self.last[2]):
                 return self.last[2]
         made = modules.texts_of(Run(executor.ops, executor.known), executor.network, flat)
-        self.last = None if context.is_inference() else (weakref.ref(context), versions(executor, context, made), made)
+        self.last = None if uncounted else (weakref.ref(context), versions(executor, context, made), made)
         return made
 
 
-def versions(executor: UNetExecutor, context: Tensor, attentions: Iterable[Any]) -> list[int]:
+def tensors_of(context: Tensor | Prompt) -> list[Tensor]:
+    return context.tensors() if isinstance(context, Prompt) else [context]
+
+
+def versions(executor: UNetExecutor, context: Tensor | Prompt, attentions: Iterable[Any]) -> list[int]:
     """How often the text and the weights that read it were written into; inference tensors do not count that."""
-    weights = (p for m in attentions for p in (m.to_k.weight, m.to_v.weight) if not p.is_inference())
-    return [executor.plans, context._version, *(p._version for p in weights)]
+    of_text = [p for m in attentions for p in (m.to_k.weight, m.to_v.weight)]
+    of_images = [to.weight for m in executor.image_attentions for to in (*m.to_k_ip, *m.to_v_ip)]
+    weights = (p for p in (*of_text, *of_images) if not p.is_inference())
+    return [executor.plans, *(x._version for x in tensors_of(context)), *(p._version for p in weights)]
 
 
 class UNetRunner:
@@ -302,7 +316,7 @@ class UNetRunner:
     def __init__(self, executor: UNetExecutor):
         self.executor, self.network, self.texts = executor, executor.network, Texts()
 
-    def __call__(self, x: Tensor, t: int | float | Tensor, context: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: int | float | Tensor, context: Tensor | Prompt) -> Tensor:
         unet = self.network
         if not self.executor.applies(x):
             return unet(x, t, context)

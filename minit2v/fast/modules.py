@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..models import unet2d, unet3d, vae
 from ..models.blocks import MotionModule, ResBlock, SpatialTransformer, TemporalConv, TemporalTransformer, Upsample
+from ..models.image_prompt import ImageAttention, Prompt
 from ..models.layers import (
     Attention,
     FeedForward,
@@ -46,9 +47,11 @@ PARTS: dict[type, dict[str, tuple[type, ...]]] = {
     TemporalConv: {**{f"norms.{k}": GROUP_NORM for k in range(4)}, **{f"convs.{k}": (nn.Conv3d,) for k in range(4)}},
     Attention: {"to_q": LINEAR, "to_k": LINEAR, "to_v": LINEAR, "to_out": LINEAR},
     FrameAttention: {"to_q": LINEAR, "to_k": LINEAR, "to_v": LINEAR, "to_out": LINEAR},
+    ImageAttention: {"to_q": LINEAR, "to_k": LINEAR, "to_v": LINEAR, "to_out": LINEAR, "to_k_ip.*": LINEAR,
+                     "to_v_ip.*": LINEAR},
     FeedForward: {"proj_in": LINEAR, "proj_out": LINEAR},
-    TransformerBlock: {"norm1": LAYER_NORM, "attn1": (Attention,), "norm2": LAYER_NORM, "attn2": (Attention,),
-                       "norm3": LAYER_NORM, "ff": (FeedForward,)},
+    TransformerBlock: {"norm1": LAYER_NORM, "attn1": (Attention,), "norm2": LAYER_NORM,
+                       "attn2": (Attention, ImageAttention), "norm3": LAYER_NORM, "ff": (FeedForward,)},
     FrameTransformerBlock: {"norm1": LAYER_NORM, "attn1": (FrameAttention,), "norm2": LAYER_NORM,
                             "attn2": (FrameAttention,), "norm3": LAYER_NORM, "ff": (FeedForward,)},
     NumberedFrameTransformerBlock: {"norm1": LAYER_NORM, "attn1": (FrameAttention,), "norm2": LAYER_NORM,
@@ -81,9 +84,10 @@ class Run:
     known: frozenset[nn.Module]  # the modules that are as written
     f: int = 1
     emb: Tensor | None = None  # ((b f) d), of the timestep
-    context: Tensor | None = None  # (b l d) or ((b f) l d)
+    context: Tensor | Prompt | None = None  # (b l d) or ((b f) l d)
     times: dict[nn.Module, Tensor] = field(default_factory=dict)  # of a ResBlock, what it adds for the timestep: (m c)
-    texts: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)  # of an attn2: keys, values (b l h d)
+    # Of an attn2: keys, values of the text (b l h d), and of each adapter's pictures (m i t c).
+    texts: dict[nn.Module, tuple[Tensor, ...]] = field(default_factory=dict)
     compiled: dict[nn.Module, Any] = field(default_factory=dict)  # blocks that torch.compile has taken
 
     def knows(self, m: nn.Module | None) -> bool:
@@ -239,13 +243,15 @@ def attention(run: Run, m: Attention, x: Tensor) -> Tensor:
     return run.ops.linear(m.to_out, y.flatten(-2))
 
 
-def text_attention(run: Run, m: Attention, x: Tensor) -> Tensor:
+def text_attention(run: Run, m: Any, x: Tensor) -> Tensor:
     """x (n p d) looks at the run's texts. A text's queries stand in one row: its keys and values exist once."""
-    k, v = run.texts[m]
+    k, v, *of_images = run.texts[m]
     q = run.ops.linear(m.to_q, x).reshape(len(k), -1, *k.shape[-2:])
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    return run.ops.linear(m.to_out, y.reshape(*x.shape[:-1], -1))
+    y = F.scaled_dot_product_attention(q, k, v)
+    if of_images:
+        y = m.look(y, q, list(zip(of_images[::2], of_images[1::2], strict=True)), run.context)
+    return run.ops.linear(m.to_out, y.transpose(1, 2).reshape(*x.shape[:-1], -1))
 
 
 def frame_attention(run: Run, m: FrameAttention, x: Tensor) -> Tensor:
@@ -299,14 +305,20 @@ def times_of(run: Run, m: UNet, t: Tensor, together: tuple[Tensor, Tensor, Tenso
     run.times = dict(zip(parts, columns, strict=True))
 
 
-def texts_of(run: Run, m: UNet, context: Tensor) -> dict[nn.Module, tuple[Tensor, Tensor]]:
-    """context (n l d) -> keys and values (n l h d) of every attention to the text: they depend on neither x nor t."""
-    texts = {}
+def texts_of(run: Run, m: UNet, context: Tensor | Prompt) -> dict[nn.Module, tuple[Tensor, ...]]:
+    """context (n l d) -> keys and values (n l h d) of every attention to the text: they depend on neither x nor t.
+
+    Of a Prompt also those of the pictures, as in `Run.texts`.
+    """
+    texts: dict[nn.Module, tuple[Tensor, ...]] = {}
+    context, images = (context.text, context.images) if isinstance(context, Prompt) else (context, [])
     for part in m.blocks():
         if run.knows(part) and part.attention and run.knows(part.spatial):
             attn = part.spatial.block.attn2
             k, v = run.ops.linear(attn.to_k, context), run.ops.linear(attn.to_v, context)
             texts[attn] = k.unflatten(-1, (attn.heads, -1)), v.unflatten(-1, (attn.heads, -1))
+            for to_k, to_v, x in zip(attn.to_k_ip, attn.to_v_ip, images, strict=True) if images else ():
+                texts[attn] += run.ops.linear(to_k, x), run.ops.linear(to_v, x)
     return texts
 
 

@@ -410,6 +410,27 @@ def load_video(
     return (frames, fps) if return_fps else frames
 
 
+def load_image(image: Any, *, max_pixels: float = MAX_PIXELS) -> Any:
+    """A picture as a PIL image, RGB, upright: of a file, an http(s) address, or a PIL image.
+
+    Raises FileNotFoundError, ValueError where it is no picture, damaged or of more than `max_pixels`, OSError where it
+    cannot be read or fetched.
+    """
+    from PIL import Image
+
+    if isinstance(image, Image.Image):
+        return _rgb(image)
+    if not isinstance(image, str | os.PathLike):
+        raise ValueError(f"a picture is a path, an address or a PIL image, not a {type(image).__name__}")
+    with tempfile.TemporaryDirectory(prefix="minit2v-") as folder:
+        path = _local(image, Path(folder), max_pixels)
+        if path.is_dir():
+            raise ValueError(f"{shown(path)}: a folder, not a picture")
+        with _opened(path, "no picture, or a damaged one") as opened:
+            _check_pixels(path, 1, *opened.size, max_pixels)
+            return _rgb(opened)
+
+
 def _local(path: str | os.PathLike, scratch: Path, max_pixels: float) -> Path:
     """The path itself, or what was downloaded from an address."""
     if re.match(r"[a-z][a-z0-9+.-]+://", str(path), re.I):

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from minit2v_convert.rename import nearest
 
+from .image_prompt import ImageAttention
 from .layers import FrameTransformerBlock, TransformerBlock
 
 Kind = Literal["spatial", "text", "frames"]
@@ -99,11 +100,13 @@ class Watch(TorchFunctionMode):
         self.count: dict[str, int] = {}  # calls of an attention that have begun
         self.open: str | None = None  # the attention that is being computed
         self.seen = False  # whether it has called PyTorch's
+        self.once = False  # whether only its first call counts
         self.bytes = 0
 
     def hooks_of(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def before(m: nn.Module, args: Any) -> None:
             self.open, self.seen = name, False
+            self.once = isinstance(m, ImageAttention)  # which looks at the text first, and then at pictures
 
         def after(m: nn.Module, args: Any, y: Any) -> None:
             seen, self.open = self.seen, None
@@ -116,7 +119,7 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and self.open is not None:
+        if func is F.scaled_dot_product_attention and self.open is not None and not (self.once and self.seen):
             self.seen = True
             if self.calls is None or self.count.get(self.open, 0) in self.calls:
                 self.keep(self.open, *args, **kwargs)

@@ -67,12 +67,12 @@ class CLIPTextConfig:
             raise ValueError(f"hidden_size={dim} is no multiple of num_attention_heads={heads}")
 
 
-class CausalAttention(nn.Module):
-    """Self-attention in which a token sees itself and those before it."""
+class SelfAttention(nn.Module):
+    """Every token sees all; `causal`: itself and those before it."""
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, causal: bool):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.q = nn.Linear(dim, dim)
         self.k = nn.Linear(dim, dim)
         self.v = nn.Linear(dim, dim)
@@ -81,7 +81,7 @@ class CausalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (b l d) -> (b l d)."""
         q, k, v = (rearrange(p(x), "b l (n d) -> b n l d", n=self.heads) for p in (self.q, self.k, self.v))
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return self.out(rearrange(x, "b n l d -> b l (n d)"))
 
 
@@ -102,11 +102,11 @@ class FeedForward(nn.Module):
 class EncoderLayer(nn.Module):
     """A pre-norm transformer layer: each half adds to the stream what it reads from a normalised copy."""
 
-    def __init__(self, config: CLIPTextConfig):
+    def __init__(self, config: Any, causal: bool = True):
         super().__init__()
         dim, eps = config.hidden_size, config.layer_norm_eps
         self.norm1 = nn.LayerNorm(dim, eps=eps)
-        self.attn = CausalAttention(dim, config.num_attention_heads)
+        self.attn = SelfAttention(dim, config.num_attention_heads, causal)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
         self.ff = FeedForward(dim, config.intermediate_size, config.hidden_act)
 

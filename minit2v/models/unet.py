@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..techniques.free_u import FreeU
 from .blocks import TemporalTransformer, Upsample
+from .image_prompt import Prompt
 from .layers import FeedForward, group_norm, timestep_embedding
 from .network import Network
 
@@ -107,6 +109,7 @@ class UNet(Network):
         self.norm_over_video = False  # whether statistics of `norm_out` span all frames of a video
         self.gradient_checkpointing = False
         self.free_u: FreeU | None = None
+        self.image_projections: nn.ModuleList | None = None  # of IP-Adapters, which make_block's attentions then have
 
     def make_block(self, c_in: int, c_out: int, attention: bool, place: Place) -> nn.Module:
         """A block of the U; attention: whether its level has transformers. It may differ from place to place."""
@@ -117,8 +120,8 @@ class UNet(Network):
         for part in (*self.down, self.mid, *self.up):
             yield from part.blocks if isinstance(part, Level) else part
 
-    def forward(self, x: Tensor, t: int | float | Tensor, context: Tensor) -> Tensor:
-        """x (b c f h w), t a number or (b,), context (b l d), or (b f l d) with a text for each frame
+    def forward(self, x: Tensor, t: int | float | Tensor, context: Tensor | Prompt) -> Tensor:
+        """x (b c f h w), t a number or (b,), context (b l d), or (b f l d) with a text for each frame, or a Prompt
         -> the prediction, noise or v (b c f h w)."""
         t, context = self.check(x, t, context)
         f = x.shape[2]
@@ -155,8 +158,21 @@ class UNet(Network):
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
-    def check(self, x: Tensor, t: int | float | Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    def save_pretrained(
+        self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None
+    ) -> None:
+        if self.image_projections is not None:
+            raise ValueError("an IP-Adapter is in the UNet, and its place is its own file: unload_ip_adapter() first")
+        super().save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
+
+    def check(self, x: Tensor, t: int | float | Tensor, context: Tensor | Prompt) -> tuple[Tensor, Tensor | Prompt]:
         """t as a tensor (b,), context as (b l d) or ((b f) l d). ValueError, one line, where a shape is wrong."""
+        if isinstance(context, Prompt):
+            t, text = self.check(x, t, context.text)
+            there = len(self.image_projections or ())
+            if len(context.images) != there:
+                raise ValueError(f"tokens of pictures for {len(context.images)} IP-Adapters, of which {there} are here")
+            return t, context.flat(text, x.shape[0], x.shape[2], self.config.cross_attention_dim)
         c, d = self.config.in_channels, self.config.cross_attention_dim
         if x.ndim != 5 or x.shape[1] != c:
             raise ValueError(f"x must be (batch, {c} channels, frames, height, width), not {tuple(x.shape)}")

@@ -23,6 +23,7 @@ from ..adapters.low_rank import can_branch, has_branches
 from ..files.weights import Weightless
 from ..techniques.free_noise import FreeNoise
 from .blocks import MotionModule
+from .image_prompt import Prompt
 from .network import Network
 from .unet import Place, UNet, check_levels, per_level
 from .unet2d import Block, UNet2DConditionModel, check_heads
@@ -231,7 +232,7 @@ class UNetMotionModel(UNet):
     def make_block(self, c_in: int, c_out: int, attention: bool, place: Place) -> nn.Module:
         return Block(self.config, c_in, c_out, attention)
 
-    def check(self, x: Tensor, t: int | float | Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+    def check(self, x: Tensor, t: int | float | Tensor, context: Tensor | Prompt) -> tuple[Tensor, Tensor | Prompt]:
         t, context = super().check(x, t, context)
         at_once = x.shape[2] if self.free_noise is None else min(x.shape[2], self.free_noise.length)
         if at_once > (most := self.config.motion_max_seq_length):
@@ -355,18 +356,11 @@ class UNetMotionModel(UNet):
         """This network in a mode, without touching it: itself if it is in that mode, else one of the same tensors."""
         if compat is None or compat == self.compat:
             return self
-        with torch.device("meta"), Weightless():
-            new = type(self)(self.config)
-        new.explicit = self.explicit
-        new.load_state_dict(self.state_dict(keep_vars=True), assign=True)
-        for name, layer in self.named_modules():  # not their weights alone: they may have LoRAs beside them
-            if can_branch(layer):
-                new.set_submodule(name, layer)
-        self.loras = new.loras = lora.loras_of(self)
-        new.set_chunking(self.chunking)
-        new.free_u, new.gradient_checkpointing = self.free_u, self.gradient_checkpointing
-        new.set_free_noise(self.free_noise)
-        return new.set_compat(compat).train(self.training)
+        self.loras = lora.loras_of(self)
+        layers = (m for m in self.modules() if can_branch(m))  # as they are: they may have LoRAs beside them
+        shared = {id(x): x for x in (*self.parameters(), *self.buffers(), *layers, self.loras)}
+        new: Self = copy.deepcopy(self, shared)  # with the adapters that are in it
+        return new.set_compat(compat)
 
     def apply_norms(self) -> Self:
         """Have the norms span what the config says."""

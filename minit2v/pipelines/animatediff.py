@@ -5,12 +5,18 @@ arXiv:2307.04725.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Never
 
 import numpy as np
+import torch
+from einops import rearrange
 from torch import Tensor
 
+from ..adapters import ip_adapter
+from ..adapters.ip_adapter import Pictures
 from ..models.clip import CLIPTextModel
+from ..models.clip_vision import CLIPVisionModelWithProjection
 from ..models.tokenizer import CLIPTokenizer
 from ..models.unet2d import UNet2DConditionModel
 from ..models.unet_motion import MotionAdapter, UNetMotionModel
@@ -27,6 +33,7 @@ from .checks import (
     check_count,
     check_generator,
     check_number,
+    check_result,
     check_size,
     unwrapped,
 )
@@ -44,7 +51,8 @@ class AnimateDiffPipeline(DiffusionPipeline):
 
     unet: a UNet2DConditionModel, of which with `motion_adapter` a UNetMotionModel is made, and both stay as they were;
     or a UNetMotionModel, which is used as it is (in another `compat` mode: one that shares its tensors).
-    `feature_extractor` and `image_encoder` belong to image prompts, which are not here yet: None.
+    image_encoder: turns pictures into vectors for IP-Adapters, and comes with `load_ip_adapter`. feature_extractor:
+    None, as pictures are prepared in the way that the image_encoder's config says.
     """
 
     COMPONENTS = {
@@ -59,10 +67,12 @@ class AnimateDiffPipeline(DiffusionPipeline):
     }
     OPTIONAL = ("motion_adapter", "feature_extractor", "image_encoder")
     IDLE = ("motion_adapter",)  # the UNet has a copy
-    FIELDS = ("clip_skip_negative",)
+    FIELDS = ("clip_skip_negative", "mask_grid")
     unet: UNetMotionModel
     motion_adapter: MotionAdapter | None
+    image_encoder: CLIPVisionModelWithProjection | None
     clip_skip_negative: bool
+    mask_grid: str
     STEP_AXES = "b c f h w"
     HINTS = {
         "video": "; a video is continued by AnimateDiffVideoToVideoPipeline.from_pipe(pipe)",
@@ -78,14 +88,16 @@ class AnimateDiffPipeline(DiffusionPipeline):
         motion_adapter: MotionAdapter | None,
         scheduler: Scheduler | None,
         feature_extractor: None = None,
-        image_encoder: None = None,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
         *,
         compat: str | None = None,
         clip_skip_negative: bool | None = None,
+        mask_grid: str | None = None,
     ):
-        for name, component in (("feature_extractor", feature_extractor), ("image_encoder", image_encoder)):
-            if component is not None:
-                raise ValueError(f"{name} must be None: image prompts (IP-Adapter) are not here yet")
+        if mask_grid not in (None, "exact", "published"):
+            raise ValueError(f"mask_grid must be 'exact' or 'published', not {mask_grid!r}")
+        if feature_extractor is not None:
+            raise ValueError("feature_extractor must be None: pictures are prepared as the image_encoder's config says")
         for name, component in (("unet", unet), ("motion_adapter", motion_adapter)):
             check_component(name, component, self.COMPONENTS[name])
         motion_adapter = unwrapped(motion_adapter)
@@ -104,8 +116,8 @@ class AnimateDiffPipeline(DiffusionPipeline):
             raise TypeError(f"unet must be a UNet2DConditionModel or a UNetMotionModel, not a {type(unet).__name__}")
         components = dict(vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
                           motion_adapter=motion_adapter, scheduler=scheduler, feature_extractor=None,
-                          image_encoder=None)
-        super().__init__(components, compat, {"clip_skip_negative": clip_skip_negative})
+                          image_encoder=image_encoder)
+        super().__init__(components, compat, {"clip_skip_negative": clip_skip_negative, "mask_grid": mask_grid})
 
     @exclusive
     def __call__(
@@ -123,8 +135,8 @@ class AnimateDiffPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
-        ip_adapter_image: None = None,
-        ip_adapter_image_embeds: None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: Sequence[Tensor] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         cross_attention_kwargs: dict[str, Any] | None = None,
@@ -149,11 +161,13 @@ class AnimateDiffPipeline(DiffusionPipeline):
         standard deviation 1. clip_skip: how many of the text encoder's last layers to leave out. decode_chunk_size:
         frames that the VAE decodes at a time. callback_on_step_end(pipe, step, t, tensors) is called after each step,
         and what it returns replaces `latents`, `prompt_embeds` or `negative_prompt_embeds`; callback(step, t, latents)
-        is its older form, called every `callback_steps` steps. The three arguments for image prompts and adapters must
-        be None.
+        is its older form, called every `callback_steps` steps.
+        ip_adapter_image: what IP-Adapters are shown, see `prepare_ip_adapter_image_embeds`, whose results are
+        ip_adapter_image_embeds. cross_attention_kwargs: {"ip_adapter_masks": for each adapter a tensor (1 i H W)},
+        where in the video each of its i pictures is to be seen (`IPAdapterMaskProcessor`).
         """
         callbacks = StepCallbacks(callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        self._check_absent(ip_adapter_image, ip_adapter_image_embeds)
+        masks, cross_attention_kwargs = _take_masks(cross_attention_kwargs)
         prompts = self._check_call(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_inference_steps,
                                    guidance_scale, output_type, cross_attention_kwargs, decode_chunk_size, callbacks,
                                    unknown)
@@ -171,21 +185,17 @@ class AnimateDiffPipeline(DiffusionPipeline):
         self._check_noise(latents, shape)
 
         device = self._execution_device
+        pictures = self._pictures(ip_adapter_image, ip_adapter_image_embeds, masks, shape, guidance_scale > 1)
         grid, steps = source.lay_grid(self.scheduler, num_inference_steps, None, device, False, timesteps, sigmas)
         text, negative = self.encode_prompt(prompt, device, num_videos_per_prompt, guidance_scale > 1, negative_prompt,
                                             prompt_embeds, negative_prompt_embeds, clip_skip=clip_skip,
                                             num_frames=num_frames, prompt_interpolation=prompt_interpolation)
         noise = self._draw_noise(shape, generator, device, text.dtype, latents)
         x = noise * self.scheduler.init_noise_sigma
-        x = self.denoise(x, grid, steps, text, negative, guidance_scale, eta, generator, callbacks)
+        x = self.denoise(x, grid, steps, text, negative, guidance_scale, eta, generator, callbacks, pictures=pictures)
         video = self._output(x, output_type, decode_chunk_size)
         return AnimateDiffPipelineOutput(video) if return_dict else (video,)
 
-    def _check_absent(self, ip_adapter_image: Any, ip_adapter_image_embeds: Any) -> None:
-        """Refuses what the reference has and this package does not have yet."""
-        if ip_adapter_image is not None or ip_adapter_image_embeds is not None:
-            raise ValueError("ip_adapter_image and ip_adapter_image_embeds must be None: image prompts (IP-Adapter) "
-                             "are not here yet")
 
     def _check_frames(self, frames: Any) -> None:
         check_count("num_frames", frames)
@@ -197,11 +207,173 @@ class AnimateDiffPipeline(DiffusionPipeline):
             raise ValueError(f"{frames} frames are too many: the motion adapter knows the positions of {most}. Call "
                              "enable_context_windows() or enable_free_noise() for longer videos")
 
+    # IP-Adapter ------------------------------------------------------------------------------------------------------
+
+    def load_ip_adapter(
+        self,
+        pretrained_model_name_or_path_or_dict: Any,
+        subfolder: str | Sequence[str] | None = None,
+        weight_name: str | Sequence[str] | None = None,
+        image_encoder_folder: str | None = "image_encoder",
+        *,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+    ) -> None:
+        """Put an IP-Adapter, or several, into the UNet: base, light, plus, plus-face, full-face, known by content.
+
+        A folder or hub id with subfolder= and weight_name=, a file, the address of one, or a dictionary of tensors; a
+        list of any of them, for several adapters. They take the place of those that are there, with the scale 1, in
+        every pipeline that shares the UNet. The image encoder is read where the pipeline has none: from
+        image_encoder_folder beside the file, or, with a slash in it, below the repository's root; where there is none,
+        the published one of h94/IP-Adapter. None: no encoder, for calls with `ip_adapter_image_embeds` alone.
+        Raises FileNotFoundError, OSError and ValueError in one line; then all is as before. Ye et al. 2023,
+        arXiv:2308.06721.
+        """
+        if self.unet is None:
+            raise ValueError("an IP-Adapter goes into the pipeline's unet, which is None")
+        unet = unwrapped(self.unet)
+        where: dict[str, Any] = dict(revision=revision, local_files_only=local_files_only, token=token,
+                                     cache_dir=cache_dir, force_download=force_download)
+        given = (pretrained_model_name_or_path_or_dict, subfolder, weight_name)
+        places = [ip_adapter.find(*one, **where) for one in _in_step(*given)]
+        adapters = [ip_adapter.read(place, unet) for place in places]
+        encoder = self.image_encoder
+        if encoder is None and image_encoder_folder is not None:
+            encoder = ip_adapter.find_encoder(places[0], adapters[0], image_encoder_folder, dtype=self.dtype, **where)
+        for place, adapter in zip(places, adapters, strict=True):
+            if encoder is not None:
+                ip_adapter.check_encoder(encoder, adapter.image_proj, place.label)
+        ip_adapter.install(unet, adapters)
+        if encoder is not self.image_encoder:
+            self.image_encoder = encoder.to(self.device)
+
+    def set_ip_adapter_scale(self, scale: Any) -> None:
+        """How much the pictures count: a number, 0 for nothing; for several adapters a list with one for each.
+
+        In the place of a number: {"down": x, "mid": x, "up": x}, x a number, or a list with one for each attention of a
+        block, or {"block_1": such a number or list}, with the blocks counted from 0 as they are passed; what is left
+        out is 0. Or a list with a number for each picture, [[0.7, 0.4]], where they have masks. It holds for every
+        pipeline that shares the UNet. ValueError where it fits neither the UNet nor its adapters.
+        """
+        if self.unet is None:
+            raise ValueError("an IP-Adapter is in the pipeline's unet, which is None")
+        ip_adapter.set_scales(unwrapped(self.unet), scale)
+
+    def unload_ip_adapter(self) -> None:
+        """Take all IP-Adapters out of the UNet, and the image encoder out of this pipeline."""
+        if self.unet is not None:
+            ip_adapter.remove(unwrapped(self.unet))
+        self.image_encoder = None
+
+    @torch.no_grad()
+    def encode_image(
+        self, image: Any, device: torch.device | str | None = None, num_images_per_prompt: int = 1,
+        output_hidden_states: bool | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Pictures (`prepare_ip_adapter_image_embeds`) of one adapter -> what it reads of them, and of no picture.
+
+        (i c), vectors of whole pictures, and zeros; with output_hidden_states (i l c), the states before CLIP's last
+        layer, and those of an empty picture. Where there is a picture for each frame, (f i ...).
+        """
+        if self.image_encoder is None:
+            raise ValueError("to read pictures, the pipeline needs its image_encoder, which is None: load_ip_adapter "
+                             "reads it, or give ip_adapter_image_embeds")
+        pixels = ip_adapter.pixels_of(image, self.image_encoder)
+        frames = pixels.shape[1]
+        pixels = rearrange(pixels, "i f c h w -> (f i) c h w").to(self._execution_device, self.image_encoder.dtype)
+        with self._placed("image_encoder") as encoder:
+            run = encoder.penultimate if output_hidden_states else encoder
+            x = torch.cat([run(piece) for piece in pixels.split(16)])
+            none = run(torch.zeros_like(pixels[:1])).expand_as(x) if output_hidden_states else torch.zeros_like(x)
+            check_result(x, encoder, "the image encoder")
+        x, none = (y.to(device or y.device).repeat_interleave(num_images_per_prompt, dim=0) for y in (x, none))
+        if frames > 1:
+            x, none = (rearrange(y, "(f i) ... -> f i ...", f=frames) for y in (x, none))
+        return x, none
+
+    def prepare_ip_adapter_image_embeds(
+        self,
+        ip_adapter_image: Any,
+        ip_adapter_image_embeds: Sequence[Tensor] | None = None,
+        device: torch.device | str | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+    ) -> list[Tensor]:
+        """What the adapters read of pictures, for each adapter: (n i c), or of its kind (n i l c), for a call to take.
+
+        n: with guidance twice `num_images_per_prompt`, the negative half first.
+        ip_adapter_image: a picture (PIL image, array, or tensor of prepared pixels), where there is one adapter; else a
+        list with an entry for each adapter. An entry may be a list of pictures, which the adapter is shown together;
+        and such a picture may be a list with one for each frame, for which (n f i ...) results. So [[a, b]] are two
+        pictures of one adapter, [[[a, b, c]]] is one that changes over three frames.
+        ip_adapter_image_embeds: in the place of pictures, what this method has returned; n may also be 1, with guidance
+        2. ValueError where there is not one entry for each adapter, or an entry is nothing of this.
+        """
+        read = ip_adapter.projections(unwrapped(self.unet))
+        device, several = device or self._execution_device, 2 if do_classifier_free_guidance else 1
+        if not read:
+            raise ValueError("ip_adapter_image, ip_adapter_image_embeds: there is no IP-Adapter that could see it, "
+                             "load_ip_adapter puts one in")
+        if ip_adapter_image is not None and ip_adapter_image_embeds is not None:
+            raise ValueError("give ip_adapter_image or ip_adapter_image_embeds, not both")
+        if ip_adapter_image_embeds is None:
+            entries = list(ip_adapter_image) if isinstance(ip_adapter_image, list | tuple) else [ip_adapter_image]
+            if len(entries) != len(read):
+                hint = "; several pictures of one adapter are a list in that list, [[a, b]]" * (len(read) == 1)
+                raise ValueError(f"ip_adapter_image has {len(entries)} entries for {len(read)} IP-Adapters{hint}")
+            pairs = [self.encode_image(e, device, 1, p.reads_states) for e, p in zip(entries, read, strict=True)]
+            embeds = [torch.stack([none, x][-several:]) for x, none in pairs]
+        else:
+            embeds = ip_adapter.check_embeds(ip_adapter_image_embeds, read, several, num_images_per_prompt)
+        return [x.to(device) if len(x) == several * num_images_per_prompt
+                else x.to(device).repeat_interleave(num_images_per_prompt, dim=0) for x in embeds]
+
+    def _pictures(
+        self, image: Any, embeds: Sequence[Tensor] | None, masks: Any, shape: tuple[int, ...], guided: bool
+    ) -> Pictures | None:
+        """What a call shows the IP-Adapters; shape: of its latents (b c f h w). ValueError on what does not fit."""
+        if image is None and embeds is None:
+            if masks is not None:
+                raise ValueError("ip_adapter_masks: there are no pictures to be masked, give ip_adapter_image")
+            return None
+        features = self.prepare_ip_adapter_image_embeds(image, embeds, None, shape[0], guided)
+        unet = unwrapped(self.unet)
+        counts = []
+        for x, projection in zip(features, ip_adapter.projections(unet), strict=True):
+            by_frame = x.ndim - projection.reads_states == 4
+            if by_frame and x.shape[1] != shape[2]:
+                raise ValueError(f"pictures for {x.shape[1]} frames, and the video has {shape[2]}")
+            counts.append(x.shape[2 if by_frame else 1])
+        fitted = [m if m is None else ip_adapter.fit_mask(m, *shape[3:], unet, self.mask_grid == "published")
+                  for m in ip_adapter.check_masks(masks, counts, unet)]
+        return Pictures(features, fitted)
+
+
+def _take_masks(cross_attention_kwargs: Any) -> tuple[Any, Any]:
+    """The masks of IP-Adapters, and what else is in these arguments."""
+    if not isinstance(cross_attention_kwargs, dict) or "ip_adapter_masks" not in cross_attention_kwargs:
+        return None, cross_attention_kwargs
+    rest = {name: value for name, value in cross_attention_kwargs.items() if name != "ip_adapter_masks"}
+    return cross_attention_kwargs["ip_adapter_masks"], rest or None
+
+
+def _in_step(what: Any, subfolder: Any, weight_name: Any) -> list[tuple[Any, Any, Any]]:
+    """A triple for each adapter: of lists one each, of what is no list, or of one, the same for all."""
+    lists = [[*x] if isinstance(x, list | tuple) else [x] for x in (what, subfolder, weight_name)]
+    count = max(map(len, lists))
+    if not all(len(x) in (1, count) for x in lists):
+        raise ValueError(f"{len(lists[0])} places, {len(lists[1])} subfolders and {len(lists[2])} weight_names do not "
+                         "belong together")
+    return list(zip(*(x * count if len(x) == 1 else x for x in lists), strict=True))
+
 
 class AnimateDiffVideoToVideoPipeline(AnimateDiffPipeline):
     """Videos from texts and videos, by the same components as `AnimateDiffPipeline`."""
 
-    FIELDS = ("clip_skip_negative", "array_resize")
+    FIELDS = ("clip_skip_negative", "mask_grid", "array_resize")
     HINTS = {
         "num_frames": "; the video has its number of frames, and AnimateDiffPipeline.from_pipe(pipe) needs no video",
         "image": "; a video is given as video=",
@@ -216,17 +388,18 @@ class AnimateDiffVideoToVideoPipeline(AnimateDiffPipeline):
         motion_adapter: MotionAdapter | None,
         scheduler: Scheduler | None,
         feature_extractor: None = None,
-        image_encoder: None = None,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
         *,
         compat: str | None = None,
         clip_skip_negative: bool | None = None,
+        mask_grid: str | None = None,
         array_resize: str | None = None,
     ):
         """array_resize: how arrays and tensors come to the size, "bicubic" or "nearest"; PIL images: by Lanczos."""
         if array_resize not in (None, *RESIZES):
             raise ValueError(f"array_resize must be one of {RESIZES}, not {array_resize!r}")
         super().__init__(vae, text_encoder, tokenizer, unet, motion_adapter, scheduler, feature_extractor,
-                         image_encoder, compat=compat, clip_skip_negative=clip_skip_negative)
+                         image_encoder, compat=compat, clip_skip_negative=clip_skip_negative, mask_grid=mask_grid)
         self.array_resize = array_resize or self.array_resize
 
     @exclusive
@@ -249,8 +422,8 @@ class AnimateDiffVideoToVideoPipeline(AnimateDiffPipeline):
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
-        ip_adapter_image: None = None,
-        ip_adapter_image_embeds: None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: Sequence[Tensor] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         cross_attention_kwargs: dict[str, Any] | None = None,
@@ -277,7 +450,7 @@ class AnimateDiffVideoToVideoPipeline(AnimateDiffPipeline):
         decode_chunk_size: also of the frames that are encoded. The other arguments are those of `AnimateDiffPipeline`.
         """
         callbacks = StepCallbacks(callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        self._check_absent(ip_adapter_image, ip_adapter_image_embeds)
+        masks, cross_attention_kwargs = _take_masks(cross_attention_kwargs)
         prompts = self._check_call(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_inference_steps,
                                    guidance_scale, output_type, cross_attention_kwargs, decode_chunk_size, callbacks,
                                    unknown)
@@ -295,6 +468,9 @@ class AnimateDiffVideoToVideoPipeline(AnimateDiffPipeline):
         check_generator(generator, batch, self._execution_device)
 
         device = self._execution_device
+        factor = 1 if x.shape[1] == self.unet.config.in_channels else self.vae_scale_factor
+        shape = (batch, self.unet.config.in_channels, x.shape[2], x.shape[3] // factor, x.shape[4] // factor)
+        pictures = self._pictures(ip_adapter_image, ip_adapter_image_embeds, masks, shape, guidance_scale > 1)
         grid, steps = source.lay_grid(self.scheduler, num_inference_steps, strength, device, enforce_inference_steps,
                                       timesteps, sigmas)
         text, negative = self.encode_prompt(prompt, device, 1, guidance_scale > 1, negative_prompt, prompt_embeds,
@@ -312,6 +488,6 @@ class AnimateDiffVideoToVideoPipeline(AnimateDiffPipeline):
             start = NoisedVideo(strength, x, noise)
             x = self.scheduler.add_noise(x, noise, grid[:1])
         if steps:
-            x = self.denoise(x, grid, steps, text, negative, guidance_scale, eta, generator, callbacks, start)
+            x = self.denoise(x, grid, steps, text, negative, guidance_scale, eta, generator, callbacks, start, pictures)
         video = self._output(x, output_type, decode_chunk_size)
         return AnimateDiffPipelineOutput(video) if return_dict else (video,)

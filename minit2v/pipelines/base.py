@@ -28,10 +28,12 @@ from minit2v_convert.rename import nearest
 
 from .. import fast
 from ..adapters import lora
+from ..adapters.ip_adapter import Pictures
 from ..compat import compat_fields
 from ..files import hub
 from ..files.config import read_from
 from ..models.clip import CLIPTextModel
+from ..models.image_prompt import Prompt
 from ..models.network import Network, say_unneeded
 from ..models.tokenizer import CLIPTokenizer
 from ..models.unet import UNet
@@ -1000,14 +1002,15 @@ class DiffusionPipeline:
         generator: Generators,
         callbacks: StepCallbacks,
         video: NoisedVideo | None = None,
+        pictures: Pictures | None = None,
     ) -> Tensor:
         """x (b c f h w) at the noise of timesteps[0] -> clean latents (b c f h w); with FreeInit, several times over.
 
-        video: what x was made of, where it is not noise alone. Every round of FreeInit begins with the texts of the
-        call, and the callbacks count its steps from 0.
+        video: what x was made of, where it is not noise alone. pictures: those that IP-Adapters are shown. Every round
+        of FreeInit begins with the texts of the call, and the callbacks count its steps from 0.
         """
         once = partial(self._denoise_once, text=text, negative=negative, guidance_scale=guidance_scale,
-                       step_arguments=self._step_arguments(eta, generator), callbacks=callbacks)
+                       step_arguments=self._step_arguments(eta, generator), callbacks=callbacks, pictures=pictures)
         if self._free_init is None:
             with self.progress_bar(total=steps) as bar:
                 return once(x, timesteps, steps, bar)
@@ -1033,6 +1036,7 @@ class DiffusionPipeline:
         guidance_scale: float,
         step_arguments: dict[str, Any],
         callbacks: StepCallbacks,
+        pictures: Pictures | None,
     ) -> Tensor:
         """x (b c f h w) at the noise of timesteps[0] -> clean latents (b c f h w).
 
@@ -1045,7 +1049,8 @@ class DiffusionPipeline:
             predict = fast.runner(unet)  # the same numbers, computed faster where nothing of the UNet was changed
             if self._windows is not None:
                 predict = Windowed(self._windows, predict)
-            context = _join(negative, text).to(unet.dtype)
+            show = pictures.beside(unwrapped(unet)) if pictures is not None else None  # the UNet this beside a text
+            context = _join(negative, text, unet.dtype, show)
             for i, t in enumerate(takewhile(lambda _: not self._interrupt, timesteps)):
                 batch = self.scheduler.scale_model_input(x.repeat(len(context) // len(x), 1, 1, 1, 1), t)
                 eps = predict(batch.to(unet.dtype), t, context)
@@ -1063,7 +1068,7 @@ class DiffusionPipeline:
                     before = text, negative
                     x, text, negative = callbacks(self, done, t, x, text, negative)
                     if callbacks.show_text or text is not before[0] or negative is not before[1]:
-                        context = _join(negative, text).to(unet.dtype)
+                        context = _join(negative, text, unet.dtype, show)
                     done += 1
                     bar.update()
             check_result(x, unet, "the UNet")
@@ -1169,6 +1174,9 @@ def texts_of(prompts: Any) -> list[str]:
     return list(prompts.values()) if isinstance(prompts, Mapping) else list(prompts)
 
 
-def _join(negative: Tensor | None, text: Tensor) -> Tensor:
-    """The texts (b l d) of one prediction: with guidance the negative ones (b l d) first."""
-    return text if negative is None else torch.cat([negative, text])
+def _join(
+    negative: Tensor | None, text: Tensor, dtype: torch.dtype, show: Callable[[Tensor], Prompt] | None
+) -> Tensor | Prompt:
+    """The texts (b l d) of one prediction, with guidance the negative ones (b l d) first, and pictures beside them."""
+    texts = (text if negative is None else torch.cat([negative, text])).to(dtype)
+    return texts if show is None else show(texts)

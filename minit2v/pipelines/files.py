@@ -31,6 +31,7 @@ FIELDS_KEY = "_minit2v"  # our own fields in the index; the reference passes ove
 CLASSES = {
     "AutoencoderKL": "models.vae",
     "CLIPTextModel": "models.clip",
+    "CLIPVisionModelWithProjection": "models.clip_vision",
     "CLIPTokenizer": "models.tokenizer",
     "CLIPTokenizerFast": "models.tokenizer",
     "MotionAdapter": "models.unet_motion",
@@ -44,8 +45,8 @@ NOTHING = ([None, None], ["null", None])  # how indexes say that a component was
 # What indexes name and no pipeline here uses, and why that is all right.
 UNUSED = {
     "safety_checker": "a classifier of single images, after the VAE",
-    "feature_extractor": "prepares images for the safety checker",
-    "image_encoder": "turns image prompts into vectors, and there are none",
+    "feature_extractor": "prepares images, for the safety checker, or as the image_encoder's config says, too",
+    "image_encoder": "turns image prompts into vectors, and this pipeline takes none",
     "requires_safety_checker": "a switch of the safety checker",
 }
 
@@ -109,6 +110,7 @@ def load_components(
     A class in `overrides` loads the folder's component in place of the class that the index names.
     """
     own, overrides = _split_classes(overrides, pipeline)
+    unused = {name: why for name, why in UNUSED.items() if pipeline.COMPONENTS.get(name, ("",))[0] not in CLASSES}
     for name in overrides:
         if name not in pipeline.COMPONENTS and name not in UNUSED:
             known = [*pipeline.COMPONENTS, *pipeline.FIELDS, "variant", "revision", "subfolder", "torch_dtype", "dtype",
@@ -117,8 +119,8 @@ def load_components(
             raise TypeError(f"{pipeline.__name__}.from_pretrained() has no argument {name!r}{nearest(name, known)}")
     entries = {name: value for name, value in index.items() if not name.startswith("_")}
     for name in entries:
-        if name in UNUSED:
-            logger.info("%s is passed over: %s", name, UNUSED[name])
+        if name in unused:
+            logger.info("%s is passed over: %s", name, unused[name])
         elif name not in pipeline.COMPONENTS:
             raise ValueError(f"{INDEX} has {quoted(name)}, which {pipeline.__name__} does not know"
                              f"{nearest(name, list(pipeline.COMPONENTS))}")
@@ -129,7 +131,7 @@ def load_components(
             families.refuse(families.of_unet(config), f"{path_or_id}/{part}")
     classes = {}
     for name, fitting in pipeline.COMPONENTS.items():  # all checks before the first gigabyte
-        if name in overrides or name in UNUSED:
+        if name in overrides or name in unused:
             continue
         if name in pipeline.OPTIONAL and entries.get(name) in (None, *NOTHING):
             if name in own:
@@ -329,7 +331,7 @@ def save_components(
             weights = dict(safe_serialization=safe_serialization, variant=variant)
             component = getattr(component.save_pretrained, "__self__", component)  # out of a wrapper of the user's own
             component.save_pretrained(new / name, **weights if isinstance(component, Network) else {})
-            library = "transformers" if name in ("text_encoder", "tokenizer") else "diffusers"
+            library = "transformers" if name in ("text_encoder", "tokenizer", "image_encoder") else "diffusers"
             if not type(component).__module__.startswith("minit2v."):
                 library = type(component).__module__  # nobody imports it: it tells a reader whose it is
             index[name] = [library, type(component).__name__]

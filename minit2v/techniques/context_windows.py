@@ -158,16 +158,25 @@ class Windowed:
 
     def texts(self, context: Any, windows: list[list[int]], frames: int) -> Any:
         """The context of these windows, one behind the other; the same object as long as it is the same context."""
+        if not isinstance(context, Tensor):  # a text with pictures
+            return context if len(windows) == 1 and not context.by_frame else context.in_windows(windows)
         if context.ndim == 4:
-            return torch.cat([context[:, w] for w in windows])
+            return of_windows(context, True, windows)
         if len(windows) == 1:
             return context
         if self.repeated[0] is not context:
             self.repeated = (context, {})
         copies = self.repeated[1]
         if len(windows) not in copies:
-            copies[len(windows)] = context.repeat(len(windows), 1, 1)
+            copies[len(windows)] = of_windows(context, False, windows)
         return copies[len(windows)]
+
+
+def of_windows(x: Tensor, by_frame: bool, windows: list[list[int]]) -> Tensor:
+    """x (b ...), or (b f ...) by_frame -> what belongs to the windows' frames, one window behind the other."""
+    if by_frame:
+        return torch.cat([x[:, window] for window in windows])
+    return x.repeat(len(windows), *[1] * (x.ndim - 1))
 
 
 def fitting(peak: int, free: int) -> int:

@@ -1,0 +1,95 @@
+"""`--ip-adapter` and `--image` of `minit2v animate`: the pictures that IP-Adapters are shown."""
+
+import argparse
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .messages import one_line, say
+
+OPTIONS = ("ip_adapter", "image")  # settings that are lists; beside them, under "..._sha256", what is in the files
+
+
+def add_arguments(parser: Any) -> None:
+    parser.add_argument("--ip-adapter", action="append", metavar="FILE", help="show the model a picture with this "
+                        "IP-Adapter: a file, or owner/name/file on the hub; may be given several times")
+    parser.add_argument("--image", action="append", type=_picture, metavar="PICTURE[:SCALE]", help="the picture, and "
+                        "how much it counts: 1; with one IP-Adapter it may be given several times, else one for each")
+
+
+def _picture(text: str) -> str:
+    where, scale = split(text)
+    if not where:
+        raise argparse.ArgumentTypeError(f"{text!r} is no PICTURE[:SCALE]")
+    if where != text and Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text!r}: a picture has this whole name: add a scale, {text}:1")
+    return f"{where}:{scale:g}"
+
+
+def split(text: str) -> tuple[str, float]:
+    """PICTURE[:SCALE]. The last colon counts, if a number is behind it."""
+    found = re.fullmatch(r"(.*):([-+]?(?:\d+\.?\d*|\.\d+))", text, re.DOTALL)
+    return (text, 1.0) if found is None else (found[1], float(found[2]))
+
+
+def check(args: argparse.Namespace) -> None:
+    """Ends with wrong usage where there is one without the other, or not one for each."""
+    adapters, images = getattr(args, "ip_adapter", []), getattr(args, "image", [])
+    if adapters and not images:
+        args.usage_error("--ip-adapter: it is shown which picture? Give --image PICTURE")
+    if images and not adapters:
+        args.usage_error("--image: it is shown by which adapter? Give --ip-adapter FILE")
+    if len(adapters) > 1 and len(images) != len(adapters):
+        args.usage_error(f"{len(images)} --image for {len(adapters)} --ip-adapter: give one for each")
+    if len(adapters) == 1 and len({split(image)[1] for image in images}) > 1:
+        args.usage_error("--image: all pictures of one --ip-adapter count the same, give them one scale")
+
+
+def load(pipe: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Put the adapters into the pipeline; returns the argument of its call. Settings get what finds the files again."""
+    if "ip_adapter" not in settings:
+        return {}
+    from ..adapters import ip_adapter
+    from ..files.video import load_image
+
+    names = settings["ip_adapter"]
+    where, scales = zip(*map(split, settings["image"]), strict=True)
+    images = [load_image(path) for path in where]
+    say(f"loading {' and '.join(names)}")
+    try:
+        files = [Path(ip_adapter.find(name, None, None).label) for name in names]
+        pipe.load_ip_adapter(list(names))
+        pipe.set_ip_adapter_scale(list(scales[: len(names)]))
+    except (ValueError, OSError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"--ip-adapter: {one_line(error)}") from error
+    settings["ip_adapter"] = [_found_again(name) for name in names]
+    settings["image"] = [f"{_found_again(path)}:{scale:g}" for path, scale in zip(where, scales, strict=True)]
+    settings["ip_adapter_sha256"] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    settings["image_sha256"] = [hashlib.sha256(image.tobytes()).hexdigest() for image in images]
+    return {"ip_adapter_image": [images] if len(names) == 1 else images}
+
+
+def _found_again(name: str) -> str:
+    """A path from any folder; an address or a name on the hub as it is."""
+    return os.path.abspath(name) if Path(name).exists() else name
+
+
+def digests(stored: Mapping[str, Any]) -> dict[str, str]:
+    """{adapter or picture: SHA-256} of what made a video, a picture's of its pixels."""
+    found: dict[str, str] = {}
+    for name in OPTIONS:
+        what, sums = stored.get(name), stored.get(f"{name}_sha256")
+        if isinstance(what, list) and isinstance(sums, list):
+            found |= zip(map(str, what), map(str, sums), strict=False)
+    return found
+
+
+def say_changes(settings: Mapping[str, Any], before: Mapping[str, str]) -> None:
+    """Of the files that the settings name those that are others than when the video was made."""
+    for what, now in digests(settings).items():
+        if before.get(what, now) != now:
+            say(f"warning: {what} has changed since the video was made, which may come out differently")
