@@ -192,7 +192,7 @@ def test_a_motion_adapter_of_another_library():
         AnimateDiffPipeline(None, None, None, UNet3DConditionModel(), None, None)
     with pytest.raises(TypeError, match="motion_adapter must be a MotionAdapter of minit2v, not a MotionAdapter of di"):
         UNetMotionModel.from_unet2d(UNet2DConditionModel(**IMAGE), MotionAdapterOfTheirs())
-    with pytest.raises(TypeError, match="unet must be a UNet2DConditionModel of minit2v, not a UNet3DCond"):
+    with pytest.raises(TypeError, match="unet must be a UNet2DConditionModel, not a UNet3DCond"):
         UNetMotionModel.from_unet2d(UNet3DConditionModel())
     with pytest.raises(TypeError, match="unet must be a UNet2DConditionModel or UNetMotionModel, not a function"):
         AnimateDiffPipeline(None, None, None, lambda x: x, None, None)

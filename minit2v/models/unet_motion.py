@@ -376,8 +376,8 @@ class UNetMotionModel(UNet):
 def _check_ours(name: str, given: Any, cls: type) -> None:
     if not isinstance(given, cls):
         library = type(given).__module__.split(".")[0]
-        whose = f" of {library}" if type(given).__name__ == cls.__name__ else ""
-        raise TypeError(f"{name} must be a {cls.__name__} of minit2v, not a {type(given).__name__}{whose}")
+        ours, theirs = (" of minit2v", f" of {library}") if type(given).__name__ == cls.__name__ else ("", "")
+        raise TypeError(f"{name} must be a {cls.__name__}{ours}, not a {type(given).__name__}{theirs}")
 
 
 def shared_fields(adapter: MotionAdapterConfig, unet: Any) -> dict[str, Any]:
