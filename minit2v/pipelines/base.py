@@ -10,7 +10,7 @@ import copy
 import inspect
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -566,6 +566,71 @@ class DiffusionPipeline:
         if self.unet is None:
             raise ValueError("FreeU needs the pipeline's unet, which is None")
         self.unet.disable_freeu()
+
+    # LoRA ------------------------------------------------------------------------------------------------------------
+
+    def load_lora_weights(
+        self,
+        path_or_dict: str | Path | Mapping[str, Tensor],
+        adapter_name: str | None = None,
+        *,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        strict: bool = True,
+        hotswap: bool = False,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        use_safetensors: bool | None = None,
+    ) -> None:
+        raise NotImplementedError
+
+    def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Any = None) -> None:
+        raise NotImplementedError
+
+    def get_active_adapters(self) -> list[str]:
+        raise NotImplementedError
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        raise NotImplementedError
+
+    def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
+        raise NotImplementedError
+
+    def unload_lora_weights(self) -> None:
+        raise NotImplementedError
+
+    def enable_lora(self) -> None:
+        raise NotImplementedError
+
+    def disable_lora(self) -> None:
+        raise NotImplementedError
+
+    def fuse_lora(
+        self,
+        components: Sequence[str] = ("unet", "text_encoder"),
+        lora_scale: float = 1.0,
+        safe_fusing: bool = False,
+        adapter_names: Sequence[str] | None = None,
+    ) -> None:
+        raise NotImplementedError
+
+    def unfuse_lora(self, components: Sequence[str] = ("unet", "text_encoder")) -> None:
+        raise NotImplementedError
+
+    def save_lora_weights(
+        self,
+        save_directory: str | Path,
+        unet_lora_layers: Mapping[str, Tensor] | None = None,
+        text_encoder_lora_layers: Mapping[str, Tensor] | None = None,
+        weight_name: str | None = None,
+        safe_serialization: bool = True,
+        *,
+        adapter_names: str | Sequence[str] | None = None,
+    ) -> None:
+        raise NotImplementedError
 
     # Text ------------------------------------------------------------------------------------------------------------
 
