@@ -13,14 +13,13 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..models.vae import AutoencoderKL
 from ..pipelines.animatediff import AnimateDiffPipeline
 from . import world
-from .animate import MotionPainter, make_pipeline
-from .shapes import claim, draw_curves, generators, load_state, make_tokenizer, still_captions, train_diffusion
+from .animate import MotionPainter
+from .shapes import claim, generators, load_state, make_tokenizer, still_captions, train_diffusion
 
 RANK = 8
 KINDS = [(colour, shape) for colour in world.COLOURS for shape in world.SHAPES]
@@ -104,8 +103,17 @@ def train(out: Path, seed: int, pipe: AnimateDiffPipeline, course=((4, 24, 900),
     tokenizer = make_tokenizer()
     n = sum(p.numel() for p in painter.parameters() if p.requires_grad)
     print(n, "parameters", flush=True)
-    return train_diffusion(out, "orbit", seed, painter, tokenizer, course, rate,
-                           lambda rng, frames, batch: draw_batch(rng, latents, frames, batch), noisy=0.8)
+    return train_diffusion(
+        out,
+        "orbit",
+        seed,
+        painter,
+        tokenizer,
+        course,
+        rate,
+        lambda rng, frames, batch: draw_batch(rng, latents, frames, batch),
+        noisy=0.8,
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -115,9 +123,15 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     claim(args.out, trainer="orbit", seed=args.seed)
     from ..models.unet_motion import MotionAdapter
-    pipe = AnimateDiffPipeline.from_pretrained("shapes-image", motion_adapter=MotionAdapter.from_pretrained("shapes-motion"))
+
+    pipe = AnimateDiffPipeline.from_pretrained(
+        "shapes-image", motion_adapter=MotionAdapter.from_pretrained("shapes-motion")
+    )
     painter = train(args.out, args.seed, pipe)
-    torch.save({k: v for k, v in painter.state_dict().items() if ".down.weight" in k or ".up.weight" in k}, args.out/"factors.pt")
+    torch.save(
+        {k: v for k, v in painter.state_dict().items() if ".down.weight" in k or ".up.weight" in k},
+        args.out / "factors.pt",
+    )
 
 
 if __name__ == "__main__":
