@@ -19,6 +19,7 @@ from ..files import hub
 from ..files.config import quoted, read_from
 from ..models.clip import CLIPTextModel
 from ..models.tokenizer import CLIPTokenizer
+from . import lora
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +52,7 @@ def load(
 
     sources: (file, folder, hub id, state dict or tensor; its word, a list of words, or None). where: as in `find`.
     """
-    if not isinstance(text_encoder, CLIPTextModel) or type(text_encoder.tokens) is not nn.Embedding:
-        raise TypeError("the text encoder's table of tokens is none that rows can be added to")
+    _check(text_encoder)
     rows, dim = text_encoder.tokens.weight.shape
     if rows != tokenizer.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size:,} ids, and the text encoder {rows:,} rows: they do "
@@ -83,10 +83,19 @@ def load(
 
 def unload(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, words: Iterable[str] | None = None) -> None:
     """Take words, all where none are named, out of both again. ValueError on a word that is not there."""
+    _check(text_encoder)
     gone = {*tokenizer.remove_words(tokenizer.words if words is None else words)}
     if gone:
         kept = [n for n in range(len(text_encoder.tokens.weight)) if n not in gone]
         _set_rows(text_encoder, text_encoder.tokens.weight.detach()[kept])
+
+
+def _check(text_encoder: Any) -> None:
+    if not isinstance(text_encoder, CLIPTextModel) or not isinstance(text_encoder.tokens, nn.Embedding):
+        raise TypeError("the text encoder's table of tokens is none that rows can be added to")
+    if "tokens" in lora.loras_of(text_encoder).originals:
+        raise ValueError("a LoRA is fused into the text encoder's table of tokens: unfuse_lora() before words come or "
+                         "go, and fuse it again")  # fmt: skip
 
 
 def _set_rows(text_encoder: CLIPTextModel, table: Tensor) -> None:

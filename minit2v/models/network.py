@@ -15,6 +15,7 @@ from minit2v_convert.folders import is_authors_layout
 from minit2v_convert.rename import Layout, nearest
 from minit2v_convert.stream import parse_json, replacing
 
+from ..adapters.low_rank import has_branches
 from ..compat import compat_fields
 from ..files.config import config_fields, make_config, pick_dtype, quoted, read_from
 from ..files.hub import DIFFUSERS_VERSION, choose_weights, find_config, find_folder, local, write_json
@@ -249,8 +250,12 @@ class Network(nn.Module):
 
         safe_serialization: `.safetensors`, else `.bin`. variant: the infix of the weights' file. Both files appear
         together, and weights of this variant that were there before go, in any kind of file; OSError where they cannot.
-        ValueError where something wraps layers of the network: what it would write could not be loaded.
+        ValueError where something wraps layers of the network: what it would write could not be loaded; and where a
+        LoRA runs beside its weights: fused into them it is saved, and by itself by `save_lora_weights`.
         """
+        if has_branches(self):
+            raise ValueError(f"{type(self).__name__} has a LoRA beside its weights, which would be lost: fuse_lora() "
+                             "puts it into them, unload_lora_weights() takes it out")
         state, own = self.diffusers_state_dict(), self._own_names()
         if added := [name for name in state if name not in own]:
             raise ValueError(f"{type(self).__name__} has {len(added)} tensors that its config does not make "

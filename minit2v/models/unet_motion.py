@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from minit2v_convert import diffusers_motion
 
+from ..adapters import lora
+from ..adapters.low_rank import can_branch, has_branches
 from ..files.weights import Weightless
 from .blocks import MotionModule
 from .network import Network
@@ -278,13 +280,20 @@ class UNetMotionModel(UNet):
         new.load_state_dict(values, assign=True)
         new.to(unet.device, unet.dtype)
         new.load_motion_modules(motion_adapter)
+        lora.carry_over(unet, new)
         return new.train(unet.training)
 
     def load_motion_modules(self, motion_adapter: MotionAdapter) -> None:
         """Copies of the adapter's modules take the place of those that are here: where it has none, none are left.
 
-        The fields about motion modules become the adapter's, except as `set_compat` has set them.
+        The fields about motion modules become the adapter's, except as `set_compat` has set them. ValueError where a
+        LoRA is loaded that changes those that are here, or one is active in the adapter's.
         """
+        for name, layers in lora.loras_of(self).loaded.items():
+            if path := next((path for path in layers if ".motion." in path), None):
+                raise ValueError(f"the LoRA {name!r} changes the motion modules ({path}): unload it first")
+        if has_branches(motion_adapter):
+            raise ValueError("the motion adapter has a LoRA beside its weights: fuse or unload it first")
         self.config = replace(self.config, **shared_fields(motion_adapter.config, self.config))
         self.explicit = motion_adapter.explicit
         self.install(copy.deepcopy(motion_adapter).to(device=self.device, dtype=self.dtype).requires_grad_(True))
@@ -335,6 +344,10 @@ class UNetMotionModel(UNet):
             new = type(self)(self.config)
         new.explicit = self.explicit
         new.load_state_dict(self.state_dict(keep_vars=True), assign=True)
+        for name, layer in self.named_modules():  # not their weights alone: they may have LoRAs beside them
+            if can_branch(layer):
+                new.set_submodule(name, layer)
+        self.loras = new.loras = lora.loras_of(self)
         new.set_chunking(self.chunking)
         new.free_u, new.gradient_checkpointing = self.free_u, self.gradient_checkpointing
         return new.set_compat(compat).train(self.training)

@@ -25,11 +25,12 @@ from minit2v_convert.folders import is_authors_layout
 from minit2v_convert.rename import nearest
 
 from .. import fast
-from ..adapters import textual_inversion
+from ..adapters import lora, textual_inversion
 from ..compat import compat_fields
 from ..files import hub
 from ..files.config import read_from
 from ..models.clip import CLIPTextModel
+from ..models.network import Network
 from ..models.tokenizer import CLIPTokenizer
 from ..models.unet import UNet
 from ..models.vae import AutoencoderKL
@@ -125,6 +126,16 @@ def alone(call: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+class _of_class_or_object:  # noqa: N801
+    """A method that is called on a class or on an object, which is its first argument."""
+
+    def __init__(self, function: Callable[..., None]):
+        self.function, self.__doc__ = function, function.__doc__
+
+    def __get__(self, owner: Any, cls: type) -> Callable[..., None]:
+        return partial(self.function, cls if owner is None else owner)
+
+
 _running: list[tuple[set[int], set[int]]] = []  # of each call the ids of what it has for itself, and of all it uses
 _running_lock = threading.Lock()
 
@@ -163,6 +174,7 @@ class DiffusionPipeline:
         for name in self.COMPONENTS:
             setattr(self, name, components[name])
         self._interrupt = False
+        self._lora_scale = 1.0  # of the call that runs
         self._offload_to: torch.device | None = None
         self._free_init: FreeInit | None = None
         self._progress: dict[str, Any] = {}
@@ -363,10 +375,11 @@ class DiffusionPipeline:
                                    "is in the middle of a call: make another around the same networks, with "
                                    f"{type(self).__name__}.from_pipe(pipe), for each thread")  # fmt: skip
             _running.append(call)
-        self._interrupt = False
+        self._interrupt, self._lora_scale = False, 1.0
         try:
             yield
         finally:
+            self._lora_scale = 1.0
             with _running_lock:
                 _running[:] = [c for c in _running if c is not call]
 
@@ -586,52 +599,134 @@ class DiffusionPipeline:
         force_download: bool = False,
         use_safetensors: bool | None = None,
     ) -> None:
-        raise NotImplementedError
+        """Load a LoRA, a motion LoRA too, in any form that is known (minit2v/adapters/formats.py).
+
+        It is the active one from now on, with weight 1, in each network that it changes; `set_adapters` chooses others,
+        or several. A folder or hub id: its pytorch_lora_weights.safetensors, or only file; `weight_name` chooses.
+        adapter_name: default_0, default_1, ... where none is given. strict: False loads what fits, and logs the rest.
+        hotswap: take the place, weight and state of the LoRA of that name; of the same layers and ranks it goes into
+        the same memory, so that no CUDA graph is captured again.
+        ValueError in one line where not every tensor has its place, or it is none of these networks'; FileNotFoundError
+        where it is not there. Then nothing has changed.
+        """
+        if isinstance(path_or_dict, Mapping):
+            file = lora.open_dict(path_or_dict)
+        else:
+            file = lora.open_lora(path_or_dict, weight_name, subfolder, use_safetensors, revision=revision,
+                                  local_files_only=local_files_only, token=token, cache_dir=cache_dir,
+                                  force_download=force_download)
+        lora.load(self._adapted, file, adapter_name, strict, hotswap)
 
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Any = None) -> None:
-        raise NotImplementedError
+        """Make these LoRAs the active ones, and no others, with these weights: a number for all, or a list.
+
+        A weight is a number, negative ones too, or a dictionary: {"unet": ..., "text_encoder": 0.5}, in which that of
+        the UNet may be of blocks, {"down": 0.9, "mid": 1, "up": {"block_1": 0.6, "block_2": [0.4, 0.8, 1]}}; a list has
+        one for each transformer of a block. What is left out is 1. A block's weight holds for all that is in it.
+        """
+        lora.set_adapters(self._adapted, adapter_names, adapter_weights)
 
     def get_active_adapters(self) -> list[str]:
-        raise NotImplementedError
+        """The names of those that `set_adapters` or loading has chosen, disabled or not."""
+        return lora.active(self._adapted)
 
     def get_list_adapters(self) -> dict[str, list[str]]:
-        raise NotImplementedError
+        """Component -> the names of all that are loaded for it."""
+        return lora.listed(self._adapted)
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        raise NotImplementedError
+        lora.delete(self._adapted, adapter_names)
 
     def unload_lora_weights(self) -> None:
-        raise NotImplementedError
+        """Take all LoRAs out. What `fuse_lora` has put into the weights stays in them, for good."""
+        lora.unload(self._adapted)
 
     def enable_lora(self) -> None:
-        raise NotImplementedError
+        lora.enable(self._adapted, True)
 
     def disable_lora(self) -> None:
-        raise NotImplementedError
+        """Run without LoRAs, until `enable_lora`."""
+        lora.enable(self._adapted, False)
 
     def fuse_lora(
         self,
-        components: Sequence[str] = ("unet", "text_encoder"),
+        components: str | Sequence[str] = ("unet", "text_encoder"),
         lora_scale: float = 1.0,
-        safe_fusing: bool = False,
-        adapter_names: Sequence[str] | None = None,
+        safe_fusing: bool = True,
+        adapter_names: str | Sequence[str] | None = None,
     ) -> None:
-        raise NotImplementedError
+        """Put the active LoRAs, or those named, into the weights, times `lora_scale`: full speed, and it can be saved.
 
-    def unfuse_lora(self, components: Sequence[str] = ("unet", "text_encoder")) -> None:
-        raise NotImplementedError
+        The weights of before are kept on the CPU, for `unfuse_lora`, until `unload_lora_weights`. safe_fusing: no other
+        way is known; FloatingPointError where a weight would not be finite, and nothing has changed.
+        """
+        lora.fuse(self._adapted_among(components), lora_scale, adapter_names)
 
+    def unfuse_lora(self, components: str | Sequence[str] = ("unet", "text_encoder")) -> None:
+        """Take out what `fuse_lora` has put in, to the last bit: it runs beside the weights again."""
+        lora.unfuse(self._adapted_among(components))
+
+    @_of_class_or_object
     def save_lora_weights(
-        self,
+        owner: Any,  # noqa: N805
         save_directory: str | Path,
         unet_lora_layers: Mapping[str, Tensor] | None = None,
         text_encoder_lora_layers: Mapping[str, Tensor] | None = None,
         weight_name: str | None = None,
         safe_serialization: bool = True,
+        unet_lora_adapter_metadata: Mapping[str, Any] | None = None,
+        text_encoder_lora_adapter_metadata: Mapping[str, Any] | None = None,
         *,
         adapter_names: str | Sequence[str] | None = None,
     ) -> None:
-        raise NotImplementedError
+        """Write the LoRAs that are loaded, or those named, in peft's names, which diffusers loads, too.
+
+        One: pytorch_lora_weights.safetensors, or `weight_name`; several: a file for each, of its name. They are saved
+        as they were loaded, without the weights of `set_adapters`. Or, also called on the class, dictionaries of layers
+        {"down_blocks.0....to_q.lora_A.weight": tensor}, with peft's LoraConfig as metadata.
+        """
+        if unet_lora_layers is None and text_encoder_lora_layers is None:
+            if isinstance(owner, type):
+                raise ValueError("save_lora_weights: give unet_lora_layers or text_encoder_lora_layers, or call it on "
+                                 "a pipeline that has a LoRA")
+            lora.save(owner._adapted, save_directory, adapter_names, weight_name, safe_serialization)
+            return
+        layers = {"unet": (unet_lora_layers, unet_lora_adapter_metadata),
+                  "text_encoder": (text_encoder_lora_layers, text_encoder_lora_adapter_metadata)}
+        lora.save_layers(save_directory, layers, weight_name, safe_serialization)
+
+    @property
+    def _adapted(self) -> dict[str, Network]:
+        """The networks that LoRAs change."""
+        networks = {name: unwrapped(self._networks.get(name)) for name in lora.COMPONENTS}
+        return {name: network for name, network in networks.items() if isinstance(network, Network)}
+
+    def _adapted_among(self, components: str | Sequence[str]) -> dict[str, Network]:
+        components = [components] if isinstance(components, str) else [*components]
+        for name in components:
+            if name not in lora.COMPONENTS:
+                raise ValueError(f"components: {name!r} is not among {lora.COMPONENTS}{nearest(name, lora.COMPONENTS)}")
+        return {name: network for name, network in self._adapted.items() if name in components}
+
+    def _check_scale(self, scale: Any) -> float:
+        """The number that a call gives for its LoRAs; while it runs, the networks' LoRAs are its own."""
+        check_number("the scale of LoRA", scale)
+        networks = self._adapted
+        if scale == 1 or not networks:
+            return float(scale)
+        if not any(lora.loras_of(n).loaded for n in networks.values()):
+            raise ValueError(f"the scale of LoRA is {scale}, and no LoRA is loaded")
+        if merged := [m for n in networks.values() for m in lora.loras_of(n).merged]:
+            raise ValueError(f"the scale of LoRA is {scale}, and {merged[0]!r} is in the weights: give it as "
+                             "fuse_lora(lora_scale=...), or call unfuse_lora() first")
+        with _running_lock:
+            own = [call for call in _running if id(self) in call[0]]
+            mine = {id(n) for n in networks.values()}
+            if any(mine & used for held, used in _running if id(self) not in held):
+                raise RuntimeError("a scale of LoRA is for one call at a time, and another runs on these networks")
+            for held, _ in own:
+                held |= mine
+        return float(scale)
 
     # Textual inversion -----------------------------------------------------------------------------------------------
 
@@ -707,14 +802,14 @@ class DiffusionPipeline:
         """Text states (b l d) of the prompts and of the negative ones; the latter None without guidance.
 
         One negative prompt serves a whole batch; none at all is the empty text. States that are given are not encoded
-        again.
+        again. lora_scale: what the weights of the text encoder's LoRAs are multiplied with.
         """
-        if lora_scale is not None:
-            raise ValueError("lora_scale: this pipeline has no adapters")
+        scale = self._lora_scale if lora_scale is None else self._check_scale(lora_scale)
         device = device or self._execution_device
         encoder = self.text_encoder if self.text_encoder is not None else self.unet
         if prompt_embeds is None:
-            prompt_embeds = self._encode([prompt] if isinstance(prompt, str) else list(prompt), None, clip_skip)
+            texts = [prompt] if isinstance(prompt, str) else list(prompt)
+            prompt_embeds = self._encode(texts, None, clip_skip, scale)
         text = prompt_embeds.to(device=device, dtype=encoder.dtype)
         if not do_classifier_free_guidance:
             return text.repeat_interleave(num_images_per_prompt, dim=0), None
@@ -722,7 +817,7 @@ class DiffusionPipeline:
         if negative_prompt_embeds is None:
             texts = [negative_prompt or ""] if isinstance(negative_prompt, str | None) else list(negative_prompt)
             skip = clip_skip if self.clip_skip_negative else None
-            negative_prompt_embeds = self._encode(texts, text.shape[1], skip)
+            negative_prompt_embeds = self._encode(texts, text.shape[1], skip, scale)
         negative = negative_prompt_embeds.to(device=device, dtype=encoder.dtype)
         if negative.shape[0] == 1:
             negative = negative.expand(len(text), -1, -1)
@@ -732,12 +827,12 @@ class DiffusionPipeline:
         return (text.repeat_interleave(num_images_per_prompt, dim=0),
                 negative.repeat_interleave(num_images_per_prompt, dim=0))
 
-    def _encode(self, texts: list[str], length: int | None, clip_skip: int | None) -> Tensor:
+    def _encode(self, texts: list[str], length: int | None, clip_skip: int | None, lora_scale: float = 1.0) -> Tensor:
         """b texts -> states (b l d)."""
         if self.tokenizer is None:
             raise ValueError("to encode a prompt, the pipeline needs its tokenizer, which is None")
         ids = self.tokenizer(texts, max_length=length).to(self._execution_device)
-        with self._placed("text_encoder") as text_encoder:
+        with self._placed("text_encoder") as text_encoder, lora.scaled(unwrapped(text_encoder), lora_scale):
             states = text_encoder(ids, clip_skip)
             check_result(states, text_encoder, "the text encoder")
         return states
@@ -797,7 +892,7 @@ class DiffusionPipeline:
         """
         warm_up = len(timesteps) - steps * self.scheduler.order  # solver calls that make no step of their own (PNDM)
         done = 0
-        with self._placed("unet") as unet:
+        with self._placed("unet") as unet, lora.scaled(unwrapped(unet), self._lora_scale):
             predict = fast.door(unet)  # the same numbers, computed faster where nothing of the UNet was changed
             context = _join(negative, text).to(unet.dtype)
             for i, t in enumerate(timesteps):
@@ -887,8 +982,10 @@ class DiffusionPipeline:
         check_number("guidance_scale", guidance_scale)
         if output_type not in frames.OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {frames.OUTPUT_TYPES}, not {output_type!r}")
-        if cross_attention_kwargs:
-            raise ValueError(f"cross_attention_kwargs must be None or empty: no adapter reads {cross_attention_kwargs}")
+        for name in cross_attention_kwargs or {}:
+            if name != "scale":
+                raise ValueError(f"cross_attention_kwargs: no adapter reads {name!r}{nearest(name, ['scale'])}")
+        self._lora_scale = self._check_scale((cross_attention_kwargs or {}).get("scale", 1.0))
 
         batch = check_text("prompt", prompt, prompt_embeds, self.unet, required=True)
         negatives = check_text("negative_prompt", negative_prompt, negative_prompt_embeds, self.unet, required=False)

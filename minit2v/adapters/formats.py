@@ -1,0 +1,478 @@
+"""What a file of LoRA is, by its names and shapes alone: each tensor finds the layer that it changes, or it is a fault.
+
+A LoRA (Hu et al. 2021, arXiv:2106.09685) adds to the weight of a layer W (o i *k), in which k is a kernel's size:
+
+    W + w * alpha / r * up @ down        down (r i *k), up (o r), of rank r; w the user's weight
+
+Trainers spell that in many ways. `read` knows them by content, and looks every name up in what the networks at hand
+have for layers: nothing is guessed from underscores.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minit2v_convert import animatediff, families, ldm, modelscope
+from minit2v_convert.detect import detect
+from minit2v_convert.rename import nearest
+from minit2v_convert.table import Numbers, Rows, authors_names
+
+Header = Mapping[str, tuple[Sequence[int], str]]  # name -> (shape, dtype as safetensors names it)
+Shapes = Mapping[str, tuple[int, ...]]  # layer, in diffusers' or transformers' name -> shape of its weight there
+
+KOHYA, PEFT, LORALIB = "kohya", "peft", "Text-To-Video-Finetuning (loralib)"
+OLD, PROCESSORS = "diffusers 0.18 to 0.2x", "diffusers before 0.18 (processors)"
+ROLES = {"down": "down", "up": "up", "mid": "mid", "A": "down", "B": "up"}
+# What a name ends in: the role of the tensor, and the form of the file. The first that fits.
+ENDINGS = (
+    (re.compile(r"\.lora_(?P<role>down|up|mid)\.weight$"), KOHYA),
+    (re.compile(r"\.lora_(?P<role>A|B)(\.(?P<segment>[^.]+))?\.weight$"), PEFT),
+    (re.compile(r"\.lora_(?P<role>A|B)$"), LORALIB),
+    (re.compile(r"\.lora(_linear_layer)?\.(?P<role>down|up)\.weight$"), OLD),
+    (re.compile(r"_lora\.(?P<role>down|up)\.weight$"), PROCESSORS),
+    (re.compile(r"\.alpha$"), ""),
+)
+SEGMENT = ENDINGS[1][0]  # the name of an adapter in peft's networks
+# What stands beside, or in the place of, the two factors in files of other methods.
+OTHERS = (
+    (r"\.hada_", "a LoHa (LyCORIS): products of two low-rank products"),
+    (r"\.lokr_", "a LoKr (LyCORIS): Kronecker products"),
+    (r"\.dora_scale|\.lora_magnitude_vector", "a DoRA, which also rescales the columns of the weights"),
+    (r"\.boft_|\.oft_|\boft_blocks\b", "an OFT or BOFT: rotations of the weights"),
+    (r"\.[ab][12]\.weight$", "a GLoRA"),
+    (r"\.diff(_b)?$", "a LyCORIS of whole differences (full), or with biases"),
+    (r"\.[wb]_norm$", "a LyCORIS with norms"),
+    (r"\.on_input$|\.ia3_", "an (IA)3"),
+    (r"\.vera_", "a VeRA"),
+    (r"\.lora_B(\.[^.]+)?\.bias$", "a LoRA with biases (lora_bias)"),
+)  # fmt: skip
+# Of networks that are not run here.
+STRANGERS = (
+    (r"^lora_te[12]_|^text_encoder_2\.", families.SDXL),
+    (r"^lora_te3_|^text_encoder_3\.", families.SD3),
+    (r"(?<!motion_modules)[._]\d+[._]transformer_blocks[._][1-9]", families.SDXL),
+    (r"^transformer\.|^lora_transformer_|single_transformer_blocks|double_blocks|single_blocks|joint_blocks",
+     "a diffusion transformer (Stable Diffusion 3, Flux, ...)"),
+    (r"^(diffusion_model\.|lora_unet_)?blocks[._]\d+[._](self_attn|cross_attn|ffn)", "Wan"),
+)  # fmt: skip
+WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x or ModelScope", 2048: families.SDXL}  # of texts
+PREFIXES = {"lora_unet_": "unet", "unet.": "unet", "lora_te_": "text_encoder", "text_encoder.": "text_encoder"}
+PEFT_PREFIX = "base_model.model."
+EMBEDDING = "token_embedding"
+TO_TEXT = "attn2.to_k"  # attends to the text; in time, to the frames
+SHOWN = 5  # tensors that a message lists
+
+
+class Refused(ValueError):
+    """A file that is no LoRA of these networks, also with strict=False."""
+
+
+# ------------------------------------------------------------------------------------------------------------- networks
+
+
+@dataclass(frozen=True)
+class Target:
+    """A network that a file may change: its layers, and every name under which files speak of one."""
+
+    component: str
+    title: str
+    shapes: Shapes
+    spellings: Mapping[str, str]  # a name in files, after what it begins with -> layer
+
+
+def target(component: str, title: str, shapes: Shapes, attention: Sequence[bool] = (), layers: Any = None) -> Target:
+    """The target with its spellings: diffusers' names with dots and underscores, the authors', those of AnimateDiff.
+
+    attention, layers: of a UNet, per level whether its blocks have transformers, and how many there are on the way
+    down. Of an encoder neither.
+    """
+    found: dict[str, str] = {}
+    for layer in shapes:
+        for name in (layer, *_authors(layer, _tables(shapes, attention, layers))):
+            found.setdefault(name, layer)
+            found.setdefault(name.replace(".", "_"), layer)
+        if component == "text_encoder":
+            found.setdefault(layer.removeprefix("text_model."), layer)
+    return Target(component, title, shapes, found)
+
+
+def _tables(shapes: Shapes, attention: Sequence[bool], layers: Any) -> list[tuple[Rows, Numbers]]:
+    """The authors' tables that fit a UNet, which count all blocks of one way through."""
+    if not attention:
+        return []
+    tables: list[tuple[Rows, Numbers]] = [(animatediff.MOTION_ROWS, {})]
+    if isinstance(layers, int):
+        config = {"layers_per_block": layers, "up_block_types": ["CrossAttn" * a for a in reversed(attention)]}
+        if any(".temp_convs." in name for name in shapes):
+            tables.append((modelscope.UNETSD_ROWS, modelscope.unetsd_numbers(config)))
+        else:
+            tables.append((ldm.UNET_ROWS, ldm.unet_numbers(config)))
+    return tables
+
+
+def _authors(layer: str, tables: list[tuple[Rows, Numbers]]) -> Iterable[str]:
+    for rows, numbers in tables:
+        if hit := authors_names(rows, f"{layer}.weight", numbers):
+            yield from (name.removesuffix(".weight") for name in hit[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+@dataclass
+class Layer:
+    """The tensors of one layer, by role: `down`, `up`, `mid`, `alpha` -> name in the file."""
+
+    form: str
+    names: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Reading:
+    """What a file holds. layers: component -> layer, in diffusers' name -> its tensors.
+
+    homeless: tensor -> why it has no place. Every tensor is either in a layer or there.
+    """
+
+    layers: dict[str, dict[str, Layer]]
+    homeless: dict[str, str]
+
+    @property
+    def forms(self) -> list[str]:
+        return list(dict.fromkeys(layer.form for layers in self.layers.values() for layer in layers.values()))
+
+    def complaint(self) -> str:
+        """One line about the tensors that have no place, "" where all have one."""
+        if not self.homeless:
+            return ""
+        shown = [f"{name[:200]!r} {why}" for name, why in list(self.homeless.items())[:SHOWN]]
+        more = f"; and {len(self.homeless) - SHOWN} more" if len(self.homeless) > SHOWN else ""
+        count = len(self.homeless)
+        return f"{count} tensor{'s' * (count > 1)} of the LoRA without a place: {'; '.join(shown)}{more}"
+
+
+def is_lora(names: Iterable[str]) -> bool:
+    """Whether there are names of a LoRA, or of what is called so."""
+    return any(ending(name)[1] in ("down", "up") or _other(name) for name in names)
+
+
+def ending(name: str) -> tuple[str, str, str]:
+    """(what stands before, the role, the form) of a tensor's name; role "" where it is none of a LoRA's."""
+    for pattern, form in ENDINGS:
+        if m := pattern.search(name):
+            role = m.groupdict().get("role")
+            return name[: m.start()], ROLES[role] if role else "alpha", form
+    return name, "", ""
+
+
+def _other(name: str) -> str:
+    return next((what for sign, what in OTHERS if re.search(sign, name)), "")
+
+
+def read(header: Header, targets: Sequence[Target]) -> Reading:
+    """Where each tensor of a file belongs. Raises Refused, in one line, where it is no LoRA of these networks."""
+    for name in header:
+        if what := _other(name):
+            raise Refused(f"it is {what}, which is not read here ({name[:200]!r})")
+    roles = {name: ending(name) for name in header}
+    if not any(role in ("down", "up") for _, role, _ in roles.values()):
+        raise Refused(f"it is no LoRA: {_what(header)}")
+    _refuse_strangers(header, roles, targets)
+
+    layers: dict[str, dict[str, Layer]] = {t.component: {} for t in targets}
+    homeless: dict[str, str] = {}
+    segments = {m["segment"] for n in header if (m := SEGMENT.search(n)) and m["segment"]}
+    if len(segments) > 1:
+        raise Refused(f"it holds several adapters: {', '.join(sorted(segments))[:200]}")
+    for name, (stem, role, form) in roles.items():
+        where = _place(stem, form, targets) if role else None
+        if where is None:
+            homeless[name] = _stray(stem if role else name, form, targets)
+            continue
+        component, module = where
+        layer = layers[component].setdefault(module, Layer(form))
+        if form and layer.form and form != layer.form:
+            raise Refused(f"{module!r} is there in two forms, {layer.form} and {form}")
+        layer.form = layer.form or form
+        if role in layer.names:
+            raise Refused(f"{layer.names[role]!r} and {name!r} are both of {module!r}")
+        layer.names[role] = name
+    for t in targets:
+        forms = {layer.form for layer in layers[t.component].values() if layer.form}
+        if len(forms) > 1:
+            raise Refused(f"its names are of two forms, {' and '.join(sorted(forms))}")
+        for module, layer in list(layers[t.component].items()):
+            why = _unfit(layer, header, t.shapes[module], module.endswith(EMBEDDING))
+            if why:
+                homeless |= dict.fromkeys(layer.names.values(), why)
+                del layers[t.component][module]
+    return Reading({c: found for c, found in layers.items() if found}, homeless)
+
+
+def _what(header: Header) -> str:
+    if not header:
+        return "there are no tensors in it"
+    try:
+        return f"it is {detect(header).layout.title}"
+    except ValueError as error:
+        return str(error)
+
+
+def _refuse_strangers(
+    header: Header, roles: Mapping[str, tuple[str, str, str]], targets: Sequence[Target]
+) -> None:
+    """Refused where the file is of a network that is not run here, or of another than these."""
+    for name in header:
+        for sign, family in STRANGERS:
+            if re.search(sign, name):
+                raise Refused(f"it is a LoRA of {family}, which is not run here ({name[:200]!r})")
+    unet = next((t for t in targets if t.component == "unet"), None)
+    widths = {shape[1] for name, shape in (unet.shapes.items() if unet else ()) if name.endswith(TO_TEXT)}
+    for name, (shape, _) in header.items():
+        stem, role, _ = roles[name]
+        if unet is None or role != "down" or not re.search(r"attn2[._](processor\.)?to_[kv]$", stem):
+            continue
+        if len(shape) > 1 and shape[1] in WIDTHS.keys() - widths:
+            raise Refused(f"it is a LoRA of {WIDTHS[shape[1]]}, whose texts are {shape[1]} wide, and those of this "
+                          f"{unet.title} are not ({name[:200]!r})")  # fmt: skip
+
+
+def _split(stem: str, targets: Sequence[Target]) -> tuple[list[Target], str]:
+    """The networks that a name may be of, and the rest of it."""
+    stem = stem.removeprefix(PEFT_PREFIX)
+    for prefix, component in PREFIXES.items():
+        if stem.startswith(prefix):
+            return [t for t in targets if t.component == component], stem[len(prefix):]
+    return [*targets], stem
+
+
+def _spelled(rest: str, form: str, component: str) -> str:
+    """The processors of old put themselves into the names of layers: `attn1.processor.to_q_lora`."""
+    if form != PROCESSORS:
+        return rest
+    rest = rest.replace(".processor.", ".")
+    if component == "text_encoder":
+        return re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", rest)
+    return rest + ".0" if rest.endswith(".to_out") else rest
+
+
+def _place(stem: str, form: str, targets: Sequence[Target]) -> tuple[str, str] | None:
+    found, rest = _split(stem, targets)
+    for t in found:
+        module = t.spellings.get(_spelled(rest, form, t.component))
+        if module is not None:
+            return t.component, module
+    return None
+
+
+def _stray(stem: str, form: str, targets: Sequence[Target]) -> str:
+    found, rest = _split(stem, targets)
+    if not found:
+        component = next(c for p, c in PREFIXES.items() if stem.removeprefix(PEFT_PREFIX).startswith(p))
+        return f"is of a {component}, of which there is none here"
+    near = ""
+    for t in found:
+        near = near or nearest(_spelled(rest, form, t.component), [*t.spellings])
+    return f"is no layer of {' or '.join(t.title for t in found)}{near}"
+
+
+def _unfit(layer: Layer, header: Header, weight: Sequence[int], embedding: bool) -> str:
+    """What is wrong with the tensors of a layer whose weight has this shape; "" where nothing is."""
+    if embedding and layer.form != LORALIB:
+        return f"is of the words' table, which only files of {LORALIB} change"
+    for role in ("down", "up"):
+        if role not in layer.names:
+            return f"has no {role} factor beside it"
+    shape = {role: list(header[name][0]) for role, name in layer.names.items()}
+    for role, name in layer.names.items():
+        if not re.fullmatch(r"B?F\d+(_\w+)?", header[name][1]):
+            return f"is of whole numbers ({header[name][1]})" if role == "alpha" else f"has a {role} in whole numbers"
+    if "alpha" in shape and math.prod(shape["alpha"]) != 1:
+        return f"has an alpha of shape {shape['alpha']}, not one number"
+    (o, i), kernel = weight[:2], [*weight[2:]]
+    kernel = kernel if math.prod(kernel) > 1 else []
+    if layer.form == LORALIB:
+        k = max(kernel, default=1)
+        o, i = (i, o) if embedding else (o, i)
+        r = shape["down"][0] // k if shape["down"] else 0
+        want = {"down": [r * k, i * k], "up": [o * k, r * k]}
+        wrong = [role for role in want if shape[role] != want[role]]
+    else:
+        r = shape["down"][0] if shape["down"] else 0
+        ones = [1] * len(kernel)
+        want = {"down": [r, i, *(ones if "mid" in shape else kernel)], "up": [o, r, *ones]}
+        if "mid" in shape:
+            s = shape["up"][1] if len(shape["up"]) > 1 else 0
+            want |= {"mid": [s, r, *kernel], "up": [o, s, *ones]}
+            if not kernel:
+                return "has mid weights, which only convolutions have"
+        wrong = [role for role in want if _plain(shape[role], len(want[role])) != want[role]]
+    if not r:
+        return "is of rank 0"
+    if wrong:
+        role = wrong[0]
+        return f"is {shape[role]} as {role}, not {want[role]}, as its layer {list(weight)} needs"
+    return ""
+
+
+def _plain(shape: Sequence[int], axes: int) -> list[int]:
+    """Without the trailing axes of size 1 of a 1x1 convolution beyond so many; with those that are lacking."""
+    found = [*shape]
+    while len(found) > axes and found[-1] == 1:
+        found.pop()
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------- scale
+
+
+@dataclass(frozen=True)
+class Config:
+    """The fields of peft's LoraConfig that say alpha: adapter_config.json, or the metadata that diffusers writes."""
+
+    alpha: float | None = None
+    patterns: Mapping[str, float] = field(default_factory=dict)
+    rank_stabilised: bool = False
+
+    def alpha_of(self, module: str, r: int) -> float:
+        """Alpha such that alpha / r is the layer's scale; r, so a scale of 1, where nothing says another."""
+        alpha = self.alpha
+        for pattern, value in self.patterns.items():
+            if module == pattern or module.endswith(f".{pattern}"):
+                alpha = value
+                break
+        if alpha is None:
+            return float(r)
+        return alpha * math.sqrt(r) if self.rank_stabilised else alpha
+
+
+def config_of(said: Mapping[str, Any], where: str) -> Config:
+    """Raises Refused where it asks for what is no plain LoRA, or says what is no number."""
+    for flag, what in (("use_dora", "a DoRA"), ("lora_bias", "a LoRA with biases"), ("fan_in_fan_out", "transposed")):
+        if said.get(flag):
+            raise Refused(f"{where}: {flag}: it is {what}, which is not read here")
+    kind = said.get("peft_type")
+    if kind not in (None, "LORA"):
+        raise Refused(f"{where}: peft_type is {str(kind)[:50]!r}: of peft's methods only LORA is read here")
+    alpha = said.get("lora_alpha")
+    patterns = said.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise Refused(f"{where}: alpha_pattern must be names and numbers")
+    numbers = {}
+    for name, value in patterns.items():
+        plain = str(name).removeprefix("^").replace("\\.", ".")
+        if not re.fullmatch(r"[\w.]+", plain):
+            raise Refused(f"{where}: alpha_pattern has {str(name)[:100]!r}, which is no name of a layer")
+        numbers[plain] = _number(value, f"{where}: alpha of {plain[:100]}")
+    return Config(None if alpha is None else _number(alpha, f"{where}: lora_alpha"), numbers,
+                  bool(said.get("use_rslora")))  # fmt: skip
+
+
+def _number(value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise Refused(f"{what} must be a number, not {str(value)[:50]!r}")
+    return float(value)
+
+
+METADATA = "lora_adapter_metadata"  # the key in a safetensors file's metadata, since diffusers 0.35
+
+
+def configs_of(metadata: Mapping[str, str]) -> dict[str, Config]:
+    """Component -> what a file's metadata says of it: {"unet.lora_alpha": 6, ...} as JSON."""
+    if METADATA not in metadata:
+        return {}
+    try:
+        said = json.loads(metadata[METADATA])
+    except (ValueError, RecursionError, TypeError):
+        said = None
+    if not isinstance(said, dict):
+        raise Refused(f"its {METADATA} is no JSON object")
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in said.items():
+        component, _, rest = name.partition(".")
+        if component in ("unet", "text_encoder"):
+            parts.setdefault(component, {})[rest] = value
+    return {component: config_of(part, METADATA) for component, part in parts.items()}
+
+
+# -------------------------------------------------------------------------------------------------------------- numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Factors:
+    """One layer's change: alpha / r * up @ down. down (r i *k), up (o r), on the CPU, in the file's dtype."""
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def delta(self, like: Tensor) -> Tensor:
+        """alpha / r * up @ down in the dtype and on the device of `like`, (o i *k)."""
+        up, down = (x.to(like.device, like.dtype) for x in (self.up, self.down))
+        return ((up @ down.flatten(1)) * self.scale).unflatten(1, down.shape[1:])
+
+
+def factors(
+    layer: Layer, weight: Sequence[int], tensor: Callable[[str], Tensor], config: Config, module: str
+) -> Factors:
+    """The factors of a layer whose weight has this shape, in their usual form. Refused on what is not finite."""
+    given = {role: tensor(name).detach() for role, name in layer.names.items()}
+    for role, x in given.items():
+        if not bool(x.float().isfinite().all()):
+            raise Refused(f"{layer.names[role]!r} holds NaN or infinity")
+    down, up, kernel = given["down"], given["up"], [*weight[2:]]
+    if math.prod(kernel) == 1:
+        down, up = (x.flatten(1) if layer.form != LORALIB else x for x in (down, up))
+        r = down.shape[0]
+    elif layer.form == LORALIB:
+        r = down.shape[0] // max(kernel)
+        down, up = _of_loralib(down, up, kernel)
+    else:
+        r, up = down.shape[0], up.flatten(1)
+        if "mid" in given:  # Tucker's form: the kernel is in the middle, between two products
+            down, up, mid = (_wide(x) for x in (down.flatten(1), up, given["mid"]))
+            down = (mid.movedim(1, -1) @ down).movedim(-1, 1).contiguous()
+    if "alpha" in given:
+        alpha = float(given["alpha"])
+    else:
+        alpha = config.alpha_of(module, r)
+    return Factors(down, up, alpha * down.shape[0] / r if down.shape[0] != r else alpha)
+
+
+def _of_loralib(down: Tensor, up: Tensor, kernel: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """(B @ A).view(o, i, k, k) as down (r i *k), up (o r).
+
+    A (rk ik), B (ok rk): row n of the product, of k rows for each output, holds the n-th part of its i k k numbers, so
+    each of the k parts has factors of its own, and the rank is k times as large. Of a kernel (k 1 1) the mean over the
+    second k is taken.
+    """
+    k = max(kernel)
+    rank, width = down.shape
+    parts = down.new_zeros(k, rank, k, width)
+    for n in range(k):
+        parts[n, :, n] = down
+    i = width // k
+    whole = parts.reshape(k * rank, i, k, k)
+    up = up.unflatten(0, (-1, k)).flatten(1)  # (o k) rk -> o (k rk)
+    if len(kernel) == 3:
+        whole, up = _wide(whole).unsqueeze(-1).mean(-2, keepdim=True), _wide(up)
+    return whole.contiguous(), up.contiguous()
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32, or float64."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,118 @@
+"""Layers with low-rank branches beside their weights: y = W x + sum of scale * up(down(x)).
+
+A layer becomes one of these in its place, by its class alone: it stays the same module with the same parameters, so
+that names, optimizers and whoever else holds it see no change. Its branches are in no state dict.
+"""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..models.blocks import Upsample
+
+
+class Branch(nn.Module):
+    """down (r i *k), up (o r), scale (): buffers, so that they follow the layer to its device and dtype."""
+
+    def __init__(self, name: str, source: object, down: Tensor, up: Tensor):
+        super().__init__()
+        self.name = name
+        self.source = source  # what `down` and `up` are copies of
+        self.register_buffer("down", down, persistent=False)
+        self.register_buffer("up", up, persistent=False)
+        self.register_buffer("scale", down.new_ones(()), persistent=False)  # a tensor: CUDA graphs read it anew
+
+
+class LowRankLinear(nn.Linear):
+    branches: nn.ModuleList
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (... i) -> (... o)."""
+        y = super().forward(x)
+        for b in self.branches:
+            y = y + F.linear(F.linear(x, b.down), b.up) * b.scale
+        return y
+
+
+class LowRankConv2d(nn.Conv2d):
+    branches: nn.ModuleList
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x (n i h w) -> (n o h w): `down` has the layer's kernel, stride and padding, `up` is 1x1."""
+        y = super()._conv_forward(x, weight, bias)
+        for b in self.branches:
+            h = F.conv2d(x, b.down, None, self.stride, self.padding, self.dilation)
+            y = y + F.conv2d(h, b.up[:, :, None, None]) * b.scale
+        return y
+
+
+class LowRankUpsample(LowRankConv2d, Upsample):
+    """Upsample doubles the image, and then convolves as LowRankConv2d does."""
+
+    forward = Upsample.forward
+
+
+class LowRankConv3d(nn.Conv3d):
+    branches: nn.ModuleList
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x (b i f h w) -> (b o f h w)."""
+        y = super()._conv_forward(x, weight, bias)
+        for b in self.branches:
+            h = F.conv3d(x, b.down, None, self.stride, self.padding, self.dilation)
+            y = y + F.conv3d(h, b.up[:, :, None, None, None]) * b.scale
+        return y
+
+
+class LowRankEmbedding(nn.Embedding):
+    branches: nn.ModuleList
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (...) -> (... o). Rows behind those of a branch are of words that came later: it does not change them."""
+        y = super().forward(ids)
+        for b in self.branches:
+            table = F.pad(b.down.T, (0, 0, 0, self.num_embeddings - b.down.shape[1]))
+            y = y + F.linear(F.embedding(ids, table), b.up) * b.scale
+        return y
+
+
+PLAIN: dict[type, type] = {
+    LowRankLinear: nn.Linear,
+    LowRankConv2d: nn.Conv2d,
+    LowRankUpsample: Upsample,
+    LowRankConv3d: nn.Conv3d,
+    LowRankEmbedding: nn.Embedding,
+}
+WITH_BRANCHES = {plain: branched for branched, plain in PLAIN.items()}
+
+
+def can_branch(layer: nn.Module) -> bool:
+    """Whether it is exactly one of the layers above, and a convolution over zeros, in one group."""
+    plain = PLAIN.get(type(layer), type(layer))
+    if plain not in WITH_BRANCHES:
+        return False
+    if not isinstance(layer, nn.Conv2d | nn.Conv3d):
+        return True
+    return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+
+
+def branches_of(layer: nn.Module) -> list[Branch]:
+    return [*layer.branches] if type(layer) in PLAIN else []  # type: ignore[list-item]
+
+
+def set_branches(layer: nn.Module, branches: Sequence[Branch]) -> None:
+    """Give the layer these branches in place of those that it has; none: it is a plain layer again."""
+    if branches_of(layer) == [*branches]:
+        return
+    if not branches:
+        del layer._modules["branches"]
+        layer.__class__ = PLAIN[type(layer)]
+        return
+    if type(layer) not in PLAIN:
+        layer.__class__ = WITH_BRANCHES[type(layer)]
+    layer.add_module("branches", nn.ModuleList(branches))
+
+
+def has_branches(network: nn.Module) -> bool:
+    return any(type(m) in PLAIN for m in network.modules())
