@@ -17,6 +17,7 @@ from typing import Any
 
 from .. import __version__
 from ..files import embedded
+from . import adapters
 from .arguments import SUFFIXES, make_parser
 from .ends import importing
 from .messages import one_line, say, tell_path
@@ -34,22 +35,25 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # The settings that make a video, under the names of their options. They are stored in the file, and `--replay` reads
 # them back through the parser, so that a file says nothing that the command line could not.
-SETTINGS = ("model", "base", "adapter", "vae", "tokenizer", "config", "revision", "variant", "negative_prompt",
-            "num_frames", "steps", "guidance_scale", "strength", "free_init", "scheduler", "seed", "height", "width",
-            "fps", "dtype", "device", "compat", "kernels", "optimize")
+SETTINGS = ("model", "base", "adapter", "vae", "tokenizer", "config", *adapters.OPTIONS, "revision", "variant",
+            "negative_prompt", "num_frames", "steps", "guidance_scale", "strength", "free_init", "scheduler", "seed",
+            "height", "width", "fps", "dtype", "device", "compat", "kernels", "optimize")
 DECODED_AT_ONCE = 8  # frames: what the VAE's last layers need would otherwise grow with the video
 
 
 def run(args: argparse.Namespace) -> int:
     """The exit code: 1 where some prompts failed."""
-    digest = None
+    digest, before = None, {}
     if "replay" in args:
-        args, digest = _replay(args)
+        args, digest, before = _replay(args)
     given = {k: v for k, v in vars(args).items() if k in SETTINGS}
     video, source = getattr(args, "video", None), {}
     prompts = list(args.prompt) + (_read_prompts(args.prompts) if "prompts" in args else [])
     if not prompts:
         args.usage_error("give a prompt or --prompts FILE" + " or --replay VIDEO" * (args.command != "restyle"))
+    for prompt in [*prompts, given.get("negative_prompt", "")]:
+        if wrong := adapters.check_prompt(prompt):
+            args.usage_error(wrong)
     if video is not None and "num_frames" in given:
         args.usage_error("--num-frames: a video has its own number of frames")
     if video is None and "strength" in given:
@@ -79,7 +83,9 @@ def run(args: argparse.Namespace) -> int:
         from .loading import load  # torch takes a second, in which all errors above have been said
 
     pipe, call = load(args.command, settings, len(video) if video else None)
-
+    adapters.say_changes(settings, before)
+    if "embedding" in settings:
+        adapters.say_unused(pipe, [*prompts, settings.get("negative_prompt") or ""])
     say(_summary(settings, len(video) if video else settings["num_frames"]))
     failures = []
     for n, (prompt, path) in enumerate(zip(prompts, paths, strict=True)):
@@ -113,6 +119,8 @@ def _summary(s: dict[str, Any], frames: int) -> str:
         parts.insert(2, "FreeInit")
     if s.get("optimize"):
         parts.append("optimized")
+    for name in ("lora", "motion_lora"):
+        parts += [f"LoRA {Path(entry['path']).name} at {entry['weight']:g}" for entry in s.get(name, ())]
     if s.get("negative_prompt"):
         parts.append(f"not {_quote(s['negative_prompt'])}")
     return ", ".join(parts + [f"{k} {s[k]}" for k in ("revision", "variant", "compat") if s.get(k)])
@@ -232,8 +240,9 @@ def _option(name: str, value: Any) -> str:
     return f"--{'' if value else 'no-'}{option}" if isinstance(value, bool) else f"--{option}={value}"
 
 
-def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None]:
-    """The arguments that made a video, under those given now; and the digest of the video that it began with.
+def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None, dict[str, str]]:
+    """The arguments that made a video, under those given now; the digest of the video that it began with, and those
+    of the adapters' files.
 
     Whoever made the file may have named any model and video: they are used with `--trust` alone.
     """
@@ -250,8 +259,13 @@ def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None]:
         again = "animate" if command == "animate" else "generate"
         raise ValueError(f"{args.replay} was made by {command}: minit2v {again} --replay makes it again")
     given = {k: v for k, v in vars(args).items() if k not in ("command", "replay", "prompt", "prompts")}
+    try:
+        lists = {k: adapters.words(k, stored.get(k, [])) for k in adapters.OPTIONS}
+    except ValueError as e:
+        raise ValueError(f"{args.replay}: what is stored in this file are no settings: {e}") from None
     _check_trust(args, stored, given)
-    words = [_option(k, stored[k]) for k in SETTINGS if stored.get(k) is not None]
+    words = [_option(k, stored[k]) for k in SETTINGS if stored.get(k) is not None and k not in adapters.OPTIONS]
+    words += [word for k in adapters.OPTIONS for word in lists[k]]
     prompts = args.prompt or ([] if "prompts" in args else [stored["prompt"]])
     if source is not None and command == "animate":
         words.append(f"--video={source}")
@@ -277,7 +291,7 @@ def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None]:
         except ValueError:
             say(f"warning: made on {again.device}, which is not here: the numbers may differ a little")
             again.device = "auto"
-    return again, None if "video" in given else stored.get("video_sha256")
+    return again, None if "video" in given else stored.get("video_sha256"), adapters.digests(stored)
 
 
 def _check_trust(args: argparse.Namespace, stored: dict[str, Any], given: dict[str, Any]) -> None:
@@ -285,6 +299,9 @@ def _check_trust(args: argparse.Namespace, stored: dict[str, Any], given: dict[s
     names = ("model", "base", "adapter", "vae", "tokenizer", "config", "video")
     named = {k: str(stored[k]) for k in names if stored.get(k) is not None and k not in given
              and (k == "video" or embedded.find(str(stored[k])) is None)}  # fmt: skip
+    for name in adapters.OPTIONS:
+        if name not in given and (paths := [p["path"] for p in stored.get(name, ()) if not embedded.find(p["path"])]):
+            named[name.replace("_", "-")] = " and ".join(paths)
     if not named:
         return
     what = ", ".join(f"{k} {v!r}" for k, v in named.items())
