@@ -1,9 +1,9 @@
-"""Trains the embedded motion LoRA: `python -m minit2v.training.orbit --out runs/orbit`.
+"""Trains the embedded motion LoRA, `shapes-orbit`: `python -m minit2v.training.orbit --out runs/orbit`.
 
-Low-rank factors (Hu et al. 2021, arXiv:2106.09685) in the attentions and feed-forwards of the motion modules of
-`shapes-motion` learn a motion that it does not know: what the words name goes once around a circle, clockwise from the
-top. All else is frozen, as for AnimateDiff's motion LoRAs. Captions say no motion; the adapter is the motion.
-Checkpointed and resumed as the stages of `shapes.py`.
+Low-rank factors (Hu et al. 2021, arXiv:2106.09685) beside the layers of `shapes-motion` learn a motion that it does not
+know: what the words name goes once around a circle, clockwise from the top. All else is frozen, as behind AnimateDiff's
+motion LoRAs. The captions say no motion: the adapter is the motion. Checkpointed and resumed as the stages of
+`shapes.py`; saved in peft's names, as every trainer of LoRAs does.
 """
 
 import argparse
@@ -15,34 +15,41 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from minit2v_convert.stream import replacing
+
+from ..adapters.lora import layers_of
+from ..models.unet_motion import MotionAdapter
 from ..models.vae import AutoencoderKL
 from ..pipelines.animatediff import AnimateDiffPipeline
 from . import world
 from .animate import MotionPainter
-from .shapes import claim, generators, load_state, make_tokenizer, still_captions, train_diffusion
+from .shapes import Painter, claim, generators, load_state, make_tokenizer, still_captions, train_diffusion
 
 RANK = 8
 KINDS = [(colour, shape) for colour in world.COLOURS for shape in world.SHAPES]
 
 
 class LowRank(nn.Module):
+    """y = W x + up(down(x)). It begins with up = 0: the layer as it was."""
+
     def __init__(self, base: nn.Linear, rank: int):
         super().__init__()
         self.base = base
         self.down = nn.Linear(base.in_features, rank, bias=False)
         self.up = nn.Linear(rank, base.out_features, bias=False)
-        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.down.weight, a=5**0.5)
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (... i) -> (... o)."""
         return self.base(x) + self.up(self.down(x))
 
 
 def orbits(rng: random.Random, count: int) -> Tensor:
-    """Places (b f 3) on random circles, once around, from the top clockwise; the last frame is before the first."""
+    """Places (b f 3) on random circles, once around, clockwise from the top; after the last frame comes the first."""
     rows = []
     for _ in range(count):
-        r, way = rng.uniform(7.0, 10.0), rng.uniform(13.0, 17.0)
+        r, way = rng.uniform(7.0, 10.0), rng.uniform(13.0, 17.0)  # half-width, and radius of the circle
         x, y = (rng.uniform(way + r + 1, world.SIZE - way - r - 1) for _ in range(2))
         rows.append((x, y, r, way))
     x, y, r, way = torch.tensor(rows)[:, :, None].unbind(1)  # each (b 1)
@@ -51,17 +58,18 @@ def orbits(rng: random.Random, count: int) -> Tensor:
 
 
 def read_orbit(video: Tensor) -> float:
-    """video (c f h w) in [0, 1] -> how much of the movement of what is seen is one clockwise turn: 0 to 1.
+    """video (c f h w) in [0, 1] -> which share of what the middle of the shape moves is one turn, clockwise: 0 to 1.
 
-    0 where less moves than 5 pixels from the middle: the share that one harmonic has of the variance of the centre.
+    Of the place of the middle, as a complex number over time, the share that one harmonic has in the variance. 0 where
+    the circle's radius is below 5 pixels, or a frame shows nothing.
     """
     x, y, area = world.centres(video)
     if (area < 30).any():
         return 0.0
     z = torch.complex(x - x.mean(), y - y.mean())  # y points down: clockwise is the positive sense
     turn = torch.polar(torch.ones(len(z)), -2 * math.pi * torch.arange(len(z)) / len(z))
-    along = float((z * turn).mean().abs())
-    return along**2 / float(z.abs().square().mean()) if along >= 5 else 0.0
+    radius = float((z * turn).mean().abs())
+    return radius**2 / float(z.abs().square().mean()) if radius >= 5 else 0.0
 
 
 @torch.no_grad()
@@ -77,11 +85,12 @@ def latents_of_orbits(vae: AutoencoderKL, out: Path, seed: int, per_kind: int = 
         z = [vae.encode(x * 2 - 1).mode() for x in rearrange(video, "b c f h w -> (b f) c h w").split(128)]
         rows.append(rearrange(torch.cat(z), "(b f) c h w -> b c f h w", f=world.FRAMES).half())
     latents = torch.stack(rows)
-    torch.save(latents, path)
+    with replacing(path) as temporary:
+        torch.save(latents, temporary)
     return latents
 
 
-def draw_batch(rng: random.Random, latents: Tensor, frames: int, batch: int) -> tuple[Tensor, list[str]]:
+def draw_orbits(rng: random.Random, latents: Tensor, frames: int, batch: int) -> tuple[Tensor, list[str]]:
     """x (b c f h w) and a caption for each; one in ten is empty, for guidance. The frames span the clip."""
     rows, texts = [], []
     for _ in range(batch):
@@ -91,47 +100,53 @@ def draw_batch(rng: random.Random, latents: Tensor, frames: int, batch: int) -> 
     return torch.stack(rows).float(), texts
 
 
-def train(out: Path, seed: int, pipe: AnimateDiffPipeline, course=((4, 24, 900), (16, 8, 700)), rate: float = 3e-3):
+def train(
+    out: Path,
+    seed: int,
+    pipe: AnimateDiffPipeline,
+    course: tuple[tuple[int, int, int], ...] = ((4, 16, 450), (16, 4, 300)),
+    rate: float = 4e-3,
+) -> Painter:
+    """The pipeline's networks with trained factors beside the layers of its motion modules.
+
+    course: (frames, clips a batch, steps).
+    """
     torch.manual_seed(seed)
     latents = latents_of_orbits(pipe.vae, out, seed)
-    unet = pipe.unet.requires_grad_(False)
-    for name, module in list(unet.named_modules()):
-        if ".motion." in name and isinstance(module, nn.Linear) and ".blocks." in name:
-            parent, _, leaf = name.rpartition(".")
-            setattr(unet.get_submodule(parent), leaf, LowRank(module, RANK))
-    painter = MotionPainter(unet, pipe.text_encoder.requires_grad_(False))
-    tokenizer = make_tokenizer()
-    n = sum(p.numel() for p in painter.parameters() if p.requires_grad)
-    print(n, "parameters", flush=True)
-    return train_diffusion(
-        out,
-        "orbit",
-        seed,
-        painter,
-        tokenizer,
-        course,
-        rate,
-        lambda rng, frames, batch: draw_batch(rng, latents, frames, batch),
-        noisy=0.8,
-    )
+    painter = MotionPainter(pipe.unet, pipe.text_encoder).requires_grad_(False)
+    for name in targets(pipe).values():
+        parent, _, leaf = name.rpartition(".")
+        setattr(painter.unet.get_submodule(parent), leaf, LowRank(painter.unet.get_submodule(name), RANK))
+    # As for motion modules: what the frames agree on is decided at high noise.
+    return train_diffusion(out, "orbit", seed, painter, make_tokenizer(), course, rate,
+                           lambda rng, frames, batch: draw_orbits(rng, latents, frames, batch), noisy=0.8)  # fmt: skip
+
+
+def targets(pipe: AnimateDiffPipeline) -> dict[str, str]:
+    """diffusers' name of a layer -> ours: the attentions and feed-forwards of the motion modules.
+
+    Not their first and last layers, which diffusers cannot run with a LoRA.
+    """
+    names = {theirs: ours for theirs, (ours, _) in layers_of(pipe.unet).items()}
+    return {theirs: ours for theirs, ours in names.items() if ".motion.blocks." in ours}
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints, curve and the finished adapter")
+    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and the finished adapter")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     claim(args.out, trainer="orbit", seed=args.seed)
-    from ..models.unet_motion import MotionAdapter
-
-    pipe = AnimateDiffPipeline.from_pretrained(
-        "shapes-image", motion_adapter=MotionAdapter.from_pretrained("shapes-motion")
-    )
-    painter = train(args.out, args.seed, pipe)
-    torch.save(
-        {k: v for k, v in painter.state_dict().items() if ".down.weight" in k or ".up.weight" in k},
-        args.out / "factors.pt",
-    )
+    adapter = MotionAdapter.from_pretrained("shapes-motion")
+    pipe = AnimateDiffPipeline.from_pretrained("shapes-image", motion_adapter=adapter)
+    names = targets(pipe)
+    state = train(args.out, args.seed, pipe).unet.state_dict()
+    layers = {}
+    for theirs, ours in names.items():
+        layers[f"{theirs}.lora_A.weight"] = state[f"{ours}.down.weight"].half()
+        layers[f"{theirs}.lora_B.weight"] = state[f"{ours}.up.weight"].half()
+    AnimateDiffPipeline.save_lora_weights(args.out / "shapes-orbit", unet_lora_layers=layers)
+    print(f"the adapter is in {args.out / 'shapes-orbit'}")
 
 
 if __name__ == "__main__":
