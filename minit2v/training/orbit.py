@@ -104,7 +104,7 @@ def train(
     out: Path,
     seed: int,
     pipe: AnimateDiffPipeline,
-    course: tuple[tuple[int, int, int], ...] = ((4, 16, 450), (16, 4, 300)),
+    course: tuple[tuple[int, int, int], ...] = ((4, 16, 300), (16, 4, 400)),
     rate: float = 4e-3,
 ) -> Painter:
     """The pipeline's networks with trained factors beside the layers of its motion modules.
