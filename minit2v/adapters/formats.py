@@ -11,6 +11,7 @@ have for layers: nothing is guessed from underscores.
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minit2v_convert import animatediff, families, ldm, modelscope
+from minit2v_convert import animatediff, families, ldm, modelscope, shapes
+from minit2v_convert.configs import CLIP_H, CLIP_L, UNET3D, UNET_MOTION
 from minit2v_convert.detect import detect
 from minit2v_convert.rename import nearest
 from minit2v_convert.table import Numbers, Rows, authors_names
@@ -66,7 +68,7 @@ PREFIXES = {"lora_unet_": "unet", "unet.": "unet", "lora_te_": "text_encoder", "
 PEFT_PREFIX = "base_model.model."
 EMBEDDING = "token_embedding"
 TO_TEXT = "attn2.to_k"  # attends to the text; in time, to the frames
-SHOWN = 5  # tensors that a message lists
+SHOWN = 4  # tensors that a message lists
 
 
 class Refused(ValueError):
@@ -86,30 +88,31 @@ class Target:
     spellings: Mapping[str, str]  # a name in files, after what it begins with -> layer
 
 
-def target(component: str, title: str, shapes: Shapes, attention: Sequence[bool] = (), layers: Any = None) -> Target:
+def target(component: str, title: str, sizes: Shapes, attention: Sequence[bool] = (), layers: Any = None) -> Target:
     """The target with its spellings: diffusers' names with dots and underscores, the authors', those of AnimateDiff.
 
     attention, layers: of a UNet, per level whether its blocks have transformers, and how many there are on the way
     down. Of an encoder neither.
     """
     found: dict[str, str] = {}
-    for layer in shapes:
-        for name in (layer, *_authors(layer, _tables(shapes, attention, layers))):
+    tables = _tables(sizes, attention, layers)
+    for layer in sizes:
+        for name in (layer, *_authors(layer, tables)):
             found.setdefault(name, layer)
             found.setdefault(name.replace(".", "_"), layer)
         if component == "text_encoder":
             found.setdefault(layer.removeprefix("text_model."), layer)
-    return Target(component, title, shapes, found)
+    return Target(component, title, sizes, found)
 
 
-def _tables(shapes: Shapes, attention: Sequence[bool], layers: Any) -> list[tuple[Rows, Numbers]]:
+def _tables(sizes: Shapes, attention: Sequence[bool], layers: Any) -> list[tuple[Rows, Numbers]]:
     """The authors' tables that fit a UNet, which count all blocks of one way through."""
     if not attention:
         return []
     tables: list[tuple[Rows, Numbers]] = [(animatediff.MOTION_ROWS, {})]
     if isinstance(layers, int):
         config = {"layers_per_block": layers, "up_block_types": ["CrossAttn" * a for a in reversed(attention)]}
-        if any(".temp_convs." in name for name in shapes):
+        if any(".temp_convs." in name for name in sizes):
             tables.append((modelscope.UNETSD_ROWS, modelscope.unetsd_numbers(config)))
         else:
             tables.append((ldm.UNET_ROWS, ldm.unet_numbers(config)))
@@ -137,11 +140,11 @@ class Layer:
 class Reading:
     """What a file holds. layers: component -> layer, in diffusers' name -> its tensors.
 
-    homeless: tensor -> why it has no place. Every tensor is either in a layer or there.
+    homeless: tensor -> why it has no place, and names like its own. Every tensor is either in a layer or there.
     """
 
     layers: dict[str, dict[str, Layer]]
-    homeless: dict[str, str]
+    homeless: dict[str, tuple[str, Callable[[], str]]]
 
     @property
     def forms(self) -> list[str]:
@@ -151,9 +154,13 @@ class Reading:
         """One line about the tensors that have no place, "" where all have one."""
         if not self.homeless:
             return ""
-        shown = [f"{name[:200]!r} {why}" for name, why in list(self.homeless.items())[:SHOWN]]
-        more = f"; and {len(self.homeless) - SHOWN} more" if len(self.homeless) > SHOWN else ""
-        count = len(self.homeless)
+        count, by_layer = len(self.homeless), {ending(name)[0]: name for name in reversed(self.homeless)}
+        names = [*reversed(by_layer.values())]  # one of each layer
+        shown = []
+        for name in names[:SHOWN]:
+            why, near = self.homeless[name]
+            shown.append(f"{name[:160]!r} {why}{near()}")
+        more = f"; and those of {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         return f"{count} tensor{'s' * (count > 1)} of the LoRA without a place: {'; '.join(shown)}{more}"
 
 
@@ -186,7 +193,7 @@ def read(header: Header, targets: Sequence[Target]) -> Reading:
     _refuse_strangers(header, roles, targets)
 
     layers: dict[str, dict[str, Layer]] = {t.component: {} for t in targets}
-    homeless: dict[str, str] = {}
+    homeless: dict[str, tuple[str, Callable[[], str]]] = {}
     segments = {m["segment"] for n in header if (m := SEGMENT.search(n)) and m["segment"]}
     if len(segments) > 1:
         raise Refused(f"it holds several adapters: {', '.join(sorted(segments))[:200]}")
@@ -210,7 +217,7 @@ def read(header: Header, targets: Sequence[Target]) -> Reading:
         for module, layer in list(layers[t.component].items()):
             why = _unfit(layer, header, t.shapes[module], module.endswith(EMBEDDING))
             if why:
-                homeless |= dict.fromkeys(layer.names.values(), why)
+                homeless |= dict.fromkeys(layer.names.values(), (why, str))
                 del layers[t.component][module]
     return Reading({c: found for c, found in layers.items() if found}, homeless)
 
@@ -233,6 +240,9 @@ def _refuse_strangers(
             if re.search(sign, name):
                 raise Refused(f"it is a LoRA of {family}, which is not run here ({name[:200]!r})")
     unet = next((t for t in targets if t.component == "unet"), None)
+    if any("motion_modules" in n for n in header) and not any("motion_modules" in n for t in targets for n in t.shapes):
+        where = f"{unet.title} has no motion modules" if unet else "there is no UNet here"
+        raise Refused(f"it is a motion LoRA of AnimateDiff, and {where}")
     widths = {shape[1] for name, shape in (unet.shapes.items() if unet else ()) if name.endswith(TO_TEXT)}
     for name, (shape, _) in header.items():
         stem, role, _ = roles[name]
@@ -271,15 +281,20 @@ def _place(stem: str, form: str, targets: Sequence[Target]) -> tuple[str, str] |
     return None
 
 
-def _stray(stem: str, form: str, targets: Sequence[Target]) -> str:
+def _stray(stem: str, form: str, targets: Sequence[Target]) -> tuple[str, Callable[[], str]]:
     found, rest = _split(stem, targets)
     if not found:
         component = next(c for p, c in PREFIXES.items() if stem.removeprefix(PEFT_PREFIX).startswith(p))
-        return f"is of a {component}, of which there is none here"
-    near = ""
-    for t in found:
-        near = near or nearest(_spelled(rest, form, t.component), [*t.spellings])
-    return f"is no layer of {' or '.join(t.title for t in found)}{near}"
+        return f"is of a {component}, of which there is none here", str
+
+    def near() -> str:  # slow: only for what is shown
+        names = [(_spelled(rest, form, t.component), n) for t in found for n in t.spellings]
+        words = {*re.split(r"[._]", rest)}
+        alike = sorted(((len(words & {*re.split(r"[._]", n)}), n) for _, n in names
+                        if ("." in n) == ("." in rest)), reverse=True)  # fmt: skip
+        return nearest(names[0][0], [n for _, n in alike[:30]]) if names else ""
+
+    return f"is no layer of {' or '.join(t.title for t in found)}", near
 
 
 def _unfit(layer: Layer, header: Header, weight: Sequence[int], embedding: bool) -> str:
@@ -312,7 +327,7 @@ def _unfit(layer: Layer, header: Header, weight: Sequence[int], embedding: bool)
             want |= {"mid": [s, r, *kernel], "up": [o, s, *ones]}
             if not kernel:
                 return "has mid weights, which only convolutions have"
-        wrong = [role for role in want if _plain(shape[role], len(want[role])) != want[role]]
+        wrong = [role for role in want if _plain(shape[role]) != _plain(want[role])]
     if not r:
         return "is of rank 0"
     if wrong:
@@ -321,12 +336,76 @@ def _unfit(layer: Layer, header: Header, weight: Sequence[int], embedding: bool)
     return ""
 
 
-def _plain(shape: Sequence[int], axes: int) -> list[int]:
-    """Without the trailing axes of size 1 of a 1x1 convolution beyond so many; with those that are lacking."""
+def _plain(shape: Sequence[int]) -> list[int]:
+    """Without the trailing axes of size 1 that a 1x1 convolution has, and some files' products have not."""
     found = [*shape]
-    while len(found) > axes and found[-1] == 1:
+    while len(found) > 2 and found[-1] == 1:
         found.pop()
     return found
+
+
+# ------------------------------------------------------------------------------------------------------------- inspect
+
+
+def published() -> dict[str, list[Target]]:
+    """The published models that LoRAs are for: title -> networks."""
+
+    def layers(shapes_: shapes.Shapes) -> Shapes:
+        known = {n.removesuffix(".weight"): tuple(s) for n, s in shapes_.items() if n.endswith(".weight")}
+        return {n: s for n, s in known.items() if len(s) > 1 and not n.endswith("position_embedding")}
+
+    found = {}
+    for title, cls, unet, text in (
+        ("Stable Diffusion 1.5 and AnimateDiff", "UNetMotionModel", UNET_MOTION, CLIP_L),
+        ("ModelScope or Zeroscope", "UNet3DConditionModel", UNET3D, CLIP_H),
+    ):
+        attention = [kind.startswith("CrossAttn") for kind in unet["down_block_types"]]
+        of_unet = layers(shapes.unet3d(unet) if cls == "UNet3DConditionModel" else shapes.unet_motion(unet))
+        found[title] = [target("unet", cls, of_unet, attention, unet["layers_per_block"]),
+                        target("text_encoder", "CLIPTextModel", layers(shapes.clip_text(text)))]
+    return found
+
+
+def describe(
+    header: Header, tensor: Callable[[str], Tensor], configs: Mapping[str, "Config"]
+) -> tuple[list[str], bool]:
+    """The lines that say what a file of LoRA is, and whether all of it fits a published model. Raises Refused."""
+    readings, refusals = {}, []
+    for title, targets in published().items():
+        try:
+            readings[title] = read(header, targets)
+        except Refused as error:
+            refusals.append(error)
+    if not readings:
+        raise refusals[0]
+    title = min(readings, key=lambda t: len(readings[t].homeless))
+    reading = readings[title]
+    forms = " and ".join(reading.forms) or "names that are known"
+    whose = title if reading.layers else "networks of another size, or of no known ones"
+    lines = [f"LoRA of {whose}, in {forms}"]
+    for component, layers in reading.layers.items():
+        ranks: Counter[int] = Counter()
+        scales: Counter[float] = Counter()
+        for module, layer in layers.items():
+            rank = header[layer.names["down"]][0][0]
+            alpha = float(tensor(layer.names["alpha"])) if "alpha" in layer.names else (
+                configs.get(component, Config()).alpha_of(module, rank))  # fmt: skip
+            ranks[rank] += 1
+            scales[round(alpha / rank, 6)] += 1
+        lines.append(f"{component}: {len(layers)} layers of rank {', '.join(map(str, sorted(ranks)))}, scale (alpha / "
+                     f"rank) {', '.join(f'{x:g}' for x in sorted(scales))}{_where(layers)}")  # fmt: skip
+    dtypes = Counter(dtype for _, dtype in header.values())
+    count = sum(math.prod(shape) for shape, _ in header.values())
+    lines.append(f"{len(header)} tensors, {count:,} numbers, "
+                 + ", ".join(f"{n} {dtype}" for dtype, n in dtypes.most_common()))  # fmt: skip
+    if complaint := reading.complaint():
+        lines.append(f"wrong: {complaint}")
+    return lines, not reading.homeless
+
+
+def _where(layers: Mapping[str, Layer]) -> str:
+    motion = sum(".motion_modules." in name for name in layers)
+    return "" if not motion else ", all in motion modules" if motion == len(layers) else f", {motion} in motion modules"
 
 
 # ---------------------------------------------------------------------------------------------------------------- scale

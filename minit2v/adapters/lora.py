@@ -225,6 +225,15 @@ def file_of(
     return root / names[0]
 
 
+def has_file(folder: Path) -> bool:
+    """Whether there is what `open_lora` would open, and it is a LoRA."""
+    try:
+        names = _choose(None, None)([p.name for p in folder.iterdir() if p.is_file()])
+        return formats.is_lora(open_file(folder / names[0]).header)
+    except (OSError, ValueError):
+        return False
+
+
 def _choose(weight_name: str | None, use_safetensors: bool | None) -> hub.Choose:
     endings = SUFFIXES if use_safetensors is None else SUFFIXES[:1] if use_safetensors else SUFFIXES[1:]
 

@@ -23,6 +23,7 @@ from minit2v_convert.rename import nearest
 from minit2v_convert.shapes import POSITION_IDS
 from minit2v_convert.stream import DTYPES, first_line, open_file, parse_json
 
+from ..adapters import formats, lora
 from ..files import embedded, hub
 from ..files.config import BROKEN, quoted, read_from
 from ..files.weights import Weightless
@@ -141,6 +142,9 @@ def report(model: str, revision: str | None = None, variant: str | None = None) 
         title, parts, faults = _parts(index)
     elif "config.json" in there:
         title, parts, faults = "a single component", {"": None}, []
+    elif path.is_dir() and lora.has_file(path):
+        file = lora.open_lora(path)
+        return _report_lora(file, file.label)
     else:
         raise FileNotFoundError(f"{model} has neither {pipeline_files.INDEX} nor config.json; "
                                 f"the files there: {', '.join(there) or 'none'}")
@@ -330,6 +334,8 @@ def _report_folder(folder: Path) -> tuple[list[str], bool]:
 def _report_file(path: Path) -> tuple[list[str], bool]:
     """What a file of weights is, from its header, and whether it is complete."""
     source = open_file(path)
+    if formats.is_lora(source.header):
+        return _report_lora(lora.open_lora(path), f"{path}: {path.stat().st_size:,} bytes")
     try:
         kind = detect(source.header)
     except ValueError as error:
@@ -346,3 +352,11 @@ def _report_file(path: Path) -> tuple[list[str], bool]:
         lines.append(f"wrong: {len(whole)} in whole numbers: {_some([*map(repr, whole)])}")
     good = kind.complete and not whole
     return [*lines, "complete" if good else "not complete"], good
+
+
+def _report_lora(file: lora.File, title: str) -> tuple[list[str], bool]:
+    try:
+        lines, good = formats.describe(file.header, file.read, file.configs())
+    except formats.Refused as error:
+        raise ValueError(f"{file.label}: {error}") from None
+    return [title, *lines, "complete" if good else "not complete"], good
