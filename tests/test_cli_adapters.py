@@ -321,3 +321,16 @@ def test_restyle(run, model, files):
     assert not np.array_equal(pixels("plain.mp4"), pixels("a.mp4"))
     assert run("generate", "--replay", "a.mp4", "--trust", "-o", "b.mp4")[0] == 0
     assert Path("a.mp4").read_bytes() == Path("b.mp4").read_bytes()
+
+
+def test_inspect(run, files):
+    torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.zeros(8, 768)}, "name": "EasyNegative"},
+               "renamed.pt")  # fmt: skip
+    code, out, _ = run("inspect", "renamed.pt")
+    assert code == 0 and out[1:] == [
+        "textual inversion", "'EasyNegative': 8 vectors of 768 numbers: they were trained for Stable Diffusion 1.x",
+        "complete"]  # fmt: skip
+    code, out, _ = run("inspect", files / "xyzzy.safetensors")
+    assert code == 0 and out[1:3] == ["textual inversion", "'xyzzy': 3 vectors of 24 numbers"]
+    save_file({"x.weight": torch.zeros(2, 2)}, "other.safetensors")
+    fails(run("inspect", "other.safetensors"), "other.safetensors: ")

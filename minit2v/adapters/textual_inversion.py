@@ -27,6 +27,7 @@ Source = str | Path | Tensor | Mapping[str, Any]
 FILES = ("learned_embeds.safetensors", "learned_embeds.bin")
 ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 MOST_WORDS = 1000  # in a file
+LARGEST = 2**27  # bytes, of a file that may be an embedding
 PICTURES = {b"\x89PNG": "PNG", b"RIFF": "WebP", b"\xff\xd8\xff": "JPEG"}
 
 
@@ -103,6 +104,19 @@ def _set_rows(text_encoder: CLIPTextModel, table: Tensor) -> None:
     embedding.weight = nn.Parameter(table, requires_grad=embedding.weight.requires_grad)
     embedding.num_embeddings = len(table)
     text_encoder.config = replace(text_encoder.config, vocab_size=len(table))
+
+
+def describe(path: Path) -> list[str]:
+    """The lines that say what words a file holds; none where it is no embedding."""
+    if path.stat().st_size > LARGEST:
+        return []
+    try:
+        words = read(path)[1]
+    except ValueError:
+        return []
+    of = ((word, *x.shape) for word, x in words.items())
+    return ["textual inversion", *(f"{quoted(word)}: {n} vector{'s' * (n > 1)} of {dim} numbers{_trained_for(dim)}"
+                                   for word, n, dim in of)]  # fmt: skip
 
 
 def _trained_for(dim: int) -> str:

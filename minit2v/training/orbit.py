@@ -131,6 +131,15 @@ def targets(pipe: AnimateDiffPipeline) -> dict[str, str]:
     return {theirs: ours for theirs, ours in names.items() if ".motion.blocks." in ours}
 
 
+def save(folder: Path, painter: Painter, names: dict[str, str]) -> None:
+    """The trained factors in peft's names and in float16. names: `targets` of the pipeline, before `train`."""
+    state, layers = painter.unet.state_dict(), {}
+    for theirs, ours in names.items():
+        layers[f"{theirs}.lora_A.weight"] = state[f"{ours}.down.weight"].half()
+        layers[f"{theirs}.lora_B.weight"] = state[f"{ours}.up.weight"].half()
+    AnimateDiffPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and the finished adapter")
@@ -140,12 +149,7 @@ def main(argv: list[str] | None = None) -> None:
     adapter = MotionAdapter.from_pretrained("shapes-motion")
     pipe = AnimateDiffPipeline.from_pretrained("shapes-image", motion_adapter=adapter)
     names = targets(pipe)
-    state = train(args.out, args.seed, pipe).unet.state_dict()
-    layers = {}
-    for theirs, ours in names.items():
-        layers[f"{theirs}.lora_A.weight"] = state[f"{ours}.down.weight"].half()
-        layers[f"{theirs}.lora_B.weight"] = state[f"{ours}.up.weight"].half()
-    AnimateDiffPipeline.save_lora_weights(args.out / "shapes-orbit", unet_lora_layers=layers)
+    save(args.out / "shapes-orbit", train(args.out, args.seed, pipe), names)
     print(f"the adapter is in {args.out / 'shapes-orbit'}")
 
 
