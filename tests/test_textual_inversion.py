@@ -122,6 +122,8 @@ def test_a_folder_and_its_files(pipe, tmp_path):
     assert pipe.load_textual_inversion(tmp_path, weight_name="learned_embeds.bin") == {"<toy>": 2}
     pipe.unload_textual_inversion()
     assert pipe.load_textual_inversion(tmp_path.parent, subfolder=tmp_path.name) == {"<toy>": 1}
+    with pytest.raises(ValueError, match="is a file, in which there is no weight_name"):
+        pipe.load_textual_inversion(tmp_path / "learned_embeds.bin", weight_name="learned_embeds.bin")
     with pytest.raises(FileNotFoundError, match="has no nothing.bin; the files there: learned_embeds.bin"):
         pipe.load_textual_inversion(tmp_path, weight_name="nothing.bin")
     (tmp_path / "two").mkdir()
@@ -347,6 +349,26 @@ def test_parts_that_are_missing_or_do_not_belong_together(folder):
         setattr(pipe, name, None)
         with pytest.raises(ValueError, match=f"needs the pipeline's {name}, which is None"):
             pipe.load_textual_inversion(vectors(), token="<a>")
+
+
+def test_fused_into_the_table_nothing_is_added(pipe):
+    """unfuse_lora would give back a table without the words."""
+    g = torch.Generator().manual_seed(0)
+    name = "text_model.embeddings.token_embedding"
+    pipe.load_lora_weights({f"text_encoder.{name}.lora_A": torch.randn(2, 518, generator=g),
+                            f"text_encoder.{name}.lora_B": torch.randn(DIM, 2, generator=g)})  # fmt: skip
+    pipe.load_textual_inversion(vectors(2), token="<toy>")
+    branch = video(pipe)
+    pipe.unload_textual_inversion()
+    pipe.fuse_lora()
+    before = state(pipe)
+    with pytest.raises(ValueError, match="a LoRA is fused into the text encoder's table"):
+        pipe.load_textual_inversion(vectors(2), token="<toy>")
+    assert_same_state(pipe, before)
+    pipe.unfuse_lora()
+    pipe.load_textual_inversion(vectors(2), token="<toy>")
+    assert torch.equal(video(pipe), branch)
+    pipe.unload_lora_weights()
 
 
 def test_pictures_and_missing_files(pipe, tmp_path):

@@ -53,7 +53,7 @@ def load(
 
     sources: (file, folder, hub id, state dict or tensor; its word, a list of words, or None). where: as in `find`.
     """
-    _check(text_encoder)
+    _check(tokenizer, text_encoder)
     rows, dim = text_encoder.tokens.weight.shape
     if rows != tokenizer.vocab_size:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size:,} ids, and the text encoder {rows:,} rows: they do "
@@ -84,14 +84,16 @@ def load(
 
 def unload(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, words: Iterable[str] | None = None) -> None:
     """Take words, all where none are named, out of both again. ValueError on a word that is not there."""
-    _check(text_encoder)
+    _check(tokenizer, text_encoder)
     gone = {*tokenizer.remove_words(tokenizer.words if words is None else words)}
     if gone:
         kept = [n for n in range(len(text_encoder.tokens.weight)) if n not in gone]
         _set_rows(text_encoder, text_encoder.tokens.weight.detach()[kept])
 
 
-def _check(text_encoder: Any) -> None:
+def _check(tokenizer: Any, text_encoder: Any) -> None:
+    if not isinstance(tokenizer, CLIPTokenizer):
+        raise TypeError(f"words can be added to a CLIPTokenizer of minit2v, not to a {type(tokenizer).__name__}")
     if not isinstance(text_encoder, CLIPTextModel) or not isinstance(text_encoder.tokens, nn.Embedding):
         raise TypeError("the text encoder's table of tokens is none that rows can be added to")
     if "tokens" in lora.loras_of(text_encoder).originals:
@@ -164,6 +166,8 @@ def find(path_or_id: str | Path, *, weight_name: str | None = None, subfolder: s
     path_or_id = hub.local(path_or_id, **hub_arguments)
     here = Path(path_or_id).expanduser()
     if here.exists() and not here.is_dir():
+        if weight_name is not None or subfolder is not None:
+            raise ValueError(f"{path_or_id} is a file, in which there is no weight_name or subfolder")
         return here
     if here.suffix in ENDINGS and not here.is_dir():
         raise FileNotFoundError(f"there is no file {str(path_or_id)!r}")

@@ -16,7 +16,7 @@ MOTIONS = ("zoom-in", "zoom-out", "pan-left", "pan-right", "tilt-up", "tilt-down
            "rolling-anticlockwise")  # fmt: skip
 HUB_MOTION = "guoyww/animatediff-motion-lora-"
 OPTIONS = ("lora", "motion_lora", "embedding")  # settings that are lists
-TAG = re.compile(r"<(lora|lyco|locon|hypernet):([^<>:]*)(?::([^<>]*))?>", re.I)  # AUTOMATIC1111's, in a prompt
+TAG = re.compile(r"<(lora|lyco|locon):([^<>:]*)(?::([^<>]*))?>", re.I)  # AUTOMATIC1111's, in a prompt
 FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 
 Given = tuple[str, Any]  # file, folder or hub id, and its weight or word
