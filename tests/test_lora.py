@@ -37,7 +37,7 @@ from minit2v_convert.configs import CLIP_H, CLIP_L, UNET3D, UNET_MOTION
 from minit2v_convert.sparse import write_sparse_safetensors
 
 MANIFESTS = json.loads(gzip.decompress((Path(__file__).parent / "data" / "lora_manifests.json.gz").read_bytes()))
-CALL = dict(num_frames=3, num_inference_steps=2, height=16, width=24, guidance_scale=4.0, output_type="np")
+CALL = dict(num_frames=2, num_inference_steps=1, height=8, width=16, guidance_scale=4.0, output_type="np")
 ATTENTION = r"attn\d\.to_(q|k|v|out\.0)$|self_attn\.(q|k|v|out)_proj$"
 MOTION = f"motion_modules.*({ATTENTION})"
 
@@ -706,7 +706,7 @@ def test_weights_that_a_callback_changes(two):
         pipe.set_adapters("b", 0.5)
         return {}
 
-    first, made = frames(two), frames(two, callback_on_step_end=change)
+    first, made = (frames(two, num_inference_steps=2, **more) for more in ({}, dict(callback_on_step_end=change)))
     assert not close(first, made, 1e-4) and two.get_active_adapters() == ["b"]
 
 
@@ -721,7 +721,8 @@ def test_one_scale_at_a_time(two):
             errors.append(str(error))
         return {}
 
-    thread = threading.Thread(target=lambda: frames(two, cross_attention_kwargs={"scale": 0.5},
+    thread = threading.Thread(target=lambda: frames(two, num_inference_steps=2,
+                                                    cross_attention_kwargs={"scale": 0.5},
                                                     callback_on_step_end=meanwhile))  # fmt: skip
     thread.start()
     thread.join()
@@ -790,9 +791,8 @@ def test_copies_and_dtypes(two):
     assert other.get_active_adapters() == ["a", "b"]
     other.to(torch.float64)
     assert all(b.dtype == torch.float64 for m in other.unet.modules() for b in m.buffers(recurse=False))
-    assert close(frames(other), made)
     other.to(torch.float32)
-    other.set_adapters("a")
+    assert np.array_equal(frames(other), made)
     other.unload_lora_weights()
     assert np.array_equal(frames(other), frames(two))
 

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-PEERS = ("diffusers", "transformers")
+PEERS = ("diffusers", "transformers", "peft")
 missing = [peer for peer in PEERS if importlib.util.find_spec(peer) is None]
 if missing and os.environ.get("CI", "").lower() in ("1", "true"):
     raise pytest.UsageError(f"parity tests need {', '.join(missing)}: pip install 'minit2v[test]'")

@@ -15,9 +15,7 @@ from safetensors.torch import save_file
 
 from minit2v import AnimateDiffPipeline, MotionAdapter
 
-pytest.importorskip("peft")
-
-CALL = dict(num_frames=3, num_inference_steps=2, height=16, width=24, guidance_scale=4.0, output_type="np")
+CALL = dict(num_frames=2, num_inference_steps=2, height=16, width=24, guidance_scale=4.0, output_type="np")
 IMAGE = r"^(?!.*motion_modules).*"
 ATTENTION = r"attn\d\.to_(q|k|v|out\.0)$|self_attn\.(q|k|v|out)_proj$"
 LINEAR = ATTENTION + r"|ff\.net\.(0\.proj|2)$|attentions\.\d\.proj_(in|out)$|mlp\.fc[12]$"
