@@ -59,7 +59,7 @@ def draw_lora(path: Path) -> Path:
     page.line((end + 14, mid), (end + 64, mid))
     page.text(end + 76, mid, "y", 15, weight="bold")
     page.text(32, 440, "y = W x + w (alpha / r) U (D x)", 13.5)
-    page.text(32, 472, "fused: W' = W + w (alpha / r) U D, and the branch is gone", 13.5)
+    page.text(32, 472, "fused: W' = W + w (alpha / r) U D, no branch", 13.5)
 
     # Right: one layer of the embedded adapter.
     def picture(x: float, y: float, w: float, h: float, values: Tensor) -> None:
@@ -73,9 +73,8 @@ def draw_lora(path: Path) -> Path:
 
     o, i, r = len(up), down.shape[1], len(down)
     left, y, size, thin = 580, 110, 230, 36
-    page.text(left, 34, f"{LAYER} in shapes-orbit", 13, weight="bold")
-    page.text(left, 62, f"{o * i:,} numbers changed, {(o + i) * r:,} in the file; blue below 0, orange above", 11.5,
-              color=SOFT)
+    page.text(left, 34, "One layer of shapes-orbit", 15, weight="bold")
+    page.text(left, 62, f"{LAYER}; blue below 0, orange above", 11.5, color=SOFT)
     picture(left, y, size, size, weight)
     page.text(left + size / 2, y - 14, f"W ({o}, {i})", 12, ha="center")
     page.text(left + size + 20, y + size / 2, "+", 16, ha="center", weight="bold")
@@ -84,12 +83,12 @@ def draw_lora(path: Path) -> Path:
     page.text(product + size / 2, y - 14, f"U D, of rank {r}", 12, ha="center")
     page.text(product - 40, y + size + 74, "=", 16, ha="center", weight="bold")
     picture(product, y + size + 24, thin, 100, up)
-    page.text(product + thin + 12, y + size + 74, f"U ({o}, {r})", 12)
-    picture(product + thin + 90, y + size + 56, size - thin - 90, thin, down)
-    page.text(product + thin + 90 + (size - thin - 90) / 2, y + size + 110, f"D ({r}, {i})", 12, ha="center")
+    page.text(product + thin / 2, y + size + 140, f"U ({o}, {r})", 12, ha="center")
+    picture(product + thin + 60, y + size + 24, size - thin - 60, thin, down)
+    page.text(product + thin + 60 + (size - thin - 60) / 2, y + size + 78, f"D ({r}, {i})", 12, ha="center")
     largest = [float(torch.linalg.matrix_norm(m.float(), 2)) for m in (weight, up @ down)]
-    page.text(left, y + size + 60, f"largest singular value\nW {largest[0]:.2f}\nU D {largest[1]:.2f}", 11.5,
-              color=SOFT)
+    page.text(left, y + size + 74, f"{o * i:,} numbers changed,\n{(o + i) * r:,} in the file\n"
+              f"largest singular values:\nW {largest[0]:.2f}, U D {largest[1]:.2f}", 11.5, color=SOFT)
     return page.save(path)
 
 
