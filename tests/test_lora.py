@@ -10,6 +10,7 @@ import random
 import re
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from minit2v import (
 )
 from minit2v.adapters import formats, lora
 from minit2v.adapters.low_rank import has_branches
+from minit2v.fast import graphs
 from minit2v.files.weights import Weightless
 from minit2v_convert.configs import CLIP_H, CLIP_L, UNET3D, UNET_MOTION
 from minit2v_convert.sparse import write_sparse_safetensors
@@ -333,6 +335,14 @@ def test_what_is_refused_by_name(motion, why):
         motion.load_lora_weights(state)
     assert "\n" not in str(error.value) and len(str(error.value)) < 1500
     assert motion.get_list_adapters() == {} and not has_branches(motion.unet)
+
+
+def test_of_a_pipeline_that_is_one_half(of_module):
+    pipe = of_module["v2"]
+    with pytest.raises(ValueError, match="is of a text_encoder, of which there is none here; .*strict=False"):
+        lora.load({"unet": pipe.unet}, lora.open_dict(draw(pipe)), None, True, False)
+    with pytest.raises(ValueError, match="is of a network, of which there is none here"):
+        lora.load({}, lora.open_dict({"conv_in.lora_A.weight": torch.ones(4, 4, 3, 3)}), None, True, False)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -730,6 +740,58 @@ def test_one_scale_at_a_time(two):
     frames(other)
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """hub(repository, file, tensors): it is in the cache, and the hub is not asked."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def put(repo, file, tensors):
+        folder = tmp_path / ("models--" + repo.replace("/", "--"))
+        (folder / "snapshots" / "abc").mkdir(parents=True, exist_ok=True)
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / "main").write_text("abc")
+        save_file(tensors, folder / "snapshots" / "abc" / file)
+
+    return put
+
+
+def test_the_snippets_of_the_reference_s_pages(motion, hub):
+    """Motion LoRAs, alone and with peft, and AnimateLCM's, on the names of the hub."""
+    old = {n.replace(".lora_A", "_lora.down").replace(".lora_B", "_lora.up"): x
+           for n, x in draw(motion, only=MOTION).items()}  # fmt: skip
+    old = {re.sub(r"(attn\d)\.(to_[qkv]|to_out)(\.0)?_lora", r"\1.processor.\2_lora", n): x for n, x in old.items()}
+    for repo in ("guoyww/animatediff-motion-lora-zoom-out", "diffusers/animatediff-motion-lora-zoom-out",
+                 "diffusers/animatediff-motion-lora-pan-left"):  # fmt: skip
+        hub(repo, "diffusion_pytorch_model.safetensors", old)
+    lcm = {}
+    for name, x in draw(motion).items():
+        component, stem, half = re.fullmatch(r"(\w+)\.(.*)\.lora_([AB]).weight", name).groups()
+        if component == "unet":
+            lcm[f"lora_unet_{stem.replace('.', '_')}.lora_{'down' if half == 'A' else 'up'}.weight"] = x
+    hub("wangfuyun/AnimateLCM", "AnimateLCM_sd15_t2v_lora.safetensors", lcm)
+    hub("wangfuyun/AnimateLCM", "diffusion_pytorch_model.safetensors", {"x": torch.ones(1)})
+    pipe, before = motion, frames(motion)
+
+    pipe.load_lora_weights("guoyww/animatediff-motion-lora-zoom-out", adapter_name="zoom-out")
+    assert not close(frames(pipe), before, 1e-3)
+    pipe.unload_lora_weights()
+    pipe.load_lora_weights("diffusers/animatediff-motion-lora-zoom-out", adapter_name="zoom-out")
+    pipe.load_lora_weights("diffusers/animatediff-motion-lora-pan-left", adapter_name="pan-left")
+    pipe.set_adapters(["zoom-out", "pan-left"], adapter_weights=[1.0, 1.0])
+    assert pipe.get_active_adapters() == ["zoom-out", "pan-left"]
+    pipe.load_lora_weights("wangfuyun/AnimateLCM", weight_name="AnimateLCM_sd15_t2v_lora.safetensors",
+                           adapter_name="lcm-lora")  # fmt: skip
+    pipe.set_adapters(["lcm-lora"], [0.8])
+    assert not close(frames(pipe), before, 1e-3)
+    with pytest.raises(FileNotFoundError, match="wangfuyun/AnimateLCM-2 is not in the cache"):
+        pipe.load_lora_weights("wangfuyun/AnimateLCM-2")
+    with pytest.raises(FileNotFoundError, match="copy of wangfuyun/AnimateLCM has no .*choose with weight_name="):
+        pipe.load_lora_weights("wangfuyun/AnimateLCM")
+
+
 # --------------------------------------------------------------------------------------------------------------- saving
 
 
@@ -784,9 +846,10 @@ def test_a_pipeline_is_saved_with_what_is_fused_alone(two, tmp_path):
 
 def test_copies_and_dtypes(two):
     two.set_adapters(["a", "b"], [0.5, 0.25])
-    made = frames(two)
+    made, names = frames(two), [*two.unet.state_dict()]
     other = copy.deepcopy(two)
     two.unload_lora_weights()
+    assert names == [*two.unet.state_dict()], "nothing that is saved has another name"
     assert np.array_equal(frames(other), made)
     assert other.get_active_adapters() == ["a", "b"]
     other.to(torch.float64)
@@ -895,6 +958,48 @@ def test_the_fast_path(of_module, which):
     put_back(pipe)
 
 
+def test_no_graph_is_captured_again(pipe, monkeypatch):
+    """Another LoRA of the same ranks, another weight, a call's scale: the same kernels read the same memory."""
+    captures = []
+
+    def capture(run, device, other):
+        captures.append(y := run())
+        return graphs.Capture(SimpleNamespace(replay=lambda: y.copy_(run())), None, y)
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr("minit2v.fast.executor.can_capture", lambda x: True)
+    pipe.load_lora_weights(draw(pipe, only="."), "a")
+    fast.optimize(pipe.unet, graphs=True)
+    first = frames(pipe)
+    pipe.load_lora_weights(draw(pipe, only=".", seed=1), "a", hotswap=True)
+    other = frames(pipe)
+    pipe.set_adapters("a", 0.5)
+    half = frames(pipe, cross_attention_kwargs={"scale": 0.5})
+    assert len(captures) == 1 and not close(first, other, 1e-2) and not close(other, half, 1e-2)
+    assert close(half, frames_as_written(pipe, cross_attention_kwargs={"scale": 0.5}), 1e-5)
+    pipe.set_adapters("a", 0.25)
+    pipe.fuse_lora()
+    assert close(frames(pipe), half, 1e-4) and len(captures) == 2
+
+
+@torch.no_grad()
+def test_nothing_is_compiled_again(pipe):
+    compiled = []
+
+    def backend(graph, example):
+        compiled.append(graph)
+        return graph.forward
+
+    pipe.load_lora_weights(draw(pipe), "a")
+    layer = pipe.unet.mid[0].spatial.block.attn1.to_q
+    run, x = torch.compile(layer, backend=backend, fullgraph=True), torch.randn(2, layer.in_features)
+    first = run(x)
+    pipe.load_lora_weights(draw(pipe, seed=1), "a", hotswap=True)
+    pipe.set_adapters("a", 0.5)
+    other = run(x)
+    assert len(compiled) == 1 and torch.equal(other, layer(x)) and not torch.allclose(first, other, atol=1e-2)
+
+
 def frames_as_written(pipe, **arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINIT2V_OPTIMIZE", "0")
@@ -941,6 +1046,10 @@ def test_inspect(tmp_path, capsys):
     assert cli.main(["inspect", str(tmp_path / "broken.safetensors")]) == 1
     out = capsys.readouterr().out
     assert "wrong: 2 tensors of the LoRA without a place" in out and "not complete" in out
+    embedded = quiet(DiffusionPipeline.from_pretrained("shapes"))
+    save_file(draw(embedded), tmp_path / "shapes.safetensors")
+    assert cli.main(["inspect", str(tmp_path / "shapes.safetensors")]) == 0
+    assert "LoRA of shapes, in peft" in capsys.readouterr().out
     write_sparse_safetensors(tmp_path / "loha.safetensors", {f"{STEM}.hada_w1_a": ((32, 4), "F16")})
     assert cli.main(["inspect", str(tmp_path / "loha.safetensors")]) != 0
     assert "LoHa" in capsys.readouterr().err

@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,12 +33,12 @@ OLD, PROCESSORS = "diffusers 0.18 to 0.2x", "diffusers before 0.18 (processors)"
 ROLES = {"down": "down", "up": "up", "mid": "mid", "A": "down", "B": "up"}
 # What a name ends in: the role of the tensor, and the form of the file. The first that fits.
 ENDINGS = (
-    (re.compile(r"\.lora_(?P<role>down|up|mid)\.weight$"), KOHYA),
-    (re.compile(r"\.lora_(?P<role>A|B)(\.(?P<segment>[^.]+))?\.weight$"), PEFT),
-    (re.compile(r"\.lora_(?P<role>A|B)$"), LORALIB),
-    (re.compile(r"\.lora(_linear_layer)?\.(?P<role>down|up)\.weight$"), OLD),
-    (re.compile(r"_lora\.(?P<role>down|up)\.weight$"), PROCESSORS),
-    (re.compile(r"\.alpha$"), ""),
+    (r"\.lora_(?P<role>down|up|mid)\.weight$", KOHYA),
+    (r"\.lora_(?P<role>A|B)(\.(?P<segment>[^.]+))?\.weight$", PEFT),
+    (r"\.lora_(?P<role>A|B)$", LORALIB),
+    (r"\.lora(_linear_layer)?\.(?P<role>down|up)\.weight$", OLD),
+    (r"_lora\.(?P<role>down|up)\.weight$", PROCESSORS),
+    (r"\.alpha$", ""),
 )
 SEGMENT = ENDINGS[1][0]  # the name of an adapter in peft's networks
 # What stands beside, or in the place of, the two factors in files of other methods.
@@ -78,8 +78,7 @@ class Refused(ValueError):
 # ------------------------------------------------------------------------------------------------------------- networks
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """A network that a file may change: its layers, and every name under which files speak of one."""
 
     component: str
@@ -128,7 +127,7 @@ def _authors(layer: str, tables: list[tuple[Rows, Numbers]]) -> Iterable[str]:
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Layer:
     """The tensors of one layer, by role: `down`, `up`, `mid`, `alpha` -> name in the file."""
 
@@ -136,7 +135,7 @@ class Layer:
     names: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Reading:
     """What a file holds. layers: component -> layer, in diffusers' name -> its tensors.
 
@@ -172,7 +171,7 @@ def is_lora(names: Iterable[str]) -> bool:
 def ending(name: str) -> tuple[str, str, str]:
     """(what stands before, the role, the form) of a tensor's name; role "" where it is none of a LoRA's."""
     for pattern, form in ENDINGS:
-        if m := pattern.search(name):
+        if m := re.search(pattern, name):
             role = m.groupdict().get("role")
             return name[: m.start()], ROLES[role] if role else "alpha", form
     return name, "", ""
@@ -194,7 +193,7 @@ def read(header: Header, targets: Sequence[Target]) -> Reading:
 
     layers: dict[str, dict[str, Layer]] = {t.component: {} for t in targets}
     homeless: dict[str, tuple[str, Callable[[], str]]] = {}
-    segments = {m["segment"] for n in header if (m := SEGMENT.search(n)) and m["segment"]}
+    segments = {m["segment"] for n in header if (m := re.search(SEGMENT, n)) and m["segment"]}
     if len(segments) > 1:
         raise Refused(f"it holds several adapters: {', '.join(sorted(segments))[:200]}")
     for name, (stem, role, form) in roles.items():
@@ -283,8 +282,9 @@ def _place(stem: str, form: str, targets: Sequence[Target]) -> tuple[str, str] |
 
 def _stray(stem: str, form: str, targets: Sequence[Target]) -> tuple[str, Callable[[], str]]:
     found, rest = _split(stem, targets)
-    if not found:
-        component = next(c for p, c in PREFIXES.items() if stem.removeprefix(PEFT_PREFIX).startswith(p))
+    if not found:  # the pipeline may be one half of a whole one
+        begins = (c for p, c in PREFIXES.items() if stem.removeprefix(PEFT_PREFIX).startswith(p))
+        component = next(begins, "network")
         return f"is of a {component}, of which there is none here", str
 
     def near() -> str:  # slow: only for what is shown
@@ -367,11 +367,11 @@ def published() -> dict[str, list[Target]]:
 
 
 def describe(
-    header: Header, tensor: Callable[[str], Tensor], configs: Mapping[str, "Config"]
+    header: Header, tensor: Callable[[str], Tensor], configs: Mapping[str, "Config"], models: Mapping[str, list[Target]]
 ) -> tuple[list[str], bool]:
-    """The lines that say what a file of LoRA is, and whether all of it fits a published model. Raises Refused."""
+    """The lines that say what a file of LoRA is, and whether all of it fits one of the models. Raises Refused."""
     readings, refusals = {}, []
-    for title, targets in published().items():
+    for title, targets in models.items():
         try:
             readings[title] = read(header, targets)
         except Refused as error:
@@ -411,12 +411,11 @@ def _where(layers: Mapping[str, Layer]) -> str:
 # ---------------------------------------------------------------------------------------------------------------- scale
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """The fields of peft's LoraConfig that say alpha: adapter_config.json, or the metadata that diffusers writes."""
 
     alpha: float | None = None
-    patterns: Mapping[str, float] = field(default_factory=dict)
+    patterns: Mapping[str, float] = {}
     rank_stabilised: bool = False
 
     def alpha_of(self, module: str, r: int) -> float:
@@ -483,7 +482,7 @@ def configs_of(metadata: Mapping[str, str]) -> dict[str, Config]:
 # -------------------------------------------------------------------------------------------------------------- numbers
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, repr=False)
 class Factors:
     """One layer's change: alpha / r * up @ down. down (r i *k), up (o r), on the CPU, in the file's dtype."""
 

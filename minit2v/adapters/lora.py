@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ SUFFIXES = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 Networks = Mapping[str, Any]  # component -> network
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class LoRAs:
     """The LoRAs of one network.
 
@@ -170,8 +170,7 @@ def carry_over(source: Any, network: Any) -> None:
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-@dataclass(frozen=True)
-class File:
+class File(NamedTuple):
     """A file of LoRA, or a dictionary of tensors."""
 
     label: str
@@ -511,6 +510,7 @@ def fuse(networks: Networks, scale: float, given: Any) -> None:
                 layer.weight.data = fused
                 done.append((layer.weight, before))
         change(networks, new)
+        logger.info("fuse_lora: %s went into the weights of %d layers.", ", ".join(map(repr, names)), len(done))
     except BaseException:
         for weight, before in done:
             weight.data = before

@@ -27,8 +27,11 @@ from ..adapters import formats, lora, textual_inversion
 from ..files import embedded, hub
 from ..files.config import BROKEN, quoted, read_from
 from ..files.weights import Weightless
+from ..models.clip import CLIPTextModel
 from ..models.tokenizer import CLIPTokenizer
-from ..models.unet_motion import known_resnet_norms
+from ..models.unet2d import UNet2DConditionModel
+from ..models.unet3d import UNet3DConditionModel
+from ..models.unet_motion import MotionAdapter, UNetMotionModel, known_resnet_norms
 from ..pipelines import files as pipeline_files
 from ..pipelines.base import DiffusionPipeline
 from .messages import tell
@@ -358,8 +361,29 @@ def _report_file(path: Path) -> tuple[list[str], bool]:
 
 
 def _report_lora(file: lora.File, title: str) -> tuple[list[str], bool]:
+    """What a file of LoRA changes, and whether all of it fits a published model, or one of this package."""
     try:
-        lines, good = formats.describe(file.header, file.read, file.configs())
+        lines, good = formats.describe(file.header, file.read, file.configs(), formats.published())
+        if not good:
+            more, fits = formats.describe(file.header, file.read, file.configs(), _embedded())
+            lines, good = (more, fits) if fits else (lines, good)
     except formats.Refused as error:
         raise ValueError(f"{file.label}: {error}") from None
     return [title, *lines, "complete" if good else "not complete"], good
+
+
+def _embedded() -> dict[str, list[formats.Target]]:
+    """The networks of the models of this package that LoRAs can change."""
+
+    def network(cls: Any, name: str, part: str = "") -> Any:
+        return cls.from_config(parse_json(Path(embedded.find(name) or "") / part / "config.json"))
+
+    with torch.device("meta"), Weightless():
+        unets = {
+            "shapes": network(UNet3DConditionModel, "shapes", "unet"),
+            "shapes-image": UNetMotionModel.from_unet2d(network(UNet2DConditionModel, "shapes-image", "unet"),
+                                                        network(MotionAdapter, "shapes-motion"), load_weights=False),
+        }  # fmt: skip
+        return {name: [lora.target_of("unet", unet),
+                       lora.target_of("text_encoder", network(CLIPTextModel, name, "text_encoder"))]
+                for name, unet in unets.items()}  # fmt: skip

@@ -371,8 +371,9 @@ class DiffusionPipeline:
         call = mine, used
         with _running_lock:
             if any(mine & theirs or used & own for own, theirs in _running):
-                raise RuntimeError(f"this {type(self).__name__}, or one with the same scheduler or offloaded networks, "
-                                   "is in the middle of a call: make another around the same networks, with "
+                raise RuntimeError(f"this {type(self).__name__}, or one with the same scheduler, or networks that are "
+                                   "offloaded or whose LoRAs have its scale, is in the middle of a call: make another "
+                                   "around the same networks, with "
                                    f"{type(self).__name__}.from_pipe(pipe), for each thread")  # fmt: skip
             _running.append(call)
         self._interrupt, self._lora_scale = False, 1.0
@@ -708,22 +709,22 @@ class DiffusionPipeline:
                 raise ValueError(f"components: {name!r} is not among {lora.COMPONENTS}{nearest(name, lora.COMPONENTS)}")
         return {name: network for name, network in self._adapted.items() if name in components}
 
-    def _check_scale(self, scale: Any) -> float:
+    def _check_scale(self, what: str, scale: Any) -> float:
         """The number that a call gives for its LoRAs; while it runs, the networks' LoRAs are its own."""
-        check_number("the scale of LoRA", scale)
+        check_number(what, scale)
         networks = self._adapted
         if scale == 1 or not networks:
             return float(scale)
         if not any(lora.loras_of(n).loaded for n in networks.values()):
-            raise ValueError(f"the scale of LoRA is {scale}, and no LoRA is loaded")
+            raise ValueError(f"{what} is {scale}, and no LoRA is loaded")
         if merged := [m for n in networks.values() for m in lora.loras_of(n).merged]:
-            raise ValueError(f"the scale of LoRA is {scale}, and {merged[0]!r} is in the weights: give it as "
+            raise ValueError(f"{what} is {scale}, and {merged[0]!r} is in the weights: give it as "
                              "fuse_lora(lora_scale=...), or call unfuse_lora() first")
         with _running_lock:
             own = [call for call in _running if id(self) in call[0]]
             mine = {id(n) for n in networks.values()}
             if any(mine & used for held, used in _running if id(self) not in held):
-                raise RuntimeError("a scale of LoRA is for one call at a time, and another runs on these networks")
+                raise RuntimeError(f"{what} is for one call at a time, and another runs on these networks")
             for held, _ in own:
                 held |= mine
         return float(scale)
@@ -804,7 +805,7 @@ class DiffusionPipeline:
         One negative prompt serves a whole batch; none at all is the empty text. States that are given are not encoded
         again. lora_scale: what the weights of the text encoder's LoRAs are multiplied with.
         """
-        scale = self._lora_scale if lora_scale is None else self._check_scale(lora_scale)
+        scale = self._lora_scale if lora_scale is None else self._check_scale("lora_scale", lora_scale)
         device = device or self._execution_device
         encoder = self.text_encoder if self.text_encoder is not None else self.unet
         if prompt_embeds is None:
@@ -985,7 +986,8 @@ class DiffusionPipeline:
         for name in cross_attention_kwargs or {}:
             if name != "scale":
                 raise ValueError(f"cross_attention_kwargs: no adapter reads {name!r}{nearest(name, ['scale'])}")
-        self._lora_scale = self._check_scale((cross_attention_kwargs or {}).get("scale", 1.0))
+        scale = (cross_attention_kwargs or {}).get("scale", 1.0)
+        self._lora_scale = self._check_scale("cross_attention_kwargs: scale", scale)
 
         batch = check_text("prompt", prompt, prompt_embeds, self.unet, required=True)
         negatives = check_text("negative_prompt", negative_prompt, negative_prompt_embeds, self.unet, required=False)

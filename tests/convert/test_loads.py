@@ -119,7 +119,7 @@ def test_bare_networks_at_full_size(tmp_path, manifest):
 
 @pytest.mark.parametrize("name", ["v2_lora", "animatediff-motion-lora", "v3_sd15_adapter", "AnimateLCM_sd15_t2v_lora"])
 def test_converted_loras_are_in_the_names_of_the_networks(tmp_path, light, name):
-    """Nothing here loads a LoRA yet: each of its pairs fits a layer that a network has."""
+    """Each pair fits a layer that a network has."""
     folder = light(sparse(tmp_path, FILES[name]), tmp_path / "out")
     state = components(folder / "pytorch_lora_weights.safetensors")["lora"].plan.steps
     layers = {**shapes.unet2d(configs.UNET2D), **shapes.motion_adapter(animatediff.MOTION_CONFIGS["v2"])}
