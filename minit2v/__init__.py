@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # the same list twice: here for type checkers, below for Pyth
     from .pipelines.text_to_video import TextToVideoSDPipeline as TextToVideoSDPipeline
     from .pipelines.text_to_video import TextToVideoSDPipelineOutput as TextToVideoSDPipelineOutput
     from .pipelines.video_to_video import VideoToVideoSDPipeline as VideoToVideoSDPipeline
+    from .schedulers.consistency import LCMScheduler as LCMScheduler
     from .schedulers.ddim import DDIMScheduler as DDIMScheduler
     from .schedulers.dpm_multistep import DPMSolverMultistepScheduler as DPMSolverMultistepScheduler
     from .schedulers.euler import EulerAncestralDiscreteScheduler as EulerAncestralDiscreteScheduler
@@ -47,6 +48,7 @@ else:
         "EulerAncestralDiscreteScheduler": "schedulers",
         "EulerDiscreteScheduler": "schedulers",
         "IPAdapterMaskProcessor": "adapters.ip_adapter",
+        "LCMScheduler": "schedulers",
         "MotionAdapter": "models.unet_motion",
         "PNDMScheduler": "schedulers",
         "TextToVideoSDPipeline": "pipelines",

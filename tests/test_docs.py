@@ -116,15 +116,16 @@ def test_examples_run(page):
     assert runner.tries > 0
 
 
-EXTENDING = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "extending.md").read_text(), re.M | re.S)
+EXAMPLES = [pytest.param(code, id=f"{page}-{n}") for page in ("extending.md", "adapters.md") for n, code in enumerate(
+    re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.M | re.S), 1)]  # fmt: skip
 
 
-@pytest.mark.parametrize("code", EXTENDING, ids=[f"example-{n}" for n in range(1, len(EXTENDING) + 1)])
-def test_examples_of_extending_run(code, tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", EXAMPLES)
+def test_examples_of_pages_run(code, tmp_path, monkeypatch):
     """Each by itself, as somebody would who has copied it into a file."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    exec(compile(code, "extending.md", "exec"), {"__name__": "__main__"})
+    exec(compile(code, "a page", "exec"), {"__name__": "__main__"})
 
 
 def test_tables_are_those_of_the_code(facts, full, motion):
@@ -141,10 +142,11 @@ def test_tables_of_bytes_are_those_that_are_counted(kernel_facts):
 
 def test_figures_are_drawn(facts, kernel_facts, full, motion, tmp_path):
     import draw
+    import draw_adapters
     import draw_attention
 
     drawn = [*draw.draw_all(tmp_path, full, motion), *kernel_facts.draw_all(tmp_path),
-             draw_attention.draw_attention(tmp_path / "attention.png")]  # fmt: skip
+             *draw_adapters.draw_all(tmp_path), draw_attention.draw_attention(tmp_path / "attention.png")]  # fmt: skip
     by_benchmarks = {"solvers.png", "solvers_shapes.png"}
     assert {path.name for path in drawn} == {path.name for path in FIGURES.glob("*.png")} - by_benchmarks
     for path in drawn:

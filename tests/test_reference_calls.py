@@ -1,9 +1,12 @@
 """The calls of the reference's text-to-video and AnimateDiff pages, on small folders of the same layout."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from minit2v import (
     AnimateDiffPipeline,
@@ -11,8 +14,11 @@ from minit2v import (
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
+    LCMScheduler,
     MotionAdapter,
     TextToVideoSDPipeline,
+    UNet2DConditionModel,
+    UNetMotionModel,
     VideoToVideoSDPipeline,
 )
 from minit2v.utils import export_to_gif, export_to_video, load_video
@@ -241,3 +247,102 @@ def test_free_u_of_the_text_to_video_page(modelscope):
         for switch in (lambda: None, lambda: pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4), pipe.disable_freeu)
     )
     assert (plain != turned).any() and (plain == again).all()
+
+
+# Adapters ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def motion_loras(model_id, adapter_v2):
+    """guoyww/animatediff-motion-lora-...: as the hub names their tensors, in folders of their ids."""
+    unet = UNetMotionModel.from_unet2d(UNet2DConditionModel.from_pretrained(model_id, subfolder="unet"),
+                                       MotionAdapter.from_pretrained(adapter_v2))  # fmt: skip
+    attentions = [n.removesuffix(".weight") for n in unet.diffusers_state_dict()
+                  if ".motion_modules." in n and re.search(r"attn\d\.to_(q|k|v|out\.0)\.weight$", n)]  # fmt: skip
+    state = unet.diffusers_state_dict()
+    for seed, motion in enumerate(("zoom-out", "pan-left")):
+        g, tensors = torch.Generator().manual_seed(seed), {}
+        for name in attentions:
+            block, leaf = name.removesuffix(".0").rsplit(".", 1)
+            o, i = state[f"{name}.weight"].shape
+            for role, shape in (("down", (4, i)), ("up", (o, 4))):
+                key = f"unet.{block}.processor.{leaf}_lora.{role}.weight"
+                tensors[key] = torch.randn(shape, generator=g) / 4
+        folder = Path(f"guoyww/animatediff-motion-lora-{motion}")
+        folder.mkdir(parents=True)
+        save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
+
+
+def animatediff(model_id, adapter_v2):
+    adapter = MotionAdapter.from_pretrained(adapter_v2, torch_dtype=torch.float16)
+    pipe = half(model_id, AnimateDiffPipeline, motion_adapter=adapter)
+    pipe.scheduler = DDIMScheduler.from_pretrained(
+        model_id, subfolder="scheduler", clip_sample=False, beta_schedule="linear", timestep_spacing="linspace",
+        steps_offset=1,
+    )  # fmt: skip
+    return pipe
+
+
+def animated(pipe):
+    output = pipe(**ASKED, num_frames=4, **STEPS, generator=torch.Generator("cpu").manual_seed(42))
+    return [f.tobytes() for f in output.frames[0]]
+
+
+def test_motion_lora_of_the_animatediff_page(model_id, adapter_v2, motion_loras):
+    plain = animated(animatediff(model_id, adapter_v2))
+    pipe = animatediff(model_id, adapter_v2)
+    pipe.load_lora_weights("guoyww/animatediff-motion-lora-zoom-out", adapter_name="zoom-out")
+    pipe.enable_vae_slicing()
+    pipe.enable_model_cpu_offload()
+    assert animated(pipe) != plain and pipe.get_active_adapters() == ["zoom-out"]
+
+
+def test_motion_loras_with_peft_of_the_animatediff_page(model_id, adapter_v2, motion_loras):
+    pipe = animatediff(model_id, adapter_v2)
+    pipe.load_lora_weights("guoyww/animatediff-motion-lora-zoom-out", adapter_name="zoom-out")
+    one = animated(pipe)
+    pipe.load_lora_weights("guoyww/animatediff-motion-lora-pan-left", adapter_name="pan-left")
+    pipe.set_adapters(["zoom-out", "pan-left"], adapter_weights=[1.0, 1.0])
+    pipe.enable_vae_slicing()
+    pipe.enable_model_cpu_offload()
+    both = animated(pipe)
+    assert both != one and pipe.get_list_adapters() == {"unet": ["zoom-out", "pan-left"]}
+    pipe.set_adapters(["zoom-out", "pan-left"], adapter_weights=[1.0, 0.0])
+    assert animated(pipe) == one
+    pipe.disable_lora()
+    plain = animated(pipe)
+    pipe.enable_lora()
+    assert animated(pipe) == one != plain
+    pipe.delete_adapters("pan-left")
+    pipe.unload_lora_weights()
+    assert animated(pipe) == plain
+
+
+def test_animatelcm_of_the_animatediff_page(model_id, adapter_v2):
+    adapter = MotionAdapter.from_pretrained(adapter_v2)
+    pipe = AnimateDiffPipeline.from_pretrained(model_id, motion_adapter=adapter)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config, beta_schedule="linear")
+    plain, weight = animated(pipe), pipe.unet.diffusers_state_dict()["conv_in.weight"]
+    Path("wangfuyun/AnimateLCM").mkdir(parents=True)
+    save_file({"lora_unet_conv_in.lora_down.weight": torch.randn(2, *weight.shape[1:]),
+               "lora_unet_conv_in.lora_up.weight": torch.randn(len(weight), 2, 1, 1),
+               "lora_unet_conv_in.alpha": torch.tensor(1.0)},
+              "wangfuyun/AnimateLCM/AnimateLCM_sd15_t2v_lora.safetensors")  # fmt: skip
+    pipe.load_lora_weights("wangfuyun/AnimateLCM", weight_name="AnimateLCM_sd15_t2v_lora.safetensors",
+                           adapter_name="lcm-lora")  # fmt: skip
+    pipe.set_adapters(["lcm-lora"], [0.8])
+    pipe.enable_vae_slicing()
+    assert animated(pipe) != plain
+
+
+def test_textual_inversion_of_both_pages(modelscope):
+    pipe = half(modelscope, variant="fp16")
+    torch.save({"<cat-toy>": torch.randn(24)}, "learned_embeds.bin")
+    torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.randn(2, 24)}, "name": "charturner",
+                "step": 1, "sd_checkpoint": None, "sd_checkpoint_name": None}, "charturnerv2.pt")  # fmt: skip
+    pipe.load_textual_inversion(".", weight_name="learned_embeds.bin")
+    pipe.load_textual_inversion("./charturnerv2.pt", token="charturnerv2")
+    pipe("A <cat-toy> backpack, charturnerv2", num_frames=2, **STEPS)
+    pipe.unload_textual_inversion("<cat-toy>")
+    pipe.unload_textual_inversion()

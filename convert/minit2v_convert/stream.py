@@ -71,6 +71,11 @@ def open_file(path: str | Path, mmap: bool = True) -> Source:
     safetensors file's one by one; ValueError where the file has changed since it was opened.
     """
     path = Path(path)
+    return _open_safetensors(path, mmap) if is_safetensors(path) else _open_pickle(path, mmap)
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether it is such a file, by its content, else one of torch.save. ValueError where it can be neither."""
     _check_regular(path)
     with path.open("rb") as file:
         head = file.read(512)
@@ -80,9 +85,7 @@ def open_file(path: str | Path, mmap: bool = True) -> Source:
         raise ValueError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` where it was cloned")
     if head.lstrip()[:1] == b"<":
         raise ValueError(f"{path} is a web page, not weights: download the file itself")
-    if head[8:9] == b"{" or path.suffix == ".safetensors":
-        return _open_safetensors(path, mmap)
-    return _open_pickle(path, mmap)
+    return head[8:9] == b"{" or path.suffix == ".safetensors"
 
 
 def first_line(error: BaseException) -> str:
@@ -231,14 +234,21 @@ LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch before 1.6 beg
 LONGEST_PICKLE = 2**27
 
 
-def _open_pickle(path: Path, mapped: bool) -> Source:
+def load_pickle(path: Path, mapped: bool = True, stand_ins: Mapping[str, type] | None = None) -> Any:
+    """What torch.save has written, with placeholders for what trainers put beside tensors. ValueError in one line.
+
+    stand_ins: further names that the pickle may want ("torch.nn.modules.container ParameterDict"), and the classes that
+    are made in their place.
+    """
+    stand_ins = stand_ins or {}
     with path.open("rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
     try:
-        beside = (_check_zip if zipped else _check_legacy)(path)
-        with torch.serialization.safe_globals(_placeholders(beside)):
+        beside = (_check_zip if zipped else _check_legacy)(path, stand_ins)
+        known: list[tuple[Callable[..., Any], str]] = [(c, n.replace(" ", ".")) for n, c in stand_ins.items()]
+        with torch.serialization.safe_globals(_placeholders(beside - stand_ins.keys()) + known):
             # What torch < 1.6 wrote cannot be mapped.
-            content = torch.load(path, map_location="cpu", mmap=zipped and mapped, weights_only=True)
+            return torch.load(path, map_location="cpu", mmap=zipped and mapped, weights_only=True)
     except _Refused as error:
         raise ValueError(f"{path} is refused: its pickle wants {error}, which weights do not need") from None
     except Exception as error:  # a broken file breaks its reader anywhere
@@ -246,6 +256,10 @@ def _open_pickle(path: Path, mapped: bool) -> Source:
             raise
         torch_says = str(error).split("WeightsUnpickler error: ")[-1].strip()  # behind a page of advice
         raise _broken(path, shown(first_line(ValueError(torch_says)) if torch_says else first_line(error))) from None
+
+
+def _open_pickle(path: Path, mapped: bool) -> Source:
+    content = load_pickle(path, mapped)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not tensors by name")
     try:
@@ -294,7 +308,7 @@ def _is_trainers(name: str) -> bool:
     return name in BESIDE or any(module == root or module.startswith(f"{root}.") for root in TRAINERS)
 
 
-def _check_zip(path: Path) -> set[str]:
+def _check_zip(path: Path, stand_ins: Mapping[str, type]) -> set[str]:
     """That it holds what torch.save writes and no more than it has room for: no bomb unfolds.
 
     Returns the names of what trainers put beside the weights.
@@ -310,15 +324,15 @@ def _check_zip(path: Path) -> set[str]:
         if len(pickles) != 1 or pickles[0].file_size > LONGEST_PICKLE:
             raise ValueError("it is a zip archive, but not of torch.save")
         with archive.open(pickles[0]) as file:
-            return _check_operations(file)
+            return _check_operations(file, stand_ins)
 
 
-def _check_legacy(path: Path) -> set[str]:
+def _check_legacy(path: Path, stand_ins: Mapping[str, type]) -> set[str]:
     with path.open("rb") as file:
         if file.read(len(LEGACY)) != LEGACY:
             raise ValueError("it is neither a safetensors file nor one of torch.save")
         # a version, the system, the content, the storages' names
-        return set().union(*(_check_operations(file) for _ in range(4)))
+        return set().union(*(_check_operations(file, stand_ins) for _ in range(4)))
 
 
 class _Thing(NamedTuple):
@@ -331,7 +345,7 @@ class _Thing(NamedTuple):
     items: tuple["_Thing", ...] = ()
 
 
-def _check_operations(file: Any) -> set[str]:
+def _check_operations(file: Any, stand_ins: Mapping[str, type]) -> set[str]:
     """Go through a pickle without doing what it says; the names of what trainers put there. _Refused or ValueError."""
     import pickletools
     from pickletools import markobject
@@ -345,7 +359,7 @@ def _check_operations(file: Any) -> set[str]:
         if name in ("INST", "STACK_GLOBAL", "GLOBAL", "EXT1", "EXT2", "EXT4", "OBJ", "NEWOBJ", "NEWOBJ_EX"):
             wanted = argument if name in ("GLOBAL", "INST") else _quote(last if name == "STACK_GLOBAL" else name)
             if name not in ("GLOBAL", "NEWOBJ") or name == "GLOBAL" and argument not in ALLOWED and (
-                    not _is_trainers(argument)):
+                    argument not in stand_ins and not _is_trainers(argument)):
                 raise _Refused(str(wanted).replace(" ", ".") if len(str(wanted)) < 200 else _quote(wanted))
             if name == "GLOBAL" and argument not in ALLOWED:
                 beside.add(argument)

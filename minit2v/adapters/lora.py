@@ -200,11 +200,20 @@ def open_lora(
     use_safetensors: bool | None = None, **where: Any,
 ) -> File:  # fmt: skip
     """A file, or that of a folder or hub id: `weight_name`, else the usual name, else the only one."""
+    file = file_of(path, weight_name, subfolder, use_safetensors, **where)
+    return _opened(file, str(path) if Path(path).name == file.name else f"{path}/{file.name}", file.parent / CONFIG)
+
+
+def file_of(
+    path: str | Path, weight_name: str | None = None, subfolder: str | None = None,
+    use_safetensors: bool | None = None, **where: Any,
+) -> Path:  # fmt: skip
+    """Where `open_lora` reads. Raises FileNotFoundError."""
     here = Path(hub.local(path, **where)).expanduser()
     if here.is_file():
         if weight_name is not None or subfolder is not None:
             raise ValueError(f"{path} is a file, in which there is no weight_name or subfolder")
-        return _opened(here, str(path), here.parent / CONFIG)
+        return here
     if Path(path).suffix in SUFFIXES and not here.is_dir():
         raise FileNotFoundError(f"there is no file {path}")
     if weight_name is not None and "/" in weight_name:
@@ -212,7 +221,7 @@ def open_lora(
         subfolder = f"{subfolder}/{folder}" if subfolder else folder
     root, names = hub.find_folder(str(hub.local(path, **where)), subfolder, _choose(weight_name, use_safetensors),
                                   **where)
-    return _opened(root / names[0], f"{path}/{names[0]}", root / CONFIG)
+    return root / names[0]
 
 
 def has_file(folder: Path) -> bool:

@@ -11,7 +11,7 @@ from minit2v_convert.rename import nearest
 
 from .. import __version__
 from ..files import embedded
-from . import long_videos, pictures
+from . import adapters, long_videos, pictures
 from .messages import clean, tell, write
 
 ADAPTER = "guoyww/animatediff-motion-adapter-v1-5-2"  # for every other image model
@@ -134,6 +134,13 @@ def make_parser() -> Parser:
         sub.add_argument("--vae", metavar="MODEL", help="another VAE: a file, a folder or a hub id")
         sub.add_argument("--tokenizer", metavar="MODEL", help="another tokenizer: a folder or a hub id")
         sub.add_argument("--config", metavar="MODEL", help="a folder or a hub id that has what a file of weights lacks")
+        sub.add_argument("--lora", type=adapters.lora, action="append", metavar="FILE[:WEIGHT]",
+                         help="a LoRA: a file, a folder or a hub id, and how strong: 1; may be given several times")
+        if sub is animate:
+            sub.add_argument("--motion-lora", type=adapters.lora, action="append", metavar="NAME[:WEIGHT]",
+                             help=f"a LoRA of the motion: {', '.join(adapters.MOTIONS)}, a file, a folder or a hub id")
+        sub.add_argument("--embedding", type=adapters.embedding, action="append", metavar="FILE[:WORD]",
+                         help="a word that stands for learned vectors (textual inversion), and its name in prompts")
         sub.add_argument("--variant", metavar="NAME", help="variant of the weights' files: fp16"
                          + " (of the adapter's where there is one)" * (sub is animate))
         sub.add_argument("--negative-prompt", metavar="TEXT", help="what not to show")

@@ -24,7 +24,7 @@ from minit2v_convert.rename import nearest
 from minit2v_convert.shapes import POSITION_IDS
 from minit2v_convert.stream import DTYPES, first_line, open_file, parse_json
 
-from ..adapters import formats, lora
+from ..adapters import formats, lora, textual_inversion
 from ..files import embedded, hub
 from ..files.config import BROKEN, quoted, read_from
 from ..files.weights import Weightless
@@ -354,13 +354,16 @@ def _report_folder(folder: Path) -> tuple[list[str], bool]:
 
 def _report_file(path: Path) -> tuple[list[str], bool]:
     """What a file of weights is, from its header, and whether it is complete."""
-    source = open_file(path)
-    if formats.is_lora(source.header):
-        return _report_lora(lora.open_lora(path), f"{path}: {path.stat().st_size:,} bytes")
     try:
-        kind = detect(source.header)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        source = open_file(path)
+        if formats.is_lora(source.header):
+            return _report_lora(lora.open_lora(path), f"{path}: {path.stat().st_size:,} bytes")
+        with read_from(path, (ValueError,)):
+            kind = detect(source.header)
+    except ValueError:
+        if lines := textual_inversion.describe(path):
+            return [f"{path}: {path.stat().st_size:,} bytes", *lines, "complete"], True
+        raise
     lines = [f"{path}: {path.stat().st_size:,} bytes", *kind.describe()]
     if source.nest:
         lines.insert(2, f"below {'.'.join(source.nest)}")

@@ -18,7 +18,7 @@ from ..models.vae import AutoencoderKL
 from ..pipelines.checks import check_pixels, check_size
 from ..pipelines.files import INDEX, read_index
 from ..schedulers.names import solver_of
-from . import long_videos, pictures
+from . import adapters, long_videos, pictures
 from .arguments import ADAPTER
 from .messages import one_line, say
 
@@ -76,6 +76,7 @@ def load(command: str, settings: dict[str, Any], video_frames: int | None) -> tu
         _check_frames(video_frames or settings.get("num_frames"), most, settings)
     cls = getattr(pipelines, PIPELINES[command, from_video])
     pipe = cls.from_pretrained(main, **where, **weights, **parts).to(device)
+    adapters.put_into(pipe, settings)
     if settings.get("free_init"):
         pipe.enable_free_init()
     long_videos.put_into(pipe, settings)

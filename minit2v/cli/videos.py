@@ -18,7 +18,7 @@ from typing import Any
 
 from .. import __version__
 from ..files import embedded
-from . import long_videos, pictures
+from . import adapters, long_videos, pictures
 from .arguments import SUFFIXES, make_parser
 from .ends import importing
 from .messages import Progress, one_line, say, tell_path
@@ -36,9 +36,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # The settings that make a video, under the names of their options. They are stored in the file, and `--replay` reads
 # them back through the parser, so that a file says nothing that the command line could not.
-SETTINGS = ("model", "base", "adapter", "vae", "tokenizer", "config", "revision", "variant", "negative_prompt",
-            "num_frames", "steps", "guidance_scale", "strength", "free_init", *long_videos.OPTIONS, "scheduler", "seed",
-            "height", "width", "fps", "dtype", "device", "compat", "kernels", "optimize", *pictures.OPTIONS)
+SETTINGS = ("model", "base", "adapter", "vae", "tokenizer", "config", *adapters.OPTIONS, *pictures.OPTIONS, "revision",
+            "variant", "negative_prompt", "num_frames", "steps", "guidance_scale", "strength", "free_init",
+            *long_videos.OPTIONS, "scheduler", "seed", "height", "width", "fps", "dtype", "device", "compat", "kernels",
+            "optimize")
 CUT = ("from", "to", "every")  # what of the video that is begun with
 DIGESTS = tuple(f"{name}_sha256" for name in pictures.OPTIONS)  # stored beside them
 DECODED_AT_ONCE = 8  # frames: what the VAE's last layers need would otherwise grow with the video
@@ -60,6 +61,10 @@ def run(args: argparse.Namespace) -> int:
         args.usage_error("give a prompt or --prompts FILE" + " or --replay VIDEO" * (args.command != "restyle"))
     if 0 in at:
         args.usage_error("--prompt-at 0: the prompt itself is that of the first frame")
+    texts = [text for prompt, at in entries for text in (prompt, *at.values())] + [given.get("negative_prompt", "")]
+    for text in texts:
+        if wrong := adapters.check_prompt(text):
+            args.usage_error(wrong)
     if video is not None and "num_frames" in given:
         args.usage_error("--num-frames: a video has its own number of frames")
     if video is None and "strength" in given:
@@ -97,7 +102,9 @@ def run(args: argparse.Namespace) -> int:
         find_ffmpeg()
     pipe, call = load(args.command, settings, len(video) if video else None)
     pictures.say_changes(settings, before)
-
+    adapters.say_changes(settings, before)
+    if "embedding" in settings:
+        adapters.say_unused(pipe, texts)
     say(_summary(settings, len(video) if video else settings["num_frames"]))
     failures = []
     for n, ((prompt, at), path) in enumerate(zip(entries, paths, strict=True)):
@@ -137,6 +144,8 @@ def _summary(s: dict[str, Any], frames: int) -> str:
         parts.append("optimized")
     if s.get("ip_adapter"):
         parts.append(f"{len(s['image'])} picture{'s' * (len(s['image']) > 1)}")
+    for name in ("lora", "motion_lora"):
+        parts += [f"LoRA {Path(entry['path']).name} at {entry['weight']:g}" for entry in s.get(name, ())]
     if s.get("negative_prompt"):
         parts.append(f"not {_quote(s['negative_prompt'])}")
     return ", ".join(parts + [f"{k} {s[k]}" for k in ("revision", "variant", "compat") if s.get(k)])
@@ -307,8 +316,14 @@ def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None, d
         again = "animate" if command == "animate" else "generate"
         raise ValueError(f"{args.replay} was made by {command}: minit2v {again} --replay makes it again")
     given = {k: v for k, v in vars(args).items() if k not in ("command", "replay", "prompt", "prompts")}
+    try:
+        lists = {k: adapters.words(k, stored.get(k, [])) for k in adapters.OPTIONS}
+    except ValueError as e:
+        raise ValueError(f"{args.replay}: what is stored in this file are no settings: {e}") from None
     _check_trust(args, stored, given)
-    words = [word for k in (*SETTINGS, *CUT) if stored.get(k) is not None for word in _options(k, stored[k])]
+    words = [word for k in (*SETTINGS, *CUT) if stored.get(k) is not None and k not in adapters.OPTIONS
+             for word in _options(k, stored[k])]
+    words += [word for k in adapters.OPTIONS for word in lists[k]]
     prompts = args.prompt or ([] if "prompts" in args else [stored["prompt"]])
     if source is not None and command == "animate":
         words.append(f"--video={source}")
@@ -339,7 +354,8 @@ def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None, d
         except ValueError:
             say(f"warning: made on {again.device}, which is not here: the numbers may differ a little")
             again.device = "auto"
-    return again, None if "video" in given else stored.get("video_sha256"), pictures.digests(stored)
+    digests = pictures.digests(stored) | adapters.digests(stored)
+    return again, None if "video" in given else stored.get("video_sha256"), digests
 
 
 def _check_trust(args: argparse.Namespace, stored: dict[str, Any], given: dict[str, Any]) -> None:
@@ -348,6 +364,9 @@ def _check_trust(args: argparse.Namespace, stored: dict[str, Any], given: dict[s
     said = {k: ", ".join(map(str, v)) if isinstance(v := stored[k], list) else str(v)
             for k in names if stored.get(k) is not None and k not in given}  # fmt: skip
     named = {k: v for k, v in said.items() if k == "video" or embedded.find(v) is None}
+    for name in adapters.OPTIONS:
+        if name not in given and (paths := [p["path"] for p in stored.get(name, ()) if not embedded.find(p["path"])]):
+            named[name.replace("_", "-")] = " and ".join(paths)
     if not named:
         return
     what = ", ".join(f"{k} {v!r}" for k, v in named.items())

@@ -8,7 +8,8 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parents[1] / "assets"
-NAMES = ("shapes", "shapes-image", "shapes-motion")
+NAMES = ("shapes", "shapes-image", "shapes-motion", "shapes-orbit")
+HEADS = ("model_index.json", "config.json", "pytorch_lora_weights.safetensors")  # one of them is in each
 
 
 def find(name: str | Path) -> Path | None:
@@ -19,7 +20,7 @@ def find(name: str | Path) -> Path | None:
     """
     if str(name) not in NAMES:
         return None
-    if any((Path(name) / file).is_file() for file in ("model_index.json", "config.json")):
+    if any((Path(name) / file).is_file() for file in HEADS):
         _tell(Path(name).absolute())
         return None
     if not (folder := ASSETS / name).is_dir():

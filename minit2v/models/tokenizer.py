@@ -8,9 +8,11 @@ Ids are those of transformers' fast tokenizer, to the letter. That includes one 
 makes every `!` of a prompt a special token of its own, id 0, neither merged nor ended as in other models.
 """
 
+import copy
 import gzip
 import json
 import math
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,6 +49,8 @@ IGNORED = {
     "add_prefix_space": "of GPT-2's tokenizer",
     "pad_token_type_id": "of sentence pairs",
 }
+LONGEST_WORD = 200  # characters
+NUMBERED = re.compile(r"(.+)_(\d{1,9})", re.S)  # a further vector of a word, as files name it
 FLAGS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")  # what may be said of a token
 # Fields of which these values are supported, the first is the usual one.
 FIXED = {
@@ -164,6 +168,96 @@ class CLIPTokenizer:
         self.backend.post_processor = processors.RobertaProcessing(
             (self.eos_token, self.eos_token_id), (self.bos_token, self.bos_token_id), False, False
         )
+        self._find_words()
+
+    # Words that stand for vectors of their own (textual inversion) ---------------------------------------------------
+
+    @property
+    def words(self) -> dict[str, list[int]]:
+        """The words that were added to the vocabulary, each with its ids: one for each vector that it stands for.
+
+        Files know a word of n vectors as n tokens, `word`, `word_1`, ..., `word_{n-1}`: diffusers made it so.
+        """
+        return {word: list(ids) for word, ids in self._words.items()}
+
+    def add_word(self, word: str, count: int = 1) -> list[int]:
+        """Let `word` stand for `count` new ids, wherever it is in a text, in upper or lower case; these ids.
+
+        A word that begins and ends with letters or digits is found as a whole word, not within a longer one. Raises
+        ValueError where it already means something: a piece of the vocabulary, or a word that was added.
+        """
+        from tokenizers import AddedToken
+
+        if not isinstance(word, str):
+            raise TypeError(f"a word must be a str, not {type(word).__name__}")
+        if not 1 <= len(word) <= LONGEST_WORD or word != word.strip() or not _is_unicode(word):
+            raise ValueError(f"{quoted(word)} is no word: it must have 1 to {LONGEST_WORD} characters, and no blanks "
+                             "around them")  # fmt: skip
+        if count < 1:
+            raise ValueError(f"a word stands for at least one vector, not {count}")
+        normal, there = self._normal(word), {self._normal(w): w for w in self.words}
+        if normal in there:
+            raise ValueError(f"there is a word {quoted(there[normal])} already: unload it first, or give another as "
+                             "token=")  # fmt: skip
+        tokens = self.backend.get_added_tokens_decoder().values()
+        added = {self._normal(t.content) for t in tokens if not t.special}
+        if normal not in added and any(self.backend.token_to_id(p) is not None for p in (word, normal, normal + END)):
+            raise ValueError(f"the word {quoted(word)} is a piece of the vocabulary, and would change every prompt "
+                             "that has it: give another as token=")  # fmt: skip
+        parts = [f"{word}_{n}" for n in range(1, count + 1)]  # and the one that would be read as its next vector
+        taken = (p for p in (word, *parts) if self._normal(p) in added or self.backend.token_to_id(p) is not None)
+        clash = next(taken, None)
+        part = NUMBERED.fullmatch(normal)
+        if part and part[1] in there and len(self.words[there[part[1]]]) == int(part[2]):
+            clash = there[part[1]]
+        if clash is not None:
+            raise ValueError(f"the words {quoted(word)} and {quoted(clash)}, which is there, would be read as one: "
+                             "give another as token=")  # fmt: skip
+        first = self.vocab_size
+        whole = re.fullmatch(r"\w(.*\w)?", normal) is not None
+        self.backend.add_tokens([AddedToken(t, normalized=True, single_word=whole) for t in [word, *parts[:-1]]])
+        self._find_words()
+        ids = list(range(first, first + count))
+        if self.encode(word)[1:-1] != ids:
+            self.remove_words([word])
+            raise ValueError(f"the word {quoted(word)} would not be found in a prompt, because of a token of the "
+                             "vocabulary within it: give another as token=")  # fmt: skip
+        return ids
+
+    def remove_words(self, words: Iterable[str]) -> list[int]:
+        """Take words out of the vocabulary again; the ids that they had. Higher ids move down.
+
+        Raises ValueError on a word that was not added.
+        """
+        known, gone = {self._normal(w): w for w in self.words}, set[int]()
+        for word in words:
+            if not isinstance(word, str) or (name := known.get(self._normal(word))) is None:
+                raise ValueError(f"there is no word {quoted(word)}{nearest(word, list(known.values()))}")
+            gone.update(self.words[name])
+        model = json.loads(self.backend.to_str())["model"]
+        tokens = sorted(self.backend.get_added_tokens_decoder().items())
+        rest = [{flag: getattr(t, flag) for flag in FLAGS} for n, t in tokens if n not in gone]
+        new = copy.copy(self)
+        CLIPTokenizer.__init__(new, model["vocab"], [tuple(m) for m in model["merges"]], bos_token=self.bos_token,
+                               eos_token=self.eos_token, unk_token=self.unk_token, pad_token=self.pad_token,
+                               model_max_length=self.model_max_length, added=rest)  # fmt: skip
+        vars(self).update(vars(new))
+        return sorted(gone)
+
+    def _normal(self, word: str) -> str:
+        return self.backend.normalizer.normalize_str(word).strip()
+
+    def _find_words(self) -> None:
+        self._words: dict[str, list[int]] = {}
+        for n, token in sorted(self.backend.get_added_tokens_decoder().items()):
+            if token.special:
+                continue
+            part = NUMBERED.fullmatch(token.content)
+            if part and len(self._words.get(part[1], ())) == int(part[2]):
+                self._words[part[1]].append(n)
+            else:
+                self._words[token.content] = [n]
+        self._ids = {ids[0]: ids for ids in self._words.values()}
 
     @property
     def vocab_size(self) -> int:
@@ -178,7 +272,7 @@ class CLIPTokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the prompt is not valid Unicode: {error.reason} at character {error.start}") from None
-        return self.backend.encode(text).ids
+        return [m for n in self.backend.encode(text).ids for m in self._ids.get(n, (n,))]
 
     def decode(self, ids: Iterable[int] | Tensor) -> str:
         """The text of `ids`, special tokens included, a space after each piece."""
@@ -353,6 +447,9 @@ class CLIPTokenizer:
             "model_max_length": self.model_max_length,
             "tokenizer_class": "CLIPTokenizer",
         }
+        if self._words:  # otherwise there are no tokens but those that are named
+            tokens = sorted(self.backend.get_added_tokens_decoder().items())
+            config["added_tokens_decoder"] = {str(n): {f: getattr(t, f) for f in FLAGS} for n, t in tokens}
         with filling(folder) as new:
             for name, text in texts.items():
                 with replacing(new / name) as temporary:
@@ -386,6 +483,14 @@ def _check_fields(file: str, fields: Mapping[str, Any], known: Sequence[str]) ->
             raise ValueError(f"{file}: {name}={quoted(value)} is not supported, only {FIXED[name][0]!r}")
         if name not in FIXED and name not in IGNORED and name not in known:
             raise ValueError(f"{file}: unknown field {quoted(name)}{nearest(name, [*known, *FIXED, *IGNORED])}")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _content(token: str | Mapping[str, Any]) -> str:

@@ -27,7 +27,7 @@ from minit2v_convert.folders import is_authors_layout
 from minit2v_convert.rename import nearest
 
 from .. import fast
-from ..adapters import lora
+from ..adapters import lora, textual_inversion
 from ..adapters.ip_adapter import Pictures
 from ..compat import compat_fields
 from ..files import hub
@@ -877,6 +877,62 @@ class DiffusionPipeline:
             for held, _ in own:
                 held |= mine
         return float(scale)
+
+    # Textual inversion -----------------------------------------------------------------------------------------------
+
+    def load_textual_inversion(
+        self,
+        source: textual_inversion.Source | Sequence[textual_inversion.Source],
+        token: str | Sequence[str | Sequence[str] | None] | None = None,
+        *,
+        weight_name: str | None = None,
+        subfolder: str | None = None,
+        use_safetensors: bool | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        hf_token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+    ) -> dict[str, int]:
+        """Words that stand for learned vectors (textual inversion); {word: number of vectors}. All of them, or none.
+
+        source: a file, a folder, a hub id, a state dict, or a tensor (n d) or (d); or a list of them. token: the word
+        to write in prompts, in the place of the file's own; a list of words where there are several sources, or where
+        the source holds several words. The words hold for every pipeline that shares the text encoder and tokenizer.
+        Raises ValueError on vectors of another width, and on words that mean something already (docs/adapters.md).
+        """
+        several = isinstance(source, list | tuple)
+        sources = list(source) if several else [source]
+        for one in sources:
+            if not isinstance(one, str | Path | Tensor | Mapping):
+                raise TypeError(f"an embedding is a path, a hub id, a state dict or a tensor, not a "
+                                f"{type(one).__name__}")  # fmt: skip
+        tokens = [token] if not several else [None] * len(sources) if token is None else (
+            list(token) if not isinstance(token, str) else [token])  # fmt: skip
+        if len(tokens) != len(sources):
+            raise ValueError(f"there are {len(sources)} embeddings, and token= is of {len(tokens)}")
+        for word in tokens:
+            if not (word is None or isinstance(word, str) or isinstance(word, list | tuple) and all(
+                    isinstance(w, str) for w in word)):  # fmt: skip
+                raise TypeError(f"token= must be a word or a list of words, not {word!r}")
+        return textual_inversion.load(
+            *self._text_parts(), list(zip(sources, tokens, strict=True)), weight_name=weight_name, subfolder=subfolder,
+            use_safetensors=use_safetensors, revision=revision, local_files_only=local_files_only, token=hf_token,
+            cache_dir=cache_dir, force_download=force_download,
+        )  # fmt: skip
+
+    def unload_textual_inversion(self, tokens: str | Sequence[str] | None = None) -> None:
+        """Take words that were loaded, and all of their vectors, out again; None: all words.
+
+        Raises ValueError on a word that was not loaded.
+        """
+        textual_inversion.unload(*self._text_parts(), [tokens] if isinstance(tokens, str) else tokens)
+
+    def _text_parts(self) -> tuple[CLIPTokenizer, CLIPTextModel]:
+        for name in ("tokenizer", "text_encoder"):
+            if getattr(self, name) is None:
+                raise ValueError(f"textual inversion needs the pipeline's {name}, which is None")
+        return self.tokenizer, self.text_encoder
 
     # Text ------------------------------------------------------------------------------------------------------------
 

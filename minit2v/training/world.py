@@ -98,18 +98,26 @@ def draw_clip(rng: random.Random, colour: str, shape: str, motion: str) -> Clip:
 
 
 def render(clips: list[Clip], frames: int = FRAMES) -> Tensor:
-    """Clips -> video (b c f h w) in [0, 1]. Edges are antialiased by the distance to the outline, in pixels."""
+    """Clips -> video (b c f h w) in [0, 1]."""
     start = torch.tensor([c.start for c in clips], dtype=torch.float32)
     end = torch.tensor([c.end for c in clips], dtype=torch.float32)
     s = torch.linspace(0, 1, frames)[None, :, None] if frames > 1 else torch.zeros(1, 1, 1)
-    cx, cy, r = (start[:, None] + s * (end - start)[:, None]).unbind(-1)  # each (b f)
+    return paint([(c.colour, c.shape) for c in clips], start[:, None] + s * (end - start)[:, None])
+
+
+def paint(what: list[tuple[str, str]], places: Tensor) -> Tensor:
+    """Colours and shapes, and where they are (b f 3), centre x, y and half-width in pixels -> video (b c f h w).
+
+    Edges are antialiased by the distance to the outline, in pixels.
+    """
+    cx, cy, r = places.unbind(-1)  # each (b f)
     grid = torch.arange(SIZE, dtype=torch.float32) + 0.5
     x = grid[None, None, None, :] - cx[:, :, None, None]
     y = grid[None, None, :, None] - cy[:, :, None, None]
     r = r[:, :, None, None]
-    distance = torch.empty(len(clips), frames, SIZE, SIZE)
+    distance = torch.empty(*places.shape[:2], SIZE, SIZE)
     for shape in SHAPES:
-        rows = [i for i, c in enumerate(clips) if c.shape == shape]
+        rows = [i for i, (_, s) in enumerate(what) if s == shape]
         if not rows:
             continue
         u, v, q = x[rows], y[rows], r[rows]
@@ -120,8 +128,16 @@ def render(clips: list[Clip], frames: int = FRAMES) -> Tensor:
         else:  # apex up: two slanted edges through (0, -r) and (+-r, r), and the base at r
             d = torch.maximum((2 * u.abs() - v - q) / 5**0.5, v - q)
         distance[rows] = d
-    colour = torch.tensor([COLOURS[c.colour] for c in clips])
+    colour = torch.tensor([COLOURS[c] for c, _ in what])
     return colour[:, :, None, None, None] * (0.5 - distance).clamp(0, 1)[:, None]
+
+
+def centres(video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """video (c f h w) in [0, 1] -> of each frame the mean place x, y of what is bright, and how many pixels that is."""
+    mask = video.float().amax(0) > 0.5
+    area = mask.sum((1, 2)).float()
+    grid = torch.arange(mask.shape[-1]).float()
+    return (mask.sum(1) * grid).sum(1) / area.clamp(min=1), (mask.sum(2) * grid).sum(1) / area.clamp(min=1), area
 
 
 def read_colour(video: Tensor, mask: Tensor) -> str | None:
@@ -149,9 +165,7 @@ def analyse(video: Tensor) -> tuple[str | None, str | None, str | None]:
     if seen.sum() < FRAMES // 2:
         return colour, None, None
 
-    grid = torch.arange(light.shape[-1]).float()
-    cx = (mask.sum(1) * grid).sum(1) / area.clamp(min=1)
-    cy = (mask.sum(2) * grid).sum(1) / area.clamp(min=1)
+    cx, cy, _ = centres(video)
 
     # The box is measured between the outermost rows and columns that are lit like an edge of it (2 pixels or more),
     # so that one stray pixel does not move it.

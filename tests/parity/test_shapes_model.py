@@ -4,6 +4,7 @@ from pathlib import Path
 
 import diffusers
 import numpy as np
+import pytest
 import torch
 
 import minit2v
@@ -21,12 +22,24 @@ def test_the_embedded_model_gives_the_same_video_in_diffusers():
 
 def test_the_image_model_and_its_adapter_give_the_same_video_in_diffusers():
     """`compat`: diffusers normalises over the clip, which is not what the adapter was trained with."""
+    check_same(*animated())
+
+
+def test_the_motion_lora_gives_the_same_video_in_diffusers():
+    pytest.importorskip("peft")
+    pipes = animated()
+    for pipe in pipes:
+        pipe.load_lora_weights(str(ASSETS / "shapes-orbit"))
+    check_same(*pipes)
+
+
+def animated():
     pipes = []
     for library, extra in ((minit2v, {"compat": "diffusers"}), (diffusers, {})):
         adapter = library.MotionAdapter.from_pretrained(ASSETS / "shapes-motion", torch_dtype=torch.float32)
         load = library.AnimateDiffPipeline.from_pretrained
         pipes.append(load(ASSETS / "shapes-image", motion_adapter=adapter, torch_dtype=torch.float32, **extra))
-    check_same(*pipes)
+    return pipes
 
 
 def check_same(ours, theirs):
