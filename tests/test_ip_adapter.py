@@ -150,6 +150,27 @@ def test_a_frame_s_picture_reaches_that_frame_alone(pipe, folder):
     assert torch.equal(before[[0, 2]], after[[0, 2]]) and differ(before[1], after[1])
 
 
+@pytest.mark.parametrize("per_call", [1, 2])
+def test_pictures_in_context_windows(pipe, folder, per_call):
+    """Each window is shown the pictures of its frames, also where several windows are predicted at once."""
+    pipe.load_ip_adapter(file_of(folder))
+    call = dict(num_frames=6)
+    pipe.enable_context_windows(3, overlap=1, per_call=per_call)
+    one = video(pipe, ip_adapter_image=picture(), **call)
+    assert_close(video(pipe, ip_adapter_image=[[[picture()] * 6]], **call), one)
+    seen = []
+    windowed = copy.deepcopy(pipe)
+    windowed.unet.register_forward_pre_hook(lambda m, args: seen.append(args[2]))
+    pictures = [picture(n) for n in range(6)]
+    moving = video(windowed, ip_adapter_image=[[pictures]], prompt={0: "a cat", 5: "a dog"}, **call)
+    assert differ(moving, one)
+    assert {len(x.images[0]) for x in seen} <= {2, 2 * per_call} and {x.images[0].shape[1] for x in seen} == {3}
+    features = pipe.prepare_ip_adapter_image_embeds([[pictures]])[0]
+    tokens = ip_adapter.projections(pipe.unet)[0](features[1].flatten(0, 1))  # of the half with pictures
+    for context, window in zip(seen, ([0, 1, 2], [2, 3, 4], [3, 4, 5])[:1], strict=False):
+        assert_close(context.images[0][1, :, 0], tokens.view(6, *tokens.shape[-2:])[window])
+
+
 def test_several_pictures_stand_in_any_order(pipe, folder):
     pipe.load_ip_adapter(file_of(folder, "plus"))
     a, b = picture(0), picture(1, 20, 60)
