@@ -354,13 +354,16 @@ def _report_folder(folder: Path) -> tuple[list[str], bool]:
 
 def _report_file(path: Path) -> tuple[list[str], bool]:
     """What a file of weights is, from its header, and whether it is complete."""
+    is_lora = False
     try:
         source = open_file(path)
-        if formats.is_lora(source.header):
+        if is_lora := formats.is_lora(source.header):
             return _report_lora(lora.open_lora(path), f"{path}: {path.stat().st_size:,} bytes")
         with read_from(path, (ValueError,)):
             kind = detect(source.header)
     except ValueError:
+        if is_lora:
+            raise
         if lines := textual_inversion.describe(path):
             return [f"{path}: {path.stat().st_size:,} bytes", *lines, "complete"], True
         raise
