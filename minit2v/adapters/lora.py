@@ -103,6 +103,8 @@ def plan(network: nn.Module, state: LoRAs) -> Plan:
             if (factors := state.loaded[name].get(path)) is None:
                 continue
             branch = there.get(name)
+            if branch is None or branch.source is not factors:
+                _check_fits(factors, layer)
             if branch is None or (branch.down.numel(), branch.up.shape) != (factors.down.numel(), factors.up.shape):
                 branch = Branch(name, factors, *_shaped(factors, layer))
             branches.append((branch, factors, factors.scale * state.weights[name][path] * state.call_scale))
@@ -114,9 +116,13 @@ def _shaped(factors: Factors, layer: Any) -> tuple[Tensor, Tensor]:
     """Copies of down and up as the layer needs them, in its dtype and on its device."""
     weight = layer.weight
     down, up = (x.to(weight.device, weight.dtype, copy=True) for x in (factors.down, factors.up))
-    if weight.dtype == torch.float16 and not bool(down.isfinite().all() & up.isfinite().all()):
-        raise ValueError(f"a LoRA does not fit {weight.dtype}: it would not be finite; use bfloat16 or float32")
     return down if isinstance(layer, nn.Embedding) else down.reshape(len(down), *weight.shape[1:]), up
+
+
+def _check_fits(factors: Factors, layer: Any) -> None:
+    dtype = layer.weight.dtype
+    if dtype == torch.float16 and not all(bool(x.to(dtype).isfinite().all()) for x in (factors.down, factors.up)):
+        raise ValueError(f"a LoRA does not fit {dtype}: it would not be finite; use bfloat16 or float32")
 
 
 @torch.inference_mode(False)
@@ -163,8 +169,10 @@ def scaled(network: Any, scale: float) -> Iterator[None]:
 
 def carry_over(source: Any, network: Any) -> None:
     """To a copy of a network, of which the layers have the same names, the same LoRAs."""
-    if loras_of(source).loaded or loras_of(source).originals:
-        change({"": network}, {"": loras_of(source).copy()})
+    state = loras_of(source).copy()
+    if state.loaded or state.originals:
+        state.originals = {path: x.clone() for path, x in state.originals.items()}  # which will be its weights
+        change({"": network}, {"": state})
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
