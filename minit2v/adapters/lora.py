@@ -77,8 +77,9 @@ def layers_of(network: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {their.removesuffix(".weight"): (ours.removesuffix(".weight"), tuple(x.shape)) for ours, (their, x) in pairs}
 
 
-def target_of(component: str, network: Any) -> Target:
-    shapes = {name: shape for name, (_, shape) in layers_of(network).items()}
+def target_of(component: str, network: Any, known: Mapping[str, tuple[str, tuple[int, ...]]] | None = None) -> Target:
+    """known: its `layers_of`, where they are at hand."""
+    shapes = {name: shape for name, (_, shape) in (known or layers_of(network)).items()}
     layers = getattr(network.config, "layers_per_block", None)
     layers = layers[0] if isinstance(layers, tuple) and len({*layers}) == 1 else layers
     return formats.target(component, type(network).__name__, shapes, getattr(network.config, "attention", ()), layers)
@@ -324,16 +325,16 @@ def read_factors(
     networks: Networks, file: File, strict: bool = True
 ) -> tuple[dict[str, dict[str, Factors]], str]:
     """component -> layer of the network -> factors; and what is said of tensors without a place. Raises Refused."""
-    reading = formats.read(file.header, [target_of(c, network) for c, network in networks.items()])
+    known = {c: layers_of(network) for c, network in networks.items()}
+    reading = formats.read(file.header, [target_of(c, network, known[c]) for c, network in networks.items()])
     if reading.homeless and (strict or not reading.layers):
         hint = "; strict=False loads the rest" if reading.layers else ""
         raise Refused(reading.complaint() + hint)
     configs = file.configs()
     found: dict[str, dict[str, Factors]] = {}
     for component, layers in reading.layers.items():
-        own = layers_of(networks[component])
         for module, layer in layers.items():
-            path, shape = own[module]
+            path, shape = known[component][module]
             inner = networks[component].get_submodule(path)
             if not can_branch(inner):
                 raise Refused(f"it changes {module!r}, which here is a {type(inner).__name__}: only Linear and "
