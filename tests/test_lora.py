@@ -690,6 +690,8 @@ def test_fusing_what_overflows_changes_nothing(of_module):
     assert all(torch.equal(x, weights[n]) for n, x in pipe.unet.state_dict().items())
     with pytest.raises(ValueError, match="float16: it would not be finite"):
         pipe.load_lora_weights({n: x * 1e6 for n, x in state.items()}, "b")
+    with pytest.raises(ValueError, match="float16: it would not be finite"):
+        pipe.load_lora_weights({n: x * 1e6 for n, x in state.items()}, "a", hotswap=True)
     assert pipe.get_list_adapters() == {"unet": ["a"], "text_encoder": ["a"]}
 
 
@@ -899,6 +901,12 @@ def test_of_an_image_model(folders, randomize_):
     image = unet(x, 5, context)
     assert not torch.allclose(image, before, atol=1e-2)
     adapter = MotionAdapter.from_pretrained(folders["v2"])
+    lora.fuse({"unet": unet}, 1.0, None)
+    fused = UNetMotionModel.from_unet2d(unet, adapter)
+    for network in (unet, fused):
+        lora.unfuse({"unet": network})
+    assert torch.equal(unet.conv_in.weight, fused.conv_in.weight) and has_branches(fused)
+    assert unet.conv_in.weight.data_ptr() != fused.conv_in.weight.data_ptr()
     video = UNetMotionModel.from_unet2d(unet, adapter)
     given = x[:, :, None].repeat(1, 1, 2, 1, 1), 5, context
     made = video(*given)

@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -93,25 +94,30 @@ def target(component: str, title: str, sizes: Shapes, attention: Sequence[bool] 
     attention, layers: of a UNet, per level whether its blocks have transformers, and how many there are on the way
     down. Of an encoder neither.
     """
+    return Target(component, title, sizes, _spellings(tuple(sizes), tuple(attention), layers))
+
+
+@lru_cache(maxsize=8)
+def _spellings(names: tuple[str, ...], attention: tuple[bool, ...], layers: Any) -> Mapping[str, str]:
     found: dict[str, str] = {}
-    tables = _tables(sizes, attention, layers)
-    for layer in sizes:
+    tables = _tables(names, attention, layers)
+    for layer in names:
         for name in (layer, *_authors(layer, tables)):
             found.setdefault(name, layer)
             found.setdefault(name.replace(".", "_"), layer)
-        if component == "text_encoder":
+        if not attention:
             found.setdefault(layer.removeprefix("text_model."), layer)
-    return Target(component, title, sizes, found)
+    return found
 
 
-def _tables(sizes: Shapes, attention: Sequence[bool], layers: Any) -> list[tuple[Rows, Numbers]]:
+def _tables(names: Sequence[str], attention: Sequence[bool], layers: Any) -> list[tuple[Rows, Numbers]]:
     """The authors' tables that fit a UNet, which count all blocks of one way through."""
     if not attention:
         return []
     tables: list[tuple[Rows, Numbers]] = [(animatediff.MOTION_ROWS, {})]
     if isinstance(layers, int):
         config = {"layers_per_block": layers, "up_block_types": ["CrossAttn" * a for a in reversed(attention)]}
-        if any(".temp_convs." in name for name in sizes):
+        if any(".temp_convs." in name for name in names):
             tables.append((modelscope.UNETSD_ROWS, modelscope.unetsd_numbers(config)))
         else:
             tables.append((ldm.UNET_ROWS, ldm.unet_numbers(config)))

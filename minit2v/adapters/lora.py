@@ -77,8 +77,9 @@ def layers_of(network: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {their.removesuffix(".weight"): (ours.removesuffix(".weight"), tuple(x.shape)) for ours, (their, x) in pairs}
 
 
-def target_of(component: str, network: Any) -> Target:
-    shapes = {name: shape for name, (_, shape) in layers_of(network).items()}
+def target_of(component: str, network: Any, known: Mapping[str, tuple[str, tuple[int, ...]]] | None = None) -> Target:
+    """known: its `layers_of`, where they are at hand."""
+    shapes = {name: shape for name, (_, shape) in (known or layers_of(network)).items()}
     layers = getattr(network.config, "layers_per_block", None)
     layers = layers[0] if isinstance(layers, tuple) and len({*layers}) == 1 else layers
     return formats.target(component, type(network).__name__, shapes, getattr(network.config, "attention", ()), layers)
@@ -103,6 +104,8 @@ def plan(network: nn.Module, state: LoRAs) -> Plan:
             if (factors := state.loaded[name].get(path)) is None:
                 continue
             branch = there.get(name)
+            if branch is None or branch.source is not factors:
+                _check_fits(factors, layer)
             if branch is None or (branch.down.numel(), branch.up.shape) != (factors.down.numel(), factors.up.shape):
                 branch = Branch(name, factors, *_shaped(factors, layer))
             branches.append((branch, factors, factors.scale * state.weights[name][path] * state.call_scale))
@@ -114,9 +117,13 @@ def _shaped(factors: Factors, layer: Any) -> tuple[Tensor, Tensor]:
     """Copies of down and up as the layer needs them, in its dtype and on its device."""
     weight = layer.weight
     down, up = (x.to(weight.device, weight.dtype, copy=True) for x in (factors.down, factors.up))
-    if weight.dtype == torch.float16 and not bool(down.isfinite().all() & up.isfinite().all()):
-        raise ValueError(f"a LoRA does not fit {weight.dtype}: it would not be finite; use bfloat16 or float32")
     return down if isinstance(layer, nn.Embedding) else down.reshape(len(down), *weight.shape[1:]), up
+
+
+def _check_fits(factors: Factors, layer: Any) -> None:
+    dtype = layer.weight.dtype
+    if dtype == torch.float16 and not all(bool(x.to(dtype).isfinite().all()) for x in (factors.down, factors.up)):
+        raise ValueError(f"a LoRA does not fit {dtype}: it would not be finite; use bfloat16 or float32")
 
 
 @torch.inference_mode(False)
@@ -163,8 +170,10 @@ def scaled(network: Any, scale: float) -> Iterator[None]:
 
 def carry_over(source: Any, network: Any) -> None:
     """To a copy of a network, of which the layers have the same names, the same LoRAs."""
-    if loras_of(source).loaded or loras_of(source).originals:
-        change({"": network}, {"": loras_of(source).copy()})
+    state = loras_of(source).copy()
+    if state.loaded or state.originals:
+        state.originals = {path: x.clone() for path, x in state.originals.items()}  # which will be its weights
+        change({"": network}, {"": state})
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
@@ -325,16 +334,16 @@ def read_factors(
     networks: Networks, file: File, strict: bool = True
 ) -> tuple[dict[str, dict[str, Factors]], str]:
     """component -> layer of the network -> factors; and what is said of tensors without a place. Raises Refused."""
-    reading = formats.read(file.header, [target_of(c, network) for c, network in networks.items()])
+    known = {c: layers_of(network) for c, network in networks.items()}
+    reading = formats.read(file.header, [target_of(c, network, known[c]) for c, network in networks.items()])
     if reading.homeless and (strict or not reading.layers):
         hint = "; strict=False loads the rest" if reading.layers else ""
         raise Refused(reading.complaint() + hint)
     configs = file.configs()
     found: dict[str, dict[str, Factors]] = {}
     for component, layers in reading.layers.items():
-        own = layers_of(networks[component])
         for module, layer in layers.items():
-            path, shape = own[module]
+            path, shape = known[component][module]
             inner = networks[component].get_submodule(path)
             if not can_branch(inner):
                 raise Refused(f"it changes {module!r}, which here is a {type(inner).__name__}: only Linear and "
