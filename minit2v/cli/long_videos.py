@@ -36,7 +36,7 @@ def add_options(sub: argparse.ArgumentParser, whole: Any) -> None:
     sub.add_argument("--prompt-interpolation", choices=("linear", "spherical"),
                      help="the way from one text to the next: linear")
     sub.add_argument("--prompt-weights", action=argparse.BooleanOptionalAction,
-                     help="read (word:1.3), [word] and BREAK in prompts, and prompts of any length, as A1111's web UI")
+                     help="read (word:1.3), [word] and BREAK in prompts, and prompts of any length, as A1111 does")
 
 
 def prompt_of(line: str) -> tuple[str, dict[int, str]]:
