@@ -106,7 +106,7 @@ def test_networks_that_are_offloaded_serve_one_call(pipe):
     other = TextToVideoSDPipeline.from_pipe(pipe)
     pipe._offload_to = torch.device("cpu")
     said, _ = meanwhile(pipe, lambda: video(other))
-    assert "offloaded networks" in str(said[0])
+    assert "networks that are offloaded" in str(said[0])
     pipe._offload_to = None
     said, _ = meanwhile(pipe, lambda: video(other))
     assert not said
