@@ -99,14 +99,14 @@ def test_batches(monkeypatch):
 
 @pytest.fixture(scope="module")
 def before_and_after():
-    """The same prompts and noise without the adapter, with it, and with it at half its weight."""
+    """The same prompts and noise without the adapter, with it, and, of the first, with it at weight 0."""
     pipe = make_pipe()
     prompts = [f"a {colour} {shape}" for colour, shape in SHOWN]
     before = videos(pipe, prompts)
     pipe.load_lora_weights("shapes-orbit", adapter_name="orbit")
     after = videos(pipe, prompts)
     pipe.set_adapters("orbit", 0.0)
-    return before, after, videos(pipe, prompts)
+    return before, after, videos(pipe, prompts[:1])
 
 
 def test_it_is_small_and_of_the_trainers_layers():
@@ -126,7 +126,7 @@ def test_it_makes_orbits_where_there_were_none(before_and_after):
     for name, axis in (("colour", 0), ("shape", 1)):
         right = [world.analyse(v)[axis] == kind[axis] for v, kind in zip(after, SHOWN, strict=True)]
         assert sum(right) >= 3, (name, right)
-    assert torch.allclose(without, before, atol=1e-5)
+    assert torch.allclose(without, before[:1], atol=1e-5)
 
 
 def test_its_phase_is_that_of_the_drawn_ones(before_and_after):
