@@ -113,7 +113,7 @@ def test_a_call_leaves_the_environment_as_it_was(run, monkeypatch):
 
 
 def test_what_cannot_be_written_is_refused_before_the_work(run, monkeypatch):
-    monkeypatch.setattr("minit2v.cli.videos._frames", None)
+    monkeypatch.setattr("minit2v.cli.videos._latents", None)
     for name in ("-", ".mp4", "", "d/.gif"):
         code, out, err = run("generate", "a cat", "-o", name)
         assert code == 2 and "is no name" in err and err.count("\n") == 1, err
@@ -200,7 +200,7 @@ def test_whatever_a_file_says_reaches_no_terminal_as_it_is(run, tmp_path):
             said = (out + err).replace("\r", "")
             assert not re.search(r"[\x00-\x09\x0b-\x1f\u202e]", said), said
             assert code == 1 or args[0] != "inspect", said
-    save_file({evil: np.zeros(3, np.float32)}, "x.safetensors")
+    save_file({evil: np.zeros((3, 3, 3), np.float32)}, "x.safetensors")
     for args in (["inspect", "x.safetensors"], ["convert", "x.safetensors", "out2"]):
         code, out, err = run(*args)
         assert code == 1 and "\x1b" not in out + err and "\u202e" not in out + err

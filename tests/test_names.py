@@ -59,9 +59,9 @@ def test_a_video_that_cannot_be_written_is_named_and_leaves_nothing(monkeypatch)
 def test_a_name_that_somebody_takes_meanwhile_is_left_to_them(monkeypatch):
     write = videos._write
 
-    def late(frames, path, fps, about, replace):
+    def late(frames, path, fps, about, *more):
         path.write_text("theirs")
-        return write(frames, path, fps, about, replace)
+        return write(frames, path, fps, about, *more)
 
     monkeypatch.setattr(videos, "_write", late)
     assert main(["generate", "a red circle", *FAST, "--seed", "0", "-o", "d/"]) == 0

@@ -10,9 +10,9 @@ import torch
 
 from minit2v import DiffusionPipeline, cli
 from minit2v.files.video import (
-    _ffmpeg,
     export_to_gif,
     export_to_video,
+    find_ffmpeg,
     has_sound,
     load_video,
     read_metadata,
@@ -36,15 +36,15 @@ def clip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
     export_to_video(map(grey, range(COUNT)), folder / "silent.mp4", fps=RATE, quality=10)
     tone = "sine=frequency=440:duration=3,volume='if(lt(t,1),0,1)':eval=frame"
-    subprocess.run([_ffmpeg(), "-v", "error", "-i", folder / "silent.mp4", "-f", "lavfi", "-i", tone, "-map", "0:v",
+    subprocess.run([find_ffmpeg(), "-v", "error", "-i", folder / "silent.mp4", "-f", "lavfi", "-i", tone, "-map", "0:v",
                     "-map", "1:a", "-c:v", "copy", "-c:a", "aac", folder / "clip.mp4"], check=True)  # fmt: skip
     return folder / "clip.mp4"
 
 
 def loudness(path, second):
     """Mean square of a tenth of a second of sound, about."""
-    raw = subprocess.run([_ffmpeg(), "-v", "error", "-i", path, "-map", "0:a", "-f", "s16le", "-ac", "1", "-ar", "8000",
-                          "pipe:1"], check=True, capture_output=True).stdout  # fmt: skip
+    raw = subprocess.run([find_ffmpeg(), "-v", "error", "-i", path, "-map", "0:a", "-f", "s16le", "-ac", "1", "-ar",
+                          "8000", "pipe:1"], check=True, capture_output=True).stdout  # fmt: skip
     samples = np.frombuffer(raw, np.int16).astype(np.float64) / 2**15
     return (samples[int(8000 * second) : int(8000 * (second + 0.1))] ** 2).mean(), len(samples) / 8000
 

@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
                      **{k: settings[k] for k in (*SETTINGS, *DIGESTS) if k in settings},
                      **source, "versions": _versions()}
             frames = pipe.stream_frames(latents, DECODED_AT_ONCE)
-            tell_path(_write(frames, path, settings["fps"], about, sound, replace=path == output))
+            tell_path(_write(frames, path, settings["fps"], about, path == output, sound))
             height, width = (n * pipe.vae_scale_factor for n in latents.shape[3:])
             say(f"{latents.shape[2]} frames of {width}x{height} in {time.monotonic() - start:.1f} s")
         except Exception as e:
@@ -161,7 +161,7 @@ def _latents(pipe: Any, call: dict[str, Any], prompt: Any, seed: int, video: Any
 
 
 def _write(
-    frames: Any, path: Path, fps: float, about: dict[str, Any], sound: tuple[str, float] | None, replace: bool
+    frames: Any, path: Path, fps: float, about: dict[str, Any], replace: bool, sound: tuple[str, float] | None = None
 ) -> Path:
     """Write a video, and return its name: `path`, or, where that is taken and not to be replaced, with a number.
 
@@ -294,7 +294,8 @@ def _options(name: str, value: Any) -> list[str]:
     option = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{'' if value else 'no-'}{option}"]
-    return [f"--{option}={one}" for one in (value if isinstance(value, list) else [value])]
+    several = name in pictures.OPTIONS and isinstance(value, list)
+    return [f"--{option}={one}" for one in (value if several else [value])]
 
 
 def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None, dict[str, str]]:

@@ -213,8 +213,10 @@ def across_frames(run: Run, m: TemporalTransformer | MotionModule, blocks: Any, 
     for part in blocks:
         free_noise = getattr(part, "free_noise", None)
         if free_noise is None:
-            h, y = see_frames(run, part, h)
-            h, y = ops.add_layer_norm(part.norm3, y, h)
+            positions = positions_of(part, run.f)
+            y = frame_attention(run, part.attn1, ops.layer_norm(part.norm1, h, positions))
+            h, y = ops.add_layer_norm(part.norm2, y, h, positions)
+            h, y = ops.add_layer_norm(part.norm3, frame_attention(run, part.attn2, y), h)
         else:
             h = free_noise.average(partial(attend_frames, run, part), h)
             y = ops.layer_norm(part.norm3, h)
@@ -222,18 +224,17 @@ def across_frames(run: Run, m: TemporalTransformer | MotionModule, blocks: Any, 
     return to_image(ops.linear(m.proj_out, h).flatten(0, 1), x.shape[2]).add_(x)
 
 
-def see_frames(run: Run, m: FrameTransformerBlock, h: Tensor) -> tuple[Tensor, Tensor]:
-    """h (b f p d) -> two summands (b f p d) of h after both attentions; the second may be written into."""
-    positions = m.positions[0, : h.shape[1]] if isinstance(m, NumberedFrameTransformerBlock) else None
+def attend_frames(run: Run, m: FrameTransformerBlock, h: Tensor) -> Tensor:
+    """h (b f p d), the frames of a window, after both attentions."""
+    positions = positions_of(m, h.shape[1])
     y = frame_attention(run, m.attn1, run.ops.layer_norm(m.norm1, h, positions))
     h, y = run.ops.add_layer_norm(m.norm2, y, h, positions)
-    return h, frame_attention(run, m.attn2, y)
+    return frame_attention(run, m.attn2, y).add_(h)
 
 
-def attend_frames(run: Run, m: FrameTransformerBlock, h: Tensor) -> Tensor:
-    """h (b f p d) after both attentions."""
-    h, y = see_frames(run, m, h)
-    return y.add_(h)
+def positions_of(m: FrameTransformerBlock, f: int) -> Tensor | None:
+    """(f d) of numbered frames."""
+    return m.positions[0, :f] if isinstance(m, NumberedFrameTransformerBlock) else None
 
 
 def attention(run: Run, m: Attention, x: Tensor) -> Tensor:
