@@ -13,6 +13,8 @@ from matplotlib.colors import LinearSegmentedColormap
 from torch import Tensor
 
 from minit2v import AnimateDiffPipeline, DiffusionPipeline, MotionAdapter
+from minit2v.models.clip_vision import CLIPVisionConfig
+from minit2v.models.image_prompt import ImageProjection
 
 LAYER = "down.1.blocks.0.motion.blocks.0.attn1.to_v"
 PROMPT, WORD, COUNT = "a red toy moving right", "toy", 3
@@ -131,8 +133,58 @@ def draw_inversion(path: Path) -> Path:
     return page.save(path)
 
 
+def draw_ip_adapter(path: Path) -> Path:
+    """The base adapter of Stable Diffusion 1.5: its numbers are those of the networks, made on `meta`."""
+    with torch.device("meta"):
+        projection = ImageProjection(1024, 4, 768)
+        encoder = CLIPVisionConfig()
+    tokens, wide = projection.tokens, projection.norm.normalized_shape[0]
+    patches = (encoder.image_size // encoder.patch_size) ** 2
+
+    page = Page(1180, 520)
+    page.text(32, 34, "One attention to the text, with an IP-Adapter beside it", 15, weight="bold")
+
+    def part(x: float, y: float, w: float, name: str, note: str, fill: str = PLAIN) -> None:
+        page.box(x, y, w, 62, fill, INK, round_=6)
+        page.text(x + w / 2, y + 24, name, 12.5, ha="center")
+        page.text(x + w / 2, y + 46, note, 9, ha="center", color=SOFT)
+
+    text, image, out = 110, 330, 220
+    part(32, text, 130, "text", "the prompt")
+    part(212, text, 170, "text encoder", f"CLIP: 77 tokens, {wide} wide")
+    part(452, text, 150, "W_k, W_v", "frozen")
+    part(32, image, 130, "picture", f"{encoder.image_size} x {encoder.image_size} pixels")
+    part(212, image, 170, "image encoder", f"CLIP: {patches} patches to {encoder.projection_dim}")
+    part(452, image, 150, "projection", f"{tokens} tokens, {wide} wide", TIME2)
+    part(652, image, 130, "W_k', W_v'", "learned", TIME2)
+    part(652, out, 130, "W_q", "frozen")
+    page.text(545, out + 31, "x, the latents", 12, ha="center", color=SOFT)
+    page.line((612, out + 31), (652, out + 31))
+    for y, stops in ((text, (162, 212, 382, 452)), (image, (162, 212, 382, 452, 602, 652))):
+        for begin, end in zip(stops[::2], stops[1::2], strict=True):
+            page.line((begin, y + 31), (end, y + 31))
+    part(842, text, 150, "attention", "q to the text")
+    part(842, image, 150, "attention", "q to the picture", TIME2)
+    page.line((602, text + 31), (842, text + 31))
+    page.line((782, image + 31), (842, image + 31))
+    page.line((782, out + 31), (917, out + 31), arrow=False)
+    page.line((917, out + 31), (917, text + 62))
+    page.line((917, out + 31), (917, image))
+    end = 1060
+    page.line((992, text + 31), (end, text + 31), (end, out + 17))
+    page.line((992, image + 31), (end, image + 31), (end, out + 45))
+    page.text(end + 10, image + 4, "times scale", 12, color=SOFT)
+    page.box(end - 14, out + 17, 28, 28, PAPER, INK, round_=14)
+    page.text(end, out + 31, "+", 15, ha="center", weight="bold")
+    page.line((end + 14, out + 31), (end + 50, out + 31))
+    page.text(end + 58, out + 31, "W_o", 13)
+    page.text(32, 460, "orange: the adapter's file; all else is the model's, and stays as it is", 12, color=SOFT)
+    return page.save(path)
+
+
 def draw_all(folder: Path) -> list[Path]:
-    return [draw_lora(folder / "lora.png"), draw_inversion(folder / "inversion.png")]
+    return [draw_lora(folder / "lora.png"), draw_inversion(folder / "inversion.png"),
+            draw_ip_adapter(folder / "ip_adapter.png")]
 
 
 if __name__ == "__main__":
