@@ -28,6 +28,7 @@ class Ops:
     def __init__(self, x: Tensor):
         """x: any weight of the network. Which kernels run is said by $MINIT2V_KERNELS; see `_dispatch.pick`."""
         self.together: dict[Attention, Tensor] = {}  # weights of q, k and v that lie together (3 h d, c)
+        self.room = 0.0  # bytes that copies of weights in another form may take
         chosen = {op: _dispatch.pick(op, None, x) == "triton" for op in _dispatch.PROVEN}
         self.kernels = [op for op, triton in chosen.items() if triton]
 
