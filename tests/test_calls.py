@@ -17,6 +17,7 @@ from minit2v import (
     TextToVideoSDPipeline,
     VideoToVideoSDPipeline,
 )
+from minit2v.pipelines.memory import Offload
 
 FAST = dict(num_frames=3, num_inference_steps=6, height=16, width=16, output_type="np")
 
@@ -98,10 +99,10 @@ def test_a_callback_that_calls_its_pipeline_again_is_told(pipe):
 
 def test_networks_that_are_offloaded_serve_one_call(pipe):
     other = TextToVideoSDPipeline.from_pipe(pipe)
-    pipe._offload_to = torch.device("cpu")
+    pipe._offload = Offload(torch.device("cpu"), "model")
     said, _ = meanwhile(pipe, lambda: video(other))
     assert "offloaded networks" in str(said[0])
-    pipe._offload_to = None
+    pipe._offload = None
     said, _ = meanwhile(pipe, lambda: video(other))
     assert not said
 

@@ -57,8 +57,13 @@ class Live(TorchDispatchMode):
 class OnMeta(TorchFunctionMode):
     """Makes `meta` behave as a device does: in attention, in the memory layout of convolutions, where values are asked.
 
-    PyTorch would take attention apart there and store all pairs of pixels, and convolve into contiguous memory.
+    PyTorch would take attention apart there and store all pairs of pixels, and convolve into contiguous memory. device:
+    "cuda" or "cpu", where alone GroupNorm reads channels-last memory without a copy.
     """
+
+    def __init__(self, device: str = "cuda"):
+        super().__init__()
+        self.device = device
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -69,6 +74,8 @@ class OnMeta(TorchFunctionMode):
         if function is torch.conv2d or function is F.conv2d:
             if (y := convolved(*args, **kwargs)) is not None:
                 return y
+        if function in (F.group_norm, torch.group_norm) and self.device == "cpu" and args[0].is_meta:
+            return torch.empty_like(args[0])
         if function in VALUES and args[0].is_meta:
             return VALUES[function]
         if function is torch.linspace and "device" not in kwargs:
@@ -98,10 +105,10 @@ def peak(network: nn.Module, call: Callable[[], Any]) -> int:
     return peak_beside([network], call)
 
 
-def peak_beside(networks: Iterable[nn.Module], call: Callable[[], Any]) -> int:
-    """Bytes at the peak of a call on `meta`, beyond the networks' own."""
+def peak_beside(networks: Iterable[nn.Module], call: Callable[[], Any], device: str = "cuda") -> int:
+    """Bytes at the peak of a call on `meta`, as if on `device`, beyond the networks' own."""
     known = [value for network in networks for value in (*network.parameters(), *network.buffers())]
-    with torch.no_grad(), OnMeta(), Live(known) as live:
+    with torch.no_grad(), OnMeta(device), Live(known) as live:
         call()
     return live.peak
 

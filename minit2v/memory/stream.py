@@ -250,10 +250,13 @@ class Stream:
                     m.register_forward_hook(kind(unit, False), always_call=True),
                 ]
 
-    def buffer(self, n: int) -> Tensor:
-        """The n-th of two; made at the first use."""
+    def buffer(self, n: int, unit: Unit) -> Tensor:
+        """The n-th of two, made at the first use, and anew where the unit has grown (into another dtype)."""
+        self.size = max(self.size, room(unit.parameters))
         while len(self.buffers) <= n:
-            self.buffers.append(torch.empty(self.size, dtype=torch.uint8, device=self.device))
+            self.buffers.append(torch.empty(0, dtype=torch.uint8, device=self.device))
+        if len(self.buffers[n]) < self.size:
+            self.buffers[n] = torch.empty(self.size, dtype=torch.uint8, device=self.device)
         return self.buffers[n]
 
     @torch.inference_mode(False)
@@ -271,9 +274,9 @@ class Stream:
                 torch.cuda.current_stream(self.device).wait_event(ready[2])
             elif self.side is not None:
                 torch.cuda.current_stream(self.device).wait_stream(self.side)  # which may still write there
-                views = unit.copy(self.buffer(n % 2))
+                views = unit.copy(self.buffer(n % 2, unit))
             else:
-                views = unit.copy(self.buffer(0))
+                views = unit.copy(self.buffer(0, unit))
             unit.homes = [p.data for p in unit.parameters]
             for p, view in zip(unit.parameters, views, strict=True):
                 p.data = view
@@ -291,7 +294,7 @@ class Stream:
             return
         if unit.ready is not None or unit.inside:
             return
-        buffer = self.buffer(n % 2)
+        buffer = self.buffer(n % 2, unit)
         self.side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.side):
             state, views = unit.state(), unit.copy(buffer)
