@@ -135,7 +135,7 @@ class Unit:
             dense = p.is_contiguous() or p.numel() == sum(
                 (size - 1) * step for size, step in zip(p.shape, p.stride(), strict=True)) + 1  # fmt: skip
             view = flat.as_strided(p.shape, p.stride()) if dense else flat.view(p.shape)
-            if self.owner.store is not None and is_stored(p):
+            if id(p) in self.owner.narrow:
                 self.stored(p).widen_into(view)
             else:
                 view.copy_(p.data, non_blocking=self.owner.side is not None)
@@ -221,6 +221,9 @@ class Stream:
         cuda = device.type == "cuda"
         self.side = torch.cuda.Stream(device) if cuda and side else None
         stay, groups = split(network, units, per_unit)
+        # The same ones however they come and go; other networks than UNets have none.
+        blocks = split(network)[1] if store is not None else []
+        self.narrow = {id(p) for group in blocks for p in group if is_stored(p)}
         self.places = {p: (p.device, p.data) for p in network.parameters()}  # where to put it back
         self.buffers_at = {b: b.device for b in network.buffers()}
         self.pinned: dict[nn.Parameter, tuple[Any, Tensor]] = {}
@@ -237,8 +240,9 @@ class Stream:
             self.pinned[p] = mark(p), original if original.device.type == "cpu" else p.data
         if store is not None:
             for unit in self.order:
-                for p in filter(is_stored, unit.parameters):
-                    unit.stored(p)
+                for p in unit.parameters:
+                    if id(p) in self.narrow:
+                        unit.stored(p)
         self.size = max(room(unit.parameters) for unit in self.order)
         self.buffers: list[Tensor] = []
         self.hooks = []
@@ -361,6 +365,8 @@ def stream(
         raise ValueError(f"per_unit must be a positive integer, not {per_unit!r}")
     if resident and store is None:
         raise ValueError("resident=True keeps 8-bit weights on the device: give store")
+    if store is not None and not isinstance(network, UNet):
+        raise ValueError(f"only UNets are kept in 8 bits, not a {type(network).__name__}")
     device = torch.device(device) if device is not None else next(network.parameters()).device
     unstream(network)
     streams[network] = Stream(network, device, units, per_unit, side, pin, store, resident)
