@@ -45,9 +45,7 @@ def predict(name: str, video: Video, budgets: tuple[str, ...]) -> dict[str, Any]
         plan = planner.choose(budget)
         plans[budget] = None if plan is None else {"peak": plan.peak, "techniques": str(plan.techniques),
                                                    "calls": plan.calls, "parts": dict(plan.peaks)}  # fmt: skip
-    least = planner.least()
-    return {"weights": planner.weights, "alone": rows, "plans": plans,
-            "least": {"peak": least.peak, "techniques": str(least.techniques)}}  # fmt: skip
+    return {"weights": planner.weights, "alone": rows, "plans": plans}
 
 
 def measure() -> list[dict[str, Any]]:

@@ -22,7 +22,8 @@ GIB = 2**30
 class Live(TorchDispatchMode):
     """The bytes of all storages made under it that are alive, and the most there ever were.
 
-    known: tensors that were there before. limit: torch.OutOfMemoryError where more would be alive.
+    known: tensors that were there before. limit: torch.OutOfMemoryError where more would be alive; what lies on `meta`
+    then takes nothing.
     """
 
     def __init__(self, known: Iterable[Tensor] = (), limit: int | None = None):
@@ -34,7 +35,7 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for value in tree_leaves(result):
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and not (value.is_meta and self.limit is not None):
                 self.born(value.untyped_storage())
         return result
 

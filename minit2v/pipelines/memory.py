@@ -21,7 +21,7 @@ from ..memory.stream import STORES, is_streamed, let_go, stream, unstream
 from .checks import check_count, check_size, unwrapped
 
 if TYPE_CHECKING:
-    from ..memory.plan import Plan, Techniques, Video
+    from ..memory.plan import Plan, Planner, Techniques, Video
     from .base import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
@@ -208,10 +208,9 @@ def plan_for(
     check_count("num_videos", videos)
     height, width = check_size(height, width, pipe.unet, pipe.vae_scale_factor)
     most = int(SPARE * available(pipe._execution_device)) if memory is None else parse_memory(memory)
-    default = inspect.signature(pipe.__call__).parameters["decode_chunk_size"].default
     factor = pipe.vae_scale_factor
     video = video_of(pipe, (videos, 0, frames, height // factor, width // factor), guidance,
-                     "strength" in inspect.signature(pipe.__call__).parameters, chunk or default)
+                     "strength" in inspect.signature(pipe.__call__).parameters, chunk)
     planner = planner_of(pipe, video)
     if (plan := planner.choose(most)) is None:
         raise ValueError(f"{video} does not fit into {gib(most)}: the least is {planner.least()}")
@@ -243,6 +242,7 @@ def video_of(
 
     b, _, f, h, w = shape
     factor, windows = pipe.vae_scale_factor, pipe._windows
+    chunk = chunk or inspect.signature(pipe.__call__).parameters["decode_chunk_size"].default
     return Video(f, h * factor, w * factor, b, guidance, None if windows is None else windows.length, chunk, encodes)
 
 
@@ -263,24 +263,20 @@ def foresee(pipe: "DiffusionPipeline", x: Tensor, guidance: bool) -> None:
     weights = sum(p.nbytes for n in pipe._networks.values() for p in n.parameters())
     if weights + ROUGH * layer * unet.dtype.itemsize < 0.7 * available(x.device):
         return  # counting takes seconds
-    how, least, best = weigh(pipe, pipe._making, available(x.device))
-    if how.peak > SPARE * available(x.device):
-        logger.warning("%s needs %s, and %s has %s: %s", pipe._making, gib(how.peak), x.device,
-                       gib(available(x.device)), advice(best, least))  # fmt: skip
-
-
-def weigh(pipe: "DiffusionPipeline", video: "Video", most: int) -> tuple["Plan", "Plan", "Plan | None"]:
-    """What is on, the plan that needs least, and the fastest that fits into so much."""
     from ..memory.plan import planner_of
 
-    planner = planner_of(pipe, video)
-    return planner.plan(current(pipe)), planner.least(), planner.choose(max(1, int(SPARE * most)))
+    planner, room = planner_of(pipe, pipe._making), available(x.device)
+    needed = planner.plan(current(pipe)).peak
+    if needed > SPARE * room:
+        logger.warning("%s needs %s, and %s has %s: %s", pipe._making, gib(needed), x.device, gib(room),
+                       advice(planner, int(SPARE * room)))  # fmt: skip
 
 
-def advice(best: "Plan | None", least: "Plan") -> str:
-    if best is not None:
+def advice(planner: "Planner", most: int) -> str:
+    """What fits into so much, or what needs least."""
+    if (best := planner.choose(max(1, most))) is not None:
         return f"it fits in {best}"
-    return f"no plan fits; the least is {least}; fewer frames or a smaller size need less"
+    return f"no plan fits; the least is {planner.least()}; fewer frames or a smaller size need less"
 
 
 def gib(n: int) -> str:
@@ -293,6 +289,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def explained(pipe: "DiffusionPipeline", error: BaseException) -> torch.OutOfMemoryError:
     """The error, with the plan that fits. What the failed call held is let go."""
+    from ..memory.plan import planner_of
+
     traceback.clear_frames(error.__traceback__)
     device = pipe._execution_device
     if device.type == "cuda":
@@ -301,8 +299,8 @@ def explained(pipe: "DiffusionPipeline", error: BaseException) -> torch.OutOfMem
     if pipe._making is None:
         return torch.OutOfMemoryError("out of memory before the first step: pipe.plan(memory=...) says what fits "
                                       f"({why})")
-    how, least, best = weigh(pipe, pipe._making, available(device))
-    if best is not None and best.peak >= how.peak:  # it should have fitted as it was: what is counted is not all
-        _, least, best = weigh(pipe, pipe._making, int(0.85 * how.peak))
+    planner = planner_of(pipe, pipe._making)
+    how = planner.plan(current(pipe))
+    most = min(int(SPARE * available(device)), int(SPARE * how.peak))  # as it was it did not fit, whatever was counted
     return torch.OutOfMemoryError(f"out of memory: {pipe._making} needs {gib(how.peak)} with {how.techniques}; "
-                                  f"{advice(best, least)} ({why})")
+                                  f"{advice(planner, most)} ({why})")
