@@ -260,7 +260,7 @@ def test_every_pair_gives_the_same_video(request, name):
         if exact:
             np.testing.assert_allclose(alone[key], alone[""], rtol=0, atol=1e-4, err_msg=key)
         else:
-            assert 1e-4 < np.abs(alone[key] - alone[""]).mean() < 0.1, f"{key} does something, and no harm"
+            assert 1e-4 < np.abs(alone[key] - alone[""]).mean() < 0.2, f"{key} does something, and no harm"
     for a, b in pairs:
         if {a, b} == {"int8", "fp8"} or {a, b} == {"sequential offload", "group offload"}:
             continue  # the second replaces the first
@@ -273,7 +273,7 @@ def test_every_pair_gives_the_same_video(request, name):
             want = alone[inexact[0] if inexact else ""]
             np.testing.assert_allclose(got, want, rtol=0, atol=1e-4, err_msg=f"{a}, {b}")
         else:
-            assert np.abs(got - alone[""]).mean() < 0.1, f"{a}, {b}"
+            assert np.abs(got - alone[""]).mean() < 0.2, f"{a}, {b}"
     assert places(pipe) == before
     assert np.array_equal(video(pipe, **call), alone[""]), "to the last bit"
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minit2v_convert.rename import nearest
 
-from ..memory.stream import STORES, is_streamed, let_go, stream, unstream
+from ..memory.stream import STORES, is_streamed, let_go, stream, streams, unstream
 from .checks import check_count, check_size, unwrapped
 
 if TYPE_CHECKING:
@@ -147,7 +147,13 @@ def placed(pipe: "DiffusionPipeline", name: str) -> Iterator[Any]:
         raise ValueError(f"this needs the pipeline's {name}, which is None")
     freed = pipe._offload_text and name == "text_encoder"
     stays = offload is None or name in offload.staying
-    if is_streamed(unwrapped(component)) or stays and not freed:
+    if is_streamed(unwrapped(component)):
+        try:
+            yield component
+        finally:  # the buffers are room for what computes next
+            streams[unwrapped(component)].buffers.clear()
+        return
+    if stays and not freed:
         yield component
         return
     to = pipe._execution_device
