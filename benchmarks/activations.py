@@ -2,14 +2,11 @@
 
     PYTHONPATH=.:kernels:convert python benchmarks/activations.py [workload ...] [--save FILE]
 
-Every tensor that PyTorch makes during a step is counted from its birth to its death. What an allocator adds to that
-(rounding, fragments, cuDNN's workspaces, CUDA's own 0.5 GB) is not: benchmarks/step.py measures the whole on a GPU.
-Attention is counted as what it reads and returns, as in all of PyTorch's fused backends. The kernels' scratch memory is
-in. float16, batch 2 (guidance), 77 text tokens.
+minit2v/memory/live.py says what is counted; benchmarks/step.py measures the whole on a GPU. The kernels' scratch memory
+is in. float16, batch 2 (guidance), 77 text tokens.
 """
 
 import argparse
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -17,49 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from kernel_resources import layouts_of_cuda
 from kernel_shapes import TEXT, WORKLOADS, Workload
 from measure import Results, table
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from minit2v import UNet3DConditionModel, UNetMotionModel, fast
 from minit2v.fast.bisect import kernels
+from minit2v.memory.live import GIB, peak, size
 from minit2v.models.unet3d import UNet3DConfig
 from minit2v_kernels import _dispatch
-
-GIB = 2**30
-
-
-class Live(TorchDispatchMode):
-    """The bytes of all storages made under it that are alive, and the most there ever were."""
-
-    def __init__(self, given: nn.Module):
-        super().__init__()
-        self.now = self.peak = 0
-        self.known = {value.untyped_storage()._cdata for value in (*given.parameters(), *given.buffers())}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self.born(value.untyped_storage())
-        return result
-
-    def born(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.known:  # a view, or changed in place
-            return
-        self.known.add(key)
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self.died, key, size)
-
-    def died(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
 
 
 class Forgotten(list):
@@ -72,36 +35,9 @@ class Forgotten(list):
 @contextmanager
 def recorded(impl: str) -> Iterator[None]:
     """The ops as references, or as kernels that allocate what they would and do not run."""
-    with kernels(impl), _dispatch.record(), layouts_of_cuda():
+    with kernels(impl), _dispatch.record():
         _dispatch.recorded = Forgotten()
         yield
-
-
-@contextmanager
-def fused_attention() -> Iterator[None]:
-    """On `meta` PyTorch would take the attention apart, and store all pairs of pixels."""
-    before = F.scaled_dot_product_attention
-
-    def attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kw: Any) -> Tensor:
-        b, h, length, _ = q.shape
-        return torch.empty(b, length, h, v.shape[-1], dtype=q.dtype, device=q.device).transpose(1, 2)
-
-    F.scaled_dot_product_attention = attention
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = before
-
-
-def peak(network: nn.Module, call: Callable[[], Any]) -> int:
-    """Bytes at the peak of a call, beyond the network's own."""
-    with torch.no_grad(), fused_attention(), Live(network) as live:
-        call()
-    return live.peak
-
-
-def size(network: nn.Module) -> int:
-    return sum(value.nbytes for value in (*network.parameters(), *network.buffers()))
 
 
 def half_on_meta(make: Callable[[], nn.Module]) -> nn.Module:

@@ -48,6 +48,7 @@ from torch import Tensor
 
 import minit2v_kernels
 from minit2v import fast
+from minit2v.memory.live import convolved
 from minit2v.models.unet3d import UNet3DConditionModel, UNet3DConfig
 from minit2v.models.unet_motion import UNetMotionModel
 from minit2v.models.vae import AutoencoderKL, AutoencoderKLConfig
@@ -149,13 +150,9 @@ def layouts_of_cuda() -> Iterator[None]:
     """Convolutions on `meta` return contiguous memory whatever they are given; on CUDA, channels-last if that was."""
     conv2d = F.conv2d
 
-    def call(x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, *others: Any) -> Tensor:
-        if all(t.is_contiguous() or not t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight)):
-            return conv2d(x, weight, bias, stride, padding, *others)
-        steps, edges = (v if isinstance(v, tuple) else (v, v) for v in (stride, padding))
-        sizes = zip(x.shape[2:], weight.shape[2:], steps, edges, strict=True)
-        shape = len(x), len(weight), *((size + 2 * edge - taps) // step + 1 for size, taps, step, edge in sizes)
-        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    def call(*args: Any, **kw: Any) -> Tensor:
+        y = convolved(*args, **kw)
+        return conv2d(*args, **kw) if y is None else y
 
     F.conv2d = call
     try:

@@ -196,6 +196,12 @@ def manifest_names() -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def small_configs() -> dict[str, dict]:
+    """The fields of small networks by the name of their class; not to be changed."""
+    return SMALL
+
+
+@pytest.fixture(scope="session")
 def published_config() -> Callable[[str, str], dict]:
     """published_config("ms-1.7b", "unet") -> the published JSON; or by path: "tokenizer/special_tokens_map.json"."""
 

@@ -19,6 +19,7 @@ from minit2v import (
     UNetMotionModel,
     VideoToVideoSDPipeline,
 )
+from minit2v.pipelines.memory import Offload
 
 IMAGE = dict(block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
              layers_per_block=1, norm_num_groups=8, cross_attention_dim=8, attention_head_dim=4)
@@ -104,10 +105,10 @@ def test_a_callback_that_calls_its_pipeline_again_is_told(pipe):
 
 def test_networks_that_are_offloaded_serve_one_call(pipe):
     other = TextToVideoSDPipeline.from_pipe(pipe)
-    pipe._offload_to = torch.device("cpu")
+    pipe._offload = Offload(torch.device("cpu"), "model")
     said, _ = meanwhile(pipe, lambda: video(other))
     assert "networks that are offloaded" in str(said[0])
-    pipe._offload_to = None
+    pipe._offload = None
     said, _ = meanwhile(pipe, lambda: video(other))
     assert not said
 

@@ -31,6 +31,7 @@ from minit2v.adapters import ip_adapter
 from minit2v.files.weights import Weightless
 from minit2v.models.image_prompt import ImageAttention
 from minit2v.models.layers import Attention
+from minit2v.pipelines.memory import Offload
 from minit2v_convert.sparse import write_sparse_bin, write_sparse_safetensors
 
 MANIFESTS = json.loads(gzip.decompress((Path(__file__).parent / "data/ip_adapter_manifests.json.gz").read_bytes()))
@@ -843,9 +844,9 @@ def test_offload_dtypes_and_copies(pipe, folder):
     load_two(pipe, folder)
     call = SHOWN[3] | dict(latents=torch.randn(1, 4, 3, 8, 12, generator=torch.Generator().manual_seed(1)))
     want = video(pipe, **call)
-    pipe._offload_to = torch.device("cpu")
+    pipe._offload = Offload(torch.device("cpu"), "model")
     assert torch.equal(video(pipe, **call), want)
-    pipe._offload_to = None
+    pipe._offload = None
 
     other = copy.deepcopy(pipe)
     other.set_ip_adapter_scale([0.0, 0.0])
@@ -868,7 +869,7 @@ def test_offloading_moves_the_encoder_too(pipe, folder, monkeypatch):
     pipe.load_ip_adapter(file_of(folder))
     moved = []
     monkeypatch.setattr(pipe.image_encoder, "to", lambda *a, **k: moved.append(a[0]) or pipe.image_encoder)
-    pipe._offload_to = torch.device("cpu")
+    pipe._offload = Offload(torch.device("cpu"), "model")
     video(pipe, ip_adapter_image=picture())
     assert [str(d) for d in moved] == ["cpu", "cpu"] and len(moved) == 2  # there, and back
 

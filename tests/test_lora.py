@@ -35,6 +35,7 @@ from minit2v.adapters import formats, lora
 from minit2v.adapters.low_rank import has_branches
 from minit2v.fast import graphs
 from minit2v.files.weights import Weightless
+from minit2v.pipelines.memory import Offload
 from minit2v_convert.configs import CLIP_H, CLIP_L, UNET3D, UNET_MOTION
 from minit2v_convert.sparse import write_sparse_safetensors
 
@@ -865,7 +866,7 @@ def test_copies_and_dtypes(two):
 def test_offloaded(two, monkeypatch):
     made = frames(two)
     moved = []
-    monkeypatch.setattr(two, "_offload_to", torch.device("cpu"))
+    monkeypatch.setattr(two, "_offload", Offload(torch.device("cpu"), "model"))
     to = UNetMotionModel.to
     monkeypatch.setattr(UNetMotionModel, "to", lambda self, *a, **k: moved.append(a) or to(self, *a, **k))
     assert np.array_equal(frames(two), made) and len(moved) == 2

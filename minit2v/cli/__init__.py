@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     from .convert import run
                 elif args.command == "blank":
                     from .blank import run
+                elif args.command == "plan":
+                    from .plan import run
                 elif args.command == "bisect":
                     from .bisect import run
                 else:

@@ -53,6 +53,12 @@ def _number(low: float, high: float, open_low: bool = False) -> Any:
     return parse
 
 
+def _memory(text: str) -> str:
+    if not re.fullmatch(r"\d+(\.\d+)? ?[kmgt]?i?b?", text.lower()) or not float(re.split(r"[^\d.]", text)[0]):
+        raise argparse.ArgumentTypeError(f"must be a size such as 8GiB or 500MB, not {text!r}")
+    return text
+
+
 def _kernels(text: str) -> str:
     if text not in ("auto", "torch", "triton"):  # "torch,geglu=triton"
         from minit2v_kernels._dispatch import choices
@@ -191,6 +197,18 @@ def make_parser() -> Parser:
                        "motion-v1-5-2, ..., or a hub id")
     blank.add_argument("dst", metavar="DIR", help="a folder that is not there or empty")
 
+    plan = commands.add_parser("plan", help="say how much memory a video takes, with and without each technique, and "
+                               "the fastest way that fits; no weights are needed")
+    plan.add_argument("--model", default="shapes", help="a folder, a hub id, or ms-1.7b, zeroscope-v2-576w, "
+                      "zeroscope-v2-xl, sd-1.5: shapes")
+    plan.add_argument("--num-frames", type=_whole, metavar="N", help="length of the video: 16")
+    plan.add_argument("--height", type=_whole, metavar="PIXELS", help="if not the model's")
+    plan.add_argument("--width", type=_whole, metavar="PIXELS", help="if not the model's")
+    plan.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
+                      help="of the weights: float16, for a CPU float32")
+    plan.add_argument("--memory", type=_memory, metavar="SIZE", help="what there is, such as 8GiB: chooses a plan")
+    plan.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where it is to run: cuda")
+
     bisect = commands.add_parser("bisect", help="run a step with each fused operation in turn as a Triton kernel, and "
                                  "say how far each is from float64")
     bisect.add_argument("model", nargs="?", default="shapes", help="a folder or a hub id: shapes")
@@ -200,7 +218,7 @@ def make_parser() -> Parser:
     bisect.add_argument("--height", type=_whole, default=32, metavar="PIXELS", help="32")
     bisect.add_argument("--width", type=_whole, default=32, metavar="PIXELS", help="32")
 
-    for sub in (generate, restyle, animate, inspect, convert, blank, bisect):
+    for sub in (generate, restyle, animate, inspect, convert, blank, plan, bisect):
         sub.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
         sub.set_defaults(usage_error=sub.error)  # for what is wrong together: points to the command's own help
     return parser

@@ -81,7 +81,7 @@ def one_line(e: BaseException) -> str:
     """What an error says, in one line."""
     if isinstance(e, OSError) and e.strerror:
         return f"{e.filename}: {e.strerror}" if e.filename else e.strerror
-    if type(e).__name__ == "OutOfMemoryError":
+    if type(e).__name__ == "OutOfMemoryError" and not str(e).startswith("out of memory"):
         return f"out of memory: fewer frames, a smaller size or --dtype float16 need less ({str(e).split('.')[0]})"
     text = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
     return " ".join(text.split()) or type(e).__name__

@@ -35,8 +35,8 @@ CHUNK = 1_000_000  # numbers that Winograd's method works on at a time: they fit
 
 
 class CPUOps(Ops):
-    def __init__(self, x: Tensor, network: nn.Module):
-        super().__init__(x)
+    def __init__(self, x: Tensor, network: nn.Module, impl: str | None = None):
+        super().__init__(x, impl)
         self.room = KEPT * sum(p.nbytes for p in network.parameters())
         # Transformed weights, by module and form, with the version and fingerprint of the weight that they are of.
         self.kept: dict[tuple[nn.Conv2d, Form], tuple[Tensor, int, tuple[int, float]]] = {}

@@ -12,6 +12,7 @@ import torch
 import torch.nn.modules.module as hooks
 from torch import Tensor, nn
 
+from ..memory.stream import Bring, BringLayer, is_streamed
 from ..models.image_prompt import ImageAttention, Prompt
 from ..models.unet import UNet
 from ..models.unet2d import UNet2DConditionModel
@@ -81,16 +82,22 @@ class Executor:
         if self.places is not None:
             self.lay_out()
         self.known = frozenset(m for m in self.network.modules() if is_known(m))
-        weight = next(self.network.parameters())
-        on_cpu = weight.is_cpu and weight.dtype == torch.float32
-        self.ops = Ops(weight)
-        if on_cpu and not self.ops.kernels:  # a kernel that was asked for runs, in the interpreter
-            self.ops = CPUOps(weight, self.network)
+        self.ops = self.choose_ops(next(self.network.parameters()))
+        if is_streamed(self.network):  # whose weights are not in one place to be read together, nor to be kept twice
+            self.ops.room = 0
+            return
         for m in self.known:
             if isinstance(m, modules.Attention) and m.to_q.bias is m.to_k.bias is m.to_v.bias is None:
                 weight = laid_together([m.to_q.weight, m.to_k.weight, m.to_v.weight])
                 if weight is not None:
                     self.ops.together[m] = weight
+
+    def choose_ops(self, weight: Tensor) -> Ops:
+        """weight: any of the network's."""
+        ops = Ops(weight)
+        on_cpu = weight.is_cpu and weight.dtype == torch.float32
+        # A kernel that was asked for runs, in the interpreter.
+        return CPUOps(weight, self.network) if on_cpu and not ops.kernels else ops
 
     def lay_out(self) -> None:
         """q, k and v of each attention together; on CUDA, convolutions in channels-last memory."""
@@ -134,8 +141,8 @@ class State:
     def now_places(self) -> list[int]:
         return [p.data_ptr() for p in self.weights if p is not None]
 
-    def now_touched(self) -> list[bool]:
-        return [*map(bool, self.hooks), *("forward" in d for d in self.own)]
+    def now_touched(self) -> list[int]:
+        return [*map(len, self.hooks), *("forward" in d for d in self.own)]
 
     def holds(self) -> bool:
         """Whether all is as it was. A thousand modules take about half a millisecond."""
@@ -161,10 +168,16 @@ def is_overridden(m: nn.Module) -> bool:
     return any(hasattr(type(m), name) and callable(value) for name, value in m.__dict__.items())
 
 
+def is_altered(m: nn.Module) -> bool:
+    """Whether it is touched otherwise than by what brings its weights, which modules.py knows of."""
+    hooks = chain(m._forward_hooks.values(), m._forward_pre_hooks.values())
+    return "forward" in m.__dict__ or any(not isinstance(h, Bring) or isinstance(h, BringLayer) for h in hooks)
+
+
 def is_known(m: nn.Module) -> bool:
     """Whether the module is exactly as written, with all that its function in modules.py reads for itself."""
     parts = PARTS.get(type(m))
-    if parts is None or is_touched(m):
+    if parts is None or is_altered(m):
         return False
     if any(p is not None and type(p) is not nn.Parameter for p in m._parameters.values()):
         return False
@@ -253,7 +266,8 @@ class UNetExecutor(Executor):
             self.known -= self.compiled.keys()
         parts = [p.res for p in unet.blocks() if p in self.known and p.res in self.known]
         joined = [laid_together(each) for each in of_times(parts)] if parts else [None]
-        self.times = None if any(x is None for x in joined) else tuple(joined)
+        apart = is_streamed(unet) or any(x is None for x in joined)
+        self.times = None if apart else tuple(joined)
         if self.graphs is not None:
             self.graphs.clear()
 

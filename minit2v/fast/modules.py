@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..memory.stream import held
 from ..models import unet2d, unet3d, vae
 from ..models.blocks import MotionModule, ResBlock, SpatialTransformer, TemporalConv, TemporalTransformer, Upsample
 from ..models.image_prompt import ImageAttention, Prompt
@@ -134,6 +135,12 @@ def block(run: Run, m: nn.Module, x: Tensor, skip: Tensor | None) -> Tensor:
     if not run.knows(m):
         m = run.compiled.get(m, m)
         return m(x if skip is None else torch.cat((x, skip), dim=1), run.emb, run.context, run.f)
+    with held(m):
+        return block_as_known(run, m, x, skip)
+
+
+def block_as_known(run: Run, m: Any, x: Tensor, skip: Tensor | None) -> Tensor:
+    """`block`, of one whose weights are there."""
     if type(m) is unet3d.Block:
         x = temporal_conv(run, m.temporal_conv, res_block(run, m.res, x, skip, 1))
         if m.attention:
@@ -196,7 +203,8 @@ def spatial_transformer(run: Run, m: SpatialTransformer, x: Tensor) -> Tensor:
 def temporal_transformer(run: Run, m: TemporalTransformer, x: Tensor) -> Tensor:
     if not run.knows(m):
         return m(x, run.f)
-    return across_frames(run, m, [m.block], x, run.f)
+    with held(m):
+        return across_frames(run, m, [m.block], x, run.f)
 
 
 def motion_module(run: Run, m: MotionModule, x: Tensor) -> Tensor:
@@ -271,13 +279,17 @@ def feed_forward(run: Run, m: FeedForward, x: Tensor) -> Tensor:
 def upsample(run: Run, m: Upsample, x: Tensor, size: torch.Size) -> Tensor:
     if not run.knows(m):
         return m(x, size)
-    if tuple(size) == (2 * x.shape[2], 2 * x.shape[3]):
-        return run.ops.double_and_conv(m, x)
-    return run.ops.conv(m, F.interpolate(x, size=size, mode="nearest"))
+    with held(m):
+        if tuple(size) == (2 * x.shape[2], 2 * x.shape[3]):
+            return run.ops.double_and_conv(m, x)
+        return run.ops.conv(m, F.interpolate(x, size=size, mode="nearest"))
 
 
 def conv(run: Run, m: nn.Module, x: Tensor) -> Tensor:
-    return run.ops.conv(m, x) if run.knows(m) else m(x)
+    if not run.knows(m):
+        return m(x)
+    with held(m):
+        return run.ops.conv(m, x)
 
 
 def to_tokens(x: Tensor) -> Tensor:

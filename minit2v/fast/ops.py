@@ -25,10 +25,13 @@ OWN = object()  # a convolution's own bias
 class Ops:
     """On an accelerator, and wherever nothing better is known: channels-last memory, one op after the other."""
 
-    def __init__(self, x: Tensor):
-        """x: any weight of the network. Which kernels run is said by $MINIT2V_KERNELS; see `_dispatch.pick`."""
+    def __init__(self, x: Tensor, impl: str | None = None):
+        """x: any weight of the network. Which kernels run is said by impl, or $MINIT2V_KERNELS; see
+        `_dispatch.pick`.
+        """
         self.together: dict[Attention, Tensor] = {}  # weights of q, k and v that lie together (3 h d, c)
-        chosen = {op: _dispatch.pick(op, None, x) == "triton" for op in _dispatch.PROVEN}
+        self.room = 0.0  # bytes that copies of weights in another form may take
+        chosen = {op: _dispatch.pick(op, impl, x) == "triton" for op in _dispatch.PROVEN}
         self.kernels = [op for op, triton in chosen.items() if triton]
 
         def either(op: str, kernel: Callable[..., Any], definition: Callable[..., Any]) -> Callable[..., Any]:

@@ -142,7 +142,7 @@ class CLIPTextModel(Network):
         not in 0 ... number of layers.
         """
         self._check(ids, clip_skip)
-        x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
+        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
         for layer in self.layers[: len(self.layers) - (clip_skip or 0)]:
             x = layer(x)
         return self.norm_out(x)

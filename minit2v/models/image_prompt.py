@@ -63,6 +63,11 @@ class Prompt:
         images = [of_windows(x, x.ndim == 5, windows) for x in self.images]
         return Prompt(of_windows(self.text, self.text.ndim == 4, windows), images, self.masks)
 
+    def chunk(self, n: int) -> list["Prompt"]:
+        """Of so many equal parts of the batch."""
+        parts = zip(self.text.chunk(n), *(x.chunk(n) for x in self.images), strict=True)
+        return [Prompt(text, images, self.masks) for text, *images in parts]
+
     def tensors(self) -> list[Tensor]:
         return [self.text, *self.images, *(m for masks in self.masks if masks is not None for m in masks.values())]
 

@@ -46,7 +46,7 @@ from ..techniques.frame_prompts import Interpolate, check_frame_prompts, check_i
 from ..techniques.free_init import FREQUENCIES, METHODS, NOISES, FreeInit, FreeInitRounds, NoisedVideo
 from ..techniques.free_noise import FreeNoise
 from ..techniques.prompt_weights import LOOKS_WEIGHTED, WEIGHTS, chunks
-from . import files, frames
+from . import files, frames, memory
 from .checks import (
     Generators,
     check_component,
@@ -59,6 +59,10 @@ from .checks import (
     is_parallel,
     unwrapped,
 )
+from .guidance import OneByOne
+
+if TYPE_CHECKING:
+    from ..memory.plan import Plan, Video
 
 logger = logging.getLogger(__name__)
 
@@ -136,8 +140,15 @@ def exclusive(call: Callable[Concatenate[Pipeline, Args], Result]) -> Callable[C
     @wraps(call)
     @torch.no_grad()
     def run(self: Pipeline, *args: Args.args, **kw: Args.kwargs) -> Result:
-        with self._exclusive():
-            return call(self, *args, **kw)
+        self._making = None
+        try:
+            with self._exclusive():
+                return call(self, *args, **kw)
+        except RuntimeError as e:
+            if not memory.is_out_of_memory(e):
+                raise
+            error = e
+        raise memory.explained(self, error) from None
 
     return run
 
@@ -191,7 +202,10 @@ class DiffusionPipeline:
             setattr(self, name, components[name])
         self._interrupt = False
         self._lora_scale = 1.0  # of the call that runs
-        self._offload_to: torch.device | None = None
+        self._offload: memory.Offload | None = None
+        self._offload_text = self._sequential_guidance = False
+        self._narrow: str | None = None  # the format of the UNet's weights, if it is not that of its parameters
+        self._making: Video | None = None  # what the call that runs is at
         self._free_init: FreeInit | None = None
         self._context_windows: ContextWindows | None = None
         self._free_noise_of_loop: FreeNoise | None = None  # of a UNet that is shown windows; another has its own
@@ -380,16 +394,16 @@ class DiffusionPipeline:
         if "scheduler" not in overrides:
             known["scheduler"] = copy.deepcopy(pipe.scheduler)
         new = cls(**known | overrides)
-        new._offload_to, new._progress = pipe._offload_to, dict(pipe._progress)
+        for name in ("_offload", "_offload_text", "_sequential_guidance", "_narrow"):
+            setattr(new, name, getattr(pipe, name))
+        new._progress = dict(pipe._progress)
         return new.to(dtype=dtype or torch_dtype)
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
         """A call steps its scheduler, and moves networks that are offloaded: others must not use them meanwhile."""
         used = {id(unwrapped(c)) for c in (self, *self.components.values()) if c is not None}
-        mine = {id(self), id(self.scheduler)} & used
-        if self._offload_to is not None:
-            mine |= {id(unwrapped(n)) for n in self._networks.values()}
+        mine = {id(self), id(self.scheduler)} & used | memory.own(self)
         call = mine, used
         with _running_lock:
             if any(mine & theirs or used & own for own, theirs in _running):
@@ -429,43 +443,122 @@ class DiffusionPipeline:
                 device = arg
             elif arg is not None:
                 raise TypeError(f"to() takes one device and one dtype, not {arg!r}" + " as well" * (len(args) > 1))
-        if device is not None and self._offload_to is not None and torch.device(device).type != "cpu":
-            logger.warning("The pipeline moves to %s as a whole: model offloading is off from here.", device)
-            self._offload_to = None
+        if device is not None and self._offload is not None:
+            if torch.device(device).type != "cpu" or self._offload.kind != "model":
+                logger.warning("The pipeline moves to %s as a whole: offloading is off from here.", device)
+                self.disable_offload()
         for name, network in self._networks.items():
             network.to(device=None if name in self.IDLE else device, dtype=dtype)
         return self
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
         """Keep the networks on the CPU and bring each to the accelerator only while it computes."""
-        if device is None and torch.accelerator.is_available():
-            device = torch.accelerator.current_accelerator()
-        if device is None or torch.device(device).type == "cpu":
-            logger.warning("No accelerator was found, so nothing is offloaded: the pipeline runs on the CPU.")
-            return
-        device = torch.device(device)
-        if gpu_id is not None and device.index not in (None, gpu_id):
-            raise ValueError(f"gpu_id={gpu_id} contradicts device={str(device)!r}")
-        self.to("cpu")
-        self._offload_to = torch.device(device.type, gpu_id) if gpu_id is not None else device
+        to = memory.find_device(gpu_id, device)
+        if to is None or to.type == "cpu":
+            memory.say_nothing_is_offloaded()
+        else:
+            memory.begin(self, memory.Offload(to, "model"))
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """Bring every layer to the accelerator by itself, while it computes: the least memory, and slow.
+
+        device="cpu": for weights that are mapped from files, which then do not stay in memory.
+        """
+        to = memory.find_device(gpu_id, device)
+        if to is None:
+            memory.say_nothing_is_offloaded()
+        else:
+            memory.begin(self, memory.Offload(to, "sequential", units="leaf", side=False, pin=False))
+
+    def enable_group_offload(
+        self,
+        onload_device: torch.device | str | None = None,
+        offload_device: torch.device | str = "cpu",
+        offload_type: str = "block_level",
+        num_blocks_per_group: int | None = None,
+        non_blocking: bool = False,
+        use_stream: bool = False,
+        record_stream: bool = False,
+        low_cpu_mem_usage: bool = False,
+        offload_to_disk_path: str | Path | None = None,
+        exclude_modules: str | Sequence[str] | None = None,
+    ) -> None:
+        """Bring the UNet to the device block by block ("leaf_level": layer by layer), and the others while they run.
+
+        use_stream: on CUDA, copy the next block from pinned memory while one computes; low_cpu_mem_usage: from memory
+        that is not pinned. num_blocks_per_group: blocks that come together, 1. exclude_modules: components that stay on
+        the device. onload_device: the accelerator where not given, else "cpu", for weights that are mapped from files.
+        non_blocking, record_stream: change nothing. ValueError on an offload_device other than the CPU, and with a path
+        on disk: weights stay mapped from their files as it is.
+        """
+        memory.begin(self, memory.group_offload(onload_device, offload_device, offload_type, num_blocks_per_group,
+                                                use_stream, low_cpu_mem_usage, offload_to_disk_path, exclude_modules,
+                                                self._networks))
+
+    def disable_offload(self) -> None:
+        """Every network as a whole, where it was before it came and went. Also `remove_all_hooks`, diffusers' name."""
+        memory.end(self)
+
+    remove_all_hooks = disable_offload
+
+    def enable_text_offload(self) -> None:
+        """Keep the text encoder on the CPU, or in its file, except while it reads the texts of a call."""
+        if self.text_encoder is not None:
+            self._text_encoder_was_on = self.text_encoder.device
+            self._offload_text = True
+            self.text_encoder.to("cpu")
+
+    def disable_text_offload(self) -> None:
+        if self._offload_text and self.text_encoder is not None and self._offload is None:
+            self.text_encoder.to(self._text_encoder_was_on)
+        self._offload_text = False
+
+    def enable_sequential_guidance(self) -> None:
+        """Predict with the negative and with the positive text one after the other: half of a step's activations."""
+        self._sequential_guidance = True
+
+    def disable_sequential_guidance(self) -> None:
+        self._sequential_guidance = False
+
+    def enable_narrow_weights(self, store: str = "int8") -> None:
+        """Keep the UNet's weights in 8 bits ("int8", "fp8") and widen them block by block: other numbers, less room.
+
+        The parameters themselves stay as they are, on the CPU: they are what is saved, and what comes back.
+        """
+        memory.set_narrow(self, store)
+
+    def disable_narrow_weights(self) -> None:
+        if self._narrow is not None:
+            memory.set_narrow(self, None)
+
+    def plan(
+        self,
+        memory: str | float | None = None,
+        *,
+        num_frames: int = 16,
+        height: int | None = None,
+        width: int | None = None,
+        num_videos: int = 1,
+        guidance: bool = True,
+        decode_chunk_size: int | None = None,
+    ) -> "Plan":
+        """The fastest way to make such a video within so much memory ("8GiB"; None: what there is). It is turned on.
+
+        ValueError where there is none, with what the least would need; then nothing has changed.
+        """
+        return plan_for(self, memory, num_frames, height, width, num_videos, guidance, decode_chunk_size)
 
     @property
     def _execution_device(self) -> torch.device:
-        return self._offload_to or self.device
+        return self.device if self._offload is None else self._offload.to
 
     @contextmanager
     def _placed(self, name: str) -> Iterator[Any]:
-        """The component, where it computes; back to the CPU afterwards if it is offloaded."""
-        component = getattr(self, name)
-        if component is None:
-            raise ValueError(f"this needs the pipeline's {name}, which is None")
-        if self._offload_to is None:
+        """The component, where it computes, also where it comes and goes."""
+        with memory.placed(self, name) as component:
             yield component
-            return
-        try:
-            yield component.to(self._offload_to)
-        finally:
-            component.to("cpu")
 
     def enable_vae_slicing(self) -> None:
         """Decode frame by frame: less memory, the same numbers."""
@@ -1065,6 +1158,8 @@ class DiffusionPipeline:
         video: what x was made of, where it is not noise alone. pictures: those that IP-Adapters are shown. Every round
         of FreeInit begins with the texts of the call, and the callbacks count its steps from 0.
         """
+        self._making = memory.video_of(self, x.shape, negative is not None, video is not None, None)
+        memory.foresee(self, x, negative is not None)
         once = partial(self._denoise_once, text=text, negative=negative, guidance_scale=guidance_scale,
                        step_arguments=self._step_arguments(eta, generator), callbacks=callbacks, pictures=pictures)
         if self._free_init is None:
@@ -1102,9 +1197,9 @@ class DiffusionPipeline:
         warm_up = len(timesteps) - steps * self.scheduler.order  # solver calls that make no step of their own (PNDM)
         done = 0
         with self._placed("unet") as unet, lora.scaled(unwrapped(unet), self._lora_scale):
-            predict = fast.runner(unet)  # the same numbers, computed faster where nothing of the UNet was changed
-            if self._windows is not None:
-                predict = Windowed(self._windows, predict)
+            predict = self._predictor(unet)
+            if self._sequential_guidance and negative is not None:
+                predict = OneByOne([predict, self._predictor(unet)])
             show = pictures.beside(unwrapped(unet)) if pictures is not None else None  # the UNet this beside a text
             context = _join(negative, text, unet.dtype, show)
             for i, t in enumerate(takewhile(lambda _: not self._interrupt, timesteps)):
@@ -1129,6 +1224,11 @@ class DiffusionPipeline:
                     bar.update()
             check_result(x, unet, "the UNet")
         return x
+
+    def _predictor(self, unet: Any) -> Callable[..., Tensor]:
+        """The UNet, for one run: the same numbers, computed faster where nothing of it was changed."""
+        runner = fast.runner(unet)
+        return runner if self._windows is None else Windowed(self._windows, runner)
 
     def _step_arguments(self, eta: float, generator: Generators) -> dict[str, Any]:
         """Those of eta and generator that the scheduler's step takes: all where it has `**arguments`."""
@@ -1221,6 +1321,9 @@ class DiffusionPipeline:
                     f"the text encoder reads {encoder.config.max_position_embeddings} tokens")  # fmt: skip
                 raise ValueError(f"give negative_prompt_embeds of {length} tokens, as prompt_embeds has: {why}")
         return batch
+
+
+plan_for = memory.plan_for  # `plan` has an argument of the module's name
 
 
 def texts_of(prompts: Any) -> list[str]:
