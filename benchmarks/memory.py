@@ -83,16 +83,14 @@ def measure() -> list[dict[str, Any]]:
 
 
 def coming(planner: Planner, how: Techniques, part: str) -> int:
-    """Bytes of buffers in which weights come, while this part works; and of what is kept in 8 bits."""
-    from minit2v.memory.stream import room, split, stored_bytes
+    """Bytes of buffers in which weights come, while this part works. What is kept in 8 bits is there before."""
+    from minit2v.memory.stream import room, split
 
     network = planner.networks[part]
     if how.offload == "sequential":
         return max(map(room, split(network, "leaf")[1]))
     if how.store is not None:
-        groups = split(planner.networks["unet"])[1]
-        narrow = sum(stored_bytes(p) for g in groups for p in g if stored_bytes(p) != p.nbytes)
-        return narrow + max(map(room, groups)) * (part == "unet")
+        return max(map(room, split(network)[1])) if part == "unet" else 0
     return max(map(room, split(network)[1])) if how.offload == "group" and part == "unet" else 0
 
 
