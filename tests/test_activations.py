@@ -23,7 +23,7 @@ def test_a_step_with_kernels_leaves_room_on_a_small_gpu(workload, most):
 
     found = activations.count(WORKLOADS[workload], peer=False)
     assert found["weights"] + found["kernels"] + VAE < most * GIB
-    assert found["kernels"] < 0.65 * found["torch"]  # GEGLU's two halves are never stored
+    assert found["kernels"] < 0.62 * found["torch"]  # GEGLU's two halves are never stored
 
 
 def test_what_is_counted():
