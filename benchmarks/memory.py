@@ -27,6 +27,7 @@ from minit2v.memory.plan import Planner, Techniques, Video, gib, planner_of
 from minit2v.memory.stream import stream
 from minit2v.pipelines import memory
 from minit2v.pipelines.blank import write_blank
+from minit2v.pipelines.planning import planner_of_model
 
 WORKLOADS = {
     "ModelScope 256x256, 64 frames": ("ms-1.7b", Video(64, 256, 256), ("4.2GiB", "2.0GiB")),
@@ -38,7 +39,7 @@ SIZE = (1, 4, 4, 32, 32)  # of the full-size step: b c f h w
 
 def predict(name: str, video: Video, budgets: tuple[str, ...]) -> dict[str, Any]:
     """Peaks in bytes of each technique alone, and the plans that were chosen for each budget."""
-    planner = Planner.of_model(name, video)
+    planner = planner_of_model(name, video)
     rows = {title: {**peaks, "whole": max(peaks.values())} for title, peaks in planner.rows()}
     plans = {}
     for budget in budgets:

@@ -12,10 +12,11 @@ import torch
 from minit2v import AnimateDiffPipeline, DiffusionPipeline, MotionAdapter, VideoToVideoSDPipeline, fast
 from minit2v.cli import main
 from minit2v.memory.live import GIB, Live
-from minit2v.memory.plan import Planner, Techniques, Video, gib, parse_memory, planner_of
+from minit2v.memory.plan import Techniques, Video, gib, parse_memory, planner_of
 from minit2v.memory.stream import is_streamed, streams
 from minit2v.pipelines import memory
 from minit2v.pipelines.guidance import OneByOne
+from minit2v.pipelines.planning import planner_of_model
 
 CALL = dict(num_frames=4, num_inference_steps=2, output_type="np")
 
@@ -144,12 +145,12 @@ def test_counting_leaves_the_pipeline_as_it_is(pipe):
 
 @pytest.fixture(scope="module")
 def long():
-    return Planner.of_model("ms-1.7b", frames=64)
+    return planner_of_model("ms-1.7b", frames=64)
 
 
 @pytest.fixture(scope="module")
 def large():
-    return Planner.of_model("cerspense/zeroscope_v2_XL", frames=24, height=576, width=1024)
+    return planner_of_model("cerspense/zeroscope_v2_XL", frames=24, height=576, width=1024)
 
 
 def test_the_seeds_promise_is_beaten(long, large):
@@ -167,7 +168,7 @@ def test_the_seeds_promise_is_beaten(long, large):
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_rules_between_techniques(device):
-    long = Planner.of_model("shapes", device=device, dtype=torch.float32)
+    long = planner_of_model("shapes", device=device, dtype=torch.float32)
     rows = dict(long.rows())
     whole = {name: max(peaks.values()) for name, peaks in rows.items()}
     assert all(n <= whole["as it is"] for n in whole.values())
@@ -192,20 +193,20 @@ def test_sizes():
         with pytest.raises(ValueError, match="memory must be a size"):
             parse_memory(wrong)
     with pytest.raises(ValueError, match="no model 'ms-1.7'.*ms-1.7b"):
-        Planner.of_model("ms-1.7")
+        planner_of_model("ms-1.7")
     with pytest.raises(ValueError, match="motion adapter"):
-        Planner.of_model("motion-v1-5-2")
+        planner_of_model("motion-v1-5-2")
     with pytest.raises(ValueError, match="multiple of"):
-        Planner.of_model("shapes", height=65)
+        planner_of_model("shapes", height=65)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_every_embedded_and_published_kind(dtype, tmp_path):
-    planner = Planner.of_model("shapes", dtype=dtype)
+    planner = planner_of_model("shapes", dtype=dtype)
     own = DiffusionPipeline.from_pretrained("shapes", dtype=dtype)
     assert sum(planner.weights.values()) == sum(v.nbytes for v in weights(own))
     own.save_pretrained(tmp_path / "m")
-    again = Planner.of_model(str(tmp_path / "m"), dtype=dtype)
+    again = planner_of_model(str(tmp_path / "m"), dtype=dtype)
     assert again.peaks() == planner.peaks()
 
 
@@ -222,7 +223,7 @@ def test_the_command(capsys):
 
 
 def test_animatediff_is_an_image_model_with_motion(animate):
-    planner = Planner.of_model("sd-1.5", frames=16, height=64, width=64)
+    planner = planner_of_model("sd-1.5", frames=16, height=64, width=64)
     assert gib(planner.weights["unet"]) == "2.45 GiB"
     assert type(planner.networks["unet"]).__name__ == "UNetMotionModel"
 

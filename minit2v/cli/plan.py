@@ -4,7 +4,8 @@ import argparse
 
 import torch
 
-from ..memory.plan import Planner, gib, parse_memory
+from ..memory.plan import gib, parse_memory
+from ..pipelines.planning import planner_of_model
 from .messages import say, tell
 
 
@@ -14,7 +15,7 @@ def run(args: argparse.Namespace) -> int:
     dtype = getattr(args, "dtype", "float16" if args.device == "cuda" else "float32")
     size = {"frames": getattr(args, "num_frames", None), "height": getattr(args, "height", None),
             "width": getattr(args, "width", None)}  # fmt: skip
-    planner = Planner.of_model(args.model, dtype=getattr(torch, dtype), device=args.device, **size)
+    planner = planner_of_model(args.model, dtype=getattr(torch, dtype), device=args.device, **size)
     say(f"{args.model}, {planner.video}, guidance, {dtype}: counted, not run; what an allocator and CUDA add is not in")
     weights = ", ".join(f"{name.replace('_', ' ')} {gib(n)}" for name, n in planner.weights.items())
     tell(f"weights: {weights}; together {gib(sum(planner.weights.values()))}")

@@ -1,6 +1,6 @@
 """Will it fit? The peak of every part of the work, counted on `meta`, and the fastest set of techniques that fits.
 
-    planner = Planner.of_model("ms-1.7b", Video(64, 256, 256))       no weights are needed
+    planner = planner_of_model("ms-1.7b", Video(64, 256, 256))       of pipelines/planning.py; no weights are needed
     planner.peaks(Techniques())                                      bytes: text encoder, UNet step, VAE
     planner.choose(8 * GIB)                                          the fastest plan that fits
 
@@ -8,28 +8,21 @@ What is counted is in live.py. Which plan is the fastest is an estimate, of byte
 speeds: it orders plans, and tells no time.
 """
 
-import inspect
 import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from minit2v_convert.rename import nearest
-
 from .. import fast
 from ..fast.cpu import CPUOps
 from ..fast.executor import UNETS, Executor, UNetExecutor, VAEExecutor
 from ..fast.ops import Ops
-from ..files import embedded, hub
 from ..files.weights import Weightless
-from ..models.unet2d import UNet2DConditionModel
-from ..models.unet_motion import MotionAdapter, UNetMotionModel
 from ..models.vae import AutoencoderKL
 from .live import GIB, peak_beside, size
 from .stream import room, split, stored_bytes
@@ -137,11 +130,12 @@ class Planner:
     """Counts what a pipeline's networks need for a video. Every count is made once."""
 
     def __init__(self, networks: Mapping[str, nn.Module], video: Video, device: str = "cuda", pipeline: Any = None):
-        """networks: text_encoder, unet and vae on `meta`, in their dtypes; one may be missing. pipeline: a class."""
-        from ..pipelines.text_to_video import TextToVideoSDPipeline
+        """networks: text_encoder, unet and vae on `meta`, in their dtypes; one may be missing.
 
+        pipeline: its class, where there is a VAE.
+        """
         self.networks, self.video, self.device = dict(networks), video, device
-        self.pipeline = pipeline or TextToVideoSDPipeline
+        self.pipeline = pipeline
         self.counts: dict[Any, int] = {}
         self.weights = {name: size(network) for name, network in self.networks.items()}
         frames = min(video.frames, video.window or video.frames)
@@ -152,40 +146,6 @@ class Planner:
             if network not in fast.executors and fast.is_on() and type(network) in (*UNETS, AutoencoderKL):
                 kind = CountedVAE if isinstance(network, AutoencoderKL) else CountedUNet
                 fast.executors[network] = kind(network, device)
-
-    @classmethod
-    def of_model(
-        cls, name: str, video: Video | None = None, dtype: torch.dtype = torch.float16, device: str = "cuda",
-        **size: Any,
-    ) -> "Planner":
-        """Of a folder, a hub id, an embedded model, or one whose configs are in this package (`minit2v blank`).
-
-        size: fields of the video, of which those that are not given are the model's own. ValueError where the name is
-        of no whole model.
-        """
-        kind, configs = find_configs(name)
-        networks = {part: on_meta(c, config, dtype) for part, (c, config) in configs.items()}
-        if (adapter := networks.pop("motion_adapter", None)) is not None or isinstance(
-            networks.get("unet"), UNet2DConditionModel
-        ):
-            with torch.device("meta"), Weightless():
-                adapter = adapter if adapter is not None else MotionAdapter().to(dtype)
-                if isinstance(networks["unet"], UNet2DConditionModel):
-                    networks["unet"] = UNetMotionModel.from_unet2d(networks["unet"], adapter).to(dtype).eval()
-        if video is None:
-            own = networks["unet"].config.sample_size
-            own = (own, own) if isinstance(own, int) else own
-            rows, columns = (n * networks["vae"].config.factor for n in own)
-            given = {k: v for k, v in size.items() if v is not None}
-            chunk = inspect.signature(kind.__call__).parameters["decode_chunk_size"].default
-            video = Video(**{"frames": 16, "height": rows, "width": columns, "chunk": chunk} | given)
-        for side in ("height", "width"):
-            if getattr(video, side) % networks["vae"].config.factor:
-                raise ValueError(f"{side} must be a multiple of {networks['vae'].config.factor}, not "
-                                 f"{getattr(video, side)}")
-        return cls(networks, video, device, kind)
-
-    # Counting --------------------------------------------------------------------------------------------------------
 
     def peaks(self, how: Techniques = Techniques()) -> dict[str, int]:
         """Bytes at the peak of each part of the work, weights and what is made beside them."""
@@ -254,14 +214,11 @@ class Planner:
     def run_vae(self, slicing: bool, tiling: bool, written: bool) -> Tensor:
         """The end of a call, and where it begins with a video the beginning, whichever needs more."""
         from ..pipelines import source
-        from ..pipelines.base import DiffusionPipeline
 
         vae, v = self.networks["vae"], self.video
         before = vae.slicing, vae.tiling
         executor = fast.executors.get(vae)
-        others = {name: None for name in self.pipeline.COMPONENTS}
-        pipe = object.__new__(self.pipeline)
-        DiffusionPipeline.__init__(pipe, {**others, **self.networks}, None, {})
+        pipe = self.pipeline._of_networks(self.networks)
         factor, channels = vae.config.factor, vae.config.latent_channels
         try:
             vae.slicing = slicing or before[0]
@@ -409,37 +366,6 @@ def twin(network: Any) -> Any:
     if fast.executors.get(network, made) is None:
         fast.executors[made] = None  # restored: it runs as it is written
     return made
-
-
-def find_configs(name: str) -> tuple[Any, dict[str, tuple[Any, Any]]]:
-    """The pipeline's class, and {part: (class, content of config.json)} of its networks. Raises ValueError."""
-    from .. import pipelines
-    from ..pipelines.blank import MODELS, NETWORKS
-    from ..pipelines.files import INDEX, read_index
-
-    short = next((m for s, m in MODELS.items() if name.lower() in (s, *(i.lower() for i in m.ids))), None)
-    if short is not None and not Path(name).exists():
-        if "unet" not in short.parts:
-            raise ValueError(f"{name} is a motion adapter: plan the image model that it goes with, such as sd-1.5")
-        parts = {part: (NETWORKS[c.get("_class_name") or c["architectures"][0]], c) for part, c in short.parts.items()}
-        video = parts["unet"][0].__name__ == "UNet3DConditionModel"
-        return (pipelines.TextToVideoSDPipeline if video else pipelines.AnimateDiffPipeline), parts
-    if embedded.find(name) is None and not Path(name).expanduser().exists() and "/" not in name:
-        known = [*MODELS, *embedded.NAMES]
-        raise ValueError(f"no model {name!r}{nearest(name, known)}; there are {', '.join(known)}, folders and hub ids")
-    path = hub.local(name)
-    index = read_index(path, None, {})
-    found = {}
-    for part, entry in index.items():
-        if part.startswith("_") or not isinstance(entry, list | tuple) or len(entry) != 2:
-            continue
-        cls = NETWORKS.get(entry[1]) or (UNetMotionModel if entry[1] == "UNetMotionModel" else None)
-        if cls is not None:
-            found[part] = cls, hub.read_json(path, "config.json", subfolder=part)
-    if "unet" not in found or "vae" not in found:
-        raise ValueError(f"{name}: its {INDEX} names no UNet and VAE of this package")
-    video = found["unet"][0].__name__ == "UNet3DConditionModel"
-    return (pipelines.TextToVideoSDPipeline if video else pipelines.AnimateDiffPipeline), found
 
 
 def planner_of(pipe: Any, video: Video, device: str | None = None) -> Planner:

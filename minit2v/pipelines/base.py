@@ -212,6 +212,13 @@ class DiffusionPipeline:
         self._progress: dict[str, Any] = {}
         self.prompt_weights: str | None = None  # how brackets in prompts are read: "a1111", or None: as text
 
+    @classmethod
+    def _of_networks(cls, networks: dict[str, Any]) -> Self:
+        """A pipeline of these alone, whose class has not looked at them: what it needs is counted on it."""
+        pipe = object.__new__(cls)
+        DiffusionPipeline.__init__(pipe, {**dict.fromkeys(cls.COMPONENTS), **networks}, None, {})
+        return pipe
+
     # Components ------------------------------------------------------------------------------------------------------
 
     def __setattr__(self, name: str, value: Any) -> None:

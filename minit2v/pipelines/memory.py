@@ -22,7 +22,6 @@ from .checks import check_count, check_size, unwrapped
 
 if TYPE_CHECKING:
     from ..memory.plan import Plan, Planner, Techniques, Video
-    from .base import DiffusionPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +59,7 @@ def say_nothing_is_offloaded() -> None:
     logger.warning("No accelerator was found, so nothing is offloaded: the pipeline runs on the CPU.")
 
 
-def begin(pipe: "DiffusionPipeline", offload: Offload) -> None:
+def begin(pipe: Any, offload: Offload) -> None:
     """Let the networks come and go in this way, in place of another."""
     end(pipe)
     offload.before = {name: network.device for name, network in pipe._networks.items() if name not in pipe.IDLE}
@@ -76,7 +75,7 @@ def begin(pipe: "DiffusionPipeline", offload: Offload) -> None:
     settle(pipe)
 
 
-def end(pipe: "DiffusionPipeline") -> None:
+def end(pipe: Any) -> None:
     """Every network where it was before it came and went."""
     offload, pipe._offload = pipe._offload, None
     if offload is None:
@@ -88,7 +87,7 @@ def end(pipe: "DiffusionPipeline") -> None:
     settle(pipe)
 
 
-def settle(pipe: "DiffusionPipeline") -> None:
+def settle(pipe: Any) -> None:
     """The UNet's weights as both settings want them: how it is offloaded, and in how many bits it is kept."""
     unet, offload, store = unwrapped(pipe.unet), pipe._offload, pipe._narrow
     if unet is None:
@@ -104,7 +103,7 @@ def settle(pipe: "DiffusionPipeline") -> None:
         unstream(unet)
 
 
-def set_narrow(pipe: "DiffusionPipeline", store: str | None) -> None:
+def set_narrow(pipe: Any, store: str | None) -> None:
     if store is not None and store not in STORES:
         raise ValueError(f"store must be one of {', '.join(STORES)}, not {store!r}{nearest(str(store), [*STORES])}")
     if pipe.unet is None:
@@ -140,7 +139,7 @@ def group_offload(
 
 
 @contextmanager
-def placed(pipe: "DiffusionPipeline", name: str) -> Iterator[Any]:
+def placed(pipe: Any, name: str) -> Iterator[Any]:
     """The component, where it computes, for as long as it does."""
     component, offload = getattr(pipe, name), pipe._offload
     if component is None:
@@ -164,7 +163,7 @@ def placed(pipe: "DiffusionPipeline", name: str) -> Iterator[Any]:
         let_go([p.data for p in component.parameters()])
 
 
-def own(pipe: "DiffusionPipeline") -> set[int]:
+def own(pipe: Any) -> set[int]:
     """The ids of networks that nobody else may use during a call, since they come and go."""
     networks = {name: unwrapped(n) for name, n in pipe._networks.items()}
     return {id(n) for name, n in networks.items() if pipe._offload is not None or is_streamed(n)
@@ -174,7 +173,7 @@ def own(pipe: "DiffusionPipeline") -> set[int]:
 # --------------------------------------------------------------------------------------------------------------- plans
 
 
-def set_up(pipe: "DiffusionPipeline", plan: "Plan") -> None:
+def set_up(pipe: Any, plan: "Plan") -> None:
     """Turn the plan's techniques on. What else the user has set stays."""
     how = plan.techniques
     device = pipe._execution_device if pipe._execution_device.type != "cpu" else None
@@ -201,7 +200,7 @@ def set_up(pipe: "DiffusionPipeline", plan: "Plan") -> None:
 
 
 def plan_for(
-    pipe: "DiffusionPipeline", memory: str | float | None, frames: int, height: int | None, width: int | None,
+    pipe: Any, memory: str | float | None, frames: int, height: int | None, width: int | None,
     videos: int, guidance: bool, chunk: int | None,
 ) -> "Plan":
     """`DiffusionPipeline.plan`."""
@@ -224,7 +223,7 @@ def plan_for(
     return plan
 
 
-def current(pipe: "DiffusionPipeline") -> "Techniques":
+def current(pipe: Any) -> "Techniques":
     """What is on."""
     from ..memory.plan import Techniques
 
@@ -241,7 +240,7 @@ def current(pipe: "DiffusionPipeline") -> "Techniques":
 
 
 def video_of(
-    pipe: "DiffusionPipeline", shape: Iterable[int], guidance: bool, encodes: bool, chunk: int | None
+    pipe: Any, shape: Iterable[int], guidance: bool, encodes: bool, chunk: int | None
 ) -> "Video":
     """shape (b c f h w), of the latents."""
     from ..memory.plan import Video
@@ -259,7 +258,7 @@ def available(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**62
 
 
-def foresee(pipe: "DiffusionPipeline", x: Tensor, guidance: bool) -> None:
+def foresee(pipe: Any, x: Tensor, guidance: bool) -> None:
     """On CUDA, before the work: a warning where the rest of the call would not fit, with the plan that would."""
     if x.device.type != "cuda":
         return
@@ -293,7 +292,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def explained(pipe: "DiffusionPipeline", error: BaseException) -> torch.OutOfMemoryError:
+def explained(pipe: Any, error: BaseException) -> torch.OutOfMemoryError:
     """The error, with the plan that fits. What the failed call held is let go."""
     from ..memory.plan import planner_of
 

@@ -7,7 +7,7 @@ by frame; what ties the frames together is the UNet.
 import copy
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -18,14 +18,11 @@ from ..schedulers.base import randn
 from .checks import Generators, check_finite, check_latents, check_pixels, check_result, unwrapped
 from .frames import to_tensor
 
-if TYPE_CHECKING:
-    from .base import DiffusionPipeline
-
 ENCODED_AT_ONCE = 8  # frames: what the VAE's first layers need would otherwise grow with the video
 
 
 def read(
-    pipe: "DiffusionPipeline", video: Any, latents: Tensor | None, height: int | None, width: int | None,
+    pipe: Any, video: Any, latents: Tensor | None, height: int | None, width: int | None,
     resize: str = "bicubic",
 ) -> Tensor:
     """What to begin with, checked: pixels (b 3 f h w) in [-1, 1], or latents (b c f h w)."""
@@ -112,7 +109,7 @@ def lay_grid(
 
 
 def encode_video(
-    pipe: "DiffusionPipeline", x: Tensor, batch: int, generator: Generators, dtype: torch.dtype,
+    pipe: Any, x: Tensor, batch: int, generator: Generators, dtype: torch.dtype,
     chunk: int = ENCODED_AT_ONCE, upcast: bool = False,
 ) -> Tensor:
     """x (b 3 f h w), or latents (b c f h w), which pass -> latents (batch c f h w), as the VAE draws them.

@@ -1,0 +1,80 @@
+"""Plans for models that are not loaded: what their configs say is enough, and weights are on `meta`."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minit2v_convert.rename import nearest
+
+from ..files import embedded, hub
+from ..files.weights import Weightless
+from ..memory.plan import Planner, Video, on_meta
+from ..models.unet2d import UNet2DConditionModel
+from ..models.unet_motion import MotionAdapter, UNetMotionModel
+from .animatediff import AnimateDiffPipeline
+from .blank import MODELS, NETWORKS
+from .files import INDEX, read_index
+from .text_to_video import TextToVideoSDPipeline
+
+
+def planner_of_model(
+    name: str, video: Video | None = None, dtype: torch.dtype = torch.float16, device: str = "cuda",
+    **size: Any,
+) -> Planner:
+    """Of a folder, a hub id, an embedded model, or one whose configs are in this package (`minit2v blank`).
+
+    size: fields of the video, of which those that are not given are the model's own. ValueError where the name is
+    of no whole model.
+    """
+    kind, configs = find_configs(name)
+    networks = {part: on_meta(c, config, dtype) for part, (c, config) in configs.items()}
+    if (adapter := networks.pop("motion_adapter", None)) is not None or isinstance(
+        networks.get("unet"), UNet2DConditionModel
+    ):
+        with torch.device("meta"), Weightless():
+            adapter = adapter if adapter is not None else MotionAdapter().to(dtype)
+            if isinstance(networks["unet"], UNet2DConditionModel):
+                networks["unet"] = UNetMotionModel.from_unet2d(networks["unet"], adapter).to(dtype).eval()
+    if video is None:
+        own = networks["unet"].config.sample_size
+        own = (own, own) if isinstance(own, int) else own
+        rows, columns = (n * networks["vae"].config.factor for n in own)
+        given = {k: v for k, v in size.items() if v is not None}
+        chunk = inspect.signature(kind.__call__).parameters["decode_chunk_size"].default
+        video = Video(**{"frames": 16, "height": rows, "width": columns, "chunk": chunk} | given)
+    for side in ("height", "width"):
+        if getattr(video, side) % networks["vae"].config.factor:
+            raise ValueError(f"{side} must be a multiple of {networks['vae'].config.factor}, not "
+                             f"{getattr(video, side)}")
+    return Planner(networks, video, device, kind)
+
+# Counting --------------------------------------------------------------------------------------------------------
+
+
+def find_configs(name: str) -> tuple[Any, dict[str, tuple[Any, Any]]]:
+    """The pipeline's class, and {part: (class, content of config.json)} of its networks. Raises ValueError."""
+    short = next((m for s, m in MODELS.items() if name.lower() in (s, *(i.lower() for i in m.ids))), None)
+    if short is not None and not Path(name).exists():
+        if "unet" not in short.parts:
+            raise ValueError(f"{name} is a motion adapter: plan the image model that it goes with, such as sd-1.5")
+        parts = {part: (NETWORKS[c.get("_class_name") or c["architectures"][0]], c) for part, c in short.parts.items()}
+        video = parts["unet"][0].__name__ == "UNet3DConditionModel"
+        return (TextToVideoSDPipeline if video else AnimateDiffPipeline), parts
+    if embedded.find(name) is None and not Path(name).expanduser().exists() and "/" not in name:
+        known = [*MODELS, *embedded.NAMES]
+        raise ValueError(f"no model {name!r}{nearest(name, known)}; there are {', '.join(known)}, folders and hub ids")
+    path = hub.local(name)
+    index = read_index(path, None, {})
+    found = {}
+    for part, entry in index.items():
+        if part.startswith("_") or not isinstance(entry, list | tuple) or len(entry) != 2:
+            continue
+        cls = NETWORKS.get(entry[1]) or (UNetMotionModel if entry[1] == "UNetMotionModel" else None)
+        if cls is not None:
+            found[part] = cls, hub.read_json(path, "config.json", subfolder=part)
+    if "unet" not in found or "vae" not in found:
+        raise ValueError(f"{name}: its {INDEX} names no UNet and VAE of this package")
+    video = found["unet"][0].__name__ == "UNet3DConditionModel"
+    return (TextToVideoSDPipeline if video else AnimateDiffPipeline), found
