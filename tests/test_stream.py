@@ -3,6 +3,7 @@
 import copy
 import io
 import itertools
+import os
 
 import pytest
 import torch
@@ -214,6 +215,7 @@ def resident(span):
 @pytest.mark.skipif(not hasattr(__import__("os"), "posix_fadvise"), reason="asks Linux what is resident")
 def test_mapped_weights_are_let_go(unet, tmp_path):
     unet.save_pretrained(tmp_path / "unet")
+    os.sync()  # the system keeps pages that are not on the disk yet
     mapped = UNet3DConditionModel.from_pretrained(tmp_path / "unet")
     weight = mapped.up[0].blocks[0].res.conv1.weight
     span = next(s for s in mapped_spans() if s[0] <= weight.data_ptr() < s[1])
