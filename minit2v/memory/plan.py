@@ -24,6 +24,7 @@ from ..fast.executor import UNETS, Executor, UNetExecutor, VAEExecutor
 from ..fast.ops import Ops
 from ..files.weights import Weightless
 from ..models.vae import AutoencoderKL
+from ..pipelines.checks import unwrapped
 from .live import GIB, peak_beside, size
 from .stream import room, split, stored_bytes
 
@@ -373,8 +374,3 @@ def planner_of(pipe: Any, video: Video, device: str | None = None) -> Planner:
     names = ("text_encoder", "unet", "vae")
     networks = {name: twin(unwrapped(getattr(pipe, name))) for name in names if getattr(pipe, name) is not None}
     return Planner(networks, video, device or ("cpu" if pipe._execution_device.type == "cpu" else "cuda"), type(pipe))
-
-
-def unwrapped(network: Any) -> Any:
-    return getattr(network, "_orig_mod", network)
-
