@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from functools import cache
@@ -16,12 +17,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from minit2v_convert.sparse import Manifest, write_sparse_safetensors
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one core for each: threads of two would wait for each other
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+
+# tqdm's own lock is shared with forked processes: a child that is killed while it draws a bar holds it for ever.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0  # and its thread could hold this one at the moment of a fork
 
 DATA = Path(__file__).parent / "data"
 
@@ -126,6 +132,12 @@ def _write_tiny_vocabulary(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({token: n for n, token in enumerate(tokens)}, ensure_ascii=False))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A worker that ends is replaced once: xdist runs the test that ended it again in every new one."""
+    if getattr(config.option, "maxworkerrestart", "") is None:
+        config.option.maxworkerrestart = "1"
 
 
 def _default_signals() -> None:
