@@ -25,8 +25,8 @@ import kernels
 from minit2v_kernels import attention, norm
 
 HERE = Path(__file__).resolve().parent
-# NVIDIA's data sheet of the H200 SXM: memory bandwidth, and dense bfloat16 products. No program reaches them. A figure with
-# them is a model, and says so.
+# NVIDIA's data sheet of the H200 SXM: memory bandwidth, and dense bfloat16 products. No program reaches them. A
+# figure with them is a model, and says so.
 COPY, PRODUCT = 4.8e12, 989e12
 WORKLOAD = "zeroscope"
 
