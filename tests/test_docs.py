@@ -152,3 +152,18 @@ def test_figures_are_drawn(facts, kernel_facts, full, motion, tmp_path):
     for path in drawn:
         assert path.stat().st_size > 30_000
         assert (FIGURES / path.name).stat().st_size < 300_000
+
+
+def test_sentences_are_short():
+    """At most 17 words on average on each page, and 30 in any sentence: docs/sentences.py lists the longest."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        import sentences
+    finally:
+        sys.path.pop(0)
+    page = "# A heading\n\nOne two. `x y` is\nthree [a b](c).\n\n| a | table |\n\n- Last\n"
+    assert [sentences.words(s) for s in sentences.sentences(page)] == [2, 5, 1]
+    texts = {page.relative_to(ROOT).as_posix(): page.read_text() for page in sentences.PAGES}
+    assert {name: mean for name, text in texts.items() if (mean := sentences.mean(text)) > 17} == {}
+    found = [(name, s) for name, text in texts.items() for s in sentences.sentences(text)]
+    assert [(name, s) for name, s in found if sentences.words(s) > 30] == []
