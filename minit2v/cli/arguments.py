@@ -101,122 +101,144 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser() -> Parser:
     """The parser of `minit2v` and of all its commands."""
-    parser = Parser(prog="minit2v", description="Text-to-video diffusion.")
+    parser = Parser(prog="minit2v", description="Make videos from texts with diffusion models.")
     parser.add_argument("--version", action="version", version=f"minit2v {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    generate = commands.add_parser("generate", help="make videos of texts")
-    restyle = commands.add_parser("restyle", help="make a video of a video and a text")
+    generate = commands.add_parser("generate", help="make videos from texts")
+    restyle = commands.add_parser("restyle", help="make a new video from a video and a text")
     animate = commands.add_parser("animate", help="make videos with an image model and a motion adapter (AnimateDiff)")
     restyle.add_argument("video", help="a video, a GIF, or a folder of images")
     for sub in (generate, restyle, animate):
-        sub.add_argument("prompt", nargs="*", default=[], help="what to show; each prompt makes a file")
-        sub.add_argument("--prompts", metavar="FILE", help="a file with one prompt per line, - for standard input")
+        sub.add_argument("prompt", nargs="*", default=[], help="a text that says what to show; each makes a file")
+        sub.add_argument("--prompts", metavar="FILE",
+                         help="read prompts from this file, one in each line; - is standard input")
         if sub is not restyle:
-            sub.add_argument("--replay", metavar="VIDEO", help="make this video again; options given here win")
+            sub.add_argument("--replay", metavar="VIDEO",
+                             help="make this video again with its settings; options that you give replace them")
             sub.add_argument("--trust", action="store_true", default=False,
-                             help="use the models and videos that the replayed file names, whoever made it")
-            sub.add_argument("--num-frames", type=_whole, metavar="N", help="length of the video")
+                             help="allow the models and videos that the replayed file names")
+            sub.add_argument("--num-frames", type=_whole, metavar="N", help="number of frames (default: 16)")
         if sub is animate:
             sub.add_argument("--base", metavar="MODEL", help="an image model of Stable Diffusion 1.5, or a whole "
-                             "AnimateDiff model: a folder or a hub id; shapes-image is the one in this package")
-            sub.add_argument("--adapter", metavar="MODEL", help="the motion adapter: a folder or a hub id; "
-                             f"shapes-motion for shapes-image, else {ADAPTER}")
-            sub.add_argument("--video", metavar="VIDEO", help="begin with a video, a GIF, or a folder of images")
+                             "AnimateDiff model: a folder, a file or a hub id (default: shapes-image, in this package)")
+            sub.add_argument("--adapter", metavar="MODEL", help="the motion adapter: a folder, a file or a hub id "
+                             f"(default: shapes-motion for shapes-image, else {ADAPTER})")
+            sub.add_argument("--video", metavar="VIDEO", help="begin with this video, GIF or folder of images")
             pictures.add_arguments(sub)
         else:
-            sub.add_argument("--model", help="a folder or a hub id; shapes is the one in this package")
+            sub.add_argument("--model", help="a folder, a file or a hub id (default: shapes, in this package)")
         if sub is not generate:
-            sub.add_argument("--from", type=_number(0, 1e6), metavar="SECONDS", help="begin here in the video")
-            sub.add_argument("--to", type=_number(0, 1e6), metavar="SECONDS", help="end here in the video")
-            sub.add_argument("--every", type=_whole, metavar="N", help="take every n-th frame of the video")
+            sub.add_argument("--from", type=_number(0, 1e6), metavar="SECONDS",
+                             help="begin at this time of the video (default: its start)")
+            sub.add_argument("--to", type=_number(0, 1e6), metavar="SECONDS",
+                             help="end at this time of the video (default: its end)")
+            sub.add_argument("--every", type=_whole, metavar="N",
+                             help="use only every N-th frame of the video (default: 1)")
             sub.add_argument("--strength", type=_number(0, 1), metavar="S",
-                             help="how far to go from the video: 0 not at all, 1 all the way; 0.6")
+                             help="how much to change the video: 0 is nothing, 1 is everything (default: 0.6)")
         long_videos.add_options(sub, _whole)
         sub.add_argument("--free-init", action=argparse.BooleanOptionalAction,
-                         help="steadier videos in three times the time (FreeInit)")
-        whose = " (the base's)" if sub is animate else ""
+                         help="make steadier videos, which takes three times as long (FreeInit)")
+        whose = ", for the base model" if sub is animate else ""
         sub.add_argument("--revision", metavar="NAME", help=f"branch, tag or commit on the hub{whose}")
-        sub.add_argument("--vae", metavar="MODEL", help="another VAE: a file, a folder or a hub id")
-        sub.add_argument("--tokenizer", metavar="MODEL", help="another tokenizer: a folder or a hub id")
-        sub.add_argument("--config", metavar="MODEL", help="a folder or a hub id that has what a file of weights lacks")
+        sub.add_argument("--vae", metavar="MODEL", help="use another VAE: a file, a folder or a hub id")
+        sub.add_argument("--tokenizer", metavar="MODEL", help="use another tokenizer: a folder or a hub id")
+        sub.add_argument("--config", metavar="MODEL",
+                         help="take the config from this folder or hub id, if the model is a single file")
         sub.add_argument("--lora", type=adapters.lora, action="append", metavar="FILE[:WEIGHT]",
-                         help="a LoRA: a file, a folder or a hub id, and how strong: 1; may be given several times")
+                         help="add a LoRA: a file, a folder or a hub id, and its weight (default: 1); can be repeated")
         if sub is animate:
             sub.add_argument("--motion-lora", type=adapters.lora, action="append", metavar="NAME[:WEIGHT]",
-                             help=f"a LoRA of the motion: {', '.join(adapters.MOTIONS)}, a file, a folder or a hub id")
+                             help=f"add a motion LoRA: {', '.join(adapters.MOTIONS)}, a file, a folder or a hub id")
         sub.add_argument("--embedding", type=adapters.embedding, action="append", metavar="FILE[:WORD]",
-                         help="a word that stands for learned vectors (textual inversion), and its name in prompts")
-        sub.add_argument("--variant", metavar="NAME", help="variant of the weights' files: fp16"
-                         + " (of the adapter's where there is one)" * (sub is animate))
-        sub.add_argument("--negative-prompt", metavar="TEXT", help="what not to show")
-        sub.add_argument("--steps", type=_whole, metavar="N", help="denoising steps")
-        sub.add_argument("--guidance-scale", type=_number(0, 1000), metavar="G", help="how close to the prompt")
-        sub.add_argument("--scheduler", type=_scheduler, metavar="NAME", help="solver: `--scheduler help` lists them"
-                         + "; on Stable Diffusion ddim, and all with linear betas" * (sub is animate))
-        sub.add_argument("--seed", type=_seed, metavar="N", help="of the noise, the same for each prompt; else drawn")
+                         help="add a textual inversion, and the word for it in prompts; can be repeated")
+        sub.add_argument("--variant", metavar="NAME", help="variant of the files of weights, such as fp16"
+                         + "; for the adapter too, if it has it" * (sub is animate))
+        sub.add_argument("--negative-prompt", metavar="TEXT", help="a text that says what not to show")
+        sub.add_argument("--steps", type=_whole, metavar="N",
+                         help="number of denoising steps (default: 50; 25 for shapes)")
+        sub.add_argument("--guidance-scale", type=_number(0, 1000), metavar="G",
+                         help="how strongly the prompt counts; 1 turns guidance off")
+        sub.add_argument("--scheduler", type=_scheduler, metavar="NAME",
+                         help="the solver; `--scheduler help` lists them"
+                         + " (default for Stable Diffusion: ddim; all use linear betas there)" * (sub is animate))
+        sub.add_argument("--seed", type=_seed, metavar="N",
+                         help="random seed, used for every prompt (default: a random one)")
         size = {generate: "the model's", restyle: "the video's"}.get(sub, "the video's or the model's")
-        sub.add_argument("--height", type=_whole, metavar="PIXELS", help=f"if not {size}")
-        sub.add_argument("--width", type=_whole, metavar="PIXELS", help=f"if not {size}")
+        sub.add_argument("--height", type=_whole, metavar="PIXELS", help=f"height of the new video (default: {size})")
+        sub.add_argument("--width", type=_whole, metavar="PIXELS", help=f"width of the new video (default: {size})")
         sub.add_argument("--fps", type=_number(0.01, 1000), metavar="RATE",
-                         help="frames per second: 8" + ", if not the video's" * (sub is not generate))
+                         help="frames per second (default: 8" + ", or the video's" * (sub is not generate) + ")")
         sub.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
-                         help="of the weights: float16 on cuda, else float32")
-        sub.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, ...")
-        sub.add_argument("--compat", choices=("diffusers",), help="give the reference's numbers where ours differ")
+                         help="number format of the weights (default: float16 on cuda, else float32)")
+        sub.add_argument("--device", metavar="NAME",
+                         help="where to compute: auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
+        sub.add_argument("--compat", choices=("diffusers",),
+                         help="give the numbers of diffusers where minit2v differs from it")
         sub.add_argument("--kernels", type=_kernels, metavar="CHOICE", help="how to run the fused operations: auto, "
-                         "torch, triton, or with choices for some: torch,geglu=triton")
+                         "torch, triton, or a choice for single ones: torch,geglu=triton (default: auto)")
         sub.add_argument("--optimize", action=argparse.BooleanOptionalAction,
-                         help="move weights in memory for speed; on cuda, launch steps as CUDA graphs. With "
-                         "--no-optimize the networks run as they are written")
+                         help="arrange the weights for speed, and use CUDA graphs on cuda; --no-optimize runs the "
+                         "networks as they are written")
         sub.add_argument("-o", "--output", type=_output, metavar="PATH",
-                         help=f"a file ({', '.join(SUFFIXES)}; replaced), or a folder (names are made, none replaced)")
 
-    inspect = commands.add_parser("inspect", help="say what is in a model, without loading its weights")
+                         help=f"a file ({', '.join(SUFFIXES)}), which is replaced; or a folder, in which nothing is "
+                         f"replaced")
+
+    inspect = commands.add_parser("inspect", help="show what is in a model, without loading its weights")
     inspect.add_argument("model", help=f"a folder, a file of weights, a hub id, {' or '.join(embedded.NAMES)}")
     inspect.add_argument("--revision", metavar="NAME", help="branch, tag or commit on the hub")
-    inspect.add_argument("--variant", metavar="NAME", help="variant of the weights' files: fp16")
+    inspect.add_argument("--variant", metavar="NAME", help="variant of the files of weights, such as fp16")
 
-    convert = commands.add_parser("convert", help="from one layout to another: .ckpt, .pth, .safetensors, "
-                                  "folders")
+    convert = commands.add_parser("convert", help="convert checkpoints between layouts: .ckpt, .pth, "
+                                  ".safetensors, folders")
     convert.add_argument("src", metavar="SRC", help="a file of weights, or a folder")
-    convert.add_argument("dst", metavar="DST", help="what to write; nothing is replaced")
-    convert.add_argument("--to", choices=("diffusers", "authors", "single-file"), help="the layout: diffusers")
-    convert.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="of the weights, if not as they are")
-    convert.add_argument("--tokenizer", metavar="MODEL", help="a folder or hub id that has one; authors' files do not")
-    convert.add_argument("--config", metavar="MODEL", help="a folder, hub id or config.json for what authors' "
-                         "files do not say")
-    convert.add_argument("--variant", metavar="NAME", help="variant of a folder's weights: fp16")
-    convert.add_argument("--bin", action="store_true", default=False, help="weights in .bin files, not .safetensors")
-    convert.add_argument("--ema", action="store_true", default=False, help="take a single file's moving average")
-    convert.add_argument("--dry-run", action="store_true", default=False, help="print the mapping and write nothing")
+    convert.add_argument("dst", metavar="DST", help="the new file or folder; nothing is replaced")
+    convert.add_argument("--to", choices=("diffusers", "authors", "single-file"),
+                         help="the new layout (default: diffusers)")
+    convert.add_argument("--dtype", choices=("fp32", "fp16", "bf16"),
+                         help="number format of the weights (default: no change)")
+    convert.add_argument("--tokenizer", metavar="MODEL",
+                         help="take the tokenizer from this folder or hub id, because authors' files "
+                         "have none")
+    convert.add_argument("--config", metavar="MODEL", help="take the config from this folder, hub id or "
+                         "config.json, if the file does not say it")
+    convert.add_argument("--variant", metavar="NAME", help="variant of the files of weights in a folder, such as fp16")
+    convert.add_argument("--bin", action="store_true", default=False, help="write .bin files instead of .safetensors")
+    convert.add_argument("--ema", action="store_true", default=False,
+                         help="take the moving average of the weights, if a single file has one")
+    convert.add_argument("--dry-run", action="store_true", default=False,
+                         help="print the mapping of names, and write nothing")
 
-    blank = commands.add_parser("blank", help="write the folder of an official model, of full size, with zeros for its "
-                                "weights: to test and measure without a download")
+    blank = commands.add_parser("blank", help="write the folder of an official model with zeros as weights, for tests "
+                                "without a download")
     blank.add_argument("model", metavar="MODEL", help="ms-1.7b, zeroscope-v2-576w, zeroscope-v2-xl, sd-1.5, "
                        "motion-v1-5-2, ..., or a hub id")
-    blank.add_argument("dst", metavar="DIR", help="a folder that is not there or empty")
+    blank.add_argument("dst", metavar="DIR", help="a new or empty folder")
 
-    plan = commands.add_parser("plan", help="say how much memory a video takes, with and without each technique, and "
-                               "the fastest way that fits; no weights are needed")
+    plan = commands.add_parser("plan", help="count how much memory a video needs with each technique, and choose a "
+                               "plan that fits; no weights are needed")
     plan.add_argument("--model", default="shapes", help="a folder, a hub id, or ms-1.7b, zeroscope-v2-576w, "
-                      "zeroscope-v2-xl, sd-1.5: shapes")
-    plan.add_argument("--num-frames", type=_whole, metavar="N", help="length of the video: 16")
-    plan.add_argument("--height", type=_whole, metavar="PIXELS", help="if not the model's")
-    plan.add_argument("--width", type=_whole, metavar="PIXELS", help="if not the model's")
+                      "zeroscope-v2-xl, sd-1.5 (default: shapes)")
+    plan.add_argument("--num-frames", type=_whole, metavar="N", help="number of frames (default: 16)")
+    plan.add_argument("--height", type=_whole, metavar="PIXELS", help="height of the video (default: the model's)")
+    plan.add_argument("--width", type=_whole, metavar="PIXELS", help="width of the video (default: the model's)")
     plan.add_argument("--dtype", choices=("float32", "float16", "bfloat16"),
-                      help="of the weights: float16, for a CPU float32")
-    plan.add_argument("--memory", type=_memory, metavar="SIZE", help="what there is, such as 8GiB: chooses a plan")
-    plan.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where it is to run: cuda")
+                      help="number format of the weights (default: float16, on a CPU float32)")
+    plan.add_argument("--memory", type=_memory, metavar="SIZE",
+                      help="choose a plan that fits into this memory, such as 8GiB")
+    plan.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to compute (default: cuda)")
 
-    bisect = commands.add_parser("bisect", help="run a step with each fused operation in turn as a Triton kernel, and "
-                                 "say how far each is from float64")
-    bisect.add_argument("model", nargs="?", default="shapes", help="a folder or a hub id: shapes")
-    bisect.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16", help="float16")
-    bisect.add_argument("--device", default="auto", metavar="NAME", help="cuda, or the CPU by Triton's interpreter")
-    bisect.add_argument("--frames", type=_whole, default=3, metavar="N", help="of the video: 3")
-    bisect.add_argument("--height", type=_whole, default=32, metavar="PIXELS", help="32")
-    bisect.add_argument("--width", type=_whole, default=32, metavar="PIXELS", help="32")
+    bisect = commands.add_parser("bisect", help="run one step with each Triton kernel in turn, and print its error "
+                                 "against float64")
+    bisect.add_argument("model", nargs="?", default="shapes", help="a folder or a hub id (default: shapes)")
+    bisect.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16",
+                        help="number format (default: float16)")
+    bisect.add_argument("--device", default="auto", metavar="NAME", help="cuda, or cpu with Triton's interpreter")
+    bisect.add_argument("--frames", type=_whole, default=3, metavar="N", help="number of frames (default: 3)")
+    bisect.add_argument("--height", type=_whole, default=32, metavar="PIXELS", help="height of the video (default: 32)")
+    bisect.add_argument("--width", type=_whole, default=32, metavar="PIXELS", help="width of the video (default: 32)")
 
     for sub in (generate, restyle, animate, inspect, convert, blank, plan, bisect):
         sub.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")

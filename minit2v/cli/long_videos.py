@@ -26,17 +26,19 @@ class TextAt(argparse.Action):
 def add_options(sub: argparse.ArgumentParser, whole: Any) -> None:
     """whole: the parser of positive whole numbers."""
     sub.add_argument("--window", type=whole, metavar="N",
-                     help="make videos of any length: the model sees N frames at a time (16 for most models)")
-    sub.add_argument("--window-overlap", type=whole, metavar="N", help="frames that a window shares with the next: 4")
-    sub.add_argument("--loop", action=argparse.BooleanOptionalAction, help="the first frame follows the last")
+                     help="make long videos: the model sees N frames at a time (16 fits most models)")
+    sub.add_argument("--window-overlap", type=whole, metavar="N",
+                     help="number of frames that two windows share (default: 4)")
+    sub.add_argument("--loop", action=argparse.BooleanOptionalAction,
+                     help="make a loop: the last frame leads to the first")
     sub.add_argument("--free-noise", action=argparse.BooleanOptionalAction,
-                     help="use the noise of one window again and again, so that all windows are alike (FreeNoise)")
+                     help="repeat the noise of the first window, so that all windows look alike (FreeNoise)")
     sub.add_argument("--prompt-at", nargs=2, action=TextAt, metavar=("FRAME", "TEXT"),
-                     help="another text from this frame on, reached step by step; may be given several times")
+                     help="use another text from this frame on; the frames before lead to it; can be repeated")
     sub.add_argument("--prompt-interpolation", choices=("linear", "spherical"),
-                     help="the way from one text to the next: linear")
+                     help="how to go from one text to the next (default: linear)")
     sub.add_argument("--prompt-weights", action=argparse.BooleanOptionalAction,
-                     help="read (word:1.3), [word] and BREAK in prompts, and prompts of any length, as A1111 does")
+                     help="read (word:1.3), [word] and BREAK in prompts, and long prompts, as A1111 does")
 
 
 def prompt_of(line: str) -> tuple[str, dict[int, str]]:

@@ -14,10 +14,10 @@ OPTIONS = ("ip_adapter", "image")  # settings that are lists; beside them, under
 
 
 def add_arguments(parser: Any) -> None:
-    parser.add_argument("--ip-adapter", action="append", metavar="FILE", help="show the model a picture with this "
-                        "IP-Adapter: a file, or owner/name/file on the hub; may be given several times")
-    parser.add_argument("--image", action="append", type=_picture, metavar="PICTURE[:SCALE]", help="the picture, and "
-                        "how much it counts: 1; with one IP-Adapter it may be given several times, else one for each")
+    parser.add_argument("--ip-adapter", action="append", metavar="FILE", help="use an image as a prompt with this "
+                        "IP-Adapter: a file, or owner/name/file on the hub; can be repeated")
+    parser.add_argument("--image", action="append", type=_picture, metavar="PICTURE[:SCALE]", help="the image, and "
+                        "its weight (default: 1); with one IP-Adapter it can be repeated, else give one for each")
 
 
 def _picture(text: str) -> str:
