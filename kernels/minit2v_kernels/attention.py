@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import interpreting, launch, pick, sizes, triton_op
+from ._dispatch import autocast, interpreting, launch, pick, sizes, triton_op
 
 MAX_HEADS = 65535  # what one axis of a CUDA grid may count; a video of 1024x576 has 9,216 x 8 in its first layer
 MOST_HEAD_DIM = 256  # of the kernel: wider heads leave a multiprocessor's shared memory
@@ -36,8 +36,12 @@ def temporal_attention(
     if window is not None and window < 1:
         raise ValueError(f"temporal_attention: window must be at least 1, the frame itself, not {window}")
     window = q.shape[1] if window is None else min(window, q.shape[1])
-    if pick("temporal_attention", impl, q, k, v) == "torch":
+    picked = pick("temporal_attention", impl, q, k, v)
+    if picked == "torch":
         return temporal_attention_ref(q, k, v, causal, window)
+    if callable(picked):
+        return picked(q, k, v, causal, window)
+    q, k, v = autocast(q, k, v, product=True)
     expect(q, k, v)
     return temporal_attention_triton(q, k, v, causal, window)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import family, interpreting, launch, pick, sizes, triton_op
+from ._dispatch import autocast, family, interpreting, launch, pick, sizes, triton_op
 from .feed_forward import ENOUGH, programs, tile
 
 
@@ -25,8 +25,12 @@ def temporal_conv(
     channels-last memory (torch.channels_last_3d) is read where it is, any other is rearranged at every call of the
     kernel. impl: "torch", "triton" or "auto", see `_dispatch.pick`.
     """
-    if pick("temporal_conv", impl, x, weight, bias, residual) == "torch":
+    picked = pick("temporal_conv", impl, x, weight, bias, residual)
+    if picked == "torch":
         return temporal_conv_ref(x, weight, bias, residual)
+    if callable(picked):
+        return picked(x, weight, bias, residual)
+    x, weight, bias, residual = autocast(x, weight, bias, residual, product=True)
     expect(x, weight, bias, residual)
     return temporal_conv_triton(x, weight, bias, residual)
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import family, interpreting, launch, pick, sizes, triton_op
+from ._dispatch import autocast, family, interpreting, launch, pick, sizes, triton_op
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -35,8 +35,12 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor, *, impl: str | None = None) -
 
     GELU is the exact one, by erf. impl: "torch", "triton" or "auto", see `_dispatch.pick`.
     """
-    if pick("geglu", impl, x, weight, bias) == "torch":
+    picked = pick("geglu", impl, x, weight, bias)
+    if picked == "torch":
         return geglu_ref(x, weight, bias)
+    if callable(picked):
+        return picked(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias, product=True)
     expect(x, weight, bias)
     return geglu_triton(x, weight, bias)
 

@@ -33,7 +33,9 @@ def layer_norm(
     Statistics in float32 or wider. positions: added after the norm, by the place on axis 1. impl: see `_dispatch.pick`.
     """
     expect(x, None, weight, bias, positions)
-    picked = pick("add_layer_norm", impl, x, weight, bias, positions)
+    picked = pick("layer_norm", impl, x, weight, bias, positions)
+    if callable(picked):
+        return picked(x, weight, bias, eps, positions)
     chosen = layer_norm_ref if picked == "torch" else layer_norm_triton
     return chosen(x, weight, bias, eps, positions)
 
@@ -51,6 +53,8 @@ def add_layer_norm(
     """s = x + residual, both (b f ... d) -> (s, layer_norm(s, ...)): the norm of s as it is returned, rounded."""
     expect(x, residual, weight, bias, positions)
     picked = pick("add_layer_norm", impl, x, residual, weight, bias, positions)
+    if callable(picked):
+        return picked(x, residual, weight, bias, eps, positions)
     chosen = add_layer_norm_ref if picked == "torch" else add_layer_norm_triton
     return chosen(x, residual, weight, bias, eps, positions)
 

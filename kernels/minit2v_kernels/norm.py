@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import family, launch, pick, sizes, triton_op
+from ._dispatch import autocast, family, launch, pick, sizes, triton_op
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -47,8 +47,12 @@ def group_norm_silu(
     The result is in channels-last memory where x is, else contiguous. ValueError on shapes that do not fit.
     """
     expect("group_norm_silu", x, weight, bias, groups, frames, skip, emb)
-    if pick("group_norm_silu", impl, x, weight, bias, skip, emb) == "torch":
+    picked = pick("group_norm_silu", impl, x, weight, bias, skip, emb)
+    if picked == "torch":
         return group_norm_silu_ref(x, weight, bias, groups, eps, silu, frames, skip, emb)
+    if callable(picked):
+        return picked(x, weight, bias, groups, eps, silu, frames, skip, emb)
+    x, skip, emb = autocast(x, skip, emb, product=False)
     expect_dtypes("group_norm_silu", x, skip, emb)
     return group_norm_silu_triton(x, weight, bias, groups, eps, silu, frames, skip, emb)
 
@@ -69,8 +73,12 @@ def add_group_norm_silu(
     expect("add_group_norm_silu", x, weight, bias, groups, frames)
     if x.shape != residual.shape:
         raise ValueError(f"add_group_norm_silu: residual is {tuple(residual.shape)}, and x {tuple(x.shape)}")
-    if pick("group_norm_silu", impl, x, residual, weight, bias) == "torch":
+    picked = pick("add_group_norm_silu", impl, x, residual, weight, bias)
+    if picked == "torch":
         return add_group_norm_silu_ref(x, residual, weight, bias, groups, eps, silu, frames)
+    if callable(picked):
+        return picked(x, residual, weight, bias, groups, eps, silu, frames)
+    x, residual = autocast(x, residual, product=False)
     expect_dtypes("add_group_norm_silu", x, residual)
     return add_group_norm_silu_triton(x, residual, weight, bias, groups, eps, silu, frames)
 

@@ -88,9 +88,18 @@ def test_auto_is_triton_only_where_it_is_proven(monkeypatch):
     monkeypatch.delenv("MINIT2V_KERNELS", raising=False)
     monkeypatch.setattr(_dispatch, "has_triton", lambda: True)
     monkeypatch.setattr(_dispatch, "family", lambda device: "sm_90")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for proven, impl in ((set(), "torch"), ({"sm_80"}, "torch"), ({"sm_80", "sm_90"}, "triton")):
-        monkeypatch.setitem(_dispatch.PROVEN, "group_norm_silu", frozenset(proven))
-        assert _dispatch.pick("group_norm_silu", None, OnGPU()) == impl
+        of_op = {"eager": frozenset(proven), "graph": frozenset()}
+        monkeypatch.setitem(_dispatch.PROVEN, "group_norm_silu", of_op)
+        for op in ("group_norm_silu", "add_group_norm_silu"):
+            assert _dispatch.pick(op, None, OnGPU()) == _dispatch.pick(op, None, OnGPU(), launched="eager") == impl
+            assert _dispatch.pick(op, None, OnGPU(), launched="graph") == "torch"
+    with monkeypatch.context() as capturing:  # in a graph that somebody captures
+        capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert _dispatch.pick("group_norm_silu", None, OnGPU()) == "torch"
+        capturing.setitem(of_op, "graph", frozenset({"sm_90"}))
+        assert _dispatch.pick("group_norm_silu", None, OnGPU()) == "triton"
     # What a result proves: one 16-bit dtype, no gradients, no autocast.
     single, wanting = OnGPU(torch.float32), OnGPU(requires_grad=True)
     for tensors in ((single,), (OnGPU(), single), (wanting,), (OnGPU(), None, wanting)):
@@ -111,7 +120,7 @@ def test_auto_is_triton_only_where_it_is_proven(monkeypatch):
 def test_the_environment_may_choose_for_each_op(setting, impls):
     chosen = _dispatch.choices(setting)
     assert (chosen["group_norm_silu"], chosen["geglu"]) == impls
-    assert set(chosen) == set(_dispatch.PROVEN)
+    assert set(chosen) == set(_dispatch.OPS) and chosen["add_group_norm_silu"] == impls[0]
 
 
 def test_an_unknown_op_in_the_environment():
@@ -125,7 +134,7 @@ def test_recorded_launches_run_nothing():
         x, w = torch.empty(2, 64, 8, 8, device="meta"), torch.empty(64, device="meta")
         y = group_norm_silu(x, w, w, 32, impl="triton")
     assert y.is_meta and launches and all(0 < size for launch in launches for size in launch.grid)
-    assert _dispatch.recorded is None
+    assert not _dispatch.recordings
 
 
 def test_a_grid_that_no_gpu_takes():
