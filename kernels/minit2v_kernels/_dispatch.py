@@ -117,6 +117,14 @@ def contender(op: str, name: str) -> Callable[..., Any]:
     return contenders[op, name]
 
 
+def own(setting: str) -> dict[str, str]:
+    """$MINIT2V_KERNELS -> {op: name} of the contenders in it, each imported. ValueError where one is not found."""
+    found = {op: impl for op, impl in choices(setting).items() if impl not in IMPLS}
+    for op, name in found.items():
+        contender(op, name)
+    return found
+
+
 def check_name(op: str, name: str) -> None:
     """ValueError where the name is no registered one and not of the form package.module:function."""
     if (op, name) in contenders or re.fullmatch(r"[\w.]+:\w+", name):
