@@ -18,6 +18,7 @@ import ctypes
 import json
 import mmap
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -26,11 +27,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from kernel_shapes import AddGroupNorm, Geglu, GroupNorm, LayerNorm, Shape, TemporalAttention, TemporalConv, shapes
+from kernel_shapes import Geglu, GroupNorm, LayerNorm, Shape, TemporalAttention, TemporalConv, shapes
 from measure import one_line, relative
 from torch import Tensor
 
 import minit2v_kernels
+from minit2v_kernels._dispatch import interpreting, quicken_interpreter
 
 GUARD = 4096  # bytes of memory on either side of a tensor
 FRESH = ("empty", "empty_like", "empty_strided", "zeros", "zeros_like")  # torch's functions that give memory
@@ -187,6 +189,8 @@ def judge(shape: Shape, impl: str, dtype: torch.dtype, device: torch.device, var
     """The function named impl, at one shape. Errors of its own are faults; those of the judge are not caught."""
     case = ", ".join(filter(None, [shape.name, str(dtype).removeprefix("torch."), variant]))
     call = getattr(minit2v_kernels, shape.op)
+    if interpreting():
+        quicken_interpreter()
     args, kw = shape.make(device, dtype, seed=len(case))
     args = VARIANTS[variant](shape.op, args)
     memory, places = Memory(device), {}
@@ -252,14 +256,16 @@ def compare(
 def judge_all(
     wanted: list[Shape], impl: str, dtypes: Iterable[torch.dtype], device: torch.device, progress: bool = False
 ) -> Iterator[Verdict]:
-    """Each shape, dtype and variant; ends at a fault that takes the process or the device with it."""
+    """Each shape, dtype and variant; ends after SHOWN faults, or one that takes the process or the device with it."""
     todo = [(shape, impl, dtype, device, variant) for shape in wanted for dtype in dtypes for variant in VARIANTS]
     found = in_a_child(todo) if device.type == "cpu" else (judge(*case) for case in todo)
+    faults = 0
     for n, verdict in enumerate(found, 1):
         if progress and (n == len(todo) or sys.stderr.isatty()):
             print(f"judged {n} of {len(todo)}", end="\n" if n == len(todo) else "\r", file=sys.stderr, flush=True)
         yield verdict
-        if device.type == "cuda" and "CUDA error" in verdict.fault:  # nothing more can run in this process
+        faults += bool(verdict.fault)
+        if faults == SHOWN or device.type == "cuda" and "CUDA error" in verdict.fault:  # after that one nothing runs
             return
 
 
@@ -281,12 +287,17 @@ def in_a_child(todo: list[tuple[Any, ...]]) -> Iterator[Verdict]:
         finally:
             os._exit(code)
     os.close(write)
-    done = 0
-    with open(read) as file:
-        for line in file:
-            done += 1
-            yield Verdict(**json.loads(line))
-    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    done, ended = 0, None
+    try:
+        with open(read) as file:
+            for line in file:
+                done += 1
+                yield Verdict(**json.loads(line))
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    finally:
+        if ended is None:  # nobody wants the rest
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
     if ended < 0:
         shape, _, dtype, _, variant = todo[done]
         case = ", ".join(filter(None, [shape.name, str(dtype).removeprefix("torch."), variant]))
@@ -301,9 +312,10 @@ def report(op: str, impl: str, verdicts: list[Verdict]) -> tuple[str, bool]:
     refused = [v for v in verdicts if v.refused]
     judged = [v for v in verdicts if not v.refused]
     lines = [f"{op} = {impl}: {len(judged) - len(faults)} of {len(judged)} cases are right"]
+    lines[0] += "; the others were not tried" * (len(faults) == SHOWN)
     if judged and not faults:
-        worst = max(judged, key=lambda v: v.error / max(v.torch_error, 1e-12))
-        lines.append(f"  the largest error beside PyTorch's: {worst.error:.1e} and {worst.torch_error:.1e}, {worst.case}")
+        most = max(judged, key=lambda v: v.error / max(v.torch_error, 1e-12))
+        lines.append(f"  the largest error beside PyTorch's: {most.error:.1e} and {most.torch_error:.1e}, {most.case}")
     for kind, some in (("WRONG", faults), ("refused", refused)):
         lines += [f"  {kind}: {v.case}: {v.fault or v.refused}" for v in some[:SHOWN]]
         lines += [f"  ... and {len(some) - SHOWN} more"] * (len(some) > SHOWN)
@@ -318,4 +330,3 @@ def main_cases(op: str, device: torch.device, *workloads: str) -> list[tuple[lis
     return [(of_op(op, True, *workloads), (torch.float32, *halves)), (of_op(op, False, *workloads), halves[:1])]
 
 
-__all__ = ["AddGroupNorm", "Verdict", "judge", "judge_all", "main_cases", "of_op", "report"]

@@ -11,6 +11,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import cache, wraps
 from importlib.util import find_spec
@@ -316,7 +317,20 @@ def start(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: di
         with torch.cuda.device(x.device):
             kernel[grid](*args, **options)
     else:
+        if interpreting():
+            quicken_interpreter()
         kernel[grid](*args, **options)
+
+
+@cache
+def quicken_interpreter() -> None:
+    """Triton's interpreter without its check for overflow of integers: it does everything twice to find it, and tells
+    only in a debug mode, which is off."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    if not getattr(builder.options, "debug", True) and hasattr(builder.options, "sanitize_overflow"):
+        builder.options = replace(builder.options, sanitize_overflow=False)
 
 
 registrations: list[Callable[[], None]] = []
