@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -278,6 +279,7 @@ def in_a_child(todo: list[tuple[Any, ...]]) -> Iterator[Verdict]:
         try:
             os.close(read)
             torch.set_num_threads(1)  # threads do not outlive a fork
+            warnings.simplefilter("ignore")  # the interpreter's, of numbers that are NaN
             with open(write, "w") as file:
                 for case in todo:
                     print(json.dumps(vars(judge(*case))), file=file, flush=True)
@@ -322,7 +324,7 @@ def report(op: str, impl: str, verdicts: list[Verdict]) -> tuple[str, bool]:
     return "\n".join(lines), bool(judged) and not faults
 
 
-def main_cases(op: str, device: torch.device, *workloads: str) -> list[tuple[list[Shape], tuple[torch.dtype, ...]]]:
+def cases(op: str, device: torch.device, *workloads: str) -> list[tuple[list[Shape], tuple[torch.dtype, ...]]]:
     """What is judged: cut shapes in every dtype; on a GPU also the whole ones, in 16 bits."""
     halves = (torch.float16, torch.bfloat16)
     if device.type == "cpu":  # the interpreter multiplies the bits of bfloat16 as if they were integers
