@@ -177,7 +177,8 @@ def make_parser() -> Parser:
         sub.add_argument("--compat", choices=("diffusers",),
                          help="give the numbers of diffusers where minit2v differs from it")
         sub.add_argument("--kernels", type=_kernels, metavar="CHOICE", help="how to run the fused operations: auto, "
-                         "torch, triton, or a choice for single ones: torch,geglu=triton (default: auto)")
+                         "torch, triton, or a choice for single ones: torch,geglu=triton (default: auto). "
+                         "A function of your own: geglu=package.module:function")
         sub.add_argument("--optimize", action=argparse.BooleanOptionalAction,
                          help="arrange the weights for speed, and use CUDA graphs on cuda; --no-optimize runs the "
                          "networks as they are written")
@@ -233,6 +234,8 @@ def make_parser() -> Parser:
     bisect = commands.add_parser("bisect", help="run one step with each Triton kernel in turn, and print its error "
                                  "against float64")
     bisect.add_argument("model", nargs="?", default="shapes", help="a folder or a hub id (default: shapes)")
+    bisect.add_argument("--kernels", type=_kernels, metavar="OP=MODULE:FUNCTION",
+                        help="run functions of your own too, such as geglu=package.module:function")
     bisect.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16",
                         help="number format (default: float16)")
     bisect.add_argument("--device", default="auto", metavar="NAME", help="cuda, or cpu with Triton's interpreter")
