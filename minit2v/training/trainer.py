@@ -152,7 +152,7 @@ class Trainer:
     # What is trained -------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        """Choose what is trained: `trained`, names and parameters; `loras`, those that are; `groups`, for the optimizer.
+        """Choose what is trained: `trained`, names and parameters; `loras`; `groups`, those of the optimizer.
 
         Trained weights are float32 or wider, also where the network computes in 16 bits: small steps would be lost.
         """
@@ -194,7 +194,8 @@ class Trainer:
 
     def step(self) -> dict[str, float]:
         """One step of the optimizer on the batch of this step. Returns its loss, gradient norm and learning rate."""
-        torch.manual_seed(hash((self.recipe.seed, self.done, self.world.rank)))  # of dropout, where there is any
+        rng, _ = generators(self.recipe.seed, f"dropout {self.world.rank}", self.done)
+        torch.manual_seed(rng.getrandbits(60))
         self.optimizer.zero_grad(set_to_none=True)
         losses = [self.backward(piece) for piece in self.pieces(self.done)]
         self.world.sum_gradients(self.parameters)
@@ -470,7 +471,7 @@ def memory(device: torch.device) -> float:
 
 @contextmanager
 def ending() -> Iterator[list[int]]:
-    """A list into which the first SIGTERM or Ctrl-C goes, for the run to end by itself; a second one ends it at once."""
+    """A list into which the first SIGTERM or Ctrl-C goes, for the run to end by itself. A second one ends it at once."""
     came: list[int] = []
     before: dict[int, Any] = {}
 
