@@ -133,7 +133,7 @@ class Trainer:
             noise_offset=recipe.noise_offset, offset_per=recipe.offset_per, min_snr=recipe.min_snr,
             timesteps=recipe.timesteps, high_share=recipe.high_share,
         )  # fmt: skip
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **self.objective.fields)
+        pipe.scheduler = self.objective.scheduler_for(pipe.scheduler)
         self._prepare()
         self.parameters = [p for _, p in self.trained]
         self.optimizer = make_optimizer(self.groups, recipe, self.device)
