@@ -278,7 +278,7 @@ def _sound_of(path: Path, scratch: Path, start: float) -> Path | None:
 
 def has_sound(path: str | os.PathLike) -> bool:
     """Whether a file has a track of sound, for `export_to_video(..., sound=path)`."""
-    if not Path(path).is_file() or _is_animation(Path(path)):
+    if not Path(path).is_file() or is_animation(Path(path)):
         return False
     with tempfile.TemporaryDirectory(prefix="minit2v-") as folder:
         with ffmpeg_reads(Path(path), Path(folder), "-map", "0:a:0", "-c", "copy", "-f", "framecrc", "pipe:1",
@@ -395,7 +395,7 @@ def load_video(
         path = _local(video, scratch, max_pixels)
         if path.is_dir():
             frames, fps = _load_folder(path, max_pixels), None
-        elif _is_animation(path):
+        elif is_animation(path):
             frames, fps = _load_animation(path, max_pixels)
         else:
             frames, fps = _decode(path, scratch, max_pixels, cut)
@@ -472,7 +472,7 @@ def _head(path: Path) -> bytes:
         return f.read(12)
 
 
-def _is_animation(path: Path) -> bool:
+def is_animation(path: Path) -> bool:
     """A GIF, PNG or WebP: by its content."""
     head = _head(path)
     return head.startswith((b"GIF8", b"\x89PNG\r\n\x1a\n")) or head[:4] + head[8:] == b"RIFFWEBP"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from minit2v_convert.rename import shown
 
-from ..files.video import IMAGES, MAX_PIXELS, NANO, ffmpeg_reads, load_image, load_video
+from ..files.video import IMAGES, MAX_PIXELS, NANO, ffmpeg_reads, is_animation, load_image, load_video
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif")
 DECODERS = ("ffmpeg", "pyav")
@@ -44,7 +44,8 @@ class Facts:
     """What `examine` found. times: when each frame is shown, whole nanoseconds of the file's own clock, rising.
 
     end: when the last frame ends. A picture has one frame at time 0. even: the times are made up, because a folder of
-    pictures has none. width, height: in pixels, as shown (a phone's note of how it was held is followed).
+    pictures has none. width, height: in pixels, upright (a phone's note of how it was held is followed).
+    pixel: how much wider than high a pixel is shown, which is not 1 in files of old cameras and discs.
     """
 
     sha256: str
@@ -54,6 +55,11 @@ class Facts:
     end: int
     still: bool
     even: bool = False
+    pixel: float = 1.0
+
+    @property
+    def shown_width(self) -> float:
+        return self.width * self.pixel
 
     @property
     def frames(self) -> int:
@@ -133,13 +139,13 @@ def _is_picture(media: Media) -> bool:
 
 def _pictures(path: Path) -> tuple[list[Any], float | None]:
     """The frames of a picture, an animation or a folder of pictures, and their rate, None where they have none."""
-    if path.is_dir() or path.suffix.lower() in (".gif", ".png", ".webp"):
+    if path.is_dir() or is_animation(path):
         return load_video(path, return_fps=True)
     return [load_image(path, max_pixels=MAX_PIXELS)], None
 
 
 def _examine_video(path: Path, scratch: Path, digest: str) -> Facts:
-    size, bytes_each, times, last = (0, 0), set(), [], 0
+    size, pixel, bytes_each, times, last = (0, 0), 1.0, set(), [], 0
     with ffmpeg_reads(
         path, scratch, "-copyts", "-map", "0:V:0", "-fps_mode", "passthrough", "-vf", f"settb=1/{NANO}",
         "-enc_time_base", "filter", "-c:v", "rawvideo", "-f", "framecrc", "pipe:1", max_pixels=MAX_FRAME,
@@ -150,6 +156,9 @@ def _examine_video(path: Path, scratch: Path, digest: str) -> Facts:
                 if line.startswith(b"#dimensions 0: "):
                     w, h = line.split()[-1].split(b"x")
                     size = int(w), int(h)
+                if line.startswith(b"#sar 0: "):
+                    a, b = map(int, line.split()[-1].split(b"/"))
+                    pixel = a / b if a and b else 1.0
                 continue
             _, _, at, last, count = map(int, line.split(b",")[:5])
             times.append(at)
@@ -161,7 +170,7 @@ def _examine_video(path: Path, scratch: Path, digest: str) -> Facts:
     if any(a >= b for a, b in zip(times, times[1:], strict=False)) or times[0] < -(2**62):
         raise ValueError("its frames have no times, or times that do not rise")
     usual = sorted(b - a for a, b in zip(times, times[1:], strict=False))[(len(times) - 2) // 2] if times[1:] else last
-    return Facts(digest, *size, tuple(times), times[-1] + (last or usual or NANO // 25), still=False)
+    return Facts(digest, *size, tuple(times), times[-1] + (last or usual or NANO // 25), still=False, pixel=pixel)
 
 
 # ------------------------------------------------------------------------------------------------- which frames
@@ -187,7 +196,7 @@ def nearest_frames(facts: Facts, start: int, frames: int, fps: float) -> list[in
 # ------------------------------------------------------------------------------------------------- decoding
 
 
-def covered(width: int, height: int, to: tuple[int, int]) -> tuple[float, float, float, float]:
+def covered(width: float, height: float, to: tuple[int, int]) -> tuple[float, float, float, float]:
     """The largest box in the middle of a picture that has the shape of `to` (height, width): left, top, right, bottom.
 
     So it is scaled alike in both directions, and what lies outside is cut off equally on both sides.
@@ -210,7 +219,8 @@ def decode(
 
     if not chosen or min(chosen) < 0 or max(chosen) >= facts.frames:
         raise ValueError(f"{shown(media.name)}: has {facts.frames} frames, and {list(chosen)} are asked for")
-    box, numbers = covered(facts.width, facts.height, size), sorted(set(chosen))
+    left, top, right, bottom = covered(facts.shown_width, facts.height, size)
+    box, numbers = (left / facts.pixel, top, min(facts.width, right / facts.pixel), bottom), sorted(set(chosen))
 
     def made(image: Any) -> Tensor:
         if image.size != (facts.width, facts.height):

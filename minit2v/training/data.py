@@ -30,7 +30,7 @@ from minit2v_convert.rename import nearest, shown
 from ..files.video import NANO
 from .cache import Cache, digest, digest_of
 from .clips import DECODERS, Facts, Media, decode, nearest_frames
-from .layouts import Entry, read_layout
+from .layouts import Entry, read_layout, read_sets
 from .shapes import generators
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,8 @@ AREA = 0.15  # by so much a bucket's area may differ from the one asked for
 class Source:
     """One set of files, and how clips are cut from them.
 
-    path: a folder, a list, an archive, a video or a picture (docs/training.md has all layouts).
+    path: a folder, a list, an archive, a video or a picture (`layouts` has all ways that are read).
+    folder: where the files of a list are, if not beside it.
     prompt: the caption of files that have none; without it they are skipped. prefix: put before every caption.
     weight: its share of the samples among all sets; not given, all files are seen equally often, `repeats` times each.
     frames, height, width: of a clip; height and width are those of a square picture or of the usual one, and other
@@ -59,6 +60,7 @@ class Source:
     """
 
     path: str | Path
+    folder: str | Path | None = None
     prompt: str | None = None
     prefix: str = ""
     weight: float | None = None
@@ -189,17 +191,14 @@ def chosen_frames(facts: Facts, source: Source, start: int) -> tuple[int, ...]:
     n, count = facts.frames, source.frames
     if facts.still or count == 1:
         return (start,)
-    spread = tuple(math.floor(k * (n - 1) / (count - 1) + 0.5) for k in range(count))
-    if last_start(facts, source) >= start and source.clips != "all":
-        if source.fps is None or facts.even:
-            return tuple(start + k * (source.stride or 1) for k in range(count))
-        return tuple(nearest_frames(facts, start, count, source.fps))
-    if last_start(facts, source) >= 0 or source.short == "stretch":
-        return spread
-    if source.fps is None or facts.even:
-        wanted = [start + k * (source.stride or 1) for k in range(count)]
-    else:  # at its own even rate it would have this many frames
-        wanted = [start + round(k * facts.rate / source.fps) for k in range(count)]
+    timed, stride = source.fps is not None and not facts.even, source.stride or 1
+    if source.clips != "all" and start <= last_start(facts, source):
+        return tuple(nearest_frames(facts, start, count, source.fps) if timed else
+                     range(start, start + count * stride, stride))  # fmt: skip
+    if source.short == "stretch" or source.clips == "all" and n >= count:
+        return tuple(start + math.floor(k * (n - 1 - start) / (count - 1) + 0.5) for k in range(count))
+    step = facts.rate / source.fps if timed else stride  # beyond the end there are no times
+    wanted = (start + round(k * step) for k in range(count))
     return tuple(k % n if source.short == "loop" else min(k, n - 1) for k in wanted)
 
 
@@ -214,8 +213,9 @@ def starts(facts: Facts, source: Source, at: int | None) -> list[int | None]:
         if last < (at or 0):
             left, seconds = facts.frames - (at or 0), (facts.end - facts.times[min(at or 0, facts.frames - 1)]) / NANO
             rate = f" at {source.fps:g} fps" if source.fps else f", every {source.stride}th" if source.stride else ""
-            raise ValueError(f"too short: {max(0, left)} frames in {seconds:.2f} s{f' from frame {at} on' if at else ''}, "
-                             f"and a clip has {source.frames}{rate}")  # fmt: skip
+            where = f" from frame {at} on" if at else ""
+            raise ValueError(f"too short: {max(0, left)} frames in {seconds:.2f} s{where}, and a clip has "
+                             f"{source.frames}{rate}")  # fmt: skip
     if at is not None:
         if at >= facts.frames:
             raise ValueError(f"has {facts.frames} frames, and a clip should begin at frame {at}")
@@ -312,7 +312,8 @@ class Data:
 
         options = {
             "unit": factor * 2 ** (len(unet.block_out_channels) - 1),
-            "text_name": digest(digest_of(encoder), str(encoder.dtype), tokenizer(["a b!"]).tolist()),
+            "text_name": digest(digest_of(encoder), str(encoder.dtype), tokenizer.backend.to_str(),
+                                tokenizer.pad_token_id, tokenizer.model_max_length),
             "count_tokens": lambda caption: (len(tokenizer.encode(caption)), tokenizer.model_max_length),
         } | usual | options
         return cls(sources, vae=vae, encode_text=encode, **options)
@@ -325,7 +326,7 @@ class Data:
     def fingerprint(self) -> str:
         """What tells this data from other data. It is the same on every machine and in every folder."""
         clips = [[c.facts.sha256, c.captions, c.source, c.bucket, c.start, c.last] for c in self.clips]
-        ways = [[getattr(s, f.name) for f in fields(s) if f.name != "path"] for s in self.sources]
+        ways = [[getattr(s, f.name) for f in fields(s) if f.name not in ("path", "folder")] for s in self.sources]
         return digest(clips, ways, self.seed, self.unit, self.text_dropout, self.posterior, self.decoder)
 
     # Going through the files.
@@ -333,12 +334,14 @@ class Data:
     def _read(self, progress: bool) -> None:
         found: list[tuple[int, Entry]] = []
         for n, source in enumerate(self.sources):
-            entries = read_layout(source.path)
+            entries = read_layout(source.path, source.folder)
             if not entries:
                 raise ValueError(f"{shown(source.path)}: no videos and no pictures")
             found += [(n, entry) for entry in entries]
 
         def facts_of(pair: tuple[int, Entry]) -> Facts | str:
+            if pair[1].fault is not None:
+                return pair[1].fault
             try:
                 return self.cache.facts(pair[1].media)
             except ValueError as error:
@@ -372,7 +375,7 @@ class Data:
             raise ValueError("has no caption; prompt = gives one to all that have none")
         captions = tuple(f"{source.prefix}{caption}" for caption in captions)
         sizes = buckets(source.height, source.width, self.unit)
-        size = min(sizes, key=lambda s: (cut_off(facts.width, facts.height, s), abs(math.log(s[0] / source.height))))
+        size = min(sizes, key=lambda s: (cut_off(facts.shown_width, facts.height, s), abs(math.log(s[0] / source.height))))
         bucket = Bucket(1 if facts.still else source.frames, *size)
         last = max(0, last_start(facts, source))
         return [Clip(entry.media, facts, captions, n, bucket, start, last) for start in starts(facts, source, entry.at)]
@@ -509,17 +512,24 @@ def drop_text(seed: int, number: int, share: float) -> bool:
 
 
 def as_sources(given: Sequence[str | Path | Source | Mapping[str, Any]], defaults: Mapping[str, Any]) -> list[Source]:
-    """TypeError on fields that `Source` does not have."""
+    """A path of a TOML file stands for its sets. ValueError on settings that `Source` does not have."""
     known = [f.name for f in fields(Source)]
-    found = []
+    found: list[Source] = []
     for one in given:
         if isinstance(one, Source):
             found.append(one)
             continue
-        values = {**defaults, **(one if isinstance(one, Mapping) else {"path": one})}
-        for name in values:
+        own = dict(one) if isinstance(one, Mapping) else {"path": one}
+        path = Path(own.get("path", ""))
+        if path.suffix.lower() == ".toml":
+            del own["path"]
+            found += as_sources(read_sets(path), {**defaults, **own})
+            continue
+        for name in (values := {**defaults, **own}):
             if name not in known:
-                raise TypeError(f"no such setting of a set of files: {name!r}{nearest(name, known)}")
+                raise ValueError(f"{shown(path)}: {name!r} is no setting of a set of files{nearest(name, known)}")
+        if "path" not in values:
+            raise ValueError("a set of files has no path")
         found.append(Source(**values))
     if not found:
         raise ValueError("no data: name a folder, a list or a file")
