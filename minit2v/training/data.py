@@ -31,7 +31,7 @@ from ..files.video import NANO
 from .cache import Cache, digest, digest_of
 from .clips import DECODERS, Facts, Media, decode, nearest_frames
 from .layouts import Entry, read_layout, read_sets
-from .shapes import generators
+from .objective import drop_text, generators
 
 logger = logging.getLogger(__name__)
 
@@ -289,6 +289,7 @@ class Data:
             raise ValueError(f"text_dropout is a share from 0 to 1, not {text_dropout!r}")
         self.vae_name = digest(digest_of(vae), str(vae.dtype), vae.tiling)
         self.skipped: list[tuple[str, str]] = []
+        self.files, self.without_caption = 0, 0
         self.clips: list[Clip] = []
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
         self._plan_of: tuple[int, int] | None = None
@@ -338,6 +339,7 @@ class Data:
             if not entries:
                 raise ValueError(f"{shown(source.path)}: no videos and no pictures")
             found += [(n, entry) for entry in entries]
+        self.files = len({entry.media.name for _, entry in found})
 
         def facts_of(pair: tuple[int, Entry]) -> Facts | str:
             if pair[1].fault is not None:
@@ -364,21 +366,65 @@ class Data:
                              f"because: {self.skipped[0][1]}")  # fmt: skip
 
     def _skip(self, name: str, reason: str) -> None:
-        if name not in (known for known, _ in self.skipped):
-            logger.warning("%s is skipped: %s", shown(name), reason)
+        if name not in (known for known, _ in self.skipped):  # a list may name a file several times
+            logger.warning("%s is skipped: %s", shown(name), shown(reason))
             self.skipped.append((name, reason))
 
     def _clips(self, n: int, entry: Entry, facts: Facts) -> list[Clip]:
         source = self.sources[n]
         captions = entry.captions or (() if source.prompt is None else (source.prompt,))
+        self.without_caption += not entry.captions
         if not captions:
             raise ValueError("has no caption; prompt = gives one to all that have none")
         captions = tuple(f"{source.prefix}{caption}" for caption in captions)
         sizes = buckets(source.height, source.width, self.unit)
-        size = min(sizes, key=lambda s: (cut_off(facts.shown_width, facts.height, s), abs(math.log(s[0] / source.height))))
+        whole = facts.shown_width, facts.height
+        size = min(sizes, key=lambda s: (cut_off(*whole, s), abs(s[0] * s[1] - source.height * source.width)))
         bucket = Bucket(1 if facts.still else source.frames, *size)
         last = max(0, last_start(facts, source))
         return [Clip(entry.media, facts, captions, n, bucket, start, last) for start in starts(facts, source, entry.at)]
+
+    def summary(self, batch: int = 1) -> str:
+        """Lines for people: how many of what there are, what is done to them, and what is skipped and why."""
+        lines = [f"{self.files} files, {len(self.clips)} clips of {len({c.media.name for c in self.clips})} of them; "
+                 f"{len(self.skipped)} files are skipped"]  # fmt: skip
+        for n, source in enumerate(self.sources):
+            mine = [c for c in self.clips if c.source == n]
+            stills = sum(c.facts.still for c in mine)
+            whole = sum(sum(sets.values()) for sets in self._shares.values())
+            share = sum(sets.get(n, 0) for sets in self._shares.values()) / whole
+            lines.append(f"  {shown(source.path)}: clips of videos {len(mine) - stills}, pictures {stills}, share of "
+                         f"the samples {share:.0%}")  # fmt: skip
+        lines.append(f"an epoch of batches of {batch} has {sum(self._sizes(batch).values())} steps; buckets:")
+        for bucket, sets in sorted(self._streams.items()):
+            clips = [self.clips[n] for mine in sets.values() for n in mine]
+            cut = max(cut_off(c.facts.shown_width, c.facts.height, bucket[1:]) for c in clips)
+            small = sum(c.facts.shown_width < bucket.width or c.facts.height < bucket.height for c in clips)
+            lines.append(f"  frames {bucket.frames}, width {bucket.width}, height {bucket.height}: clips {len(clips)}; "
+                         f"at most {cut:.0%} of a picture is cut off"
+                         + f"; {small} are smaller than that, and enlarged" * bool(small)
+                         + "; fewer than a batch: some are in it several times" * (len(clips) < batch))  # fmt: skip
+        spans = [span for c in self.clips if (span := self._seconds(c)) is not None]
+        if spans:
+            lines.append(f"the clips of videos last {min(spans):.2f} to {max(spans):.2f} seconds")
+        lines.append(f"captions: {len({x for c in self.clips for x in c.captions})} different ones; "
+                     f"{self.without_caption} files have none; {self._cut_captions()}")  # fmt: skip
+        if self.skipped:
+            lines += ["skipped:", *(f"  {shown(name)}: {shown(reason)}" for name, reason in self.skipped)]
+        return "\n".join(lines)
+
+    def _seconds(self, clip: Clip) -> float | None:
+        """From the first frame of the first such clip of a file to its last one; None without times."""
+        if clip.facts.still or clip.facts.even or clip.bucket.frames == 1:
+            return None
+        chosen = chosen_frames(clip.facts, self.sources[clip.source], clip.start or 0)
+        return abs(clip.facts.times[chosen[-1]] - clip.facts.times[chosen[0]]) / NANO
+
+    def _cut_captions(self) -> str:
+        if self.count_tokens is None:
+            return "their tokens are not counted"
+        counts = [self.count_tokens(x) for x in {x for c in self.clips for x in c.captions}]
+        return f"{sum(n > most for n, most in counts)} are cut at {counts[0][1]} tokens"
 
     # Which clips a step uses. An epoch is a list of batches: a function of the seed, the epoch and the batch size.
 
@@ -453,6 +499,26 @@ class Data:
         return Batch(torch.stack([r.latents for r in rows]), torch.stack([r.text for r in rows]),
                      [r.caption for r in rows], [r.source for r in rows], [i.number for i in items])  # fmt: skip
 
+    def fill(self, progress: bool = False) -> int:
+        """Puts into the cache what can be known before training, and returns how many clips cannot.
+
+        These begin anywhere, anew at each visit. If there are none, neither the VAE nor the text encoder is needed any
+        more, unless a caption comes that is not in the data.
+        """
+        for caption in {"", *(x for c in self.clips for x in c.captions)}:
+            self.text(caption)
+        later, items = 0, []
+        for n, clip in enumerate(self.clips):
+            if clip.start is None and clip.last > 0:
+                later += 1
+                continue
+            source = self.sources[clip.source]
+            frames = chosen_frames(clip.facts, source, clip.start or 0)
+            items += [Item(0, n, frames, "", flip) for flip in ((False, True) if source.flip else (False,))]
+        for item in tqdm(items, "encoding clips", disable=not progress):
+            self.load([item])
+        return later
+
     def _name(self, item: Item) -> str:
         """Of a cache file: all that its content depends on."""
         clip = self.clips[item.clip]
@@ -504,11 +570,6 @@ class Data:
 
 
 DTYPES_BY_NAME = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def drop_text(seed: int, number: int, share: float) -> bool:
-    """Whether sample `number` is trained on with the empty caption."""
-    return random.Random(f"{seed} drop {number}").random() < share
 
 
 def as_sources(given: Sequence[str | Path | Source | Mapping[str, Any]], defaults: Mapping[str, Any]) -> list[Source]:
