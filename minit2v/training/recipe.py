@@ -121,9 +121,9 @@ class Recipe:
     def _check_kind(self, name: str) -> None:
         value, hint = getattr(self, name), HINTS[name]
         if not fits(value, hint):
-            words = [repr(w) for w in _words(hint)]
-            wanted = f"one of {', '.join(words)}" if words else str(getattr(hint, "__name__", hint))
-            near = nearest(value, [w.strip("'") for w in words]) if words else ""
+            known = [repr(w) for w in words(hint)]
+            wanted = f"one of {', '.join(known)}" if known else str(getattr(hint, "__name__", hint))
+            near = nearest(value, words(hint))
             raise ValueError(f"{name} must be {wanted}, not {value!r}{near}")
 
     def _check_ranges(self) -> None:
@@ -179,7 +179,7 @@ class Recipe:
         values: dict[str, Any] = {
             "alpha": float(self.rank),
             "timesteps": timesteps,
-            "text_dropout": 0.0 if clips == 1 else 0.1,
+            "text_dropout": None if clips is None else 0.1 if clips > 1 else 0.0,
             "frames": 1 if kind == "image" else 16,
             "rate": rate,
             "spatial_rate": 1e-4,
@@ -189,7 +189,7 @@ class Recipe:
             "precision": "bf16" if cuda else "float32",
             "temporal_dropout": 0.1 if three_d and kind in ("full", "temporal", "patterns") else 0.0,
             "cache": str(Path(self.out) / "cache"),
-            "validate_every": max(1, self.steps // 5),
+            "validate_every": max(10, self.steps // 5),
             "guidance": guidance,
         }
         return dataclasses.replace(self, **{k: v for k, v in values.items() if getattr(self, k) is None})
@@ -236,10 +236,10 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def _words(hint: Any) -> list[str]:
+def words(hint: Any) -> list[str]:
     """The words of which an option must be one; none where it may be anything."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return [w for part in typing.get_args(hint) for w in _words(part)]
+        return [w for part in typing.get_args(hint) for w in words(part)]
     return [*typing.get_args(hint)] if typing.get_origin(hint) is Literal else []
 
 
@@ -287,6 +287,10 @@ def read_recipe(path: str | Path | None, options: Mapping[str, Any]) -> Recipe:
         raise ValueError("give data: a folder of clips with captions, a list, or one clip")
     if not recipe.out:
         raise ValueError("give out: the folder of the run")
+    for name, there in (("data", recipe.data), ("prior", (recipe.prior,) if recipe.prior != "self" else ())):
+        for path in (p.get("path") if isinstance(p, dict) else p for p in there):
+            if path is not None and not Path(path).expanduser().exists():
+                raise ValueError(f"{name}: there is no file or folder {path}")
     return recipe
 
 

@@ -366,6 +366,15 @@ class Trainer:
                 raise KeyboardInterrupt
             signal.raise_signal(came[0])
 
+    @property
+    def prompts(self) -> list[str]:
+        """Of samples: the recipe's, or the first two captions of the data."""
+        captions: dict[str, None] = {}
+        for step in range(0 if self.recipe.validation_prompts else 8):
+            captions |= dict.fromkeys(self.data.load(self.data.batch(step, 1)).captions)
+        captions.pop("", None)
+        return list(self.recipe.validation_prompts) or list(captions)[:2] or [""]
+
     def _validate(self) -> None:
         every = self.recipe.validate_every
         if self.validation is not None and (self.done % (every or 1) == 0 or self.done == self.recipe.steps):
@@ -471,7 +480,7 @@ def memory(device: torch.device) -> float:
 
 @contextmanager
 def ending() -> Iterator[list[int]]:
-    """A list into which the first SIGTERM or Ctrl-C goes, for the run to end by itself. A second one ends it at once."""
+    """A list into which the first SIGTERM or Ctrl-C goes, for the run to end by itself; a second one ends it now."""
     came: list[int] = []
     before: dict[int, Any] = {}
 

@@ -32,8 +32,6 @@ class Validation:
         forget_later(self.path, trainer.done)
         recipe, data = trainer.recipe, trainer.data
         self.batch = data.load(data.batch(FIXED, min(recipe.validation_clips, max(1, len(data)))))
-        own = [c for c in dict.fromkeys(self.batch.captions) if c]
-        self.prompts = list(recipe.validation_prompts or own[:2] or [""])
 
     def run(self) -> None:
         """One validation of the weights as they are; nothing where the step has one."""
@@ -84,7 +82,7 @@ class Validation:
 
     def sample(self) -> Tensor:
         """Videos (b f c h w) in [0, 1] of the prompts, each from its own fixed seed, float32 on the CPU."""
-        return sample(self.trainer.pipe, self.prompts, self.trainer.recipe)
+        return sample(self.trainer.pipe, self.trainer.prompts, self.trainer.recipe)
 
     def keep(self, videos: Tensor, path: Path) -> None:
         """The videos side by side as `.mp4`, and as `.png` a row for each with up to eight of its frames."""
