@@ -53,14 +53,14 @@ def run(args: argparse.Namespace) -> int:
     given = {k: v for k, v in vars(args).items() if k in (*SETTINGS, *CUT)}
     video, source = getattr(args, "video", None), {}
     at = getattr(args, "prompt_at", {})
-    entries = [(prompt, at) for prompt in args.prompt]
-    if "prompts" in args:
-        entries += [(prompt, own or at) for prompt, own in map(long_videos.prompt_of, _read_prompts(args.prompts))]
     output = getattr(args, "output", None)
     in_batch = "prompts" in args and output is not None and not _is_file(output)
     rank, processes = process()
     if processes > 1 and (not in_batch or args.prompts == "-"):
         args.usage_error("several processes share a list of prompts: give --prompts FILE and -o FOLDER")
+    entries = [(prompt, at) for prompt in args.prompt]
+    if "prompts" in args:
+        entries += [(prompt, own or at) for prompt, own in map(long_videos.prompt_of, _read_prompts(args.prompts))]
     if in_batch:
         entries = batches.unique(entries)
     prompts = [prompt for prompt, _ in entries]
