@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from minit2v_convert.stream import first_line
+
 PATIENCE = 1800.0  # seconds that a process waits for the others, if nothing else is said
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -161,7 +163,7 @@ class World:
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
         dtype = PRECISIONS[precision]
-        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if dtype else MixedPrecisionPolicy()
+        policy = MixedPrecisionPolicy(dtype, torch.float32) if dtype else MixedPrecisionPolicy()
         how = {"mesh": init_device_mesh(self.device.type, (self.size,)), "mp_policy": policy,
                "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}  # fmt: skip
         for block in network.blocks():  # type: ignore[operator]
@@ -227,10 +229,8 @@ class World:
 
     # Checkpoints of sharded networks ---------------------------------------------------------------------------------
 
-    def save_sharded(self, folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer, more: dict) -> None:
-        """Each process writes its part of the trained weights, of the optimizer's state and of `more`, a nested dict of
-        tensors and numbers. `folder` appears whole, also where a process is killed meanwhile.
-        """
+    def save_sharded(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Each process writes its part of the tensors. `folder` appears whole, also where one is killed meanwhile."""
         from torch.distributed import checkpoint
 
         part = folder.with_name(f"{folder.name}.part")
@@ -238,29 +238,34 @@ class World:
             shutil.rmtree(part, ignore_errors=True)  # of a save that was killed
             part.mkdir(parents=True)
         self.barrier(f"saving {folder.name}")
-        with quiet():
-            checkpoint.save(_states(network, optimizer) | {"more": more}, checkpoint_id=part)
+        with _quiet():
+            checkpoint.save(dict(tensors), checkpoint_id=part)
         self.barrier(f"parts of {folder.name}")
         if self.is_first:
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(part, folder)
-            _sync(folder.parent)
+            sync(folder.parent)
         self.barrier(f"name of {folder.name}")
 
-    def load_sharded(self, folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer, more: dict) -> dict:
-        """Take up what any number of processes has saved. Returns its `more`; the given one says what is in it.
+    def load_sharded(self, folder: Path, like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
+        """The tensors that any number of processes has saved, spread as `like(name)` is; None: whole on each.
 
-        The folder must be one's own: PyTorch reads parts of it with pickle.
+        ValueError where the folder is not whole. It must be one's own: PyTorch reads the list of tensors with pickle.
         """
         from torch.distributed import checkpoint
-        from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
 
-        states = _states(network, optimizer) | {"more": more}
-        with quiet():
-            checkpoint.load(states, checkpoint_id=folder)
-            set_model_state_dict(network, states["network"], options=_options(strict=False))  # frozen ones are not in it
-            set_optimizer_state_dict(network, optimizer, states["optimizer"], options=_options())
-        return states["more"]
+        try:
+            stored = checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
+            tensors = {}
+            for name, about in stored.items():
+                near, dtype = like(name), about.properties.dtype
+                fits = near is not None and near.shape == about.size
+                tensors[name] = torch.zeros_like(near, dtype=dtype) if fits else torch.zeros(about.size, dtype=dtype)
+            with _quiet():
+                checkpoint.load(tensors, checkpoint_id=folder)
+        except Exception as error:  # a broken file breaks its reader anywhere
+            raise ValueError(f"{folder} is no whole checkpoint ({first_line(error)})") from error
+        return tensors
 
 
 def is_sharded(network: nn.Module) -> bool:
@@ -272,30 +277,16 @@ def is_sharded(network: nn.Module) -> bool:
     return isinstance(network, FSDPModule)
 
 
-def _options(**values: Any) -> Any:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions
-
-    return StateDictOptions(ignore_frozen_params=True, **values)
-
-
-def _states(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Under names that do not depend on how the network is spread."""
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
-
-    return {"network": get_model_state_dict(network, options=_options()),
-            "optimizer": get_optimizer_state_dict(network, optimizer, options=_options())}  # fmt: skip
-
-
 @contextmanager
-def quiet() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Without PyTorch's words on a single process, which is what was asked for."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is (disabled|unavailable).*")
         yield
 
 
-def _sync(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the system can."""
+def sync(folder: Path) -> None:
+    """Bring the names in a folder to the disk, where the system can (Windows cannot)."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

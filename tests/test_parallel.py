@@ -15,8 +15,8 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from minit2v import cli
-from minit2v.cli import batches, loading
+from minit2v import cli, parallel
+from minit2v.cli import batches
 from minit2v.files.video import read_metadata
 
 LONGEST = 60  # seconds: no process of these tests lives longer
@@ -246,14 +246,14 @@ def test_each_process_takes_the_device_of_its_local_rank(second_of_two, monkeypa
     chosen = []
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
-    assert loading._own_device(torch.device("cuda")) == torch.device("cuda:1")
-    assert loading._own_device(torch.device("cuda:0")) == torch.device("cuda:0") and chosen == [1, 0]
-    assert loading._own_device(torch.device("cpu")) == torch.device("cpu")
+    assert parallel.own_device(torch.device("cuda")) == torch.device("cuda:1")
+    assert parallel.own_device(torch.device("cuda:0")) == torch.device("cuda:0") and chosen == [1, 0]
+    assert parallel.own_device(torch.device("cpu")) == torch.device("cpu")
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="process 2 of this machine finds 1 device: start one process for each"):
-        loading._own_device(torch.device("cuda"))
+        parallel.own_device(torch.device("cuda"))
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert loading._own_device(torch.device("cuda")) == torch.device("cuda")
+    assert parallel.own_device(torch.device("cuda")) == torch.device("cuda")
 
 
 def test_whole_files(alone, tmp_path):
