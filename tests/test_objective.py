@@ -1,4 +1,4 @@
-"""What is learned from a clip: noise, timesteps, targets, losses. With diffusers beside: parity/test_trained_lora.py."""
+"""What is learned from a clip: noise, timesteps, targets, losses. With diffusers: parity/test_trained_lora.py."""
 
 import math
 
@@ -7,6 +7,7 @@ import torch
 from einops import repeat
 
 from minit2v import DDIMScheduler, DPMSolverMultistepScheduler, PNDMScheduler
+from minit2v.schedulers.edm import EDMEulerScheduler
 from minit2v.training.objective import Objective, debiased, drop_text, generators
 
 STABLE_DIFFUSIONS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -169,8 +170,10 @@ def test_the_scheduler_that_samples_as_was_trained():
     assert type(new) is type(V) and new.config.prediction_type == "v_prediction"
     assert torch.equal(new.alphas_cumprod[:-1], objective.scheduler.alphas_cumprod[:-1])
     assert Objective(V, zero_snr=False).scheduler_for(PNDMScheduler()).config.beta_schedule == "scaled_linear"
-    with pytest.raises(ValueError, match="PNDMScheduler has no rescale_betas_zero_snr"):
-        objective.scheduler_for(PNDMScheduler())
+    with pytest.raises(ValueError, match="EDMEulerScheduler has no .*: this model needs another scheduler"):
+        objective.scheduler_for(EDMEulerScheduler())
+    with pytest.raises(ValueError, match="the scheduler has no betas"):
+        Objective(EDMEulerScheduler())
 
 
 @pytest.mark.parametrize("options, message", [
