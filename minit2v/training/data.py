@@ -29,7 +29,7 @@ from minit2v_convert.rename import nearest, shown
 
 from ..files.video import NANO
 from .cache import Cache, digest, digest_of
-from .clips import DECODERS, Facts, Media, decode, nearest_frames
+from .clips import Facts, Media, decode, nearest_frames
 from .layouts import Entry, read_layout, read_sets
 from .objective import drop_text, generators
 
@@ -160,7 +160,7 @@ def buckets(height: int, width: int, unit: int) -> list[tuple[int, int]]:
     for w in range(unit, area // unit + 1, unit):
         h = max(unit, round(area / w / unit) * unit)
         if abs(h * w / area - 1) <= AREA and max(h / w, w / h) <= LARGEST_ASPECT:
-            found.add((h, w))
+            found |= {(h, w), (w, h)}
     return sorted(found)
 
 
@@ -250,7 +250,7 @@ class Data:
     cache: the folder for latents and text states; None: each clip is decoded and encoded at each visit.
     unit: height and width are multiples of it, in pixels.
     text_dropout: the share of captions that are replaced by the empty one. posterior: "sample" or "mean".
-    dtype: of what is in the cache. decoder: "ffmpeg" or "pyav". workers: files that are decoded at once.
+    dtype: of what is in the cache. workers: files that are decoded at once.
     count_tokens: how many tokens a caption has, and how many are read; for the summary.
 
     All files are gone through at once: what cannot be trained on is in `skipped`, with the reason, and each such file
@@ -270,7 +270,6 @@ class Data:
         text_dropout: float = 0.0,
         posterior: str = "sample",
         dtype: str = "float32",
-        decoder: str = "ffmpeg",
         workers: int = 1,
         count_tokens: Callable[[str], tuple[int, int]] | None = None,
         progress: bool = False,
@@ -279,9 +278,9 @@ class Data:
         self.sources = as_sources(sources, defaults)
         self.vae, self.encode_text, self.text_name = vae, encode_text, text_name
         self.cache, self.seed, self.unit, self.text_dropout = Cache(cache), seed, unit, text_dropout
-        self.posterior, self.dtype, self.decoder, self.workers = posterior, dtype, decoder, workers
+        self.posterior, self.dtype, self.workers = posterior, dtype, workers
         self.count_tokens = count_tokens
-        for name, value, known in (("posterior", posterior, ("sample", "mean")), ("decoder", decoder, DECODERS),
+        for name, value, known in (("posterior", posterior, ("sample", "mean")),
                                    ("dtype", dtype, ("float32", "float16", "bfloat16"))):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}{nearest(value, known)}")
@@ -328,7 +327,7 @@ class Data:
         """What tells this data from other data. It is the same on every machine and in every folder."""
         clips = [[c.facts.sha256, c.captions, c.source, c.bucket, c.start, c.last] for c in self.clips]
         ways = [[getattr(s, f.name) for f in fields(s) if f.name not in ("path", "folder")] for s in self.sources]
-        return digest(clips, ways, self.seed, self.unit, self.text_dropout, self.posterior, self.decoder)
+        return digest(clips, ways, self.seed, self.unit, self.text_dropout, self.posterior)
 
     # Going through the files.
 
@@ -505,6 +504,8 @@ class Data:
         These begin anywhere, anew at each visit. If there are none, neither the VAE nor the text encoder is needed any
         more, unless a caption comes that is not in the data.
         """
+        if self.cache.folder is None:
+            return len(self.clips)
         for caption in {"", *(x for c in self.clips for x in c.captions)}:
             self.text(caption)
         later, items = 0, []
@@ -522,12 +523,11 @@ class Data:
     def _name(self, item: Item) -> str:
         """Of a cache file: all that its content depends on."""
         clip = self.clips[item.clip]
-        return digest(clip.facts.sha256, self.vae_name, clip.bucket[1:], item.frames, item.flip, self.dtype,
-                      self.decoder)  # fmt: skip
+        return digest(clip.facts.sha256, self.vae_name, clip.bucket[1:], item.frames, item.flip, self.dtype)
 
     def _decode(self, item: Item) -> Tensor:
         clip = self.clips[item.clip]
-        return decode(clip.media, clip.facts, item.frames, clip.bucket[1:], item.flip, self.decoder)
+        return decode(clip.media, clip.facts, item.frames, clip.bucket[1:], item.flip)
 
     def _moments(self, name: str, item: Item, job: Any) -> dict[str, Tensor]:
         if (known := self.cache.read("latents", name)) is not None:
