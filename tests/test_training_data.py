@@ -593,7 +593,7 @@ def test_a_batch_is_a_function_of_the_seed_and_the_step(seven):
 
 def test_all_clips_are_used_equally_often_at_any_time(seven):
     found = seven()
-    assert "with 2 in a batch, each clip is used once in about 4 steps" in found.summary(2)
+    assert "with 2 in a batch, all clips are used in about 4 steps" in found.summary(2)
     clips = [i.clip for s in range(280) for i in found.batch(s, 2)]
     for end in range(40, len(clips)):
         counts = Counter(clips[:end])
@@ -638,6 +638,26 @@ def test_samples_are_the_same_for_any_number_of_workers_and_ranks(seven, tmp_pat
             assert share.numbers[k] == want.numbers[row] == step * 4 + row
             assert share.captions[k] == want.captions[row] and share.sources[k] == want.sources[row]
             assert torch.equal(share.latents[k], want.latents[row]) and torch.equal(share.text[k], want.text[row])
+
+
+@pytest.mark.parametrize("shares", [{0: 1}, {0: 1, 1: 1}, {0: 5, 1: 2, 2: 1}, {n: 1 + n * n for n in range(9)}])
+def test_turns_are_in_proportion_and_need_no_counting(shares):
+    whole, had = sum(shares.values()), Counter()
+    for number in range(2 * whole):
+        who, before = turn(shares, number)
+        assert had[who] == before  # as if it were counted
+        had[who] += 1
+        assert all(abs(had[n] - share * (number + 1) / whole) < 2 for n, share in shares.items())
+    assert had == {n: 2 * share for n, share in shares.items()}
+
+
+def test_small_buckets_are_not_used_more_often_than_large_ones(tmp_path, shapes):
+    for n in range(6):
+        write(tmp_path / f"{n}.mp4", counter(16, *((64, 128) if n == 5 else (64, 64))))
+    found = make(shapes, tmp_path, prompt="a counter")
+    counts = Counter(i.clip for s in range(60) for i in found.batch(s, 4))
+    assert counts == dict.fromkeys(range(6), 40)
+    assert "clips 1; at most 0% of a picture is cut off; fewer than a batch" in found.summary(4)
 
 
 # ------------------------------------------------------------------------------------------------------- cache
