@@ -23,7 +23,7 @@ from minit2v.training import cache as caches
 from minit2v.training import clips, data
 from minit2v.training.cache import Cache, digest_of
 from minit2v.training.clips import Media, covered, decode, examine, nearest_frames, sha256
-from minit2v.training.data import Data, Source, buckets
+from minit2v.training.data import Data, Source, buckets, turn
 from minit2v.training.objective import drop_text
 from minit2v.training.sheet import look
 
