@@ -375,6 +375,17 @@ def test_every_layout_is_read_into_the_same_samples(kind, tmp_path, three, shape
         assert numbers(decode(clip.media, clip.facts, range(16), (32, 64))) == list(range(16))
 
 
+def test_runs_and_hidden_folders_inside_are_no_data(three, shapes, tmp_path, caplog):
+    for place in (".", "run/samples", ".hidden", "more"):
+        (tmp_path / place).mkdir(exist_ok=True, parents=True)
+        (tmp_path / place / "a.mp4").write_bytes(three[0].read_bytes())
+    (tmp_path / "run" / "run.json").write_text("{}")
+    (tmp_path / "more" / "back").symlink_to(tmp_path)
+    found = make(shapes, tmp_path, prompt="a counter", height=32, width=64)
+    assert [Path(c.media.name).relative_to(tmp_path).as_posix() for c in found.clips] == ["a.mp4", "more/a.mp4"]
+    assert "run is left out: it is the folder of a training run" in caplog.text
+
+
 def test_one_file_and_one_prompt(three, shapes):
     found = make(shapes, three[1], prompt="a counter", height=32, width=64)
     assert [(c.captions, c.facts.frames) for c in found.clips] == [(("a counter",), 21)]
@@ -505,7 +516,9 @@ def damage(n, folder, whole, sound):
     elif kind == 7:
         path.symlink_to(folder / "nowhere") if n // 9 % 2 else os.mkfifo(path)
     else:
-        path.mkdir()
+        path = path.with_suffix(".jpg")
+        Image.fromarray(counter(1)[0]).save(path)
+        path.write_bytes(path.read_bytes()[:-60])
     path.with_suffix(".txt").write_text("damaged")
     return path
 
@@ -632,6 +645,7 @@ def test_samples_are_the_same_for_any_number_of_workers_and_ranks(seven, tmp_pat
     for count in (1, 2, 4):
         found = seven(cache=tmp_path / str(count), workers=count)
         items = found.batch(step, 4)
+        found.prefetch(items[:3])
         shares = [found.load(items[rank::count]) for rank in range(count)]
         for row in range(4):
             share, k = shares[row % count], row // count

@@ -11,11 +11,12 @@ is resumed, or shared by more processes, goes on with exactly the same data.
 import bisect
 import logging
 import math
+import os
 import random
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
@@ -250,7 +251,8 @@ class Data:
     cache: the folder for latents and text states; None: each clip is decoded and encoded at each visit.
     unit: height and width are multiples of it, in pixels.
     text_dropout: the share of captions that are replaced by the empty one. posterior: "sample" or "mean".
-    dtype: of what is in the cache. workers: files that are decoded at once.
+    dtype: of what is in the cache. workers: files that are decoded at once; all
+        processors, and at most 8. The samples do not depend on it.
     count_tokens: how many tokens a caption has, and how many are read; for the summary.
 
     All files are gone through at once: what cannot be trained on is in `skipped`, with the reason, and each such file
@@ -270,7 +272,7 @@ class Data:
         text_dropout: float = 0.0,
         posterior: str = "sample",
         dtype: str = "float32",
-        workers: int = 1,
+        workers: int | None = None,
         count_tokens: Callable[[str], tuple[int, int]] | None = None,
         progress: bool = False,
         **defaults: Any,
@@ -278,7 +280,7 @@ class Data:
         self.sources = as_sources(sources, defaults)
         self.vae, self.encode_text, self.text_name = vae, encode_text, text_name
         self.cache, self.seed, self.unit, self.text_dropout = Cache(cache), seed, unit, text_dropout
-        self.posterior, self.dtype, self.workers = posterior, dtype, workers
+        self.posterior, self.dtype = posterior, dtype
         self.count_tokens = count_tokens
         for name, value, known in (("posterior", posterior, ("sample", "mean")),
                                    ("dtype", dtype, ("float32", "float16", "bfloat16"))):
@@ -287,11 +289,17 @@ class Data:
         if not 0 <= text_dropout <= 1:
             raise ValueError(f"text_dropout is a share from 0 to 1, not {text_dropout!r}")
         self.vae_name = digest(digest_of(vae), str(vae.dtype), vae.tiling)
+        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1) if workers is None else workers)
+        self._jobs: dict[str, Future[Tensor]] = {}
         self.skipped: list[tuple[str, str]] = []
         self.clips: list[Clip] = []
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
         self._orders: dict[tuple[Bucket, int], tuple[int, list[int]]] = {}
-        self._read(progress)
+        try:
+            self._read(progress)
+        except BaseException:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            raise
         self._streams: dict[Bucket, dict[int, list[int]]] = {}
         for n, clip in enumerate(self.clips):
             self._streams.setdefault(clip.bucket, {}).setdefault(clip.source, []).append(n)
@@ -350,16 +358,14 @@ class Data:
             except OSError as error:
                 return f"cannot be read ({error.strerror or error})"
 
-        with ThreadPoolExecutor(self.workers) as pool:
-            facts = pool.map(facts_of, found)
-            for (n, entry), said in zip(found, tqdm(facts, "reading files", len(found), disable=not progress),
-                                        strict=True):  # fmt: skip
-                try:
-                    if isinstance(said, str):
-                        raise ValueError(said)
-                    self.clips += self._clips(n, entry, said)
-                except ValueError as error:
-                    self._skip(entry.media.name, str(error))
+        facts = self._pool.map(facts_of, found)
+        for (n, entry), said in zip(found, tqdm(facts, "reading files", len(found), disable=not progress), strict=True):
+            try:
+                if isinstance(said, str):
+                    raise ValueError(said)
+                self.clips += self._clips(n, entry, said)
+            except ValueError as error:
+                self._skip(entry.media.name, str(error))
         if not self.clips:
             raise ValueError(f"nothing is left to train on: all of the {len(found)} files are skipped, the first one "
                              f"because: {self.skipped[0][1]}")  # fmt: skip
@@ -474,13 +480,16 @@ class Data:
 
     # Latents and text states.
 
+    def prefetch(self, items: Sequence[Item]) -> None:
+        """Begins to decode what is not in the cache, and returns at once. `load` of the same samples waits for it."""
+        for item in items:
+            if (name := self._name(item)) not in self._jobs and not self.cache.has("latents", name):
+                self._jobs[name] = self._pool.submit(self._decode, item)
+
     def load(self, items: Sequence[Item]) -> Batch:
         """The latents and text states of these samples. Their bucket must be the same."""
-        names = {self._name(item): item for item in items}
-        with ThreadPoolExecutor(self.workers) as pool:
-            jobs = {name: pool.submit(self._decode, item) for name, item in names.items()
-                    if not self.cache.has("latents", name)}  # fmt: skip
-            moments = {name: self._moments(name, item, jobs.get(name)) for name, item in names.items()}
+        self.prefetch(items)
+        moments = {name: self._moments(name, item) for name, item in {self._name(i): i for i in items}.items()}
         rows = [Sample(self._drawn(moments[self._name(item)], item.number), self.text(item.caption), item.caption,
                        self.clips[item.clip].media.name) for item in items]  # fmt: skip
         return Batch(torch.stack([r.latents for r in rows]), torch.stack([r.text for r in rows]),
@@ -517,7 +526,8 @@ class Data:
         clip = self.clips[item.clip]
         return decode(clip.media, clip.facts, item.frames, clip.bucket[1:], item.flip)
 
-    def _moments(self, name: str, item: Item, job: Any) -> dict[str, Tensor]:
+    def _moments(self, name: str, item: Item) -> dict[str, Tensor]:
+        job = self._jobs.pop(name, None)
         if (known := self.cache.read("latents", name)) is not None:
             return known
         pixels = self._decode(item) if job is None else job.result()
