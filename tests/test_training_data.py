@@ -470,6 +470,8 @@ def test_other_trainers_toml(three, shapes, tmp_path):
     ("[[set]]\npath = 'a'\nrepeats = 0", "repeats must be a whole number of at least 1, not 0"),
     ("[[set]]\npath = 'a'\nclips = 'all'\nfps = 8", "leaves no room for fps"),
     ("[[datasets]]\nvideo_directory = 'a'\nframe_extraction = 'slide'", "clips must be"),
+    ("[[set]]\npath = 'a'\nflip = 'no'", "flip must be true or false, not 'no'"),
+    ("[[set]]\npath = 'a'\nheight = 60", r"height must be a multiple of 16 pixels .*, not 60 \(nearest: 64\)"),
     ("[[set]]\npath = 'nowhere'", "nowhere: no such file or folder"),
 ])  # fmt: skip
 def test_wrong_settings_are_named(text, said, tmp_path, shapes):
