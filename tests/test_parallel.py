@@ -447,8 +447,9 @@ def test_a_killed_worker_is_started_again_and_the_end_is_the_same_to_the_bit(tra
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             del os.environ[name]
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        launcher = torch.distributed.launcher.api
-        launcher.elastic_launch(launcher.LaunchConfig(
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+        elastic_launch(LaunchConfig(
             1, 1, nproc_per_node=2, run_id="killed", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=1,
             monitor_interval=0.1, start_method="fork"), work)()  # fmt: skip
 
