@@ -13,7 +13,9 @@ so a loss is summed over the rows and divided by the global batch; then any numb
 """
 
 import os
+import secrets
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -69,9 +71,37 @@ def world(device: torch.device | str | None = None, patience: float = PATIENCE) 
         return World(device=device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if not distributed.is_initialized():
-        distributed.init_process_group(backend, timeout=timedelta(seconds=patience))
+        store, _, _ = next(distributed.rendezvous("env://", timeout=timedelta(seconds=patience)))
+        store = distributed.PrefixStore(_agree(store, rank, size, patience), store)
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=size,
+                                       timeout=timedelta(seconds=patience))
     waiting = distributed.new_group(backend="gloo", timeout=timedelta(seconds=patience))
     return World(rank, size, device, waiting)
+
+
+def _agree(store: distributed.Store, rank: int, size: int, patience: float) -> str:
+    """A word of the first process that all others have got from it.
+
+    After a restart torchrun's store still holds the addresses of processes that were killed, and who reads them before
+    they are written anew waits for a dead one. So all keys of this start begin with a word that is new.
+    """
+    me = secrets.token_hex(8)
+    if rank:
+        store.set(f"minit2v {rank}", me)
+        word = store.get(f"minit2v answers {me}").decode()
+        store.set(f"minit2v {word} {rank}", "")
+        return word
+    end, answered = time.monotonic() + patience, set()
+    while left := [n for n in range(1, size) if not store.check([f"minit2v {me} {n}"])]:
+        if time.monotonic() > end:
+            missing = ", ".join(str(n + 1) for n in left)
+            raise RuntimeError(f"of {size} processes these did not come within {patience:g} seconds: {missing}")
+        for n in left:
+            if store.check([f"minit2v {n}"]) and (asked := store.get(f"minit2v {n}").decode()) not in answered:
+                store.set(f"minit2v answers {asked}", me)
+                answered.add(asked)
+        time.sleep(0.01)
+    return me
 
 
 @dataclass(frozen=True)
@@ -147,8 +177,8 @@ class World:
         if self.size == 1:
             return network
         device = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(network, device_ids=device, broadcast_buffers=False,
-                                                   gradient_as_bucket_view=True, find_unused_parameters=unused)
+        return nn.parallel.DistributedDataParallel(network, device_ids=device, gradient_as_bucket_view=True,
+                                                   find_unused_parameters=unused)
 
     def shard(self, network: nn.Module, precision: str = "float32", offload: bool = False) -> nn.Module:
         """A part of every weight, gradient and optimizer state on each process (FSDP2): each block, and the rest.
@@ -166,6 +196,8 @@ class World:
         policy = MixedPrecisionPolicy(dtype, torch.float32) if dtype else MixedPrecisionPolicy()
         how = {"mesh": init_device_mesh(self.device.type, (self.size,)), "mp_policy": policy,
                "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}  # fmt: skip
+        # It warns of views that somebody could write to; the networks change nothing in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         for block in network.blocks():  # type: ignore[operator]
             fully_shard(block, **how)
         return fully_shard(network, **how)
@@ -209,10 +241,18 @@ class World:
             for p, total, count in zip(group, sums, flat[: len(group)].tolist(), strict=True):
                 p.grad = total.view_as(p).clone() if count else None
 
+    @torch.no_grad()
     def clip(self, parameters: Iterable[nn.Parameter], most: float) -> float:
         """Scale all gradients so that their norm is at most `most`; returns the norm before. Also of sharded ones."""
-        norm = nn.utils.clip_grad_norm_(list(parameters), most)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        parameters = [p for p in parameters if p.grad is not None]
+        if not any(hasattr(p, "to_local") for p in parameters):
+            return float(nn.utils.clip_grad_norm_(parameters, most))
+        gradients = [local(p.grad) for p in parameters]  # each number is on one process
+        square = torch.stack(torch._foreach_norm(gradients)).square().sum()
+        distributed.all_reduce(square)
+        norm = square.sqrt()
+        torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0))
+        return float(norm)
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The whole tensors on the CPU of the first process, one after the other; an empty dict on the others.
@@ -266,6 +306,11 @@ class World:
         except Exception as error:  # a broken file breaks its reader anywhere
             raise ValueError(f"{folder} is no whole checkpoint ({first_line(error)})") from error
         return tensors
+
+
+def local(x: Tensor) -> Tensor:
+    """Of a sharded tensor the part that is here; writing to it changes the tensor. Others as they are."""
+    return x.to_local() if hasattr(x, "to_local") else x  # type: ignore[operator]  # DTensor: a second to import
 
 
 def is_sharded(network: nn.Module) -> bool:

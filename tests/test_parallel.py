@@ -1,5 +1,6 @@
 """Several processes: lists of prompts that they share, and training that gives the weights of one process."""
 
+import faulthandler
 import json
 import os
 import re
@@ -9,17 +10,20 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from tqdm import tqdm
 
-from minit2v import cli, parallel
+from minit2v import UNet3DConditionModel, UNetMotionModel, cli, parallel
 from minit2v.cli import batches
 from minit2v.files.video import read_metadata
+from minit2v.training.trainable import add_lora, choose
 
-LONGEST = 60  # seconds: no process of these tests lives longer
+LONGEST = 240  # seconds: no process of these tests lives longer
 
 
 class Processes:
@@ -41,6 +45,7 @@ class Processes:
                 for name in ("SIGINT", "SIGTERM", "SIGALRM"):
                     signal.signal(getattr(signal, name), signal.SIG_DFL)
                 sys.stdout = sys.stderr = log.open("w", buffering=1)
+                faulthandler.dump_traceback_later(seconds - 3, file=sys.stderr)  # where it hangs
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), **environment)
                 torch.set_num_threads(1)
                 tqdm.set_lock(threading.RLock())  # its own is shared with the parent: a killed child may hold it
@@ -103,17 +108,20 @@ def torchrun(size, *words, cwd, **environment):
     return subprocess.CompletedProcess(words, process.returncode, *said)
 
 
-@pytest.fixture
-def together(tmp_path):
-    """together(function, size) -> what each process has said, once all have ended well."""
+@contextmanager
+def store():
+    """The environment of processes that find each other, as torchrun's agent sets it."""
+    server = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    yield {"MASTER_ADDR": "localhost", "MASTER_PORT": str(server.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+           "TORCHELASTIC_RESTART_COUNT": "0", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+    del server
 
-    def call(function, size, **environment):
-        with Processes(function, size, tmp_path / "logs", **environment) as processes:
-            codes = processes.wait()
-            assert not any(codes), (codes, processes.said())
-            return processes.said()
 
-    return call
+@contextmanager
+def connected():
+    world = parallel.world("cpu", patience=LONGEST / 2)
+    yield world
+    world.close()
 
 
 # ----------------------------------------------------------------------------------------------------- lists of prompts
@@ -261,3 +269,246 @@ def test_whole_files(alone, tmp_path):
     for content in (data, data[:-1], data[:40], b"", data + b"\0" * 9):
         (tmp_path / "a.mp4").write_bytes(content)
         assert batches.is_whole(tmp_path / "a.mp4") is (content == data)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+STEPS, ROWS = 3, 4
+SMALL = {"block_out_channels": [8], "layers_per_block": 1, "cross_attention_dim": 8, "norm_num_groups": 4}
+SMALL_3D = {"down_block_types": ["CrossAttnDownBlock3D"], "up_block_types": ["CrossAttnUpBlock3D"],
+            "attention_head_dim": 4}  # fmt: skip
+SMALL_MOTION = {"down_block_types": ["CrossAttnDownBlockMotion"], "up_block_types": ["CrossAttnUpBlockMotion"],
+                "num_attention_heads": 2, "motion_num_attention_heads": 2, "use_motion_mid_block": False}  # fmt: skip
+
+
+def make_network(kind):
+    """A small network in float64, and what of it is trained."""
+    torch.manual_seed(0)
+    if kind == "motion":
+        network = UNetMotionModel(**SMALL, **SMALL_MOTION).double().eval()
+        return network, choose(network, "motion")
+    network = UNet3DConditionModel(**SMALL, **SMALL_3D).double().eval()
+    if kind == "full":
+        return network, choose(network)
+    lora = add_lora(network, "both", 2, generator=torch.Generator().manual_seed(1))
+    return network, [(f"{path}.{side}", getattr(b, side)) for path, b in lora.layers.items() for side in ("down", "up")]
+
+
+class Loop:
+    """A training loop of one's own: network, optimizer, moving average, checkpoints."""
+
+    def __init__(self, world, kind, engine):
+        self.world, self.done = world, 0
+        self.network, trained = make_network(kind)
+        ours = {id(p): name for name, p in self.network.named_parameters()}
+        names = [(name, ours[id(p)]) for name, p in trained]
+        if engine == "ddp":
+            self.called = world.replicate(self.network)
+        else:
+            self.called = world.shard(self.network) if engine == "fsdp" else self.network
+        parameters = dict(self.network.named_parameters())  # sharding makes others
+        self.trained = {name: parameters[own] for name, own in names}
+        self.optimizer = torch.optim.AdamW(self.trained.values(), 1e-2, fused=True)
+        self.average = {name: p.detach().clone() for name, p in self.trained.items()}
+
+    def step(self, accumulate=1):
+        random = torch.Generator().manual_seed(self.done)
+        x, target = (torch.randn(ROWS, 4, 2, 4, 4, generator=random, dtype=torch.float64) for _ in range(2))
+        text = torch.randn(ROWS, 3, 8, generator=random, dtype=torch.float64)
+        mine = self.world.share(range(ROWS))
+        self.optimizer.zero_grad(set_to_none=True)
+        for k in range(accumulate):
+            rows = mine[k::accumulate]
+            with self.world.accumulating(self.called, last=k == accumulate - 1):
+                loss = (self.called(x[rows], 7, text[rows]) - target[rows]).square().mean((1, 2, 3, 4)).sum() / ROWS
+                self.world.backward(loss, self.called)
+        self.world.sum_gradients(self.called)
+        norm = self.world.clip(self.trained.values(), 0.1)
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(*(list(map(parallel.local, x.values())) for x in (self.average, self.trained)), 0.3)
+        self.done += 1
+        return norm
+
+    def tensors(self):
+        state = {f"{name}/{k}": x for name, p in self.trained.items() for k, x in self.optimizer.state[p].items()}
+        return state | {f"{name}/weight": p.detach() for name, p in self.trained.items()} | {
+            f"{name}/average": x for name, x in self.average.items()} | {"done": torch.tensor(self.done)}
+
+    def save(self, folder):
+        self.world.save_sharded(folder / f"step-{self.done}", self.tensors())
+
+    @torch.no_grad()
+    def load(self, path):
+        found = self.world.load_sharded(path, lambda name: self.trained.get(name.rpartition("/")[0]))
+        self.done = int(found.pop("done"))
+        for name, x in found.items():
+            of, _, what = name.rpartition("/")
+            if what in ("weight", "average"):
+                (self.trained if what == "weight" else self.average)[of].copy_(x)
+            else:
+                self.optimizer.state[self.trained[of]][what] = x
+
+    def result(self):
+        return self.world.gather({name: p for name, p in self.trained.items()} | {
+            f"{name}/average": self.average[name] for name in list(self.average)[::9]})  # fmt: skip
+
+
+RUNS = {  # processes: what is trained, how, and in how many pieces each makes its rows
+    1: [("full", "plain", 1), ("motion", "plain", 1), ("lora", "plain", 1)],
+    2: [("full", "ddp", 2), ("full", "fsdp", 2), ("motion", "fsdp", 1), ("lora", "plain", 2), ("lora", "fsdp", 1)],
+    4: [("full", "ddp", 1), ("full", "fsdp", 1), ("lora", "plain", 1)],
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """trained(processes) -> {(what, how): (gradient norms, weights)}; (what, "continued"): two steps were others'."""
+    import torch._dynamo
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp  # noqa: F401 - once, and not in each child
+
+    kept = tmp_path_factory.mktemp("checkpoints")
+
+    @cache
+    def of(size):
+        folder = tmp_path_factory.mktemp(f"trained-{size}")
+
+        def run(world, loop, name, accumulate=1):
+            norms = []
+            while loop.done < STEPS:
+                norms.append(loop.step(accumulate))
+                if loop.done == 2 == size:
+                    loop.save(kept / name.replace(" ", "-"))
+            if weights := loop.result():
+                torch.save((norms, weights), folder / name)
+
+        def work():
+            with connected() as world:
+                for kind, engine, accumulate in RUNS[size]:
+                    run(world, Loop(world, kind, engine), f"{kind} {engine}", accumulate)
+                if size != 2:
+                    loop = Loop(world, "full", "fsdp")
+                    loop.load(kept / "full-fsdp" / "step-2")
+                    run(world, loop, "full continued")
+
+        if size != 2:
+            of(2)
+        with store() as environment, Processes(work, size, folder / "logs", **environment) as processes:
+            assert not any(processes.wait()), processes.said()
+        return {tuple(path.name.split()): torch.load(path) for path in folder.iterdir() if path.is_file()}
+
+    return of
+
+
+def check_equal(weights, expected):
+    """Within rounding of float64. A name with a slash is that of a moving average."""
+    assert weights.keys() == expected.keys() and len(weights) > 10
+    worst = max((weights[name] - expected[name]).abs().max().item() for name in weights)
+    assert worst < 1e-10, worst
+    assert any((x - expected[name.partition("/")[0]]).abs().max() > 1e-3 for name, x in expected.items() if "/" in name)
+
+
+@pytest.mark.parametrize("size,kind,engine", [(size, *run[:2]) for size in (2, 4) for run in RUNS[size]])
+def test_several_processes_train_the_weights_of_one(size, kind, engine, trained):
+    (norms, weights), (expected_norms, expected) = trained(size)[kind, engine], trained(1)[kind, "plain"]
+    assert torch.allclose(torch.tensor(norms), torch.tensor(expected_norms), rtol=1e-10, atol=0)
+    check_equal(weights, expected)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_checkpoint_of_two_sharded_processes_goes_on_with_others(size, trained):
+    norms, weights = trained(size)["full", "continued"]
+    assert len(norms) == STEPS - 2
+    check_equal(weights, trained(1)["full", "plain"][1])
+
+
+def test_a_killed_worker_is_started_again_and_the_end_is_the_same_to_the_bit(trained, tmp_path):
+    """torchrun's own agent, whose workers are forked: the loop takes up the newest checkpoint, as the Trainer does."""
+
+    def work():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # of the agent, who forked us; those of torchrun are new programs
+        with connected() as world:
+            loop = Loop(world, "motion", "fsdp")
+            if (tmp_path / "step-2").exists():
+                loop.load(tmp_path / "step-2")
+            while loop.done < STEPS:
+                if loop.done == 2 and world.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                    (tmp_path / "step-4.part").mkdir()  # as if it were saving
+                    os.kill(os.getpid(), signal.SIGKILL)
+                loop.step()
+                if loop.done == 2:
+                    loop.save(tmp_path)
+                print("attempt", os.environ["TORCHELASTIC_RESTART_COUNT"], "step", loop.done, time.time())
+            if weights := loop.result():
+                torch.save(weights, tmp_path / "end")
+
+    def agent():
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            del os.environ[name]
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+        elastic_launch(LaunchConfig(
+            1, 1, nproc_per_node=2, run_id="killed", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=1,
+            monitor_interval=0.1, start_method="fork"), work)()  # fmt: skip
+
+    with Processes(agent, 1, tmp_path / "logs") as processes:
+        assert processes.wait() == [0], processes.said()
+        said = processes.said()[0]
+    assert sorted(re.findall("attempt . step .", said)) == ["attempt 0 step 1"] * 2 + ["attempt 0 step 2"] * 2 + [
+        "attempt 1 step 3"] * 2
+    weights, expected = torch.load(tmp_path / "end"), trained(2)["motion", "fsdp"][1]
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in weights)
+
+
+def test_what_the_processes_tell_each_other(tmp_path):
+    def work():
+        with connected() as world:
+            assert world.share(range(6)) == [[0, 1, 2], [3, 4, 5]][world.rank]
+            with pytest.raises(ValueError, match="a batch of 5 cannot be shared by 2 processes: it must be a multiple"):
+                world.share(range(5))
+            assert world.sum([1.5, world.rank]) == [3.0, 1.0]
+            assert world.from_first(lambda: f"of {world.rank}") == "of 0"
+            with pytest.raises(ValueError, match="the first says no"):
+                world.from_first(lambda: int("x") if world.rank else fail())
+            # Parameters that no process uses have no gradient; what one alone uses is summed all the same.
+            parameters = [torch.nn.Parameter(torch.ones(n + 1)) for n in range(3)]
+            parameters[world.rank].grad = torch.full((world.rank + 1,), 2.0)
+            world.sum_gradients(parameters)
+            assert [p.grad if p.grad is None else p.grad.tolist() for p in parameters] == [[2.0], [2.0, 2.0], None]
+            world.barrier("both are here")
+            if world.is_first:
+                with pytest.raises(RuntimeError, match="process 1 of 2 waited in vain .*'step-7'.*Ranks 1 failed"):
+                    world.barrier("step-7", timeout=0.5)
+            else:
+                time.sleep(1)
+
+    def fail():
+        raise ValueError("the first says no")
+
+    with store() as environment, Processes(work, 2, tmp_path / "logs", **environment) as processes:
+        assert not any(processes.wait()), processes.said()
+
+
+def test_alone_nothing_is_asked():
+    world = parallel.World()
+    assert world.is_first and world.share([1, 2]) == [1, 2] and world.sum([3]) == [3] and world.from_first(int) == 0
+    layer = torch.nn.Linear(2, 2)
+    assert world.replicate(layer) is layer and world.shard(layer) is layer
+    with world.accumulating(layer, last=False):
+        world.backward(layer(torch.ones(1, 2)).sum(), layer)
+    world.sum_gradients(layer)
+    world.barrier("nobody")
+    assert world.clip(layer.parameters(), 10.0) == pytest.approx(6**0.5) and layer.weight.grad.tolist() == [[1, 1]] * 2
+
+
+def test_checkpoints_that_are_not_whole(tmp_path):
+    world = parallel.World()
+    world.save_sharded(tmp_path / "step-1", {"a": torch.arange(3), "b/c": torch.tensor(2.5)})
+    assert os.listdir(tmp_path) == ["step-1"]
+    found = world.load_sharded(tmp_path / "step-1", lambda name: None)
+    assert found["a"].tolist() == [0, 1, 2] and found["b/c"].item() == 2.5
+    (tmp_path / "step-1" / ".metadata").unlink()
+    with pytest.raises(ValueError, match="step-1 is no whole checkpoint"):
+        world.load_sharded(tmp_path / "step-1", lambda name: None)
