@@ -15,12 +15,13 @@ from ..files import embedded, hub
 from ..models.tokenizer import CLIPTokenizer
 from ..models.unet_motion import MotionAdapter
 from ..models.vae import AutoencoderKL
+from ..parallel import own_device
 from ..pipelines.checks import check_pixels, check_size
 from ..pipelines.files import INDEX, read_index
 from ..schedulers.names import solver_of
 from . import adapters, long_videos, pictures
 from .arguments import ADAPTER
-from .messages import one_line, say
+from .messages import one_line, process, say
 
 PIPELINES = {  # (command, whether there is a video to begin with)
     ("generate", False): "TextToVideoSDPipeline",
@@ -41,7 +42,7 @@ def load(command: str, settings: dict[str, Any], video_frames: int | None) -> tu
     """
     from_video = video_frames is not None
     solver, chosen = solver_of(settings["scheduler"]) if settings.get("scheduler") else (None, {})
-    device = find_device(settings.get("device", "auto"))
+    device = own_device(find_device(settings.get("device", "auto")))
     dtype = settings.setdefault("dtype", "float16" if device.type == "cuda" else "float32")
     where = {"revision": settings.get("revision")}
     weights = {"variant": settings.get("variant"), "dtype": getattr(torch, dtype), "compat": settings.get("compat")}
@@ -51,7 +52,7 @@ def load(command: str, settings: dict[str, Any], video_frames: int | None) -> tu
     main = settings.get("model") or settings["base"]
     if "config" in settings and not is_authors_layout(main):
         raise ValueError(f"--config: {main} has configs of its own; only a file of weights lacks them")
-    family, schedule = _family(main, where)
+    family, schedule = family_of(main, where)
     for_motion = _schedule_of_motion(family, schedule, settings) if command == "animate" else {}
     if for_motion and solver is None:
         solver = schedulers.DDIMScheduler
@@ -98,12 +99,13 @@ def load(command: str, settings: dict[str, Any], video_frames: int | None) -> tu
             settings[name] = os.path.abspath(settings[name])  # to be found from other folders, too
     if not chosen:  # a name with fields says more than its class
         settings["scheduler"] = type(pipe.scheduler).__name__
-    settings |= {"device": str(device),
+    # Which of several processes made a video is no setting of it.
+    settings |= {"device": device.type if process()[1] > 1 else str(device),
                  "kernels": os.environ.get("MINIT2V_KERNELS") or "auto"}
     return pipe, call
 
 
-def _family(path: str, where: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def family_of(path: str, where: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The class of a model's UNet, and its scheduler's config: the published model's, where the model has none."""
     if is_authors_layout(path):
         found = components(path)

@@ -1,0 +1,514 @@
+"""Several processes: lists of prompts that they share, and training that gives the weights of one process."""
+
+import faulthandler
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from tqdm import tqdm
+
+from minit2v import UNet3DConditionModel, UNetMotionModel, cli, parallel
+from minit2v.cli import batches
+from minit2v.files.video import read_metadata
+from minit2v.training.trainable import add_lora, choose
+
+LONGEST = 240  # seconds: no process of these tests lives longer
+
+
+class Processes:
+    """Forked children with torchrun's environment, each with one thread. None outlives its alarm, or the block."""
+
+    def __init__(self, function, size, folder, seconds=LONGEST, **environment):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.logs = [folder / f"process-{rank}" for rank in range(size)]
+        self.pids, self.codes, self.end = [], {}, time.monotonic() + seconds
+        for rank, log in enumerate(self.logs):
+            log.write_text("")
+            pid = os.fork()
+            if pid:
+                self.pids.append(pid)
+                continue
+            code = 1
+            try:
+                signal.alarm(seconds)  # whatever becomes of the parent
+                for name in ("SIGINT", "SIGTERM", "SIGALRM"):
+                    signal.signal(getattr(signal, name), signal.SIG_DFL)
+                sys.stdout = sys.stderr = log.open("w", buffering=1)
+                faulthandler.dump_traceback_later(seconds - 3, file=sys.stderr)  # where it hangs
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), **environment)
+                torch.set_num_threads(1)
+                tqdm.set_lock(threading.RLock())  # its own is shared with the parent: a killed child may hold it
+                code = function() or 0
+            except SystemExit as error:
+                code = error.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+
+    def wait(self):
+        """The exit codes; minus the signal that ended a process."""
+        while len(self.codes) < len(self.pids):
+            for pid in self.pids:
+                if pid not in self.codes and (got := os.waitpid(pid, os.WNOHANG))[0]:
+                    self.codes[pid] = os.waitstatus_to_exitcode(got[1])
+            if time.monotonic() > self.end:
+                self.__exit__()
+                pytest.fail("did not end in time:\n" + "\n".join(log.read_text() for log in self.logs))
+            time.sleep(0.02)
+        return [self.codes[pid] for pid in self.pids]
+
+    def wait_for(self, rank, line):
+        """Until the process has said this."""
+        while not re.search(line, self.logs[rank].read_text(), re.M):
+            assert time.monotonic() < self.end, f"{line!r} was not said: {self.logs[rank].read_text()}"
+            time.sleep(0.005)
+
+    def said(self):
+        return [log.read_text() for log in self.logs]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for pid in self.pids:
+            if pid not in self.codes:
+                os.kill(pid, signal.SIGKILL)
+                self.codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def torchrun(size, *words, cwd, **environment):
+    """What `torchrun` has said. None of its processes outlives it."""
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    with (cwd / "out").open("w") as out, (cwd / "errors").open("w") as errors:  # pipes may be held by who is left
+        process = subprocess.Popen(words, cwd=cwd, env=environment, stdout=out, stderr=errors)
+        try:
+            process.wait(LONGEST)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # it ends its workers
+            process.wait(40)
+        finally:
+            process.kill()
+            process.wait()
+    said = (cwd / "out").read_text(), (cwd / "errors").read_text()
+    assert process.returncode in (0, 1), said
+    return subprocess.CompletedProcess(words, process.returncode, *said)
+
+
+@contextmanager
+def store():
+    """The environment of processes that find each other, as torchrun's agent sets it."""
+    server = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    yield {"MASTER_ADDR": "localhost", "MASTER_PORT": str(server.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+           "TORCHELASTIC_RESTART_COUNT": "0", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+    del server
+
+
+@contextmanager
+def connected():
+    world = parallel.world("cpu", patience=LONGEST / 2)
+    yield world
+    world.close()
+
+
+# ----------------------------------------------------------------------------------------------------- lists of prompts
+
+LIST = ["a red circle moving up", "a blue square moving left", "a red circle moving up", "a red circle, moving up",
+        '{"0": "a red bar", "1": "a blue bar"}', "a green ring moving right", '{"0": "a \\ud800"}']
+FAST = ["--seed", "3", "--num-frames", "2", "--steps", "1"]
+BROKEN = "the prompt is not valid Unicode: surrogates not allowed at character 2"
+
+
+@pytest.fixture
+def generate(tmp_path):
+    """generate(folder, *options) -> a function that makes the list's videos there, and returns the exit code."""
+    (tmp_path / "list").write_text("\n".join(LIST))
+
+    def of(folder, *options):
+        words = ["generate", "--prompts", str(tmp_path / "list"), *FAST, "-o", str(folder), *map(str, options)]
+        return lambda: cli.main(words)
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The files of one process: {name: bytes}."""
+    folder = tmp_path_factory.mktemp("alone")
+    (folder / "list").write_text("\n".join(LIST))
+    words = ["generate", "--prompts", str(folder / "list"), *FAST, "-o", str(folder / "made")]
+    with Processes(lambda: cli.main(words), 1, folder / "logs") as processes:
+        assert processes.wait() == [1], processes.said()  # one prompt fails
+    return files_of(folder / "made")
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.mp4")}
+
+
+def report_of(folder):
+    report = json.loads((folder / "report.json").read_text())
+    for video in report["videos"]:
+        video.pop("seconds", None)
+    return report
+
+
+def test_processes_share_a_list_and_make_the_files_of_one(generate, alone, tmp_path):
+    assert len(alone) == 5 and "a-red-circle-moving-up-3-2.mp4" in alone
+    with Processes(generate(tmp_path / "two"), 2, tmp_path / "logs") as processes:
+        assert processes.wait() == [0, 1]  # who has met the broken prompt
+        first, second = processes.said()
+    assert files_of(tmp_path / "two") == alone
+    report = report_of(tmp_path / "two")
+    assert (report["prompts"], report["made"], report["failed"]) == (6, 5, 1)
+    assert [v["prompt"] for v in report["videos"]] == [*dict.fromkeys(LIST[:4]), "a red bar", LIST[5], "a \ud800"]
+    assert report["videos"][-1] == {"prompt": "a \ud800", "error": BROKEN}
+    assert report["videos"][3] == {"prompt": "a red bar", "prompt_at": {"1": "a blue bar"}, "file": "a-red-bar-3.mp4"}
+    assert report["settings"]["seed"] == 3 and report["settings"]["steps"] == 1
+    # Whole lines that say whose they are; what each has made is on stdout.
+    for n, said in enumerate((first, second)):
+        lines = [line for line in said.splitlines() if not line.endswith(".mp4")]
+        assert lines and all(line.startswith(f"minit2v {n + 1}/2: ") for line in lines), said
+    assert re.search(r"up-3.mp4: 2 frames of 64x64 in .* s; \d of 6 done, about . seconds left here", first)
+    assert second.splitlines()[-1] == f"minit2v 2/2: 1 of 3 prompts failed: see {tmp_path / 'two' / 'report.json'}"
+
+
+def test_after_a_kill_what_is_whole_is_not_made_again(generate, alone, tmp_path):
+    folder = tmp_path / "made"
+    with Processes(generate(folder), 1, tmp_path / "logs") as processes:
+        processes.wait_for(0, r"\.mp4$")
+        os.kill(processes.pids[0], signal.SIGKILL)
+        assert processes.wait() == [-signal.SIGKILL]
+    before = files_of(folder)
+    assert 1 <= len(before) < 5 and before.items() <= alone.items()
+    times = {name: (folder / name).stat().st_mtime_ns for name in before}
+    (folder / ".minit2v-killed").mkdir()  # what it had in hand then
+    os.utime(folder / ".minit2v-killed", (0, 0))
+    with Processes(generate(folder), 3, tmp_path / "logs") as processes:
+        assert sorted(processes.wait()) == [0, 0, 1]
+        said = "".join(processes.said())
+    assert files_of(folder) == alone and not list(folder.glob(".minit2v-killed"))
+    assert times == {name: (folder / name).stat().st_mtime_ns for name in before}
+    assert sorted(re.findall(r"^.*\.mp4$", said, re.M)) == sorted(f"{folder}/{name}" for name in alone)
+    assert said.count("are there already") and report_of(folder)["made"] == 5
+
+
+def test_other_settings_and_files_that_are_not_whole_get_other_names(generate, alone, tmp_path):
+    folder = tmp_path / "made"
+    folder.mkdir()
+    name, other = "a-red-bar-3.mp4", "a-green-ring-moving-right-3.mp4"
+    for known, data in alone.items():
+        (folder / known).write_bytes(data[:-100] if known == name else data)
+    assert read_metadata(folder / name)["prompt"] == "a red bar"  # which says nothing of its frames
+    with Processes(generate(folder), 1, tmp_path / "logs") as processes:
+        assert processes.wait() == [1]
+        assert f"warning: {folder / name} is not whole" in processes.said()[0]
+    assert files_of(folder).keys() == {*alone, "a-red-bar-3-2.mp4"}
+    with Processes(generate(folder, "--steps", 2), 2, tmp_path / "logs") as processes:
+        assert sorted(processes.wait()) == [0, 1]
+    made = files_of(folder)
+    assert len(made) == 11 and made[other] == alone[other] != made["a-green-ring-moving-right-3-2.mp4"]
+    assert report_of(folder)["settings"]["steps"] == 2 and report_of(folder)["made"] == 5
+
+
+def test_a_prompt_that_fails_ends_no_other_process_of_torchrun(tmp_path):
+    """The process that ends last returns the 1 of the first: torchrun would end the others."""
+    (tmp_path / "list").write_text('{"0": "a \\ud800"}\na red bar\n')
+    done = torchrun(2, "-m", "minit2v", "generate", "--prompts", "list", "--steps", "30", "-o", "made", cwd=tmp_path)
+    assert done.returncode == 1 and f'minit2v 1/2: error: "a \\ud800": {BROKEN}' in done.stderr, done.stderr
+    assert list(files_of(tmp_path / "made")) == ["a-red-bar-0.mp4"] and done.stdout == "made/a-red-bar-0.mp4\n"
+    assert report_of(tmp_path / "made")["made"] == 1
+
+
+@pytest.fixture
+def second_of_two(monkeypatch):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("words", [["a cat"], ["--prompts", "-", "-o", "made/"], ["--prompts", "list"],
+                                   ["--prompts", "list", "-o", "a.mp4"]])
+def test_what_several_processes_cannot_share(second_of_two, capsys, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    Path("list").write_text("a cat\n")
+    assert cli.main(["generate", *words]) == 2
+    said = capsys.readouterr().err
+    assert "several processes share a list of prompts: give --prompts FILE and -o FOLDER" in said
+    assert os.listdir() == ["list"]
+
+
+def test_each_process_takes_the_device_of_its_local_rank(second_of_two, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
+    assert parallel.own_device(torch.device("cuda")) == torch.device("cuda:1")
+    assert parallel.own_device(torch.device("cuda:0")) == torch.device("cuda:0") and chosen == [1, 0]
+    assert parallel.own_device(torch.device("cpu")) == torch.device("cpu")
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="process 2 of this machine finds 1 device: start one process for each"):
+        parallel.own_device(torch.device("cuda"))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert parallel.own_device(torch.device("cuda")) == torch.device("cuda")
+
+
+def test_whole_files(alone, tmp_path):
+    data = next(iter(alone.values()))
+    for content in (data, data[:-1], data[:40], b"", data + b"\0" * 9):
+        (tmp_path / "a.mp4").write_bytes(content)
+        assert batches.is_whole(tmp_path / "a.mp4") is (content == data)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+STEPS, ROWS = 3, 4
+SMALL = {"block_out_channels": [8], "layers_per_block": 1, "cross_attention_dim": 8, "norm_num_groups": 4}
+SMALL_3D = {"down_block_types": ["CrossAttnDownBlock3D"], "up_block_types": ["CrossAttnUpBlock3D"],
+            "attention_head_dim": 4}  # fmt: skip
+SMALL_MOTION = {"down_block_types": ["CrossAttnDownBlockMotion"], "up_block_types": ["CrossAttnUpBlockMotion"],
+                "num_attention_heads": 2, "motion_num_attention_heads": 2, "use_motion_mid_block": False}  # fmt: skip
+
+
+def make_network(kind):
+    """A small network in float64, and what of it is trained."""
+    torch.manual_seed(0)
+    if kind == "motion":
+        network = UNetMotionModel(**SMALL, **SMALL_MOTION).double().eval()
+        return network, choose(network, "motion")
+    network = UNet3DConditionModel(**SMALL, **SMALL_3D).double().eval()
+    if kind == "full":
+        return network, choose(network)
+    lora = add_lora(network, "both", 2, generator=torch.Generator().manual_seed(1))
+    return network, [(f"{path}.{side}", getattr(b, side)) for path, b in lora.layers.items() for side in ("down", "up")]
+
+
+class Loop:
+    """A training loop of one's own: network, optimizer, moving average, checkpoints."""
+
+    def __init__(self, world, kind, engine):
+        self.world, self.done = world, 0
+        self.network, trained = make_network(kind)
+        ours = {id(p): name for name, p in self.network.named_parameters()}
+        names = [(name, ours[id(p)]) for name, p in trained]
+        if engine == "ddp":
+            self.called = world.replicate(self.network)
+        else:
+            self.called = world.shard(self.network) if engine == "fsdp" else self.network
+        parameters = dict(self.network.named_parameters())  # sharding makes others
+        self.trained = {name: parameters[own] for name, own in names}
+        self.optimizer = torch.optim.AdamW(self.trained.values(), 1e-2, fused=True)
+        self.average = {name: p.detach().clone() for name, p in self.trained.items()}
+
+    def step(self, accumulate=1):
+        random = torch.Generator().manual_seed(self.done)
+        x, target = (torch.randn(ROWS, 4, 2, 4, 4, generator=random, dtype=torch.float64) for _ in range(2))
+        text = torch.randn(ROWS, 3, 8, generator=random, dtype=torch.float64)
+        mine = self.world.share(range(ROWS))
+        self.optimizer.zero_grad(set_to_none=True)
+        for k in range(accumulate):
+            rows = mine[k::accumulate]
+            with self.world.accumulating(self.called, last=k == accumulate - 1):
+                loss = (self.called(x[rows], 7, text[rows]) - target[rows]).square().mean((1, 2, 3, 4)).sum() / ROWS
+                self.world.backward(loss, self.called)
+        self.world.sum_gradients(self.called)
+        norm = self.world.clip(self.trained.values(), 0.1)
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(*(list(map(parallel.local, x.values())) for x in (self.average, self.trained)), 0.3)
+        self.done += 1
+        return norm
+
+    def tensors(self):
+        state = {f"{name}/{k}": x for name, p in self.trained.items() for k, x in self.optimizer.state[p].items()}
+        return state | {f"{name}/weight": p.detach() for name, p in self.trained.items()} | {
+            f"{name}/average": x for name, x in self.average.items()} | {"done": torch.tensor(self.done)}
+
+    def save(self, folder):
+        self.world.save_sharded(folder / f"step-{self.done}", self.tensors())
+
+    @torch.no_grad()
+    def load(self, path):
+        found = self.world.load_sharded(path, lambda name: self.trained.get(name.rpartition("/")[0]))
+        self.done = int(found.pop("done"))
+        for name, x in found.items():
+            of, _, what = name.rpartition("/")
+            if what in ("weight", "average"):
+                (self.trained if what == "weight" else self.average)[of].copy_(x)
+            else:
+                self.optimizer.state[self.trained[of]][what] = x
+
+    def result(self):
+        return self.world.gather({name: p for name, p in self.trained.items()} | {
+            f"{name}/average": self.average[name] for name in list(self.average)[::9]})  # fmt: skip
+
+
+RUNS = {  # processes: what is trained, how, and in how many pieces each makes its rows
+    1: [("full", "plain", 1), ("motion", "plain", 1), ("lora", "plain", 1)],
+    2: [("full", "ddp", 2), ("full", "fsdp", 2), ("motion", "fsdp", 1), ("lora", "plain", 2), ("lora", "fsdp", 1)],
+    4: [("full", "ddp", 1), ("full", "fsdp", 1), ("lora", "plain", 1)],
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """trained(processes) -> {(what, how): (gradient norms, weights)}; (what, "continued"): two steps were others'."""
+    import torch._dynamo
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp  # noqa: F401 - once, and not in each child
+
+    kept = tmp_path_factory.mktemp("checkpoints")
+
+    @cache
+    def of(size):
+        folder = tmp_path_factory.mktemp(f"trained-{size}")
+
+        def run(world, loop, name, accumulate=1):
+            norms = []
+            while loop.done < STEPS:
+                norms.append(loop.step(accumulate))
+                if loop.done == 2 == size:
+                    loop.save(kept / name.replace(" ", "-"))
+            if weights := loop.result():
+                torch.save((norms, weights), folder / name)
+
+        def work():
+            with connected() as world:
+                for kind, engine, accumulate in RUNS[size]:
+                    run(world, Loop(world, kind, engine), f"{kind} {engine}", accumulate)
+                if size != 2:
+                    loop = Loop(world, "full", "fsdp")
+                    loop.load(kept / "full-fsdp" / "step-2")
+                    run(world, loop, "full continued")
+
+        if size != 2:
+            of(2)
+        with store() as environment, Processes(work, size, folder / "logs", **environment) as processes:
+            assert not any(processes.wait()), processes.said()
+        return {tuple(path.name.split()): torch.load(path) for path in folder.iterdir() if path.is_file()}
+
+    return of
+
+
+def check_equal(weights, expected):
+    """Within rounding of float64. A name with a slash is that of a moving average."""
+    assert weights.keys() == expected.keys() and len(weights) > 10
+    worst = max((weights[name] - expected[name]).abs().max().item() for name in weights)
+    assert worst < 1e-10, worst
+    assert any((x - expected[name.partition("/")[0]]).abs().max() > 1e-3 for name, x in expected.items() if "/" in name)
+
+
+@pytest.mark.parametrize("size,kind,engine", [(size, *run[:2]) for size in (2, 4) for run in RUNS[size]])
+def test_several_processes_train_the_weights_of_one(size, kind, engine, trained):
+    (norms, weights), (expected_norms, expected) = trained(size)[kind, engine], trained(1)[kind, "plain"]
+    assert torch.allclose(torch.tensor(norms), torch.tensor(expected_norms), rtol=1e-10, atol=0)
+    check_equal(weights, expected)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_checkpoint_of_two_sharded_processes_goes_on_with_others(size, trained):
+    norms, weights = trained(size)["full", "continued"]
+    assert len(norms) == STEPS - 2
+    check_equal(weights, trained(1)["full", "plain"][1])
+
+
+def test_a_killed_worker_is_started_again_and_the_end_is_the_same_to_the_bit(trained, tmp_path):
+    """torchrun's own agent, whose workers are forked: the loop takes up the newest checkpoint, as the Trainer does."""
+
+    def work():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # of the agent, who forked us; those of torchrun are new programs
+        with connected() as world:
+            loop = Loop(world, "motion", "fsdp")
+            if (tmp_path / "step-2").exists():
+                loop.load(tmp_path / "step-2")
+            while loop.done < STEPS:
+                if loop.done == 2 and world.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+                    (tmp_path / "step-4.part").mkdir()  # as if it were saving
+                    os.kill(os.getpid(), signal.SIGKILL)
+                loop.step()
+                if loop.done == 2:
+                    loop.save(tmp_path)
+                print("attempt", os.environ["TORCHELASTIC_RESTART_COUNT"], "step", loop.done, time.time())
+            if weights := loop.result():
+                torch.save(weights, tmp_path / "end")
+
+    def agent():
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            del os.environ[name]
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+        elastic_launch(LaunchConfig(
+            1, 1, nproc_per_node=2, run_id="killed", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=1,
+            monitor_interval=0.1, start_method="fork"), work)()  # fmt: skip
+
+    with Processes(agent, 1, tmp_path / "logs") as processes:
+        assert processes.wait() == [0], processes.said()
+        said = processes.said()[0]
+    assert sorted(re.findall("attempt . step .", said)) == ["attempt 0 step 1"] * 2 + ["attempt 0 step 2"] * 2 + [
+        "attempt 1 step 3"] * 2
+    weights, expected = torch.load(tmp_path / "end"), trained(2)["motion", "fsdp"][1]
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in weights)
+
+
+def test_what_the_processes_tell_each_other(tmp_path):
+    def work():
+        with connected() as world:
+            assert world.share(range(6)) == [[0, 1, 2], [3, 4, 5]][world.rank]
+            with pytest.raises(ValueError, match="a batch of 5 cannot be shared by 2 processes: it must be a multiple"):
+                world.share(range(5))
+            assert world.sum([1.5, world.rank]) == [3.0, 1.0]
+            assert world.from_first(lambda: f"of {world.rank}") == "of 0"
+            with pytest.raises(ValueError, match="the first says no"):
+                world.from_first(lambda: int("x") if world.rank else fail())
+            # Parameters that no process uses have no gradient; what one alone uses is summed all the same.
+            parameters = [torch.nn.Parameter(torch.ones(n + 1)) for n in range(3)]
+            parameters[world.rank].grad = torch.full((world.rank + 1,), 2.0)
+            world.sum_gradients(parameters)
+            assert [p.grad if p.grad is None else p.grad.tolist() for p in parameters] == [[2.0], [2.0, 2.0], None]
+            world.barrier("both are here")
+            if world.is_first:
+                with pytest.raises(RuntimeError, match="process 1 of 2 waited in vain .*'step-7'.*Ranks 1 failed"):
+                    world.barrier("step-7", timeout=0.5)
+            else:
+                time.sleep(1)
+
+    def fail():
+        raise ValueError("the first says no")
+
+    with store() as environment, Processes(work, 2, tmp_path / "logs", **environment) as processes:
+        assert not any(processes.wait()), processes.said()
+
+
+def test_alone_nothing_is_asked():
+    world = parallel.World()
+    assert world.is_first and world.share([1, 2]) == [1, 2] and world.sum([3]) == [3] and world.from_first(int) == 0
+    layer = torch.nn.Linear(2, 2)
+    assert world.replicate(layer) is layer and world.shard(layer) is layer
+    with world.accumulating(layer, last=False):
+        world.backward(layer(torch.ones(1, 2)).sum(), layer)
+    world.sum_gradients(layer)
+    world.barrier("nobody")
+    assert world.clip(layer.parameters(), 10.0) == pytest.approx(6**0.5) and layer.weight.grad.tolist() == [[1, 1]] * 2
+
+
+def test_checkpoints_that_are_not_whole(tmp_path):
+    world = parallel.World()
+    world.save_sharded(tmp_path / "step-1", {"a": torch.arange(3), "b/c": torch.tensor(2.5)})
+    assert os.listdir(tmp_path) == ["step-1"]
+    found = world.load_sharded(tmp_path / "step-1", lambda name: None)
+    assert found["a"].tolist() == [0, 1, 2] and found["b/c"].item() == 2.5
+    (tmp_path / "step-1" / ".metadata").unlink()
+    with pytest.raises(ValueError, match="step-1 is no whole checkpoint"):
+        world.load_sharded(tmp_path / "step-1", lambda name: None)
