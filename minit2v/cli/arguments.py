@@ -208,6 +208,14 @@ def make_parser() -> Parser:
                       help="of the weights: float16, for a CPU float32")
     plan.add_argument("--memory", type=_memory, metavar="SIZE", help="what there is, such as 8GiB: chooses a plan")
     plan.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where it is to run: cuda")
+    plan.add_argument("--train", metavar="WHAT", help="plan a training instead: full, temporal, lora, motion, "
+                      "motion-lora and the other kinds of `minit2v train`")
+    plan.add_argument("--targets", metavar="LAYERS", help="of the LoRA: spatial, temporal or both: both")
+    plan.add_argument("--rank", type=_whole, metavar="N", help="of the LoRA: 8")
+    plan.add_argument("--batch", type=_whole, metavar="N", help="clips at a time on a process: 1")
+    plan.add_argument("--ema", action="store_true", help="with a moving average of the trained weights")
+    plan.add_argument("--accumulate", action="store_true", help="with gradients that stay over the parts of a batch")
+    plan.add_argument("--processes", type=_whole, metavar="N", help="GPUs that train together: 1")
 
     bisect = commands.add_parser("bisect", help="run a step with each fused operation in turn as a Triton kernel, and "
                                  "say how far each is from float64")

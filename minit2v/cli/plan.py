@@ -1,16 +1,27 @@
-"""`minit2v plan`: how much memory a video takes, with and without each technique, and the fastest way that fits."""
+"""`minit2v plan`: how much memory a video takes, with and without each technique, and the fastest way that fits.
+
+With `--train`, the same of training.
+"""
 
 import argparse
 
 import torch
 
 from ..memory.plan import gib, parse_memory
-from ..pipelines.planning import planner_of_model
+from ..memory.training import KINDS
+from ..pipelines.planning import planner_of_model, training_planner_of_model
 from .messages import say, tell
+
+TRAINING = ("targets", "rank", "batch", "ema", "accumulate", "processes")  # options that go with --train
 
 
 def run(args: argparse.Namespace) -> int:
     """The exit code: 1 where nothing fits."""
+    only = [name for name in TRAINING if name in args]
+    if "train" in args:
+        return plan_training(args)
+    if only:
+        args.usage_error(f"--{only[0]} goes with --train")
     memory = parse_memory(args.memory) if "memory" in args else None
     dtype = getattr(args, "dtype", "float16" if args.device == "cuda" else "float32")
     size = {"frames": getattr(args, "num_frames", None), "height": getattr(args, "height", None),
@@ -32,4 +43,32 @@ def run(args: argparse.Namespace) -> int:
         return 1
     tell(f"the fastest that fits into {gib(memory)}: {gib(plan.peak)} with {plan.techniques}")
     tell(*plan.calls)
+    return 0
+
+
+def plan_training(args: argparse.Namespace) -> int:
+    """A row for each method: what is alive at the peak of a step, by kind."""
+    if "dtype" in args:
+        args.usage_error("--dtype goes without --train: each precision is a row")
+    memory = parse_memory(args.memory) if "memory" in args else None
+    names = {"num_frames": "frames", "height": "height", "width": "width", "rank": "rank", "targets": "targets",
+             "batch": "clips", "ema": "ema", "accumulate": "accumulate", "processes": "processes"}  # fmt: skip
+    given = {field: getattr(args, name) for name, field in names.items() if name in args}
+    planner = training_planner_of_model(args.model, args.train, device=args.device, **given)
+    trained, whole = (sum(p.numel() for p in ps) / 1e6 for ps in (planner.trained, planner.unet.parameters()))
+    say(f"{args.model}, {planner.clips} at a time, {trained:.2f} M of {whole:.2f} M parameters trained: counted, not "
+        "run; what an allocator and CUDA add is not in, nor are text encoder and VAE, whose results are cached")
+    rows = planner.rows()
+    kinds = [kind for kind in KINDS if any(kind in row.kinds for row in rows)]
+    tell("".join([f"{'GiB at the peak':38}", *(f"{kind:>17}" for kind in (*kinds, "whole"))]))
+    for row in rows:
+        sizes = (*(row.kinds.get(kind, 0) for kind in kinds), row.peak)
+        tell(f"{row.method!s:38}" + "".join(f"{n / 2**30:>17.2f}" for n in sizes))
+    if memory is None:
+        tell(f"the least: {planner.least()}")
+        return 0
+    if (plan := planner.choose(memory)) is None:
+        tell(f"nothing fits into {gib(memory)}; the least: {planner.least()}")
+        return 1
+    tell(f"the fastest that fits into {gib(memory)}: {plan}")
     return 0

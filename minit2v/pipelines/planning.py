@@ -10,7 +10,8 @@ from minit2v_convert.rename import nearest
 
 from ..files import embedded, hub
 from ..files.weights import Weightless
-from ..memory.plan import Planner, Video, on_meta
+from ..memory.plan import TEXT, Planner, Video, on_meta
+from ..memory.training import Clips, TrainingPlanner
 from ..models.unet2d import UNet2DConditionModel
 from ..models.unet_motion import MotionAdapter, UNetMotionModel
 from .animatediff import AnimateDiffPipeline
@@ -28,6 +29,67 @@ def planner_of_model(
     size: fields of the video, of which those that are not given are the model's own. ValueError where the name is
     of no whole model.
     """
+    kind, networks = networks_of_model(name, dtype)
+    if video is None:
+        chunk = inspect.signature(kind.__call__).parameters["decode_chunk_size"].default
+        video = Video(**own_size(networks) | {"chunk": chunk} | {k: v for k, v in size.items() if v is not None})
+    check_size(networks, video)
+    return Planner(networks, video, device, kind)
+
+
+def training_planner_of_model(
+    name: str, train: str = "lora", targets: Any = "both", rank: int = 8, device: str = "cuda", clips: int = 1,
+    ema: bool = False, accumulate: bool = False, processes: int = 1, **size: Any,
+) -> TrainingPlanner:
+    """Of the same names. train, targets, rank: as in training/trainable.py. clips: at a time on a process.
+
+    size: frames, height, width, of which those that are not given are the model's own. Raises ValueError.
+    """
+    _, networks = networks_of_model(name, torch.float32)
+    video = Clips(**own_size(networks) | {k: v for k, v in size.items() if v is not None} | {"clips": clips})
+    check_size(networks, video)
+    encoder, factor = networks.get("text_encoder"), networks["vae"].config.factor
+    return TrainingPlanner(
+        networks["unet"], trained_of(networks["unet"], train, targets, rank), video, factor=factor,
+        tokens=TEXT if encoder is None else encoder.config.max_position_embeddings, ema=ema, accumulate=accumulate,
+        processes=processes, device=device,
+    )  # fmt: skip
+
+
+def trained_of(unet: Any, train: str, targets: Any, rank: int) -> list[torch.Tensor]:
+    """Until training/trainable.py is here: what it chooses."""
+    from torch import nn
+
+    from ..adapters.low_rank import Branch, set_branches
+    from ..models.blocks import MotionModule, TemporalConv, TemporalTransformer
+
+    unet.requires_grad_(False)
+    temporal = (TemporalConv, TemporalTransformer, MotionModule)
+    if train == "full":
+        return [*unet.requires_grad_(True).parameters()]
+    if train in ("temporal", "motion"):
+        return [p.requires_grad_(True) for m in unet.modules() if isinstance(m, temporal) for p in m.parameters()]
+    found = []
+    inside = {id(x) for m in unet.modules() if isinstance(m, temporal) for x in m.modules()}
+    targets = "temporal" if train == "motion-lora" else targets
+    for n, m in [*unet.named_modules()]:
+        if type(m) is not nn.Linear or n.split(".")[-1] not in ("to_q", "to_k", "to_v", "to_out"):
+            continue
+        if targets in ("temporal", "spatial") and (id(m) in inside) != (targets == "temporal"):
+            continue
+        b = Branch(n, None, torch.empty(rank, m.in_features, device="meta"),
+                   torch.empty(m.out_features, rank, device="meta"))
+        for k in ("down", "up"):
+            v = getattr(b, k)
+            delattr(b, k)
+            setattr(b, k, nn.Parameter(v))
+            found.append(getattr(b, k))
+        set_branches(m, [b])
+    return found
+
+
+def networks_of_model(name: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The pipeline's class, and its networks on `meta`; of an image model, with AnimateDiff's motion modules."""
     kind, configs = find_configs(name)
     networks = {part: on_meta(c, config, dtype) for part, (c, config) in configs.items()}
     if (adapter := networks.pop("motion_adapter", None)) is not None or isinstance(
@@ -37,20 +99,24 @@ def planner_of_model(
             adapter = adapter if adapter is not None else MotionAdapter().to(dtype)
             if isinstance(networks["unet"], UNet2DConditionModel):
                 networks["unet"] = UNetMotionModel.from_unet2d(networks["unet"], adapter).to(dtype).eval()
-    if video is None:
-        own = networks["unet"].config.sample_size
-        own = (own, own) if isinstance(own, int) else own
-        rows, columns = (n * networks["vae"].config.factor for n in own)
-        given = {k: v for k, v in size.items() if v is not None}
-        chunk = inspect.signature(kind.__call__).parameters["decode_chunk_size"].default
-        video = Video(**{"frames": 16, "height": rows, "width": columns, "chunk": chunk} | given)
-    for side in ("height", "width"):
-        if getattr(video, side) % networks["vae"].config.factor:
-            raise ValueError(f"{side} must be a multiple of {networks['vae'].config.factor}, not "
-                             f"{getattr(video, side)}")
-    return Planner(networks, video, device, kind)
+    return kind, networks
 
-# Counting --------------------------------------------------------------------------------------------------------
+
+def own_size(networks: dict[str, Any]) -> dict[str, int]:
+    """16 frames of the size that the UNet's config names."""
+    own = networks["unet"].config.sample_size
+    own = (own, own) if isinstance(own, int) else own
+    rows, columns = (n * networks["vae"].config.factor for n in own)
+    return {"frames": 16, "height": rows, "width": columns}
+
+
+def check_size(networks: dict[str, Any], video: Any) -> None:
+    factor = networks["vae"].config.factor
+    for side in ("height", "width"):
+        if getattr(video, side) % factor:
+            raise ValueError(f"{side} must be a multiple of {factor}, not {getattr(video, side)}")
+
+# Finding --------------------------------------------------------------------------------------------------------------
 
 
 def find_configs(name: str) -> tuple[Any, dict[str, tuple[Any, Any]]]:
