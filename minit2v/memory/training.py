@@ -24,7 +24,7 @@ from .live import Live, OnMeta
 from .plan import TEXT, gib, parse_memory
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-KINDS = ("frozen weights", "trained weights", "gradients", "optimizer", "EMA", "copies", "gathered", "activations")
+KINDS = ("frozen weights", "trained weights", "gradients", "optimizer", "EMA", "copies", "communication", "activations")
 
 
 class Clips(NamedTuple):
@@ -109,9 +109,9 @@ class TrainingPlanner:
         kinds += self.step(method)
         if method.shard:
             kinds["gradients"] += trained // parts
-            kinds["gathered"] += self.gathered(method)
+            kinds["communication"] += self.gathered(method)
         elif self.processes > 1 and not self.accumulate:  # they are laid together, to be summed at once
-            kinds["gathered"] += trained
+            kinds["communication"] += trained
         return TrainingPlan(method, {name: kinds[name] for name in KINDS if kinds[name]})
 
     def set_dtypes(self, precision: str) -> None:
