@@ -1,10 +1,11 @@
 """Layers with low-rank branches beside their weights: y = W x + sum of scale * up(down(x)).
 
 A layer becomes one of these in its place, by its class alone: it stays the same module with the same parameters, so
-that names, optimizers and whoever else holds it see no change. Its branches are in no state dict.
+that names, optimizers and whoever else holds it see no change. Its branches are in no state dict, except those that
+are trained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +24,38 @@ class Branch(nn.Module):
         self.register_buffer("up", up, persistent=False)
         self.register_buffer("scale", down.new_ones(()), persistent=False)  # a tensor: CUDA graphs read it anew
 
+    def seen(self, x: Tensor) -> Tensor:
+        """What `down` is applied to."""
+        return x
+
+    def join(self, y: Tensor, h: Tensor) -> Tensor:
+        """y, the layer's own output, and h = up(down(x))."""
+        return y + h * self.scale
+
+
+class TrainedBranch(nn.Module):
+    """The same as parameters, in float32 or wider also where the layer is in bfloat16.
+
+    The factors are small, and so are the steps that they learn by: in 16 bits most steps would round to nothing.
+    """
+
+    def __init__(self, down: Tensor, up: Tensor, scale: float, dropout: float = 0.0):
+        super().__init__()
+        self.down, self.up = nn.Parameter(down), nn.Parameter(up)
+        self.scale, self.dropout, self.on = scale, dropout, True
+
+    def seen(self, x: Tensor) -> Tensor:
+        return F.dropout(x.to(self.down.dtype), self.dropout, self.training)
+
+    def join(self, y: Tensor, h: Tensor) -> Tensor:
+        return (y + h * self.scale).to(y.dtype)
+
+
+def running(layer: nn.Module) -> "Iterator[Branch | TrainedBranch]":
+    """The branches that are not switched off. (Such a one is left out, and not multiplied by 0: were it switched
+    between forward and backward, gradient checkpointing, which runs the layer again, would notice.)"""
+    return (b for b in layer.branches if getattr(b, "on", True))  # type: ignore[union-attr,return-value]
+
 
 class LowRankLinear(nn.Linear):
     branches: nn.ModuleList
@@ -30,8 +63,8 @@ class LowRankLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (... i) -> (... o)."""
         y = super().forward(x)
-        for b in self.branches:
-            y = y + F.linear(F.linear(x, b.down), b.up) * b.scale
+        for b in running(self):
+            y = b.join(y, F.linear(F.linear(b.seen(x), b.down), b.up))
         return y
 
 
@@ -41,9 +74,9 @@ class LowRankConv2d(nn.Conv2d):
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x (n i h w) -> (n o h w): `down` has the layer's kernel, stride and padding, `up` is 1x1."""
         y = super()._conv_forward(x, weight, bias)
-        for b in self.branches:
-            h = F.conv2d(x, b.down, None, self.stride, self.padding, self.dilation)
-            y = y + F.conv2d(h, b.up[:, :, None, None]) * b.scale
+        for b in running(self):
+            h = F.conv2d(b.seen(x), b.down, None, self.stride, self.padding, self.dilation)
+            y = b.join(y, F.conv2d(h, b.up[:, :, None, None]))
         return y
 
 
@@ -59,9 +92,9 @@ class LowRankConv3d(nn.Conv3d):
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x (b i f h w) -> (b o f h w)."""
         y = super()._conv_forward(x, weight, bias)
-        for b in self.branches:
-            h = F.conv3d(x, b.down, None, self.stride, self.padding, self.dilation)
-            y = y + F.conv3d(h, b.up[:, :, None, None, None]) * b.scale
+        for b in running(self):
+            h = F.conv3d(b.seen(x), b.down, None, self.stride, self.padding, self.dilation)
+            y = b.join(y, F.conv3d(h, b.up[:, :, None, None, None]))
         return y
 
 
@@ -98,12 +131,31 @@ def can_branch(layer: nn.Module) -> bool:
 
 
 def branches_of(layer: nn.Module) -> list[Branch]:
+    """Those of LoRAs that are loaded."""
+    return [b for b in _all_branches(layer) if isinstance(b, Branch)]
+
+
+def trained_branches_of(layer: nn.Module) -> list[TrainedBranch]:
+    return [b for b in _all_branches(layer) if isinstance(b, TrainedBranch)]
+
+
+def _all_branches(layer: nn.Module) -> list[nn.Module]:
     return [*layer.branches] if type(layer) in PLAIN else []  # type: ignore[list-item]
 
 
 def set_branches(layer: nn.Module, branches: Sequence[Branch]) -> None:
-    """Give the layer these branches in place of those that it has; none: it is a plain layer again."""
-    if branches_of(layer) == [*branches]:
+    """Give the layer these branches in place of those of loaded LoRAs that it has."""
+    _put(layer, [*trained_branches_of(layer), *branches])
+
+
+def set_trained_branches(layer: nn.Module, branches: Sequence[TrainedBranch]) -> None:
+    """Give the layer these branches in place of those that were trained."""
+    _put(layer, [*branches, *branches_of(layer)])
+
+
+def _put(layer: nn.Module, branches: Sequence[nn.Module]) -> None:
+    """None: it is a plain layer again."""
+    if _all_branches(layer) == [*branches]:
         return
     if not branches:
         del layer._modules["branches"]
@@ -111,7 +163,7 @@ def set_branches(layer: nn.Module, branches: Sequence[Branch]) -> None:
         return
     if type(layer) not in PLAIN:
         layer.__class__ = WITH_BRANCHES[type(layer)]
-    layer.add_module("branches", nn.ModuleList(branches))
+    layer.add_module("branches", nn.ModuleList(branches).train(layer.training))
 
 
 def has_branches(network: nn.Module) -> bool:

@@ -35,6 +35,7 @@ from ..pipelines.base import DiffusionPipeline
 from ..pipelines.text_to_video import TextToVideoSDPipeline
 from ..schedulers.dpm_multistep import DPMSolverMultistepScheduler
 from . import world
+from .objective import generators
 
 VAE = {
     "block_out_channels": (16, 32, 32, 64),
@@ -154,12 +155,6 @@ def cosine(step: int, total: int, warmup: int = 100) -> float:
 def trapezoid(step: int, total: int, warmup: int = 200) -> float:
     """Learning rate factor: linear warm-up, flat, linear to 0 over the last fifth."""
     return min(1.0, (step + 1) / warmup, (total - step) / (0.2 * total))
-
-
-def generators(seed: int, stage: str, step: int) -> tuple[random.Random, torch.Generator]:
-    """Python's and torch's random numbers of one step."""
-    rng = random.Random(f"{seed} {stage} {step}")
-    return rng, torch.Generator().manual_seed(rng.getrandbits(60))
 
 
 def stills(rng: random.Random, count: int) -> Tensor:
