@@ -68,7 +68,7 @@ def make_config(cls: type, values: Mapping[str, Any]) -> Any:
                 hint = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
                 raise ValueError(f"{cls.__name__}: {name} must be {hint}, not {quoted(value)}")
             if name in ours:
-                _check_range(f"{cls.__name__}: {name}", value, 0 if "layers" in name else 1,
+                _check_range(f"{cls.__name__}: {name}", value, 0 if "layers" in name or name == "dropout" else 1,
                              MOST_LAYERS if "layers" in name else LARGEST)  # fmt: skip
             kept[name] = value
         elif name in cls.FIXED:
@@ -85,7 +85,7 @@ def _check_range(what: str, value: Any, low: int, high: int) -> None:
         if type(n) is int and not low <= n <= high:
             bound = f"at least {low}" if n < low else f"at most {high}"
             raise ValueError(f"{what} must be {bound}, not {quoted(value)}")
-        if type(n) is float and not 0 < n < math.inf:
+        if type(n) is float and not 0 < n < math.inf and n != low:
             raise ValueError(f"{what} must be a number above 0, not {quoted(value)}")
     if len(_items(value)) > MOST_LAYERS:
         raise ValueError(f"{what} must have at most {MOST_LAYERS} items, not {len(value)}")
