@@ -201,6 +201,8 @@ def make_parser() -> Parser:
                                "the fastest way that fits; no weights are needed")
     plan.add_argument("--model", default="shapes", help="a folder, a hub id, or ms-1.7b, zeroscope-v2-576w, "
                       "zeroscope-v2-xl, sd-1.5: shapes")
+    plan.add_argument("--adapter", help="the motion adapter of an image model: a folder, a hub id, or a name such as "
+                      "motion-v1-5-3: motion-v1-5-2")
     plan.add_argument("--num-frames", type=_whole, metavar="N", help="length of the video: 16")
     plan.add_argument("--height", type=_whole, metavar="PIXELS", help="if not the model's")
     plan.add_argument("--width", type=_whole, metavar="PIXELS", help="if not the model's")
@@ -210,7 +212,7 @@ def make_parser() -> Parser:
     plan.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where it is to run: cuda")
     plan.add_argument("--train", metavar="WHAT", help="plan a training instead: full, temporal, lora, motion, "
                       "motion-lora and the other kinds of `minit2v train`")
-    plan.add_argument("--targets", metavar="LAYERS", help="of the LoRA: spatial, temporal or both: both")
+    plan.add_argument("--targets", nargs="+", metavar="LAYERS", help="of a LoRA: spatial, temporal, linear, ...: both")
     plan.add_argument("--rank", type=_whole, metavar="N", help="of the LoRA: 8")
     plan.add_argument("--batch", type=_whole, metavar="N", help="clips at a time on a process: 1")
     plan.add_argument("--ema", action="store_true", help="with a moving average of the trained weights")

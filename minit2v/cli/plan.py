@@ -8,7 +8,7 @@ import argparse
 import torch
 
 from ..memory.plan import gib, parse_memory
-from ..memory.training import KINDS
+from ..memory.training import KINDS, binary
 from ..pipelines.planning import planner_of_model, training_planner_of_model
 from .messages import say, tell
 
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     memory = parse_memory(args.memory) if "memory" in args else None
     dtype = getattr(args, "dtype", "float16" if args.device == "cuda" else "float32")
     size = {"frames": getattr(args, "num_frames", None), "height": getattr(args, "height", None),
-            "width": getattr(args, "width", None)}  # fmt: skip
+            "width": getattr(args, "width", None), "adapter": getattr(args, "adapter", None)}  # fmt: skip
     planner = planner_of_model(args.model, dtype=getattr(torch, dtype), device=args.device, **size)
     say(f"{args.model}, {planner.video}, guidance, {dtype}: counted, not run; what an allocator and CUDA add is not in")
     weights = ", ".join(f"{name.replace('_', ' ')} {gib(n)}" for name, n in planner.weights.items())
@@ -51,24 +51,25 @@ def plan_training(args: argparse.Namespace) -> int:
     if "dtype" in args:
         args.usage_error("--dtype goes without --train: each precision is a row")
     memory = parse_memory(args.memory) if "memory" in args else None
-    names = {"num_frames": "frames", "height": "height", "width": "width", "rank": "rank", "targets": "targets",
-             "batch": "clips", "ema": "ema", "accumulate": "accumulate", "processes": "processes"}  # fmt: skip
-    given = {field: getattr(args, name) for name, field in names.items() if name in args}
+    names = ("adapter", "num_frames", "height", "width", *TRAINING)
+    fields = {"num_frames": "frames", "batch": "clips"}
+    given = {fields.get(name, name): getattr(args, name) for name in names if name in args}
     planner = training_planner_of_model(args.model, args.train, device=args.device, **given)
-    trained, whole = (sum(p.numel() for p in ps) / 1e6 for ps in (planner.trained, planner.unet.parameters()))
-    say(f"{args.model}, {planner.clips} at a time, {trained:.2f} M of {whole:.2f} M parameters trained: counted, not "
-        "run; what an allocator and CUDA add is not in, nor are text encoder and VAE, whose results are cached")
+    trained, frozen = (sum(p.numel() for p in ps) / 1e6 for ps in (planner.trained, planner.frozen()))
+    say(f"{args.model}, {planner.clips} at a time, {trained:.2f} M parameters trained, {frozen:.2f} M frozen: counted, "
+        "not run; what an allocator and CUDA add is not in, nor are text encoder and VAE, whose results are cached")
     rows = planner.rows()
     kinds = [kind for kind in KINDS if any(kind in row.kinds for row in rows)]
-    tell("".join([f"{'GiB at the peak':38}", *(f"{kind:>17}" for kind in (*kinds, "whole"))]))
+    unit, name = (2**30, "GiB") if rows[0].peak >= 2**30 else (2**20, "MiB")
+    tell("".join([f"{name + ' at the peak':38}", *(f"{kind:>17}" for kind in (*kinds, "whole"))]))
     for row in rows:
         sizes = (*(row.kinds.get(kind, 0) for kind in kinds), row.peak)
-        tell(f"{row.method!s:38}" + "".join(f"{n / 2**30:>17.2f}" for n in sizes))
+        tell(f"{row.method!s:38}" + "".join(f"{n / unit:>17.2f}" for n in sizes))
     if memory is None:
         tell(f"the least: {planner.least()}")
         return 0
     if (plan := planner.choose(memory)) is None:
-        tell(f"nothing fits into {gib(memory)}; the least: {planner.least()}")
+        tell(f"nothing fits into {binary(memory)}; the least: {planner.least()}")
         return 1
-    tell(f"the fastest that fits into {gib(memory)}: {plan}")
+    tell(f"the fastest that fits into {binary(memory)}: {plan}")
     return 0

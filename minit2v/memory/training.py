@@ -11,17 +11,19 @@ Text states and latents come from the cache: text encoder and VAE are not on the
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 
+from ..training.trainable import without_time
 from .live import Live, OnMeta
-from .plan import TEXT, gib, parse_memory
+from .plan import TEXT, parse_memory
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KINDS = ("frozen weights", "trained weights", "gradients", "optimizer", "EMA", "copies", "communication", "activations")
@@ -36,7 +38,8 @@ class Clips(NamedTuple):
     clips: int = 1
 
     def __str__(self) -> str:
-        return f"{self.clips} clip{'s' * (self.clips > 1)} of {self.frames} frames of {self.width}x{self.height}"
+        many = f"{self.clips} clips" if self.clips > 1 else "a clip"
+        return f"{many} of {self.frames} frame{'s' * (self.frames > 1)} of {self.width}x{self.height}"
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Method:
         """How to say it to `minit2v train`."""
         found = ["--precision", self.precision]
         found += ["--checkpointing"] * self.checkpointing + ["--optimizer", "adamw8bit"] * self.eight_bits
-        return found + ["--shard"] * self.shard
+        return found + ["--parallel", "fsdp"] * self.shard
 
     def __str__(self) -> str:
         extras = {"checkpointing": self.checkpointing, "8-bit optimizer": self.eight_bits, "sharded": self.shard}
@@ -70,7 +73,12 @@ class TrainingPlan(NamedTuple):
         return sum(self.kinds.values())
 
     def __str__(self) -> str:
-        return f"{gib(self.peak)} with {self.method}: {' '.join(self.method.options())}"
+        return f"{binary(self.peak)} with {self.method}: {' '.join(self.method.options())}"
+
+
+def binary(size: float) -> str:
+    """Bytes, for people."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
 
 
 class TrainingPlanner:
@@ -78,16 +86,16 @@ class TrainingPlanner:
 
     def __init__(
         self, unet: Any, trained: Iterable[Tensor], clips: Clips, *, tokens: int = TEXT, factor: int = 8,
-        ema: bool = False, accumulate: bool = False, processes: int = 1, device: str = "cuda",
+        ema: bool = False, accumulate: bool = False, processes: int = 1, stills: bool = False, device: str = "cuda",
     ):
-        """unet: on `meta`, and what is trained in it has `requires_grad`.
+        """unet: on `meta`, in training mode, and what is trained in it has `requires_grad`.
 
-        trained: these parameters, which are the UNet's own or those of low-rank layers. factor: pixels of a latent.
-        ema: a moving average of the trained weights, on the device. accumulate: gradients stay from one part of a
-        batch to the next.
+        trained: all parameters that the optimizer has. factor: pixels of a latent. ema: a moving average of the trained
+        weights, on the device. accumulate: gradients stay from one part of a batch to the next. stills: the layers that
+        mix frames rest.
         """
         self.unet, self.trained, self.clips = unet, list(trained), clips
-        self.tokens, self.factor = tokens, factor
+        self.tokens, self.factor, self.stills = tokens, factor, stills
         self.ema, self.accumulate, self.processes, self.device = ema, accumulate, processes, device
         self.counts: dict[Any, Counter[str]] = {}
         if not self.trained:
@@ -110,7 +118,7 @@ class TrainingPlanner:
         if method.shard:
             kinds["gradients"] += trained // parts
             kinds["communication"] += self.gathered(method)
-        elif self.processes > 1 and not self.accumulate:  # they are laid together, to be summed at once
+        elif self.processes > 1:  # gradients are laid together, to be summed at once
             kinds["communication"] += trained
         return TrainingPlan(method, {name: kinds[name] for name in KINDS if kinds[name]})
 
@@ -127,10 +135,11 @@ class TrainingPlanner:
         key = method.precision, method.checkpointing, method.shard
         if key not in self.counts:
             known = [*self.frozen(), *self.trained]
-            self.counts[key] = step_peak(
-                lambda: self.loss(method), self.trained, known, PRECISIONS[method.precision], self.device,
-                keep=self.accumulate, drop=method.shard,
-            )
+            with without_time(self.unet) if self.stills else nullcontext():
+                self.counts[key] = step_peak(
+                    lambda: self.loss(method), self.trained, known, PRECISIONS[method.precision], self.device,
+                    keep=self.accumulate, drop=method.shard,
+                )
         return self.counts[key]
 
     def loss(self, method: Method) -> Tensor:
@@ -211,7 +220,7 @@ def step_peak(
 
     try:
         with mode, live:
-            for p in trained:
+            for p in (p for p in trained if p.requires_grad):
                 p.grad = torch.empty_like(p) if keep and not drop else None
                 if p.grad is not None:
                     live.tag(p.grad, "gradients")
@@ -274,6 +283,8 @@ class TrainedOnMeta(OnMeta):
             args, kwargs = self.cast(args, torch.float32), {k: self.cast(v, torch.float32) for k, v in kwargs.items()}
         if function is F.scaled_dot_product_attention:
             return FusedAttention.apply(*args[:3])
+        if function is F.dropout and self.device == "cuda":
+            return dropped(*args, **kwargs)
         if function in (torch.conv2d, F.conv2d, F.group_norm, torch.group_norm):  # PyTorch's own have gradients
             return function(*args, **kwargs)
         return super().__torch_function__(function, types, args, kwargs)
@@ -317,5 +328,6 @@ class FusedAttention(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def parameters_of(network: nn.Module) -> list[Tensor]:
-    return [p for p in network.parameters() if p.requires_grad]
+def dropped(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """Dropout as on CUDA, which keeps a byte for each number, and not a number."""
+    return torch.native_dropout(x, p, True)[0] if training and p else x

@@ -1,6 +1,7 @@
 """Plans for models that are not loaded: what their configs say is enough, and weights are on `meta`."""
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +13,29 @@ from ..files import embedded, hub
 from ..files.weights import Weightless
 from ..memory.plan import TEXT, Planner, Video, on_meta
 from ..memory.training import Clips, TrainingPlanner
+from ..models.blocks import TemporalConv
 from ..models.unet2d import UNet2DConditionModel
 from ..models.unet_motion import MotionAdapter, UNetMotionModel
+from ..training.trainable import KINDS, add_lora, add_motion_director, choose
 from .animatediff import AnimateDiffPipeline
 from .blank import MODELS, NETWORKS
 from .files import INDEX, read_index
 from .text_to_video import TextToVideoSDPipeline
 
+LORAS = ("lora", "motion-lora", "motiondirector")
+PUBLISHED_DROPOUT = 0.1  # of ModelScope's temporal convolutions, where they are trained
+
 
 def planner_of_model(
     name: str, video: Video | None = None, dtype: torch.dtype = torch.float16, device: str = "cuda",
-    **size: Any,
+    adapter: str | None = None, **size: Any,
 ) -> Planner:
     """Of a folder, a hub id, an embedded model, or one whose configs are in this package (`minit2v blank`).
 
     size: fields of the video, of which those that are not given are the model's own. ValueError where the name is
     of no whole model.
     """
-    kind, networks = networks_of_model(name, dtype)
+    kind, networks = networks_of_model(name, dtype, adapter)
     if video is None:
         chunk = inspect.signature(kind.__call__).parameters["decode_chunk_size"].default
         video = Video(**own_size(networks) | {"chunk": chunk} | {k: v for k, v in size.items() if v is not None})
@@ -38,68 +44,80 @@ def planner_of_model(
 
 
 def training_planner_of_model(
-    name: str, train: str = "lora", targets: Any = "both", rank: int = 8, device: str = "cuda", clips: int = 1,
-    ema: bool = False, accumulate: bool = False, processes: int = 1, **size: Any,
+    name: str, train: str = "lora", targets: str | Sequence[str] = (), rank: int = 8, device: str = "cuda",
+    clips: int = 1, ema: bool = False, accumulate: bool = False, processes: int = 1, adapter: str | None = None,
+    **size: Any,
 ) -> TrainingPlanner:
-    """Of the same names. train, targets, rank: as in training/trainable.py. clips: at a time on a process.
+    """Of the same names. train, targets, rank: as in training/recipe.py. clips: at a time on a process.
 
     size: frames, height, width, of which those that are not given are the model's own. Raises ValueError.
     """
-    _, networks = networks_of_model(name, torch.float32)
-    video = Clips(**own_size(networks) | {k: v for k, v in size.items() if v is not None} | {"clips": clips})
+    _, networks = networks_of_model(name, torch.float32, adapter)
+    unet, encoder, factor = networks["unet"], networks.get("text_encoder"), networks["vae"].config.factor
+    given = {k: v for k, v in size.items() if v is not None}
+    if train == "image" and given.setdefault("frames", 1) > 1:
+        raise ValueError(f"train 'image' sees one frame at a time, not {given['frames']}")
+    video = Clips(**own_size(networks) | given | {"clips": clips})
     check_size(networks, video)
-    encoder, factor = networks.get("text_encoder"), networks["vae"].config.factor
     return TrainingPlanner(
-        networks["unet"], trained_of(networks["unet"], train, targets, rank), video, factor=factor,
+        unet, trained_of(unet, train, targets, rank), video, factor=factor, stills=train == "image",
         tokens=TEXT if encoder is None else encoder.config.max_position_embeddings, ema=ema, accumulate=accumulate,
         processes=processes, device=device,
     )  # fmt: skip
 
 
-def trained_of(unet: Any, train: str, targets: Any, rank: int) -> list[torch.Tensor]:
-    """Until training/trainable.py is here: what it chooses."""
-    from torch import nn
-
-    from ..adapters.low_rank import Branch, set_branches
-    from ..models.blocks import MotionModule, TemporalConv, TemporalTransformer
-
-    unet.requires_grad_(False)
-    temporal = (TemporalConv, TemporalTransformer, MotionModule)
-    if train == "full":
-        return [*unet.requires_grad_(True).parameters()]
-    if train in ("temporal", "motion"):
-        return [p.requires_grad_(True) for m in unet.modules() if isinstance(m, temporal) for p in m.parameters()]
-    found = []
-    inside = {id(x) for m in unet.modules() if isinstance(m, temporal) for x in m.modules()}
-    targets = "temporal" if train == "motion-lora" else targets
-    for n, m in [*unet.named_modules()]:
-        if type(m) is not nn.Linear or n.split(".")[-1] not in ("to_q", "to_k", "to_v", "to_out"):
-            continue
-        if targets in ("temporal", "spatial") and (id(m) in inside) != (targets == "temporal"):
-            continue
-        b = Branch(n, None, torch.empty(rank, m.in_features, device="meta"),
-                   torch.empty(m.out_features, rank, device="meta"))
-        for k in ("down", "up"):
-            v = getattr(b, k)
-            delattr(b, k)
-            setattr(b, k, nn.Parameter(v))
-            found.append(getattr(b, k))
-        set_branches(m, [b])
-    return found
+def trained_of(unet: Any, train: str, targets: str | Sequence[str], rank: int) -> list[torch.Tensor]:
+    """Makes trainable in a UNet what `minit2v train` would, in training mode. Raises ValueError."""
+    unet.train()
+    if train in LORAS:
+        if targets and train != "lora":
+            raise ValueError(f"targets belongs to train 'lora' or 'patterns', not to {train!r}")
+        if train == "motiondirector":  # of its two paths, that of the clips needs more: the other one rests meanwhile
+            spatial, temporal = add_motion_director(unet, rank)
+            spatial.use(trained=False)
+            return [*spatial.parameters(), *temporal.parameters()]
+        return add_lora(unet, "motion" if train == "motion-lora" else targets or "both", rank).parameters()
+    if targets and train != "patterns":
+        raise ValueError(f"targets belongs to train 'lora' or 'patterns', not to {train!r}")
+    if train not in (*KINDS, "image"):
+        raise ValueError(f"train must be one of {', '.join((*LORAS, *KINDS, 'image'))}, not {train!r}"
+                         f"{nearest(train, (*LORAS, *KINDS, 'image'))}")  # fmt: skip
+    chosen = choose(unet, "spatial" if train == "image" else train, targets)
+    if train in ("full", "temporal", "patterns"):
+        for module in unet.modules():
+            if isinstance(module, TemporalConv):
+                module.dropout = PUBLISHED_DROPOUT
+    return [p for _, p in chosen]
 
 
-def networks_of_model(name: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """The pipeline's class, and its networks on `meta`; of an image model, with AnimateDiff's motion modules."""
+def networks_of_model(name: str, dtype: torch.dtype, adapter: str | None = None) -> tuple[Any, dict[str, Any]]:
+    """The pipeline's class, and its networks on `meta`; of an image model, with AnimateDiff's motion modules.
+
+    adapter: the name of those; None: the model's own, or the published ones.
+    """
     kind, configs = find_configs(name)
     networks = {part: on_meta(c, config, dtype) for part, (c, config) in configs.items()}
-    if (adapter := networks.pop("motion_adapter", None)) is not None or isinstance(
-        networks.get("unet"), UNet2DConditionModel
-    ):
+    motion = networks.pop("motion_adapter", None)
+    if isinstance(networks["unet"], UNet2DConditionModel):
+        if adapter is not None:
+            motion = on_meta(MotionAdapter, find_adapter(adapter), dtype)
         with torch.device("meta"), Weightless():
-            adapter = adapter if adapter is not None else MotionAdapter().to(dtype)
-            if isinstance(networks["unet"], UNet2DConditionModel):
-                networks["unet"] = UNetMotionModel.from_unet2d(networks["unet"], adapter).to(dtype).eval()
+            motion = motion if motion is not None else MotionAdapter().to(dtype)
+            networks["unet"] = UNetMotionModel.from_unet2d(networks["unet"], motion).to(dtype).eval()
+    elif adapter is not None:
+        raise ValueError(f"--adapter: it goes into a UNet2DConditionModel, and {name} has a "
+                         f"{type(networks['unet']).__name__}")  # fmt: skip
     return kind, networks
+
+
+def find_adapter(name: str) -> Any:
+    """The content of a motion adapter's config.json."""
+    short = next((m for s, m in MODELS.items() if name.lower() in (s, *(i.lower() for i in m.ids))), None)
+    if short is not None and not Path(name).exists():
+        if "" not in short.parts:
+            raise ValueError(f"{name} is no motion adapter, but a whole model")
+        return short.parts[""]
+    return hub.read_json(hub.local(name), "config.json")
 
 
 def own_size(networks: dict[str, Any]) -> dict[str, int]:

@@ -1,0 +1,142 @@
+"""What memory a training is planned to take, against the live bytes of real steps on the CPU; the command."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minit2v import AnimateDiffPipeline, DiffusionPipeline, MotionAdapter
+from minit2v.cli import main
+from minit2v.memory.live import GIB, Live
+from minit2v.memory.plan import twin
+from minit2v.memory.training import PRECISIONS, Clips, Method, TrainingPlanner
+from minit2v.pipelines.planning import trained_of, training_planner_of_model
+
+
+@pytest.fixture(scope="module")
+def unets():
+    """The UNets of the embedded models, by name."""
+    motion = MotionAdapter.from_pretrained("shapes-motion")
+    animate = AnimateDiffPipeline.from_pretrained("shapes-image", motion_adapter=motion)
+    return {"shapes": DiffusionPipeline.from_pretrained("shapes").unet, "animate": animate.unet}
+
+
+def measured(unet, trained, clips, method, tokens, factor):
+    """The most live bytes of a second step: forward, backward, AdamW. Of parameters, too."""
+    low = PRECISIONS[method.precision]
+    mine = {id(p) for p in trained}
+    for value in (*unet.parameters(), *unet.buffers()):
+        if id(value) not in mine:
+            value.data = value.data.to(low)
+    unet.gradient_checkpointing = method.checkpointing
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    known = [*unet.parameters(), *unet.buffers()]
+    shape = clips.clips, unet.config.in_channels, clips.frames, clips.height // factor, clips.width // factor
+    with Live(known) as live:
+        for _ in range(2):
+            live.peak = live.now
+            noisy, target = torch.randn(shape), torch.randn(shape)
+            text = torch.randn(clips.clips, tokens, unet.config.cross_attention_dim)
+            with torch.autocast("cpu", low) if low != torch.float32 else contextlib.nullcontext():
+                prediction = unet(noisy, torch.zeros(clips.clips), text)
+            F.mse_loss(prediction.float(), target).backward()
+            del prediction
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return live.peak + sum(v.nbytes for v in known)
+
+
+CASES = [
+    ("shapes", "full", Method("float32")),
+    ("shapes", "temporal", Method("bf16", checkpointing=True)),
+    ("shapes", "lora", Method("bf16")),
+    ("animate", "motion", Method("bf16")),
+    ("animate", "motion-lora", Method("float32", checkpointing=True)),
+]
+
+
+@pytest.mark.parametrize("name, train, method", CASES, ids=str)
+def test_planned_is_what_a_step_takes(unets, name, train, method):
+    clips, tokens = Clips(8, 64, 64), 16
+    unet, planned = copy.deepcopy(unets[name]), twin(unets[name])
+    planner = TrainingPlanner(planned, trained_of(planned, train, (), 8), clips, tokens=tokens, factor=4, device="cpu")
+    real = measured(unet, trained_of(unet, train, (), 8), clips, method, tokens, 4)
+    assert planner.plan(method).peak == pytest.approx(real, rel=0.1)
+    if train == "lora":  # so that the check can fail
+        assert planner.plan(Method("bf16", checkpointing=True)).peak < 0.7 * real
+
+
+def test_what_sharding_batches_and_averages_add():
+    def plan(method=Method(), train="temporal", **more):
+        return training_planner_of_model("shapes", train, frames=2, height=32, width=32, **more).plan(method).kinds
+
+    alone, sharded = plan(), plan(Method(shard=True), processes=4)
+    trained = alone["trained weights"]
+    assert alone["optimizer"] == 2 * trained and plan(Method(eight_bits=True))["optimizer"] == trained // 2
+    assert plan(ema=True)["EMA"] == trained and "EMA" not in alone
+    for kind in ("frozen weights", "trained weights", "optimizer"):
+        assert sharded[kind] == alone[kind] // 4
+    assert sharded["gradients"] >= trained // 4 and sharded["communication"] > 0
+    assert plan(processes=4)["communication"] == trained and "communication" not in alone
+    assert plan(accumulate=True)["gradients"] == trained > alone.get("gradients", 0)
+    assert plan(clips=2)["activations"] == pytest.approx(2 * alone["activations"], rel=0.02)
+    assert plan(train="lora")["trained weights"] < trained / 10
+
+
+def test_a_lora_of_the_large_model_fits_into_8_gib():
+    planner = training_planner_of_model("ms-1.7b", "lora", "both", 16, frames=16, height=256, width=256)
+    assert sum(p.numel() for p in planner.trained) == 6_646_784
+    plan = planner.choose("8GiB")
+    assert plan is not None and plan.method == Method(checkpointing=True)
+    assert plan.kinds["frozen weights"] == pytest.approx(2.63 * GIB, rel=0.01)
+    assert 4 * GIB < plan.peak < 5 * GIB
+    assert planner.plan(Method()).peak > 8 * GIB
+
+
+def test_kinds_of_training():
+    def count(train, *targets, model="shapes", **more):
+        return sum(p.numel() for p in training_planner_of_model(model, train, targets, **more).trained)
+
+    motion = {"model": "shapes-image", "adapter": "shapes-motion"}
+    assert count("temporal") + count("spatial") == count("full")
+    assert count("lora", "spatial") + count("lora", "temporal") == count("lora") < count("motiondirector")
+    assert count("motion", **motion) + count("image", **motion) == count("full", **motion)
+    assert count("motion-lora", **motion) == count("lora", "motion", **motion)
+    assert count("patterns", "attn1.to_q") < count("attention")
+    assert training_planner_of_model("shapes-image", "image", adapter="shapes-motion").clips.frames == 1
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--train", "motoin"], "not 'motoin' (nearest: 'motion')"),
+        (["--train", "motion"], "UNet3DConditionModel has no such parameters"),
+        (["--train", "lora", "--targets", "temporla"], "nearest: 'temporal'"),
+        (["--train", "full", "--targets", "temporal"], "targets belongs to train 'lora'"),
+        (["--train", "lora", "--rank", "1000"], "rank 1000 is larger than"),
+        (["--train", "lora", "--adapter", "shapes-motion"], "goes into a UNet2DConditionModel"),
+        (["--train", "image", "--num-frames", "4"], "one frame at a time"),
+        (["--train", "lora", "--dtype", "float16"], "--dtype goes without --train"),
+        (["--rank", "4"], "--rank goes with --train"),
+    ],
+)
+def test_what_does_not_go(capsys, words, said):
+    assert main(["plan", "--model", "shapes", *words]) in (1, 2)
+    assert said in capsys.readouterr().err
+
+
+def test_the_command_prints_and_chooses(capsys):
+    words = ["plan", "--model", "shapes", "--train", "lora", "--num-frames", "4"]
+    assert main([*words, "--memory", "60MB"]) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0].split()[:4] == ["MiB", "at", "the", "peak"] and "0.11 M parameters trained, 4.03 M frozen" in err
+    assert [line.split("  ")[0] for line in lines[1:-1]] == [
+        "float32", "float32, checkpointing", "bf16", "bf16, checkpointing", "bf16, checkpointing, 8-bit optimizer"]
+    assert lines[-1].startswith("the fastest that fits into 57.22 MiB: ")
+    numbers = [float(x) for x in lines[1].split()[1:]]
+    assert sum(numbers[:-1]) == pytest.approx(numbers[-1], abs=0.05)
+    assert main([*words, "--memory", "1MB"]) == 1
+    assert "nothing fits into 0.95 MiB; the least: " in capsys.readouterr().out
