@@ -24,19 +24,15 @@ class Branch(nn.Module):
         self.register_buffer("up", up, persistent=False)
         self.register_buffer("scale", down.new_ones(()), persistent=False)  # a tensor: CUDA graphs read it anew
 
-    def seen(self, x: Tensor) -> Tensor:
-        """What `down` is applied to."""
-        return x
-
-    def join(self, y: Tensor, h: Tensor) -> Tensor:
-        """y, the layer's own output, and h = up(down(x))."""
-        return y + h * self.scale
+    def given(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the layer multiplies: x, down, up."""
+        return x, self.down, self.up
 
 
 class TrainedBranch(nn.Module):
-    """The same as parameters, in float32 or wider also where the layer is in bfloat16.
+    """The same with parameters: float32 or wider, and multiplied in the dtype of x.
 
-    The factors are small, and so are the steps that they learn by: in 16 bits most steps would round to nothing.
+    In 16 bits most steps of the optimizer would be rounded to nothing.
     """
 
     def __init__(self, down: Tensor, up: Tensor, scale: float, dropout: float = 0.0):
@@ -44,11 +40,8 @@ class TrainedBranch(nn.Module):
         self.down, self.up = nn.Parameter(down), nn.Parameter(up)
         self.scale, self.dropout, self.on = scale, dropout, True
 
-    def seen(self, x: Tensor) -> Tensor:
-        return F.dropout(x.to(self.down.dtype), self.dropout, self.training)
-
-    def join(self, y: Tensor, h: Tensor) -> Tensor:
-        return (y + h * self.scale).to(y.dtype)
+    def given(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return F.dropout(x, self.dropout, self.training), self.down.to(x.dtype), self.up.to(x.dtype)
 
 
 def running(layer: nn.Module) -> "Iterator[Branch | TrainedBranch]":
@@ -64,7 +57,8 @@ class LowRankLinear(nn.Linear):
         """x (... i) -> (... o)."""
         y = super().forward(x)
         for b in running(self):
-            y = b.join(y, F.linear(F.linear(b.seen(x), b.down), b.up))
+            given, down, up = b.given(x)
+            y = y + F.linear(F.linear(given, down), up) * b.scale
         return y
 
 
@@ -75,8 +69,9 @@ class LowRankConv2d(nn.Conv2d):
         """x (n i h w) -> (n o h w): `down` has the layer's kernel, stride and padding, `up` is 1x1."""
         y = super()._conv_forward(x, weight, bias)
         for b in running(self):
-            h = F.conv2d(b.seen(x), b.down, None, self.stride, self.padding, self.dilation)
-            y = b.join(y, F.conv2d(h, b.up[:, :, None, None]))
+            given, down, up = b.given(x)
+            h = F.conv2d(given, down, None, self.stride, self.padding, self.dilation)
+            y = y + F.conv2d(h, up[:, :, None, None]) * b.scale
         return y
 
 
@@ -93,8 +88,9 @@ class LowRankConv3d(nn.Conv3d):
         """x (b i f h w) -> (b o f h w)."""
         y = super()._conv_forward(x, weight, bias)
         for b in running(self):
-            h = F.conv3d(b.seen(x), b.down, None, self.stride, self.padding, self.dilation)
-            y = b.join(y, F.conv3d(h, b.up[:, :, None, None, None]))
+            given, down, up = b.given(x)
+            h = F.conv3d(given, down, None, self.stride, self.padding, self.dilation)
+            y = y + F.conv3d(h, up[:, :, None, None, None]) * b.scale
         return y
 
 

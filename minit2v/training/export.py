@@ -72,7 +72,7 @@ def save_lora(
         else:
             from safetensors.torch import save_file
 
-            save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {}), **said})
+            save_file(tensors, temporary, metadata={**(metadata or {}), **said, "format": "pt"})
     return path
 
 
