@@ -20,7 +20,7 @@ from ..pipelines.files import INDEX, read_index
 from ..schedulers.names import solver_of
 from . import adapters, long_videos, pictures
 from .arguments import ADAPTER
-from .messages import one_line, say
+from .messages import one_line, process, say
 
 PIPELINES = {  # (command, whether there is a video to begin with)
     ("generate", False): "TextToVideoSDPipeline",
@@ -41,7 +41,7 @@ def load(command: str, settings: dict[str, Any], video_frames: int | None) -> tu
     """
     from_video = video_frames is not None
     solver, chosen = solver_of(settings["scheduler"]) if settings.get("scheduler") else (None, {})
-    device = find_device(settings.get("device", "auto"))
+    device = _own_device(find_device(settings.get("device", "auto")))
     dtype = settings.setdefault("dtype", "float16" if device.type == "cuda" else "float32")
     where = {"revision": settings.get("revision")}
     weights = {"variant": settings.get("variant"), "dtype": getattr(torch, dtype), "compat": settings.get("compat")}
@@ -98,7 +98,8 @@ def load(command: str, settings: dict[str, Any], video_frames: int | None) -> tu
             settings[name] = os.path.abspath(settings[name])  # to be found from other folders, too
     if not chosen:  # a name with fields says more than its class
         settings["scheduler"] = type(pipe.scheduler).__name__
-    settings |= {"device": str(device),
+    # Which of several processes made a video is no setting of it.
+    settings |= {"device": device.type if process()[1] > 1 else str(device),
                  "kernels": os.environ.get("MINIT2V_KERNELS") or "auto"}
     return pipe, call
 
@@ -174,6 +175,20 @@ def _check_frames(frames: int | None, most: Any, settings: dict[str, Any]) -> No
     if frames is not None and isinstance(most, int) and frames > most and not long_videos.is_long(settings):
         raise ValueError(f"{frames} frames are too many: the motion adapter knows the positions of {most}; give "
                          f"--window {min(16, most)} for longer videos")
+
+
+def _own_device(device: torch.device) -> torch.device:
+    """Of several processes on a machine each takes the accelerator of its local rank."""
+    if process()[1] == 1 or device.type == "cpu":
+        return device
+    there, own = torch.accelerator.device_count(), int(os.environ["LOCAL_RANK"])
+    if device.index is None:
+        if own >= there:
+            raise ValueError(f"process {own + 1} of this machine finds {there} device{'s' * (there > 1)}: start one "
+                             f"process for each (--nproc-per-node {there})")  # fmt: skip
+        device = torch.device(device.type, own)
+    torch.accelerator.set_device_index(device.index)
+    return device
 
 
 def find_device(name: str) -> Any:
