@@ -23,8 +23,9 @@ from ..models.vae import AutoencoderKL
 from ..pipelines.animatediff import AnimateDiffPipeline
 from . import world
 from .animate import MotionPainter
+from .checkpoints import load_state
 from .objective import generators
-from .shapes import Painter, claim, load_state, make_tokenizer, still_captions, train_diffusion
+from .shapes import Painter, claim, make_tokenizer, still_captions, train_diffusion
 from .trainable import add_lora, lora_targets
 
 RANK = 8

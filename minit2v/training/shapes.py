@@ -35,6 +35,7 @@ from ..pipelines.base import DiffusionPipeline
 from ..pipelines.text_to_video import TextToVideoSDPipeline
 from ..schedulers.dpm_multistep import DPMSolverMultistepScheduler
 from . import world
+from .checkpoints import forget_later, load_state
 from .objective import generators
 
 VAE = {
@@ -66,25 +67,6 @@ UNET = {
 }
 NAMES = ("colour", "shape", "motion")
 GUIDANCE = 1.5  # more makes squares round and circles edged: it exaggerates what tells one shape from another
-
-
-def load_state(path: Path) -> Any:
-    """What torch.save has written. ValueError in one line where that is not whole."""
-    try:
-        return torch.load(path, weights_only=True)
-    except Exception as error:  # a broken file breaks its reader anywhere
-        raise ValueError(f"{path} is broken ({first_line(error)}): remove it to begin anew") from None
-
-
-def forget_later(log: Path, step: int) -> None:
-    """Rows of later steps go: a kill has undone them, and they will be made again. So does a row that is not whole."""
-    if not log.exists():
-        return
-    lines = log.read_text().splitlines(keepends=True)
-    later = [not line.endswith("\n") or (n := line.split(",")[0]).isdecimal() and int(n) > step for line in lines]
-    if any(later):
-        with replacing(log) as temporary:
-            temporary.write_text("".join(line for line, gone in zip(lines, later, strict=True) if not gone))
 
 
 def claim(out: Path, **of: Any) -> None:
