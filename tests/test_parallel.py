@@ -6,15 +6,17 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
-from minit2v import cli
-from minit2v.cli import batches, loading
+from minit2v import cli, parallel
+from minit2v.cli import batches
 from minit2v.files.video import read_metadata
 
 LONGEST = 60  # seconds: no process of these tests lives longer
@@ -41,6 +43,7 @@ class Processes:
                 sys.stdout = sys.stderr = log.open("w", buffering=1)
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), **environment)
                 torch.set_num_threads(1)
+                tqdm.set_lock(threading.RLock())  # its own is shared with the parent: a killed child may hold it
                 code = function() or 0
             except SystemExit as error:
                 code = error.code
@@ -85,14 +88,19 @@ def torchrun(size, *words, cwd, **environment):
     """What `torchrun` has said. None of its processes outlives it."""
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    process = subprocess.Popen(words, cwd=cwd, env=environment, text=True, start_new_session=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    try:
-        out, error = process.communicate(timeout=LONGEST)
-        return subprocess.CompletedProcess(words, process.returncode, out, error)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail("torchrun did not end in time:\n" + "\n".join(map(str, process.communicate())))
+    with (cwd / "out").open("w") as out, (cwd / "errors").open("w") as errors:  # pipes may be held by who is left
+        process = subprocess.Popen(words, cwd=cwd, env=environment, stdout=out, stderr=errors)
+        try:
+            process.wait(LONGEST)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # it ends its workers
+            process.wait(40)
+        finally:
+            process.kill()
+            process.wait()
+    said = (cwd / "out").read_text(), (cwd / "errors").read_text()
+    assert process.returncode in (0, 1), said
+    return subprocess.CompletedProcess(words, process.returncode, *said)
 
 
 @pytest.fixture
@@ -238,14 +246,14 @@ def test_each_process_takes_the_device_of_its_local_rank(second_of_two, monkeypa
     chosen = []
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
-    assert loading._own_device(torch.device("cuda")) == torch.device("cuda:1")
-    assert loading._own_device(torch.device("cuda:0")) == torch.device("cuda:0") and chosen == [1, 0]
-    assert loading._own_device(torch.device("cpu")) == torch.device("cpu")
+    assert parallel.own_device(torch.device("cuda")) == torch.device("cuda:1")
+    assert parallel.own_device(torch.device("cuda:0")) == torch.device("cuda:0") and chosen == [1, 0]
+    assert parallel.own_device(torch.device("cpu")) == torch.device("cpu")
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="process 2 of this machine finds 1 device: start one process for each"):
-        loading._own_device(torch.device("cuda"))
+        parallel.own_device(torch.device("cuda"))
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert loading._own_device(torch.device("cuda")) == torch.device("cuda")
+    assert parallel.own_device(torch.device("cuda")) == torch.device("cuda")
 
 
 def test_whole_files(alone, tmp_path):

@@ -15,6 +15,7 @@ from ..files import embedded, hub
 from ..models.tokenizer import CLIPTokenizer
 from ..models.unet_motion import MotionAdapter
 from ..models.vae import AutoencoderKL
+from ..parallel import own_device
 from ..pipelines.checks import check_pixels, check_size
 from ..pipelines.files import INDEX, read_index
 from ..schedulers.names import solver_of
@@ -41,7 +42,7 @@ def load(command: str, settings: dict[str, Any], video_frames: int | None) -> tu
     """
     from_video = video_frames is not None
     solver, chosen = solver_of(settings["scheduler"]) if settings.get("scheduler") else (None, {})
-    device = _own_device(find_device(settings.get("device", "auto")))
+    device = own_device(find_device(settings.get("device", "auto")))
     dtype = settings.setdefault("dtype", "float16" if device.type == "cuda" else "float32")
     where = {"revision": settings.get("revision")}
     weights = {"variant": settings.get("variant"), "dtype": getattr(torch, dtype), "compat": settings.get("compat")}
@@ -175,20 +176,6 @@ def _check_frames(frames: int | None, most: Any, settings: dict[str, Any]) -> No
     if frames is not None and isinstance(most, int) and frames > most and not long_videos.is_long(settings):
         raise ValueError(f"{frames} frames are too many: the motion adapter knows the positions of {most}; give "
                          f"--window {min(16, most)} for longer videos")
-
-
-def _own_device(device: torch.device) -> torch.device:
-    """Of several processes on a machine each takes the accelerator of its local rank."""
-    if process()[1] == 1 or device.type == "cpu":
-        return device
-    there, own = torch.accelerator.device_count(), int(os.environ["LOCAL_RANK"])
-    if device.index is None:
-        if own >= there:
-            raise ValueError(f"process {own + 1} of this machine finds {there} device{'s' * (there > 1)}: start one "
-                             f"process for each (--nproc-per-node {there})")  # fmt: skip
-        device = torch.device(device.type, own)
-    torch.accelerator.set_device_index(device.index)
-    return device
 
 
 def find_device(name: str) -> Any:
