@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import logging
 import os
 import random
 import signal
@@ -19,12 +18,12 @@ import torch
 from PIL import Image
 
 from minit2v import DiffusionPipeline
-from minit2v.files.video import NANO, find_ffmpeg
+from minit2v.files.video import find_ffmpeg
 from minit2v.training import cache as caches
-from minit2v.training import clips, data, layouts
+from minit2v.training import clips, data
 from minit2v.training.cache import Cache, digest_of
-from minit2v.training.clips import Media, covered, decode, examine, nearest_frames
-from minit2v.training.data import Data, Source, buckets, chosen_frames
+from minit2v.training.clips import Media, covered, decode, examine, nearest_frames, sha256
+from minit2v.training.data import Data, Source, buckets, turn
 from minit2v.training.objective import drop_text
 from minit2v.training.sheet import look
 
@@ -257,7 +256,7 @@ def test_portrait_and_landscape_get_buckets_of_their_own(tmp_path, shapes):
     found = make(shapes, tmp_path)
     assert {c.captions[0]: c.bucket[1:] for c in found.clips} == {
         "a b": (64, 64), "wide ä": (48, 80), "высоко": (80, 48), "odd 漢字": (48, 80)}
-    for step in range(8):
+    for step in range(4):
         items = found.batch(step, 2)
         assert len({found.clips[i.clip].bucket for i in items}) == 1
         h, w = found.clips[items[0].clip].bucket[1:]
@@ -367,14 +366,24 @@ def test_every_layout_is_read_into_the_same_samples(kind, tmp_path, three, shape
     assert [(c.captions, c.facts.frames, c.bucket, c.start) for c in found.clips] == [
         ((caption,), 20 + n, (16, 32, 64), 0) for n, caption in enumerate(CAPTIONS)]
     assert not found.skipped
-    items = sorted(found.batch(0, 3), key=lambda i: i.clip)
-    for clip, item, path in zip(found.clips, items, three, strict=True):
-        ours = decode(clip.media, clip.facts, item.frames, clip.bucket[1:])
-        assert torch.equal(ours, decode(media(path), examine(media(path)), range(16), (32, 64)))
-        assert found._name(item) == found._name(item._replace(number=99))  # of the content, not of the place
-    assert {found._name(i) for i in items} == {
-        caches.digest(examine(media(p)).sha256, found.vae_name, (32, 64), tuple(range(16)), False, "float32")
-        for p in three}  # fmt: skip
+    assert [c.facts.sha256 for c in found.clips] == [sha256(media(path)) for path in three]
+    # Cache files are named by the content, not by the place.
+    assert found._name(found.batch(0, 1)[0]) in {
+        caches.digest(sha256(media(p)), found.vae_name, (32, 64), tuple(range(16)), False, "float32") for p in three}
+    if kind in ("folder", "tar"):
+        clip = found.clips[1]
+        assert numbers(decode(clip.media, clip.facts, range(16), (32, 64))) == list(range(16))
+
+
+def test_runs_and_hidden_folders_inside_are_no_data(three, shapes, tmp_path, caplog):
+    for place in (".", "run/samples", ".hidden", "more"):
+        (tmp_path / place).mkdir(exist_ok=True, parents=True)
+        (tmp_path / place / "a.mp4").write_bytes(three[0].read_bytes())
+    (tmp_path / "run" / "run.json").write_text("{}")
+    (tmp_path / "more" / "back").symlink_to(tmp_path)
+    found = make(shapes, tmp_path, prompt="a counter", height=32, width=64)
+    assert [Path(c.media.name).relative_to(tmp_path).as_posix() for c in found.clips] == ["a.mp4", "more/a.mp4"]
+    assert "run is left out: it is the folder of a training run" in caplog.text
 
 
 def test_one_file_and_one_prompt(three, shapes):
@@ -480,3 +489,314 @@ def test_broken_lists_are_one_line(files, said, tmp_path, shapes):
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=said):
         make(shapes, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- damage
+
+DAMAGED = int(os.environ.get("MINIT2V_DAMAGED_FILES", "60"))
+
+
+def damage(n, folder, whole, sound):
+    """One file that cannot be trained on; of nine kinds."""
+    rng, kind = random.Random(n), n % 9
+    path = folder / f"bad {n}.{'mkv' if n % 2 else 'mp4'}"
+    if kind in (0, 1):  # cut off, also in its last bytes
+        path.write_bytes(whole[: len(whole) - 1 - n if kind else rng.randrange(1, len(whole) - 50)])
+    elif kind == 2:
+        path.write_bytes(b"")
+    elif kind == 3:
+        path.write_bytes((b"<html>not found</html>", b"GIF89a", b"\x89PNG\r\n\x1a\n", rng.randbytes(3000))[n // 9 % 4])
+    elif kind == 4:
+        path = path.with_suffix((".png", ".jpg", ".webp", ".gif")[n // 9 % 4])
+        path.write_bytes(whole)
+    elif kind == 5:
+        path.write_bytes(sound)  # no frames
+    elif kind == 6:
+        path.write_bytes(whole[:200] + bytes(len(whole) - 200))
+    elif kind == 7:
+        path.symlink_to(folder / "nowhere") if n // 9 % 2 else os.mkfifo(path)
+    else:
+        path = path.with_suffix(".jpg")
+        Image.fromarray(counter(1)[0]).save(path)
+        path.write_bytes(path.read_bytes()[:-60])
+    path.with_suffix(".txt").write_text("damaged")
+    return path
+
+
+def test_damaged_files_are_named_once_and_never_trained_on(tmp_path, shapes, caplog):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    whole = write(tmp_path / "a.mp4", counter(20), "-movflags", "+faststart").read_bytes()
+    command = [find_ffmpeg(), "-v", "error", "-f", "lavfi", "-i", "sine=d=1", str(tmp_path / "sound.mp4")]
+    subprocess.run(command, check=True)
+    bad = [damage(n, folder, whole, (tmp_path / "sound.mp4").read_bytes()) for n in range(DAMAGED)]
+    write(folder / "one frame.mp4", counter(1))
+    (folder / "one frame.txt").write_text("too short")
+    write(folder / "no caption.mp4", counter(20))
+    write(folder / "not text.mp4", counter(20))
+    (folder / "not text.txt").write_bytes(b"\xff\xfe\xfd")
+    bad += [folder / f"{name}.mp4" for name in ("one frame", "no caption", "not text")]
+    for n in range(2):
+        (folder / f"good {n}.mp4").write_bytes(whole)
+        (folder / f"good {n}.txt").write_text(f"good {n}")
+    with caplog.at_level("WARNING"):
+        found = make(shapes, folder, height=32, width=64, cache=tmp_path / "cache", workers=2)
+    named = [r.getMessage() for r in caplog.records if r.name == "minit2v.training.data"]
+    assert sorted(name for name, _ in found.skipped) == sorted(map(str, bad))
+    assert len(named) == len(bad) == len(set(named)) and all("\n" not in line for line in named)
+    assert [c.captions for c in found.clips] == [("good 0",), ("good 1",)]
+    for step in range(6):
+        assert {Path(s).stem for s in found.load(found.batch(step, 2)).sources} <= {"good 0", "good 1"}
+    summary = found.summary()
+    assert f"{len(bad) + 2} files, 2 clips of 2 of them; {len(bad)} files are skipped" in summary
+    assert all(str(path) in summary for path in bad)
+
+
+def test_a_damaged_archive_gives_what_is_whole(three, shapes, tmp_path):
+    whole = lay_out("tar", tmp_path, three).read_bytes()
+    with tarfile.open(tmp_path / "shard-000.tar") as tar:
+        last = tar.getmember("data/key2.mp4")
+    (tmp_path / "shard-000.tar").write_bytes(whole[: last.offset_data + 100])
+    found = make(shapes, tmp_path, height=32, width=64)
+    assert [c.captions[0] for c in found.clips] == CAPTIONS[:2]
+    assert found.skipped and all("shard-000.tar" in name for name, _ in found.skipped)
+
+
+def test_a_file_that_changes_while_training_is_named(tmp_path, shapes):
+    path = write(tmp_path / "a.mp4", counter(20))
+    (tmp_path / "a.txt").write_text("a counter")
+    found = make(shapes, tmp_path, height=32, width=64)
+    write(path, counter(10))
+    with pytest.raises(ValueError, match=r"a\.mp4"):
+        found.load([found.batch(0, 1)[0]._replace(frames=tuple(range(4, 20)))])
+
+
+# ------------------------------------------------------------------------------------------------------- order
+
+
+@pytest.fixture(scope="module")
+def seven(tmp_path_factory, shapes):
+    """Two sets, of five and of two clips, with latents in a cache."""
+    folder = tmp_path_factory.mktemp("seven")
+    for n in range(7):
+        place = folder / ("large" if n < 5 else "small")
+        place.mkdir(exist_ok=True)
+        write(place / f"{n}.mp4", counter(18 + n))
+        (place / f"{n}.txt").write_text(f"clip {n}")
+    usual = {"height": 32, "width": 64, "cache": folder / "cache"}
+
+    def found(large=None, small=None, **options):
+        return make(shapes, [{"path": folder / "large", **(large or {})}, {"path": folder / "small", **(small or {})}],
+                    **usual | options)
+
+    return found
+
+
+def test_a_batch_is_a_function_of_the_seed_and_the_step(seven):
+    first, again = seven(text_dropout=0.3), seven(text_dropout=0.3)
+    steps = [first.batch(step, 3) for step in range(30)]
+    assert [again.batch(step, 3) for step in (29, 3, 17, 0)] == [steps[n] for n in (29, 3, 17, 0)]
+    assert [i.number for items in steps for i in items] == list(range(90))
+    assert first.fingerprint == again.fingerprint
+    other = seven(seed=1, text_dropout=0.3)
+    assert other.fingerprint != first.fingerprint
+    assert [[i.clip for i in other.batch(s, 3)] for s in range(30)] != [[i.clip for i in items] for items in steps]
+    assert first.batch(10**9, 3) == again.batch(10**9, 3)  # far away: nothing is counted up to there
+
+
+def test_all_clips_are_used_equally_often_at_any_time(seven):
+    found = seven()
+    assert "with 2 in a batch, all clips are used in about 4 steps" in found.summary(2)
+    clips = [i.clip for s in range(280) for i in found.batch(s, 2)]
+    for end in range(40, len(clips)):
+        counts = Counter(clips[:end])
+        assert set(counts) == set(range(7)) and max(counts.values()) - min(counts.values()) <= 2
+    assert len({tuple(n for n in clips[k : k + 14] if n < 5) for k in range(0, 560, 14)}) > 30  # in another order
+    repeated = seven(small={"repeats": 3})
+    counts = Counter(i.clip for s in range(11) for i in repeated.batch(s, 1))
+    assert counts == {**dict.fromkeys(range(5), 1), 5: 3, 6: 3}
+
+
+def test_weights_are_shares_of_every_batch(seven):
+    found = seven(large={"weight": 1}, small={"weight": 1})
+    for step in range(40):  # two of each set
+        assert sorted(found.clips[i.clip].source for i in found.batch(step, 4)) == [0, 0, 1, 1]
+    found = seven(large={"weight": 0.9}, small={"weight": 0.1})
+    counts = Counter(found.clips[i.clip].source for s in range(500) for i in found.batch(s, 4))
+    assert counts[1] / 2000 == pytest.approx(0.1, abs=0.02)
+    with pytest.raises(ValueError, match="give a weight to every set, or to none"):
+        seven(small={"weight": 2})
+
+
+def test_one_in_ten_captions_is_empty(seven):
+    found = seven(text_dropout=0.1)
+    dropped = [n for n in range(10_000) if drop_text(0, n, 0.1)]
+    assert len(dropped) / 10_000 == pytest.approx(0.1, abs=0.01)
+    items = [i for s in range(250) for i in found.batch(s, 4)]
+    assert [i.number for i in items if not i.caption] == [n for n in dropped if n < 1000]
+    batch = found.load([items[dropped[0]], items[dropped[0] + 1]])
+    assert batch.captions[0] == "" and torch.equal(batch.text[0], found.text(""))
+    assert not any(not i.caption for s in range(100) for i in seven().batch(s, 8))
+
+
+def test_samples_are_the_same_for_any_number_of_workers_and_ranks(seven, tmp_path):
+    step, whole = 3, seven(cache=None)
+    want = whole.load(whole.batch(step, 4))
+    for count in (1, 2, 4):
+        found = seven(cache=tmp_path / str(count), workers=count)
+        items = found.batch(step, 4)
+        found.prefetch(items[:3])
+        shares = [found.load(items[rank::count]) for rank in range(count)]
+        for row in range(4):
+            share, k = shares[row % count], row // count
+            assert share.numbers[k] == want.numbers[row] == step * 4 + row
+            assert share.captions[k] == want.captions[row] and share.sources[k] == want.sources[row]
+            assert torch.equal(share.latents[k], want.latents[row]) and torch.equal(share.text[k], want.text[row])
+
+
+@pytest.mark.parametrize("shares", [{0: 1}, {0: 1, 1: 1}, {0: 5, 1: 2, 2: 1}, {n: 1 + n * n for n in range(9)}])
+def test_turns_are_in_proportion_and_need_no_counting(shares):
+    whole, had = sum(shares.values()), Counter()
+    for number in range(2 * whole):
+        who, before = turn(shares, number)
+        assert had[who] == before  # as if it were counted
+        had[who] += 1
+        assert all(abs(had[n] - share * (number + 1) / whole) < 2 for n, share in shares.items())
+    assert had == {n: 2 * share for n, share in shares.items()}
+
+
+def test_small_buckets_are_not_used_more_often_than_large_ones(tmp_path, shapes):
+    for n in range(6):
+        write(tmp_path / f"{n}.mp4", counter(16, *((64, 128) if n == 5 else (64, 64))))
+    found = make(shapes, tmp_path, prompt="a counter")
+    counts = Counter(i.clip for s in range(60) for i in found.batch(s, 4))
+    assert counts == dict.fromkeys(range(6), 40)
+    assert "clips 1; at most 0% of a picture is cut off; fewer than a batch" in found.summary(4)
+
+
+# ------------------------------------------------------------------------------------------------------- cache
+
+
+def files_of(folder):
+    return {p: p.stat().st_mtime_ns for p in Path(folder).rglob("*.*") if p.is_file() and not p.name.startswith(".")}
+
+
+def test_what_is_in_the_cache_is_not_made_again(seven, shapes, tmp_path, monkeypatch):
+    found = seven(large={"clips": "head"}, small={"clips": "head"}, cache=tmp_path)
+    assert found.fill() == 0
+    before, want = files_of(tmp_path), [found.load(found.batch(s, 4)) for s in range(3)]
+    assert len([p for p in before if "latents" in p.parts]) == 7
+    assert len([p for p in before if "text" in p.parts]) == 8  # with the empty caption
+
+    def never(*_, **__):
+        raise AssertionError("made again")
+
+    again = seven(large={"clips": "head"}, small={"clips": "head"}, cache=tmp_path)
+    monkeypatch.setattr(again, "encode_text", never)
+    monkeypatch.setattr(data, "decode", never)
+    monkeypatch.setattr(caches, "examine", never)
+    for s, one in enumerate(want):
+        batch = again.load(again.batch(s, 4))
+        assert torch.equal(batch.latents, one.latents) and torch.equal(batch.text, one.text)
+    assert files_of(tmp_path) == before
+    assert seven(large={"clips": "random"}, small={"clips": "head"}, cache=tmp_path).fill() == 5
+
+
+def test_latents_are_drawn_anew_at_each_visit_from_what_the_vae_says(seven, shapes, tmp_path):
+    found = seven(large={"clips": "head"}, cache=tmp_path)
+    item = next(i for i in found.batch(0, 4) if found.clips[i.clip].source == 0)
+    many = found.load([item._replace(number=n) for n in range(200)]).latents
+    clip = found.clips[item.clip]
+    x = decode(clip.media, clip.facts, item.frames, (32, 64)).float() / 127.5 - 1
+    with torch.no_grad():
+        said = shapes.vae.encode(x)
+    factor = shapes.vae.config.scaling_factor
+    mean, std = (v.transpose(0, 1) * factor for v in (said.mean, said.std))
+    assert torch.allclose(((many.mean(0) - mean) / std * 200**0.5).std(), torch.tensor(1.0), atol=0.1)
+    assert torch.allclose((many.std(0) / std).mean(), torch.tensor(1.0), atol=0.02)
+    exact = seven(large={"clips": "head"}, cache=tmp_path, posterior="mean").load([item]).latents[0]
+    assert torch.allclose(exact, mean, atol=1e-5)
+    half = seven(large={"clips": "head"}, cache=tmp_path, posterior="mean", dtype="float16").load([item]).latents[0]
+    assert torch.allclose(half, mean, atol=2e-3) and not torch.equal(half, exact)
+
+
+def test_a_cache_of_another_vae_is_not_used(seven, shapes, tmp_path):
+    found = seven(large={"clips": "head"}, small={"clips": "head"}, cache=tmp_path)
+    items = found.batch(0, 2)
+    found.load(items)
+    weight = shapes.vae.encoder.conv_in.weight
+    with torch.no_grad():
+        weight[0, 0, 0, 0] += 0.5
+    try:
+        other = seven(large={"clips": "head"}, small={"clips": "head"}, cache=tmp_path)
+        fresh = seven(large={"clips": "head"}, small={"clips": "head"}, cache=None)
+        assert not torch.equal(other.load(items).latents, found.load(items).latents)
+        assert torch.equal(other.load(items).latents, fresh.load(items).latents)
+    finally:
+        with torch.no_grad():
+            weight[0, 0, 0, 0] -= 0.5
+    assert len([p for p in files_of(tmp_path) if "latents" in p.parts]) == 2 * len({i.clip for i in items})
+    assert digest_of(shapes.vae) == digest_of(shapes.vae) != digest_of(shapes.text_encoder)
+
+
+def test_a_broken_file_in_the_cache_is_made_again(seven, tmp_path, caplog):
+    found = seven(cache=tmp_path, large={"clips": "head"}, small={"clips": "head"})
+    want = found.load(found.batch(0, 2)).latents
+    for path in files_of(tmp_path):
+        path.write_bytes(path.read_bytes()[:-7])
+    again = seven(cache=tmp_path, large={"clips": "head"}, small={"clips": "head"})
+    assert torch.equal(again.load(again.batch(0, 2)).latents, want)
+    assert "is broken" in caplog.text
+
+
+def test_kills_while_writing_and_two_writers_leave_whole_files(tmp_path):
+    """SIGKILL at random moments, and two processes that write the same files at once."""
+    x = {"mean": torch.arange(300_000.0), "logvar": torch.ones(7)}
+
+    def write_for_ever():
+        n = 0
+        while True:
+            Cache(tmp_path).write("latents", f"{n % 5:064}", x)
+            n += 1
+
+    for round_ in range(6):
+        children = []
+        for _ in range(2):
+            if (child := os.fork()) == 0:
+                try:
+                    write_for_ever()
+                finally:
+                    os._exit(1)
+            children.append(child)
+        time.sleep(0.1 + 0.013 * round_)
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        found = [p for p in (tmp_path / "latents").rglob("*") if p.is_file() and not p.name.startswith(".")]
+        for path in found:
+            said = Cache(tmp_path).read("latents", path.stem)
+            assert torch.equal(said["mean"], x["mean"]) and torch.equal(said["logvar"], x["logvar"])
+    assert len(found) == 5
+
+
+# ------------------------------------------------------------------------------------------------------- the sheet
+
+
+def test_the_sheet_shows_what_the_network_can_see(tmp_path, shapes):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for name, colour in (("red", (255, 0, 0)), ("white", (255, 255, 255))):
+        frames = np.zeros((16, 64, 64, 3), np.uint8)
+        frames[:, 16:48, 16:48] = colour
+        write(folder / f"{name}.mp4", frames, rate=8)
+        (folder / f"{name}.txt").write_text(f"a {name} square" + " that stands" * 20 * (name == "red"))
+    (folder / "broken.mp4").write_bytes(b"nothing")
+    said = look(make(shapes, folder, text_dropout=1.0), tmp_path / "sheet.png", batch=4)
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
+    red = (np.abs(sheet - [255, 0, 0]).max(-1) < 60).sum()
+    assert red == pytest.approx(8 * 32 * 32, rel=0.15)  # eight frames of the sixteen
+    assert (sheet.max(-1) < 40).sum() > 2 * 8 * 3 * 32 * 32 * 0.9  # and the black around
+    for line in ("3 files, 2 clips of 2 of them; 1 files are skipped", "frames 16, width 64, height 64: clips 2",
+                 "captions: 2 different ones; 1 files have none; 1 are cut at 16 tokens", "broken.mp4: not a video",
+                 "fewer than a batch"):  # fmt: skip
+        assert line in said
