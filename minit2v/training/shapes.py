@@ -162,14 +162,14 @@ def generators(seed: int, stage: str, step: int) -> tuple[random.Random, torch.G
     return rng, torch.Generator().manual_seed(rng.getrandbits(60))
 
 
-def stills(rng: random.Random, count: int) -> Tensor:
+def stills(rng: random.Random, count: int, combinations: Sequence[tuple[str, str, str]] = world.COMBINATIONS) -> Tensor:
     """Random moments of random clips, (b c h w) in [-1, 1].
 
     Of all combinations: a still of an unseen one is a still of trained ones too, and the autoencoder knows no words.
     """
     clips = []
     for _ in range(count):
-        clip = world.draw_clip(rng, *rng.choice(world.COMBINATIONS))
+        clip = world.draw_clip(rng, *rng.choice(combinations))
         s = rng.random()
         place = tuple(a + s * (b - a) for a, b in zip(clip.start, clip.end, strict=True))
         clips.append(world.Clip(clip.colour, clip.shape, clip.motion, place, place))
