@@ -36,8 +36,35 @@ def test_the_analyser_sees_nothing_where_nothing_is():
     assert world.analyse(dissolving)[2] is None
 
 
+def new_clips(per_combination: int, seed: int = 0) -> list[world.Clip]:
+    """Of what fine-tuning teaches: the motion, the colours, the word."""
+    rng = random.Random(seed)
+    motions = [(c, s, world.NEW_MOTION) for c in world.COLOURS for s in world.SHAPES]
+    colours = [(c, s, m) for c in (*world.NEW_COLOURS, *world.SYNONYMS) for s in world.SHAPES for m in world.MOTIONS]
+    return [world.draw_clip(rng, *c) for c in motions + colours for _ in range(per_combination)]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_what_fine_tuning_teaches_is_read_back_and_old_clips_are_not_taken_for_it(noise):
+    generator = torch.Generator().manual_seed(0)
+    for drawn in (new_clips(1), clips(1)):
+        for clip, video in zip(drawn, world.render(drawn), strict=True):
+            video = (video + noise * torch.randn(video.shape, generator=generator)).clamp(0, 1)
+            assert world.reads_diagonally(video) == (clip.motion == "diagonally"), clip
+            assert world.read_new_colour(video) == world.SYNONYMS.get(clip.colour, clip.colour), clip
+
+
+def test_the_other_three_diagonals_and_stills_are_not_diagonally():
+    for start, end in (((20, 44), (44, 20)), ((44, 44), (20, 20)), ((44, 20), (20, 44)), ((30, 30), (30, 30))):
+        video = world.render([world.Clip("red", "circle", "diagonally", (*start, 10), (*end, 10))])[0]
+        assert not world.reads_diagonally(video)
+    assert not world.reads_diagonally(torch.zeros(3, 16, 64, 64))
+    growing = world.render([world.Clip("red", "circle", "diagonally", (20, 20, 6), (44, 44, 14))])[0]
+    assert not world.reads_diagonally(growing)
+
+
 def test_shapes_stay_in_the_picture():
-    videos = world.render(clips(2, seed=1))
+    videos = world.render(clips(2, seed=1) + new_clips(1, seed=1))
     rim = torch.cat([videos[..., 0, :], videos[..., -1, :], videos[..., :, 0], videos[..., :, -1]])
     assert rim.amax() < 0.5  # an antialiased tip, no more
 
