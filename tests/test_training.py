@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from minit2v.training import animate, shapes, world
+from minit2v.training import animate, colours, shapes, world
 
 
 def clips(per_combination: int, seed: int = 0) -> list[world.Clip]:
@@ -217,6 +217,31 @@ def test_animate_trains_the_motion_modules_alone(tmp_path, monkeypatch):
         torch.testing.assert_close(value, motion["average"][f"unet.{name}"], rtol=1e-3, atol=1e-4, msg=name)
     for name in ("curves.png", "panel-00050.png", "image.csv", "motion.csv"):
         assert (tmp_path / name).stat().st_size
+
+
+def test_a_finetuned_autoencoder_is_saved_and_a_kill_does_not_change_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(colours.train, "__defaults__", (2, 2, 1e-3))
+    monkeypatch.setattr(colours.round_trip, "__defaults__", (2,))
+    colours.main(["--out", str(tmp_path / "whole")])
+    draw, drawn = colours.stills, []
+
+    def killed(*args):
+        drawn.append(args)
+        if len(drawn) == 3:  # two in each step: in the second
+            raise KeyboardInterrupt
+        return draw(*args)
+
+    monkeypatch.setattr(colours, "stills", killed)
+    monkeypatch.setattr(shapes.Run.__init__, "__defaults__", (0.0,))  # a checkpoint after each step
+    with pytest.raises(KeyboardInterrupt):
+        colours.main(["--out", str(tmp_path / "killed")])
+    colours.main(["--out", str(tmp_path / "killed")])
+    whole, killed = (
+        colours.AutoencoderKL.from_pretrained(tmp_path / n / "vae").state_dict() for n in ("whole", "killed")
+    )
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    embedded = colours.TextToVideoSDPipeline.from_pretrained("shapes").vae.state_dict()
+    assert all(not torch.equal(whole[name], embedded[name]) for name in whole if name.endswith("conv1.weight"))
 
 
 def test_fewer_frames_keep_their_numbers():

@@ -26,7 +26,7 @@ NEW = list(product(world.NEW_COLOURS, world.SHAPES, world.MOTIONS))
 
 
 def train(
-    out: Path, seed: int, embedded: AutoencoderKL, steps: int = 1800, batch: int = 32, rate: float = 1e-3
+    out: Path, seed: int, embedded: AutoencoderKL, steps: int = 900, batch: int = 32, rate: float = 1e-3
 ) -> AutoencoderKL:
     """Half of each batch has old colours and half new ones. Returns the moving average of the weights."""
     torch.manual_seed(seed)
