@@ -580,6 +580,7 @@ def save(networks: Networks, folder: str | Path, given: Any, weight_name: str | 
         for component, state in states.items():
             if name in state.loaded:
                 more, config = to_peft(networks[component], state.loaded[name])
+                config = {} if all(f.alpha == f.rank for f in state.loaded[name].values()) else config
                 tensors |= {f"{component}.{n}": x for n, x in more.items()}
                 said |= {f"{component}.{n}": v for n, v in config.items()}
         file = weight_name or (f"{WEIGHTS if len(names) == 1 else name}.{ending}")
@@ -611,7 +612,7 @@ def save_layers(
 
 
 def to_peft(network: Any, layers: Mapping[str, Factors]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors in peft's names, and its LoraConfig, {} where alpha is the rank everywhere, as without one."""
+    """Tensors in peft's names, and its LoraConfig. Without one, alpha is the rank everywhere."""
     names = {path: (module, shape) for module, (path, shape) in layers_of(network).items()}
     tensors, ranks, alphas = {}, {}, {}
     for path, f in layers.items():
@@ -626,8 +627,6 @@ def to_peft(network: Any, layers: Mapping[str, Factors]) -> tuple[dict[str, Tens
         # As what a name ends in, since transformers >= 5.6 has no `text_model.`.
         ranks[module.removeprefix("text_model.")] = f.rank
         alphas[module.removeprefix("text_model.")] = f.alpha
-    if all(alphas[m] == ranks[m] for m in ranks):
-        return tensors, {}
     r, alpha = (max(set(v.values()), key=[*v.values()].count) for v in (ranks, alphas))
     config = {
         "r": r,

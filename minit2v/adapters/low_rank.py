@@ -1,10 +1,11 @@
 """Layers with low-rank branches beside their weights: y = W x + sum of scale * up(down(x)).
 
 A layer becomes one of these in its place, by its class alone: it stays the same module with the same parameters, so
-that names, optimizers and whoever else holds it see no change. Its branches are in no state dict.
+that names, optimizers and whoever else holds it see no change. Its branches are in no state dict, except those that
+are trained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +24,31 @@ class Branch(nn.Module):
         self.register_buffer("up", up, persistent=False)
         self.register_buffer("scale", down.new_ones(()), persistent=False)  # a tensor: CUDA graphs read it anew
 
+    def given(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the layer multiplies: x, down, up."""
+        return x, self.down, self.up
+
+
+class TrainedBranch(nn.Module):
+    """The same with parameters: float32 or wider, and multiplied in the dtype of x.
+
+    In 16 bits most steps of the optimizer would be rounded to nothing.
+    """
+
+    def __init__(self, down: Tensor, up: Tensor, scale: float, dropout: float = 0.0):
+        super().__init__()
+        self.down, self.up = nn.Parameter(down), nn.Parameter(up)
+        self.scale, self.dropout, self.on = scale, dropout, True
+
+    def given(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return F.dropout(x, self.dropout, self.training), self.down.to(x.dtype), self.up.to(x.dtype)
+
+
+def running(layer: nn.Module) -> "Iterator[Branch | TrainedBranch]":
+    """The branches that are not switched off. (Such a one is left out, and not multiplied by 0: were it switched
+    between forward and backward, gradient checkpointing, which runs the layer again, would notice.)"""
+    return (b for b in layer.branches if getattr(b, "on", True))  # type: ignore[union-attr,return-value]
+
 
 class LowRankLinear(nn.Linear):
     branches: nn.ModuleList
@@ -30,8 +56,9 @@ class LowRankLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (... i) -> (... o)."""
         y = super().forward(x)
-        for b in self.branches:
-            y = y + F.linear(F.linear(x, b.down), b.up) * b.scale
+        for b in running(self):
+            given, down, up = b.given(x)
+            y = y + F.linear(F.linear(given, down), up) * b.scale
         return y
 
 
@@ -41,9 +68,10 @@ class LowRankConv2d(nn.Conv2d):
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x (n i h w) -> (n o h w): `down` has the layer's kernel, stride and padding, `up` is 1x1."""
         y = super()._conv_forward(x, weight, bias)
-        for b in self.branches:
-            h = F.conv2d(x, b.down, None, self.stride, self.padding, self.dilation)
-            y = y + F.conv2d(h, b.up[:, :, None, None]) * b.scale
+        for b in running(self):
+            given, down, up = b.given(x)
+            h = F.conv2d(given, down, None, self.stride, self.padding, self.dilation)
+            y = y + F.conv2d(h, up[:, :, None, None]) * b.scale
         return y
 
 
@@ -59,9 +87,10 @@ class LowRankConv3d(nn.Conv3d):
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x (b i f h w) -> (b o f h w)."""
         y = super()._conv_forward(x, weight, bias)
-        for b in self.branches:
-            h = F.conv3d(x, b.down, None, self.stride, self.padding, self.dilation)
-            y = y + F.conv3d(h, b.up[:, :, None, None, None]) * b.scale
+        for b in running(self):
+            given, down, up = b.given(x)
+            h = F.conv3d(given, down, None, self.stride, self.padding, self.dilation)
+            y = y + F.conv3d(h, up[:, :, None, None, None]) * b.scale
         return y
 
 
@@ -98,12 +127,31 @@ def can_branch(layer: nn.Module) -> bool:
 
 
 def branches_of(layer: nn.Module) -> list[Branch]:
+    """Those of LoRAs that are loaded."""
+    return [b for b in _all_branches(layer) if isinstance(b, Branch)]
+
+
+def trained_branches_of(layer: nn.Module) -> list[TrainedBranch]:
+    return [b for b in _all_branches(layer) if isinstance(b, TrainedBranch)]
+
+
+def _all_branches(layer: nn.Module) -> list[nn.Module]:
     return [*layer.branches] if type(layer) in PLAIN else []  # type: ignore[list-item]
 
 
 def set_branches(layer: nn.Module, branches: Sequence[Branch]) -> None:
-    """Give the layer these branches in place of those that it has; none: it is a plain layer again."""
-    if branches_of(layer) == [*branches]:
+    """Give the layer these branches in place of those of loaded LoRAs that it has."""
+    _put(layer, [*trained_branches_of(layer), *branches])
+
+
+def set_trained_branches(layer: nn.Module, branches: Sequence[TrainedBranch]) -> None:
+    """Give the layer these branches in place of those that were trained."""
+    _put(layer, [*branches, *branches_of(layer)])
+
+
+def _put(layer: nn.Module, branches: Sequence[nn.Module]) -> None:
+    """None: it is a plain layer again."""
+    if _all_branches(layer) == [*branches]:
         return
     if not branches:
         del layer._modules["branches"]
@@ -111,7 +159,7 @@ def set_branches(layer: nn.Module, branches: Sequence[Branch]) -> None:
         return
     if type(layer) not in PLAIN:
         layer.__class__ = WITH_BRANCHES[type(layer)]
-    layer.add_module("branches", nn.ModuleList(branches))
+    layer.add_module("branches", nn.ModuleList(branches).train(layer.training))
 
 
 def has_branches(network: nn.Module) -> bool:

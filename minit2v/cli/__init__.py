@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     from .plan import run
                 elif args.command == "bisect":
                     from .bisect import run
+                elif args.command == "train":
+                    from .train import run
                 else:
                     from .videos import run
             return run(args)

@@ -11,7 +11,7 @@ from minit2v_convert.rename import nearest
 
 from .. import __version__
 from ..files import embedded
-from . import adapters, long_videos, pictures
+from . import adapters, long_videos, pictures, train
 from .messages import clean, tell, write
 
 ADAPTER = "guoyww/animatediff-motion-adapter-v1-5-2"  # for every other image model
@@ -218,7 +218,11 @@ def make_parser() -> Parser:
     bisect.add_argument("--height", type=_whole, default=32, metavar="PIXELS", help="32")
     bisect.add_argument("--width", type=_whole, default=32, metavar="PIXELS", help="32")
 
-    for sub in (generate, restyle, animate, inspect, convert, blank, plan, bisect):
+    learn = commands.add_parser("train", help="fine-tune a model or train a LoRA on clips; the same command goes on "
+                                "where it was")
+    train.add_options(learn)
+
+    for sub in (generate, restyle, animate, inspect, convert, blank, plan, bisect, learn):
         sub.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
         sub.set_defaults(usage_error=sub.error)  # for what is wrong together: points to the command's own help
     return parser

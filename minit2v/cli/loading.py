@@ -51,7 +51,7 @@ def load(command: str, settings: dict[str, Any], video_frames: int | None) -> tu
     main = settings.get("model") or settings["base"]
     if "config" in settings and not is_authors_layout(main):
         raise ValueError(f"--config: {main} has configs of its own; only a file of weights lacks them")
-    family, schedule = _family(main, where)
+    family, schedule = family_of(main, where)
     for_motion = _schedule_of_motion(family, schedule, settings) if command == "animate" else {}
     if for_motion and solver is None:
         solver = schedulers.DDIMScheduler
@@ -103,7 +103,7 @@ def load(command: str, settings: dict[str, Any], video_frames: int | None) -> tu
     return pipe, call
 
 
-def _family(path: str, where: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+def family_of(path: str, where: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The class of a model's UNet, and its scheduler's config: the published model's, where the model has none."""
     if is_authors_layout(path):
         found = components(path)

@@ -1,7 +1,6 @@
 """What a config.json may say: every field known, of the right type, and none passed over in silence."""
 
 import math
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ import numpy as np
 import torch
 
 from minit2v_convert.rename import nearest
+
+from .fields import fits
 
 # Fields that describe a file's history, not a network.
 HISTORY = (
@@ -64,11 +65,11 @@ def make_config(cls: type, values: Mapping[str, Any]) -> Any:
     for name, value in values.items():
         value = _tuples(value)
         if name in known:
-            if not _fits(value, hints[name]):
+            if not fits(value, hints[name]):
                 hint = hints[name].__name__ if isinstance(hints[name], type) else hints[name]
                 raise ValueError(f"{cls.__name__}: {name} must be {hint}, not {quoted(value)}")
             if name in ours:
-                _check_range(f"{cls.__name__}: {name}", value, 0 if "layers" in name else 1,
+                _check_range(f"{cls.__name__}: {name}", value, 0 if "layers" in name or name == "dropout" else 1,
                              MOST_LAYERS if "layers" in name else LARGEST)  # fmt: skip
             kept[name] = value
         elif name in cls.FIXED:
@@ -85,7 +86,7 @@ def _check_range(what: str, value: Any, low: int, high: int) -> None:
         if type(n) is int and not low <= n <= high:
             bound = f"at least {low}" if n < low else f"at most {high}"
             raise ValueError(f"{what} must be {bound}, not {quoted(value)}")
-        if type(n) is float and not 0 < n < math.inf:
+        if type(n) is float and not 0 < n < math.inf and n != low:
             raise ValueError(f"{what} must be a number above 0, not {quoted(value)}")
     if len(_items(value)) > MOST_LAYERS:
         raise ValueError(f"{what} must have at most {MOST_LAYERS} items, not {len(value)}")
@@ -104,23 +105,6 @@ def _tuples(value: Any) -> Any:
     if isinstance(value, np.generic):  # NumPy's numbers are numbers
         return value.item()
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether `value` is of the annotated type. An int is a float, a bool is not an int."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, a) for a in args)
-    if origin is typing.Literal:
-        return value in args
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        of = args[:1] * len(value) if args[-1] is Ellipsis else args
-        return len(value) == len(of) and all(map(_fits, value, of))
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return hint is Any or isinstance(value, origin or hint)
 
 
 DTYPES = {

@@ -271,17 +271,17 @@ def export_to_video(
 def _sound_of(path: Path, scratch: Path, start: float) -> Path | None:
     """The first track of sound of a file, from so many seconds on, in a file; None where there is no sound."""
     track = scratch / "track.flac"
-    with _ffmpeg_reads(path, scratch, "-map", "0:a:0", "-ss", f"{start:.6f}", str(track), strict=False) as nothing:
+    with ffmpeg_reads(path, scratch, "-map", "0:a:0", "-ss", f"{start:.6f}", str(track), strict=False) as nothing:
         nothing.read()
     return track if track.is_file() and track.stat().st_size else None
 
 
 def has_sound(path: str | os.PathLike) -> bool:
     """Whether a file has a track of sound, for `export_to_video(..., sound=path)`."""
-    if not Path(path).is_file() or _is_animation(Path(path)):
+    if not Path(path).is_file() or is_animation(Path(path)):
         return False
     with tempfile.TemporaryDirectory(prefix="minit2v-") as folder:
-        with _ffmpeg_reads(Path(path), Path(folder), "-map", "0:a:0", "-c", "copy", "-f", "framecrc", "pipe:1",
+        with ffmpeg_reads(Path(path), Path(folder), "-map", "0:a:0", "-c", "copy", "-f", "framecrc", "pipe:1",
                            strict=False) as lines:  # fmt: skip
             return any(not line.startswith(b"#") for line in lines)
 
@@ -395,7 +395,7 @@ def load_video(
         path = _local(video, scratch, max_pixels)
         if path.is_dir():
             frames, fps = _load_folder(path, max_pixels), None
-        elif _is_animation(path):
+        elif is_animation(path):
             frames, fps = _load_animation(path, max_pixels)
         else:
             frames, fps = _decode(path, scratch, max_pixels, cut)
@@ -472,7 +472,7 @@ def _head(path: Path) -> bytes:
         return f.read(12)
 
 
-def _is_animation(path: Path) -> bool:
+def is_animation(path: Path) -> bool:
     """A GIF, PNG or WebP: by its content."""
     head = _head(path)
     return head.startswith((b"GIF8", b"\x89PNG\r\n\x1a\n")) or head[:4] + head[8:] == b"RIFFWEBP"
@@ -550,18 +550,19 @@ def _load_animation(path: Path, max_pixels: float) -> tuple[list, float | None]:
 
 
 @contextmanager
-def _ffmpeg_reads(
-    path: Path, scratch: Path, *output: str, max_pixels: float = math.inf, strict: bool = True
+def ffmpeg_reads(
+    path: Path, scratch: Path, *output: str, max_pixels: float = math.inf, strict: bool = True,
+    before: Sequence[str] = (),
 ) -> Iterator[IO[bytes]]:
     """What ffmpeg writes to "pipe:1". `strict`: ValueError where it says that anything is wrong with the file.
 
-    max_pixels: of one frame, before there is memory for it.
+    max_pixels: of one frame, before there is memory for it. before: options of the input.
     """
     log, largest = scratch / "messages", str(int(min(max_pixels, 2**31 - 1)))
     with open(path, "rb") as file, open(log, "wb") as messages:
         # Only errors are logged: what ffmpeg else says repeats what the file says, and that may look like an error.
         options = ["-nostdin", "-y", "-v", "error", *["-xerror"] * strict, "-max_pixels", largest]
-        command = [find_ffmpeg(), *options, "-protocol_whitelist", "fd", "-fd", "0", "-i", "fd:", *output]
+        command = [find_ffmpeg(), *options, *before, "-protocol_whitelist", "fd", "-fd", "0", "-i", "fd:", *output]
         process = subprocess.Popen(command, stdin=file, stdout=subprocess.PIPE, stderr=messages, cwd=scratch)
         try:
             yield process.stdout
@@ -591,7 +592,7 @@ class _Packets:
 
 def _packets(path: Path, scratch: Path, max_pixels: float) -> _Packets:
     count, size, tick, latest = 0, (0, 0), 0.001, (-math.inf, 0)
-    with _ffmpeg_reads(path, scratch, "-map", "0:V:0", "-c", "copy", "-f", "framecrc", "pipe:1",
+    with ffmpeg_reads(path, scratch, "-map", "0:V:0", "-c", "copy", "-f", "framecrc", "pipe:1",
                        max_pixels=max_pixels, strict=False) as lines:  # fmt: skip
         for line in lines:  # "0, when decoded, when shown, for how long, bytes, checksum"
             if line.startswith(b"#"):
@@ -623,7 +624,7 @@ def _decode(
     between = f"gte(t,{begin - 1e-6:.9f})*lt(t,{min(behind, 1e9) - 1e-6:.9f})"
     chosen = f"setpts=PTS-STARTPTS,select='{between}'," if cut else ""
     frames, pixels, whole = [], 0, True
-    with _ffmpeg_reads(
+    with ffmpeg_reads(
         path, scratch, "-map", "0:V:0", "-fps_mode", "passthrough",
         "-vf", f"settb=1/{NANO},{chosen}metadata=add:key=t:value=0,metadata=print:key=t:file=times,setpts=100*N/TB",
         "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "pipe:1",
@@ -750,7 +751,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
             text = gif.info.get("comment", b"").decode(errors="replace")
     else:
         with ended_cleanly(), tempfile.TemporaryDirectory(prefix="minit2v-") as folder:
-            with _ffmpeg_reads(path, Path(folder), "-f", "ffmetadata", "pipe:1") as stream:
+            with ffmpeg_reads(path, Path(folder), "-f", "ffmetadata", "pipe:1") as stream:
                 said = stream.read(LARGEST_METADATA)
                 if stream.read(1):
                     raise ValueError(f"{shown(path)}: more than {LARGEST_METADATA:,} bytes of metadata")

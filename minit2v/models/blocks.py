@@ -34,11 +34,12 @@ class TemporalConv(nn.Module):
     """GroupNorm, SiLU, convolution along time only, four times; then x is added.
 
     Statistics of the norms span the video. The last convolution is zero at initialisation, so it starts as identity.
-    (The reference drops 10 % of the activations here while it trains.)
+    dropout: the share of the inputs of all convolutions but the first that is dropped in training mode.
     """
 
-    def __init__(self, c: int, groups: int):
+    def __init__(self, c: int, groups: int, dropout: float = 0.0):
         super().__init__()
+        self.dropout = dropout
         self.norms = nn.ModuleList(nn.GroupNorm(groups, c) for _ in range(4))
         self.convs = nn.ModuleList(nn.Conv3d(c, c, (3, 1, 1), padding=(1, 0, 0)) for _ in range(4))
         nn.init.zeros_(self.convs[-1].weight)
@@ -47,8 +48,8 @@ class TemporalConv(nn.Module):
     def forward(self, x: Tensor, f: int) -> Tensor:
         """x ((b f) c h w) -> ((b f) c h w)."""
         x = h = rearrange(x, "(b f) c h w -> b c f h w", f=f)
-        for norm, conv in zip(self.norms, self.convs, strict=True):
-            h = conv(F.silu(norm(h)))
+        for norm, conv, p in zip(self.norms, self.convs, (0.0, *3 * (self.dropout,)), strict=True):
+            h = conv(F.dropout(F.silu(norm(h)), p, self.training))
         return rearrange(x + h, "b c f h w -> (b f) c h w")
 
 

@@ -29,6 +29,7 @@ class UNet3DConfig:
     norm_num_groups: int = 32
     cross_attention_dim: int = 1024
     attention_head_dim: int = 64  # really the width of a head; Stable Diffusion's field of this name is their number
+    dropout: float = 0.0  # of the temporal convolutions, in training mode only; ModelScope's authors trained with 0.1
 
     FIXED: ClassVar[dict[str, Any]] = {
         "act_fn": "silu",
@@ -42,6 +43,8 @@ class UNet3DConfig:
 
     def __post_init__(self):
         check_levels(self, {"DownBlock3D": "UpBlock3D", "CrossAttnDownBlock3D": "CrossAttnUpBlock3D"})
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout!r}")
         if not 0 < self.attention_head_dim <= min(self.block_out_channels):
             raise ValueError(
                 f"attention_head_dim is the width of a head, at most {min(self.block_out_channels)}, "
@@ -62,7 +65,7 @@ class Block(nn.Module):
         groups, head_dim = config.norm_num_groups, config.attention_head_dim
         heads, self.attention = c_out // head_dim, attention
         self.res = ResBlock(c_in, c_out, 4 * config.block_out_channels[0], groups)
-        self.temporal_conv = TemporalConv(c_out, groups)
+        self.temporal_conv = TemporalConv(c_out, groups, config.dropout)
         if attention:
             self.spatial = SpatialTransformer(c_out, heads, head_dim, config.cross_attention_dim, groups)
             self.temporal = TemporalTransformer(c_out, heads, head_dim, groups)

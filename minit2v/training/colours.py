@@ -20,7 +20,8 @@ from torch import nn
 from ..models.vae import AutoencoderKL
 from ..pipelines.text_to_video import TextToVideoSDPipeline
 from . import world
-from .shapes import Run, claim, cosine, generators, stills
+from .objective import generators
+from .shapes import Run, claim, cosine, stills
 
 NEW = list(product(world.NEW_COLOURS, world.SHAPES, world.MOTIONS))
 

@@ -13,38 +13,25 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from minit2v_convert.stream import replacing
 
-from ..adapters.lora import layers_of
+from ..adapters.low_rank import TrainedBranch
 from ..models.unet_motion import MotionAdapter
 from ..models.vae import AutoencoderKL
 from ..pipelines.animatediff import AnimateDiffPipeline
 from . import world
 from .animate import MotionPainter
-from .shapes import Painter, claim, generators, load_state, make_tokenizer, still_captions, train_diffusion
+from .checkpoints import load_state
+from .objective import generators
+from .shapes import Painter, claim, make_tokenizer, still_captions, train_diffusion
+from .trainable import add_lora, lora_targets
 
 RANK = 8
 # Where to be when is learned from four frames of a clip at a quarter of the price; the second stage makes it smooth.
 COURSES = {"orbit": ((4, 16, 300), (16, 4, 400)), "smooth": ((16, 4, 500),)}
 KINDS = [(colour, shape) for colour in world.COLOURS for shape in world.SHAPES]
-
-
-class LowRank(nn.Module):
-    """y = W x + up(down(x)). It begins with up = 0: the layer as it was."""
-
-    def __init__(self, base: nn.Linear, rank: int):
-        super().__init__()
-        self.base = base
-        self.down = nn.Linear(base.in_features, rank, bias=False)
-        self.up = nn.Linear(rank, base.out_features, bias=False)
-        nn.init.kaiming_uniform_(self.down.weight, a=5**0.5)
-        nn.init.zeros_(self.up.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (... i) -> (... o)."""
-        return self.base(x) + self.up(self.down(x))
 
 
 def orbits(rng: random.Random, count: int) -> Tensor:
@@ -116,14 +103,11 @@ def train(
     torch.manual_seed(seed)
     latents = latents_of_orbits(pipe.vae, out, seed)
     painter: Painter = MotionPainter(pipe.unet, pipe.text_encoder).requires_grad_(False)
-    for name in targets(pipe).values():
-        parent, _, leaf = name.rpartition(".")
-        setattr(painter.unet.get_submodule(parent), leaf, LowRank(painter.unet.get_submodule(name), RANK))
+    add_lora(pipe.unet, [*targets(pipe)], RANK)
     for n, (stage, course) in enumerate(courses.items()):
         for module in painter.modules():
-            if isinstance(module, LowRank):
-                module.down.requires_grad_(True)
-                module.up.requires_grad_(True)
+            if isinstance(module, TrainedBranch):
+                module.requires_grad_(True)
         # As for motion modules: what the frames agree on is decided at high noise.
         painter = train_diffusion(out, stage, seed, painter, make_tokenizer(), course, rate * 0.75**n,
                                   lambda rng, frames, batch: draw_orbits(rng, latents, frames, batch), noisy=0.8)
@@ -135,16 +119,15 @@ def targets(pipe: AnimateDiffPipeline) -> dict[str, str]:
 
     Not their first and last layers, which diffusers cannot run with a LoRA.
     """
-    names = {theirs: ours for theirs, (ours, _) in layers_of(pipe.unet).items()}
-    return {theirs: ours for theirs, ours in names.items() if ".motion.blocks." in ours}
+    return lora_targets(pipe.unet, "motion_modules.*.transformer_blocks")
 
 
 def save(folder: Path, painter: Painter, names: dict[str, str]) -> None:
     """The trained factors in peft's names and in float16. names: `targets` of the pipeline, before `train`."""
     state, layers = painter.unet.state_dict(), {}
     for theirs, ours in names.items():
-        layers[f"{theirs}.lora_A.weight"] = state[f"{ours}.down.weight"].half()
-        layers[f"{theirs}.lora_B.weight"] = state[f"{ours}.up.weight"].half()
+        layers[f"{theirs}.lora_A.weight"] = state[f"{ours}.branches.0.down"].half()
+        layers[f"{theirs}.lora_B.weight"] = state[f"{ours}.branches.0.up"].half()
     AnimateDiffPipeline.save_lora_weights(folder, unet_lora_layers=layers)
 
 

@@ -35,6 +35,8 @@ from ..pipelines.base import DiffusionPipeline
 from ..pipelines.text_to_video import TextToVideoSDPipeline
 from ..schedulers.dpm_multistep import DPMSolverMultistepScheduler
 from . import world
+from .checkpoints import forget_later, load_state
+from .objective import generators
 
 VAE = {
     "block_out_channels": (16, 32, 32, 64),
@@ -65,25 +67,6 @@ UNET = {
 }
 NAMES = ("colour", "shape", "motion")
 GUIDANCE = 1.5  # more makes squares round and circles edged: it exaggerates what tells one shape from another
-
-
-def load_state(path: Path) -> Any:
-    """What torch.save has written. ValueError in one line where that is not whole."""
-    try:
-        return torch.load(path, weights_only=True)
-    except Exception as error:  # a broken file breaks its reader anywhere
-        raise ValueError(f"{path} is broken ({first_line(error)}): remove it to begin anew") from None
-
-
-def forget_later(log: Path, step: int) -> None:
-    """Rows of later steps go: a kill has undone them, and they will be made again. So does a row that is not whole."""
-    if not log.exists():
-        return
-    lines = log.read_text().splitlines(keepends=True)
-    later = [not line.endswith("\n") or (n := line.split(",")[0]).isdecimal() and int(n) > step for line in lines]
-    if any(later):
-        with replacing(log) as temporary:
-            temporary.write_text("".join(line for line, gone in zip(lines, later, strict=True) if not gone))
 
 
 def claim(out: Path, **of: Any) -> None:
@@ -154,12 +137,6 @@ def cosine(step: int, total: int, warmup: int = 100) -> float:
 def trapezoid(step: int, total: int, warmup: int = 200) -> float:
     """Learning rate factor: linear warm-up, flat, linear to 0 over the last fifth."""
     return min(1.0, (step + 1) / warmup, (total - step) / (0.2 * total))
-
-
-def generators(seed: int, stage: str, step: int) -> tuple[random.Random, torch.Generator]:
-    """Python's and torch's random numbers of one step."""
-    rng = random.Random(f"{seed} {stage} {step}")
-    return rng, torch.Generator().manual_seed(rng.getrandbits(60))
 
 
 def stills(rng: random.Random, count: int, combinations: Sequence[tuple[str, str, str]] = world.COMBINATIONS) -> Tensor:

@@ -1,0 +1,157 @@
+"""`minit2v train`: fine-tuning and LoRA training of a model on clips."""
+
+import argparse
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..training.recipe import HINTS, Recipe, parse, read_recipe, words
+from .ends import importing
+from .messages import say, tell
+
+OWN = ("data", "targets", "validation_prompts", "prior_prompts", "timesteps")  # options of several words
+
+
+def run(args: argparse.Namespace) -> int:
+    """The exit code; an error is raised."""
+    given = {name: value for name, value in vars(args).items() if name in HINTS}
+    config = args.config or _run_of(given)
+    recipe = read_recipe(config, given)
+    with importing():
+        from ..training.start import filled, make_data, train
+
+    pipe, guidance = load(recipe)
+    if args.check:
+        from ..training.sheet import look
+
+        recipe = filled(recipe, pipe, guidance)
+        path = Path(recipe.out) / "check.png"
+        tell(*look(make_data(recipe, pipe), path, recipe.batch).splitlines())
+        tell(f"a picture of the clips, with their captions: {path}")
+        return 0
+    world = _world()
+    tell(*filled(recipe, pipe, guidance).lines())
+    path = train(recipe, pipe, world, partial(reloaded, recipe), guidance, say, args.resume_anyway)
+    if path is not None:
+        tell(str(path))
+    return 0
+
+
+def _run_of(given: dict[str, Any]) -> Path | None:
+    """`minit2v train --out RUN` alone goes on with that run."""
+    path = Path(given.get("out", "")) / "run.json"
+    return path if "out" in given and "data" not in given and path.exists() else None
+
+
+def load(recipe: Recipe, **settings: Any) -> tuple[Any, float]:
+    """The pipeline of the recipe's model on its device, in float32, and the guidance scale that suits it.
+
+    settings: more of those that `cli.loading.load` takes, such as a LoRA.
+    """
+    from ..files import embedded
+    from . import loading
+    from .videos import PRESETS
+
+    adapter = recipe.adapter
+    family, _ = loading.family_of(recipe.model, {"revision": None})
+    animates = family != "UNet3DConditionModel"
+    if family == "UNet2DConditionModel":
+        if adapter is None and recipe.model == "shapes-image":
+            adapter = "shapes-motion"
+        if adapter == "new" or adapter is None and recipe.train == "image":
+            adapter = _new_adapter(recipe)
+    given: dict[str, Any] = {"base" if animates else "model": recipe.model, "device": recipe.device,
+                             "dtype": "float32", "optimize": False, "height": recipe.height, "width": recipe.width}
+    given |= {"adapter": adapter} if adapter else {}
+    given |= PRESETS[recipe.model] if embedded.find(recipe.model) else {}
+    pipe, call = loading.load("animate" if animates else "generate", {**given, **settings}, None)
+    return pipe, call["guidance_scale"]
+
+
+def _new_adapter(recipe: Recipe) -> str:
+    """A folder with motion modules that change nothing yet; made once in a run."""
+    import torch
+
+    from ..models.unet2d import UNet2DConditionModel
+    from ..models.unet_motion import UNetMotionModel
+
+    folder = Path(recipe.out) / "adapter-new"
+    if not (folder / "config.json").exists():
+        torch.manual_seed(recipe.seed)
+        image = UNet2DConditionModel.from_pretrained(recipe.model, subfolder="unet")
+        UNetMotionModel.from_unet2d(image, None).save_motion_modules(folder)
+    return str(folder)
+
+
+def reloaded(recipe: Recipe, path: Path) -> Any:
+    """A new pipeline with the result of a run, as `minit2v generate` and `animate` load it."""
+    if path.is_file():
+        lora = {"motion_lora" if recipe.train == "motion-lora" else "lora": [(str(path), 1.0)]}
+        return load(recipe, **lora)[0]
+    if recipe.train == "motion":
+        return load(dataclasses.replace(recipe, adapter=str(path)))[0]
+    if recipe.train == "image":
+        pipe, _ = load(recipe)
+        from ..models.unet2d import UNet2DConditionModel
+
+        image = UNet2DConditionModel.from_pretrained(path, subfolder="unet").to(pipe.unet.device)
+        pipe.unet.load_state_dict(image.state_dict(), strict=False)
+        return pipe
+    return load(dataclasses.replace(recipe, model=str(path), adapter=None))[0]
+
+
+def _world() -> Any:
+    import os
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    from ..parallel import world
+
+    return world()
+
+
+def add_options(parser: Any) -> None:
+    """Every option of a recipe, under its own name with dashes."""
+
+    parser.add_argument("config", nargs="?", default=None, metavar="CONFIG", help="a .toml file with options, or the "
+                        "run.json of a run; options given here win")
+    for f in dataclasses.fields(Recipe):
+        flag, help_text = f"--{f.name.replace('_', '-')}", f.metadata["help"].replace("%", "%%")
+        default = f.default if f.default not in (None, "", (), False) else ""
+        if default != "":
+            help_text += f": {default}"
+
+        def one(text: str, name: str = f.name) -> Any:
+            try:
+                return parse(name, text)
+            except ValueError as error:
+                raise argparse.ArgumentTypeError(str(error)) from None
+
+        hint = HINTS[f.name]
+        if hint is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=help_text)
+        elif f.name == "timesteps":
+            parser.add_argument(flag, nargs="+", action=_Timesteps, metavar="WORD", help=help_text)
+        elif f.name in OWN:
+            parser.add_argument(flag, nargs="+", metavar="TEXT", help=help_text)
+        else:
+            known = words(hint)
+            parser.add_argument(flag, type=one, metavar=None if known else "VALUE", choices=known or None,
+                                help=help_text)  # fmt: skip
+    parser.add_argument("--check", action="store_true", default=False, help="show what would be trained on, and end")
+    parser.add_argument("--resume-anyway", action="store_true", default=False, help="go on with a run although its "
+                        "options have changed")
+
+
+class _Timesteps(argparse.Action):
+    """One word, or two numbers."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
+        if len(values) == 1:
+            value: Any = values[0]
+        elif len(values) == 2 and all(v.isdecimal() for v in values):
+            value = (int(values[0]), int(values[1]))
+        else:
+            parser.error(f"{option} takes one word, or the lowest and the highest timestep, not {' '.join(values)}")
+        setattr(namespace, self.dest, value)

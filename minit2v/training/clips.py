@@ -1,0 +1,296 @@
+"""Exact frames of videos and pictures for training: each file is read through once, its clips are decoded by time.
+
+`examine` decodes a whole file once. It finds damage before training, and the time of each frame. `decode` then reads
+chosen frames alone, and no others come out, whatever the rate, the key frames and the B-frames of the file are.
+"""
+
+import bisect
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minit2v_convert.rename import shown
+
+from ..files.video import IMAGES, MAX_PIXELS, NANO, ffmpeg_reads, is_animation, load_image, load_video
+
+VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif")
+DECODERS = ("ffmpeg", "pyav")
+MAX_FRAME = 2**26  # pixels of one frame: 8192 x 8192
+
+
+class Media(NamedTuple):
+    """A file, or a member of a tar: `size` bytes from `offset` on. name: how messages call it."""
+
+    path: Path
+    name: str
+    offset: int = 0
+    size: int | None = None
+
+    @property
+    def suffix(self) -> str:
+        return Path(self.name).suffix.lower()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What `examine` found. times: when each frame is shown, whole nanoseconds of the file's own clock, rising.
+
+    end: when the last frame ends. A picture has one frame at time 0. even: the times are made up, because a folder of
+    pictures has none. width, height: in pixels, upright (a phone's note of how it was held is followed).
+    pixel: how much wider than high a pixel is shown, which is not 1 in files of old cameras and discs.
+    """
+
+    sha256: str
+    width: int
+    height: int
+    times: tuple[int, ...]
+    end: int
+    still: bool
+    even: bool = False
+    pixel: float = 1.0
+
+    @property
+    def shown_width(self) -> float:
+        return self.width * self.pixel
+
+    @property
+    def frames(self) -> int:
+        return len(self.times)
+
+    @property
+    def rate(self) -> float:
+        """Frames per second, on the average."""
+        return NANO * self.frames / max(1, self.end - self.times[0])
+
+
+@contextmanager
+def opened(media: Media, scratch: Path) -> Iterator[Path]:
+    """A file on disk with the bytes of `media`: itself, or a copy of the member of a tar in `scratch`."""
+    if media.size is None:
+        yield media.path
+        return
+    copy = scratch / f"member{media.suffix}"
+    with media.path.open("rb") as source, copy.open("wb") as target:
+        source.seek(media.offset)
+        left = media.size
+        while left and (piece := source.read(min(left, 2**20))):
+            target.write(piece)
+            left -= len(piece)
+    if left:
+        raise ValueError(f"{shown(media.name)}: the archive ends before it does")
+    yield copy
+
+
+def sha256(media: Media) -> str:
+    """Of the content. Of a folder of pictures: of their names and contents in order."""
+    if media.path.is_dir():
+        files = sorted(f for f in media.path.iterdir() if f.suffix.lower() in IMAGES)
+        return hashlib.sha256("".join(f"{f.name}\0{sha256(Media(f, f.name))}\0" for f in files).encode()).hexdigest()
+    total, left = hashlib.sha256(), media.size
+    with media.path.open("rb") as file:
+        file.seek(media.offset)
+        while piece := file.read(2**20 if left is None else min(left, 2**20)):
+            total.update(piece)
+            left = None if left is None else left - len(piece)
+    return total.hexdigest()
+
+
+def examine(media: Media) -> Facts:
+    """Decodes the whole file once. ValueError, OSError: what is wrong with it, in a line without its name."""
+    try:
+        return _examine(media)
+    except (ValueError, OSError) as error:
+        text = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        for name in (media.name, str(media.path)):
+            text = text.removeprefix(f"{shown(name)}: ")
+        raise ValueError(" ".join(text.split())) from error
+
+
+def _examine(media: Media) -> Facts:
+    if media.size is None and not media.path.is_dir() and media.path.exists() and not media.path.is_file():
+        raise ValueError("a pipe or a device, not a file")
+    digest = sha256(media)
+    if (media.size if media.size is not None else not media.path.is_dir() and media.path.stat().st_size) == 0:
+        raise ValueError("an empty file")
+    with tempfile.TemporaryDirectory(prefix="minit2v-") as folder, opened(media, Path(folder)) as path:
+        if path.is_dir() or _is_picture(media):
+            images, fps = _pictures(path)
+            sizes = {image.size for image in images}
+            if len(sizes) > 1:
+                raise ValueError(f"its pictures differ in size: {sorted(sizes)[:3]}")
+            (width, height), = sizes
+            still, even = len(images) == 1 and not path.is_dir(), not fps
+            times = tuple(round(n * NANO / (fps or 1)) for n in range(len(images) + 1))
+            return Facts(digest, width, height, times[:-1], times[-1], still, even)
+        return _examine_video(path, Path(folder), digest)
+
+
+def _is_picture(media: Media) -> bool:
+    return media.suffix in IMAGES or media.suffix == ".gif"
+
+
+def _pictures(path: Path) -> tuple[list[Any], float | None]:
+    """The frames of a picture, an animation or a folder of pictures, and their rate, None where they have none."""
+    if path.is_dir() or is_animation(path):
+        return load_video(path, return_fps=True)
+    return [load_image(path, max_pixels=MAX_PIXELS)], None
+
+
+def _examine_video(path: Path, scratch: Path, digest: str) -> Facts:
+    size, pixel, bytes_each, times, last = (0, 0), 1.0, set(), [], 0
+    with ffmpeg_reads(
+        path, scratch, "-copyts", "-map", "0:V:0", "-fps_mode", "passthrough", "-vf", f"settb=1/{NANO}",
+        "-enc_time_base", "filter", "-c:v", "rawvideo", "-f", "framecrc", "pipe:1", max_pixels=MAX_FRAME,
+        before=("-threads", "1"),
+    ) as lines:  # fmt: skip
+        for line in lines:  # "0, when decoded, when shown, for how long, bytes, checksum"
+            if line.startswith(b"#"):
+                if line.startswith(b"#dimensions 0: "):
+                    w, h = line.split()[-1].split(b"x")
+                    size = int(w), int(h)
+                if line.startswith(b"#sar 0: "):
+                    a, b = map(int, line.split()[-1].split(b"/"))
+                    pixel = a / b if a and b else 1.0
+                continue
+            _, _, at, last, count = map(int, line.split(b",")[:5])
+            times.append(at)
+            bytes_each.add(count)
+    if not times:
+        raise ValueError("no frames could be read")
+    if len(bytes_each) > 1:
+        raise ValueError("its frames differ in size")
+    if any(a >= b for a, b in zip(times, times[1:], strict=False)) or times[0] < -(2**62):
+        raise ValueError("its frames have no times, or times that do not rise")
+    usual = sorted(b - a for a, b in zip(times, times[1:], strict=False))[(len(times) - 2) // 2] if times[1:] else last
+    return Facts(digest, *size, tuple(times), times[-1] + (last or usual or NANO // 25), still=False, pixel=pixel)
+
+
+# ------------------------------------------------------------------------------------------------- which frames
+
+
+def nearest_frames(facts: Facts, start: int, frames: int, fps: float) -> list[int]:
+    """Of `frames` moments 1 / fps apart, from frame `start` on, the frame that is nearest in time; of two the earlier.
+
+    Moments behind the end have numbers from `facts.frames` on.
+    """
+    times, found = facts.times, []
+    for k in range(frames):
+        moment = times[start] + round(k * NANO / fps)
+        if moment >= facts.end - (facts.end - times[-1]) // 2 and moment > times[-1]:
+            found.append(facts.frames)
+            continue
+        i = min(max(1, bisect.bisect_left(times, moment)), facts.frames - 1) if facts.frames > 1 else 0
+        # The times of a file are rounded: what differs by less than a microsecond is equally near.
+        found.append(i - 1 if i and moment - times[i - 1] <= times[i] - moment + 1000 else i)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- decoding
+
+
+def covered(width: float, height: float, to: tuple[int, int]) -> tuple[float, float, float, float]:
+    """The largest box in the middle of a picture that has the shape of `to` (height, width): left, top, right, bottom.
+
+    So it is scaled alike in both directions, and what lies outside is cut off equally on both sides.
+    """
+    h, w = to
+    scale = min(width / w, height / h)
+    left, top = (width - w * scale) / 2, (height - h * scale) / 2
+    return max(0.0, left), max(0.0, top), min(width, left + w * scale), min(height, top + h * scale)
+
+
+def decode(
+    media: Media, facts: Facts, chosen: Sequence[int], size: tuple[int, int], flip: bool = False,
+    decoder: str = "ffmpeg",
+) -> Tensor:
+    """Frames `chosen` (numbers from 0, in any order, also repeated), scaled to cover `size` = (height, width), and cut.
+
+    Returns uint8 (f 3 h w). ValueError where the file is no more what `examine` saw.
+    """
+    from PIL import Image
+
+    if not chosen or min(chosen) < 0 or max(chosen) >= facts.frames:
+        raise ValueError(f"{shown(media.name)}: has {facts.frames} frames, and {list(chosen)} are asked for")
+    left, top, right, bottom = covered(facts.shown_width, facts.height, size)
+    box, numbers = (left / facts.pixel, top, min(facts.width, right / facts.pixel), bottom), sorted(set(chosen))
+
+    def made(image: Any) -> Tensor:
+        if image.size != (facts.width, facts.height):
+            raise ValueError(f"{shown(media.name)}: has changed since it was examined")
+        small = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
+        return torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1)
+
+    with tempfile.TemporaryDirectory(prefix="minit2v-") as folder, opened(media, Path(folder)) as path:
+        if path.is_dir() or _is_picture(media):
+            images = _pictures(path)[0]
+            frames = [made(images[n]) for n in numbers] if len(images) == facts.frames else []
+        elif decoder == "pyav":
+            frames = list(map(made, _by_pyav(path, facts, numbers)))
+        else:
+            frames = _by_ffmpeg(path, Path(folder), facts, numbers, made)
+    if len(frames) < len(numbers):
+        raise ValueError(f"{shown(media.name)}: {len(numbers) - len(frames)} of its frames could not be read again")
+    done = dict(zip(numbers, frames, strict=True))
+    clip = torch.stack([done[n] for n in chosen])
+    return clip.flip(-1).contiguous() if flip else clip
+
+
+def _by_ffmpeg(
+    path: Path, scratch: Path, facts: Facts, numbers: list[int], made: Callable[[Any], Tensor]
+) -> list[Tensor]:
+    """These frames, made smaller as they come. They are chosen by their exact times: a wrong one cannot come out."""
+    from PIL import Image
+
+    times = [facts.times[n] for n in numbers]
+    shape = facts.width, facts.height
+    equal = "+".join(f"eq(pts,{t})" for t in times)
+    output = ["-copyts", "-map", "0:V:0", "-fps_mode", "passthrough", "-frames:v", str(len(times)),
+              "-vf", f"settb=1/{NANO},select='{equal}'", "-enc_time_base", "filter", "-pix_fmt", "rgb24",
+              "-f", "rawvideo", "pipe:1"]  # fmt: skip
+    # Seeking goes to a key frame at or before the time. Where the index of a file misleads it, frames are missing or
+    # damaged: they are then read from the beginning.
+    seek = ("-noaccurate_seek", "-seek_timestamp", "1", "-ss", f"{times[0] / NANO:.6f}")
+    for before in (seek, ()) if times[0] - facts.times[0] > NANO and times[0] > 0 else ((),):
+        frames: list[Tensor] = []
+        try:
+            with ffmpeg_reads(path, scratch, *output, max_pixels=MAX_FRAME, before=("-threads", "1", *before)) as out:
+                while frame := _read(out, 3 * shape[0] * shape[1]):
+                    frames.append(made(Image.frombytes("RGB", shape, frame)))
+        except ValueError:
+            if not before:
+                raise
+            continue
+        if len(frames) == len(times):
+            break
+    return frames
+
+
+def _read(stream: IO[bytes], size: int) -> bytes:
+    """Exactly so many bytes, or none where it ends before."""
+    data = stream.read(size)
+    return data if len(data) == size else b""
+
+
+def _by_pyav(path: Path, facts: Facts, numbers: list[int]) -> Iterator[Any]:
+    import av
+
+    wanted = {facts.times[n]: n for n in numbers}
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        first = facts.times[numbers[0]]
+        if first - facts.times[0] > NANO:
+            container.seek(int(first / NANO / stream.time_base), stream=stream)
+        for frame in container.decode(stream):
+            at = round(frame.pts * stream.time_base * NANO)
+            if at in wanted:
+                yield frame.to_image()
+            if at >= facts.times[numbers[-1]]:
+                return

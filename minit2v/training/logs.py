@@ -1,0 +1,49 @@
+"""Numbers of a run: `log.csv`, and TensorBoard's files where it is installed."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from .checkpoints import forget_later
+
+
+class Log:
+    """Rows of a run that begins at `step`: later ones, which a kill has undone, are removed.
+
+    A row has the means of the losses since the row before, and the last values of all else.
+    """
+
+    def __init__(self, out: Path, step: int):
+        self.path, self.losses = out / "log.csv", []
+        forget_later(self.path, step)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:  # it is optional
+            self.board = None
+        else:
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step or None)
+
+    def add(self, step: int, whole: bool, seconds: float, values: dict[str, Any]) -> None:
+        """The values of a step; whole: write the row now."""
+        self.losses.append(values["loss"])
+        if whole:
+            row = {"minutes": round(seconds / 60, 3), **values, "loss": sum(self.losses) / len(self.losses)}
+            self.losses.clear()
+            append(self.path, {"step": step, **row})
+            self.show("train", step, row)
+
+    def show(self, group: str, step: int, values: dict[str, Any]) -> None:
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(f"{group}/{name}", value, step)
+            self.board.flush()
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """One row at the end of a CSV file, numbers to six digits, and its head where the file is new."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if new:
+            writer.writeheader()
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})

@@ -1,0 +1,108 @@
+"""Prior preservation: what the model can do already is in every batch, so that it is not forgotten.
+
+DreamBooth (Ruiz et al. 2022, arXiv:2208.12242) has the idea, for images. A prior set is any data set, or made by the
+model itself before it is trained.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load, save
+from tqdm import tqdm
+
+from minit2v_convert.stream import replacing
+
+from .cache import digest, digest_of
+from .data import Batch
+from .objective import drop_text
+from .recipe import Recipe
+
+
+class Item(NamedTuple):
+    """One row of a batch: the number of the sample, and the clip."""
+
+    number: int
+    clip: int
+
+
+class SelfMade:
+    """Clips that a pipeline makes of prompts, as latents; each has its own seed, and is made once.
+
+    They are files in `folder`, whole or not there: whoever is interrupted goes on where it was. It stands in the place
+    of a `Data`. prompts: taken in turn. count: how many clips.
+    """
+
+    def __init__(self, pipe: Any, prompts: Sequence[str], count: int, folder: Path, recipe: Recipe):
+        self.count, self.recipe = count, recipe
+        self.prompts = [prompts[n % len(prompts)] for n in range(count)]
+        how = [recipe.frames, recipe.height, recipe.width, recipe.sample_steps, recipe.guidance, recipe.seed]
+        self.fingerprint = digest(digest_of(pipe.unet), dict(pipe.scheduler.config), how, self.prompts)
+        self.folder = folder / self.fingerprint[:16]
+        with torch.no_grad():
+            self._make(pipe)
+            states = {text: pipe.encode_prompt([text], pipe.device, 1, False)[0][0].float().cpu()
+                      for text in dict.fromkeys([*self.prompts, ""])}  # fmt: skip
+        self.text = states
+        self.latents = [load(self._path(n).read_bytes())["latents"] for n in range(count)]
+
+    def _path(self, n: int) -> Path:
+        return self.folder / f"{n:05d}.safetensors"
+
+    def _make(self, pipe: Any, at_once: int = 4) -> None:
+        left = [n for n in range(self.count) if not self._path(n).exists()]
+        recipe = self.recipe
+        pipe.set_progress_bar_config(disable=True)
+        for k in tqdm(range(0, len(left), at_once), "clips of the model itself", disable=not left):
+            numbers = left[k : k + at_once]
+            seeds = [torch.Generator().manual_seed(recipe.seed + n) for n in numbers]
+            latents = pipe([self.prompts[n] for n in numbers], recipe.height, recipe.width, num_frames=recipe.frames,
+                           num_inference_steps=recipe.sample_steps, guidance_scale=recipe.guidance, generator=seeds,
+                           output_type="latent").frames  # fmt: skip
+            for n, x in zip(numbers, latents, strict=True):
+                with replacing(self._path(n)) as temporary:
+                    temporary.write_bytes(save({"latents": x.float().cpu().contiguous()}))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batch(self, step: int, batch: int) -> list[Item]:
+        """What a step uses: all clips in a random order, then in another, and so on."""
+        found = []
+        for number in range(step * batch, (step + 1) * batch):
+            epoch, place = divmod(number, self.count)
+            order = random.Random(f"{self.recipe.seed} prior {epoch}").sample(range(self.count), self.count)
+            found.append(Item(number, order[place]))
+        return found
+
+    def load(self, items: Sequence[Item]) -> Batch:
+        share = self.recipe.text_dropout or 0.0
+        captions = ["" if drop_text(self.recipe.seed, i.number, share) else self.prompts[i.clip] for i in items]
+        return Batch(torch.stack([self.latents[i.clip] for i in items]), torch.stack([self.text[c] for c in captions]),
+                     captions, [str(self._path(i.clip)) for i in items], [i.number for i in items])  # fmt: skip
+
+
+def read_prompts(given: Sequence[str]) -> list[str]:
+    """Prompts, of which one that ends in .txt is a file with a prompt on each line. ValueError where there is none."""
+    found: list[str] = []
+    for text in given:
+        if text.endswith(".txt"):
+            text_of = Path(text).read_text(encoding="utf-8")
+            found += [line.strip() for line in text_of.splitlines() if line.strip()]
+        else:
+            found.append(text)
+    if not found:
+        raise ValueError(f"prior_prompts: there is no prompt in {', '.join(given)}")
+    return found
+
+
+def make_prior(recipe: Recipe, pipe: Any, make_data: Callable[..., Any]) -> Any:
+    """The prior set of a recipe, None where it has none. pipe: the model as it is before training."""
+    if not recipe.prior_rows:
+        return None
+    if recipe.prior == "self":
+        prompts = read_prompts(recipe.prior_prompts)
+        return SelfMade(pipe, prompts, recipe.prior_clips, Path(recipe.cache or recipe.out) / "prior", recipe)
+    return make_data(recipe, pipe, (recipe.prior,), seed=recipe.seed + 1)

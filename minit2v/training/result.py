@@ -1,0 +1,74 @@
+"""What a run leaves for others to load, and the proof that it loads: the file gives the trainer's own sample."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..models.unet2d import UNet2DConditionModel
+from .export import save_lora, save_model
+from .trainer import Trainer
+from .validation import sample, save_grid
+
+ALIKE = 2e-3  # the most by which a pixel of [0, 1] may differ on the average; in 16 bits ten times as much
+
+
+def export(trainer: Trainer) -> Path:
+    """Write the result into the run's folder, and return its path: a file of LoRA, or a folder.
+
+    MotionDirector's temporal LoRA is the result; the spatial one is beside it. Where weights are averaged, the average
+    is the result.
+    """
+    recipe, out = trainer.recipe, trainer.out
+    about = {"minit2v_recipe": str(recipe.train), "minit2v_base": recipe.model, "minit2v_steps": str(trainer.done)}
+    with trainer.sampling():
+        if recipe.train == "motiondirector":
+            save_lora(out / "spatial.safetensors", [trainer.loras["spatial"]], metadata=about)
+            return save_lora(out / "motion.safetensors", [trainer.loras["temporal"]], metadata=about)
+        if recipe.train == "motion-lora":
+            save_lora(out / "lora-animatediff.safetensors", [trainer.loras["lora"]], format="guoyww", metadata=about)
+        if trainer.loras:
+            return save_lora(out / "lora.safetensors", [trainer.loras["lora"]], metadata=about)
+        folder = out / "model"
+        if recipe.train == "image":
+            return save_image_model(trainer, folder)
+        save_model(folder, trainer.pipe, None, motion=recipe.train == "motion")
+        return folder
+
+
+def save_image_model(trainer: Trainer, folder: Path) -> Path:
+    """The image model without its motion modules, as a UNet's folder."""
+    unet = trainer.unet
+    fields = {name: getattr(unet.config, name) for name in UNet2DConditionModel.Config.__dataclass_fields__
+              if hasattr(unet.config, name)}  # fmt: skip
+    fields["attention_head_dim"] = unet.config.num_attention_heads
+    for name in ("down_block_types", "up_block_types"):
+        fields[name] = tuple(kind.replace("Motion", "2D") for kind in fields[name])
+    image = UNet2DConditionModel(**fields)
+    image.load_state_dict({name: v for name, v in unet.state_dict().items() if ".motion." not in name})
+    image.save_pretrained(folder / "unet")
+    return folder
+
+
+def finish(trainer: Trainer, reload: Callable[[Path], Any] | None = None) -> Path | None:
+    """Export the result, load it anew, and compare what both make of the same noise. Returns the result's path.
+
+    `result.png` has a row of each prompt. ValueError where the loaded one makes something else: the file is not what
+    was trained. Only the first of several processes does anything.
+    """
+    if not trainer.world.is_first:
+        return None
+    path = export(trainer)
+    prompts = trainer.prompts
+    with trainer.sampling():
+        mine = sample(trainer.pipe, prompts, trainer.recipe)
+    save_grid(mine, trainer.out / "result.png")
+    trainer.say(f"the result is {path}")
+    if reload is not None:
+        theirs = sample(reload(path), prompts, trainer.recipe)
+        difference = float((mine - theirs).abs().mean())
+        bound = ALIKE * (1 if trainer.recipe.precision == "float32" else 10)
+        if not difference <= bound:
+            raise ValueError(f"{path} makes other videos than the trained model: pixels differ by {difference:.2g} on "
+                             f"the average, and by at most {bound:g} if they are one model")  # fmt: skip
+        trainer.say(f"loaded anew it makes the same videos: pixels differ by {difference:.1g} on the average")
+    return path

@@ -1,0 +1,65 @@
+"""From a recipe and a model to a run: its data, its prior set, its trainer, and at the end its result.
+
+    pipe = TextToVideoSDPipeline.from_pretrained("shapes")
+    train(Recipe(data=("clips",), out="runs/mine", steps=500), pipe)
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..pipelines.checks import check_size
+from .data import Data
+from .prior import make_prior
+from .recipe import Recipe
+from .result import finish
+from .trainer import Trainer
+
+
+def filled(recipe: Recipe, pipe: Any, guidance: float | None = None) -> Recipe:
+    """The recipe with the usual values for this model, all but `text_dropout`, which depends on the data."""
+    usual = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
+    recipe = recipe.filled(type(pipe.unet).__name__, cuda=pipe.unet.device.type == "cuda", guidance=guidance or usual)
+    height, width = check_size(recipe.height, recipe.width, pipe.unet, pipe.vae_scale_factor)
+    return dataclasses.replace(recipe, height=height, width=width)
+
+
+def make_data(recipe: Recipe, pipe: Any, sources: Sequence[Any] | None = None, seed: int | None = None) -> Data:
+    """The clips of a filled recipe, for this model. sources: a list in place of the recipe's."""
+    options = {name: getattr(recipe, name) for name in
+               ("frames", "height", "width", "fps", "stride", "clips", "short", "flip", "prompt", "prefix")}  # fmt: skip
+    return Data.of(pipe, list(recipe.data if sources is None else sources), cache=recipe.cache,
+                   seed=recipe.seed if seed is None else seed, text_dropout=recipe.text_dropout or 0.0, progress=True,
+                   **options)  # fmt: skip
+
+
+def prepare(
+    recipe: Recipe, pipe: Any, world: Any = None, guidance: float | None = None, say: Callable[[str], None] = print,
+    resume_anyway: bool = False,
+) -> Trainer:  # fmt: skip
+    """A trainer that is ready to run: all is checked, self-made clips are made. guidance: what suits the model."""
+    recipe = filled(recipe, pipe, guidance)
+    data = make_data(recipe, pipe)
+    if recipe.text_dropout is None:
+        data.text_dropout = 0.1 if len(data) > 1 else 0.0
+        recipe = dataclasses.replace(recipe, text_dropout=data.text_dropout)
+    if data.skipped:
+        say(f"{len(data.skipped)} files are skipped; --check says which and why")
+    prior = make_prior(recipe, pipe, make_data)
+    return Trainer(pipe, data, recipe, world, prior, say, resume_anyway)
+
+
+def train(
+    recipe: Recipe, pipe: Any, world: Any = None, reload: Callable[[Path], Any] | None = None,
+    guidance: float | None = None, say: Callable[[str], None] = print, resume_anyway: bool = False,
+) -> Path | None:  # fmt: skip
+    """The whole of a run: data, training, result. Returns the path of the result.
+
+    reload: makes a new pipeline of the result, which is then compared with the trained one; None: no comparison.
+    Errors as of `Data`, `Recipe` and `Trainer`.
+    """
+    trainer = prepare(recipe, pipe, world, guidance, say, resume_anyway)
+    trainer.run()
+    return finish(trainer, reload)

@@ -1,0 +1,117 @@
+"""What shows whether a run learns: a loss that can be compared, samples of the same prompts, how much moves in them.
+
+The loss of a step is noisy, because its timesteps are. Here clips, timesteps and noise are the same each time.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from minit2v_convert.stream import replacing
+
+from ..files.video import export_to_video
+from .checkpoints import forget_later
+from .logs import append
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+BINS, EACH = 4, 2  # parts of the timesteps, from nearly clean to nearly noise, and timesteps in each
+FIXED = 2**31  # a step that no run reaches: its batch is what is validated on
+
+
+class Validation:
+    """Validates a trainer: rows of `validation.csv`, and `samples/step-000200.mp4` and `.png` of its prompts."""
+
+    def __init__(self, trainer: "Trainer"):
+        self.trainer, self.path = trainer, trainer.out / "validation.csv"
+        forget_later(self.path, trainer.done)
+        recipe, data = trainer.recipe, trainer.data
+        self.batch = data.load(data.batch(FIXED, min(recipe.validation_clips, max(1, len(data)))))
+
+    def run(self) -> None:
+        """One validation of the weights as they are; nothing where the step has one."""
+        trainer, step = self.trainer, self.trainer.done
+        rows = self.rows()
+        if step in rows:
+            return
+        with trainer.sampling():
+            losses = self.losses()
+            videos = self.sample()
+        motion = motion_of(videos)
+        row = {"loss": sum(losses) / BINS, **{f"loss_t{k}": x for k, x in enumerate(losses)}, "motion": motion}
+        self.keep(videos, trainer.out / "samples" / f"step-{step:06d}")
+        append(self.path, {"step": step, **row})
+        if trainer.log is not None:
+            trainer.log.show("validation", step, row)
+        start = next(iter(rows.values()), row)
+        trainer.say(f"step {step}: validation loss {row['loss']:.4g} (at first {float(start['loss']):.4g}), "
+                    f"motion {motion:.4g} (at first {float(start['motion']):.4g})")  # fmt: skip
+        if row["loss"] > 2 * float(start["loss"]):
+            trainer.say("warning: the validation loss is more than twice what it was: the rate is too high")
+
+    def rows(self) -> dict[int, dict[str, Any]]:
+        """Step -> its row."""
+        import csv
+
+        if not self.path.exists():
+            return {}
+        with self.path.open(newline="") as file:
+            return {int(row["step"]): row for row in csv.DictReader(file)}
+
+    def losses(self) -> list[float]:
+        """The mean loss in each part of the timesteps, at fixed clips, timesteps and noise."""
+        trainer, objective = self.trainer, self.trainer.objective
+        dtype = trainer.parameters[0].dtype
+        latents = self.batch.latents.to(trainer.device, dtype)
+        text = self.batch.text.to(trainer.device, dtype)
+        total = objective.scheduler.config.num_train_timesteps
+        found = []
+        with trainer.layers_for(latents):
+            for k in range(BINS * EACH):
+                t = torch.full((len(latents),), int((k + 0.5) / (BINS * EACH) * total), device=trainer.device)
+                eps = torch.stack([objective.draw_noise(trainer.recipe.seed, FIXED + k * len(latents) + n, x.shape)
+                                   for n, x in enumerate(latents)]).to(latents)  # fmt: skip
+                prediction = trainer.unet(objective.scheduler.add_noise(latents, eps, t), t, text)
+                found.append(float(objective.loss(prediction, objective.target(latents, eps, t), t).mean()))
+        return [sum(found[k * EACH : (k + 1) * EACH]) / EACH for k in range(BINS)]
+
+    def sample(self) -> Tensor:
+        """Videos (b f c h w) in [0, 1] of the prompts, each from its own fixed seed, float32 on the CPU."""
+        return sample(self.trainer.pipe, self.trainer.prompts, self.trainer.recipe)
+
+    def keep(self, videos: Tensor, path: Path) -> None:
+        """The videos side by side as `.mp4`, and as `.png` a row for each with up to eight of its frames."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if videos.shape[1] > 1:
+            row = rearrange(videos, "b f c h w -> f h (b w) c").numpy()
+            export_to_video(row, f"{path}.mp4", fps=8)
+        save_grid(videos, path.with_name(path.name + ".png"))
+
+
+def sample(pipe: Any, prompts: list[str], recipe: Any) -> Tensor:
+    """Videos (b f c h w) in [0, 1] of a pipeline, each of its own seed."""
+    pipe.set_progress_bar_config(disable=True)
+    seeds = [torch.Generator().manual_seed(recipe.seed + n) for n in range(len(prompts))]
+    made = pipe(prompts, recipe.height, recipe.width, num_frames=recipe.frames, num_inference_steps=recipe.sample_steps,
+                guidance_scale=recipe.guidance, generator=seeds, output_type="pt")  # fmt: skip
+    return made.frames.float().cpu()
+
+
+def motion_of(videos: Tensor) -> float:
+    """How much a pixel changes from frame to frame, on the average; of stills 0. videos (b f c h w) in [0, 1]."""
+    return float((videos[:, 1:] - videos[:, :-1]).abs().mean()) if videos.shape[1] > 1 else 0.0
+
+
+def save_grid(videos: Tensor, path: Path) -> None:
+    """A picture of videos (b f c h w) in [0, 1]: a row for each, with up to eight of its frames."""
+    from PIL import Image
+
+    chosen = np.linspace(0, videos.shape[1] - 1, min(8, videos.shape[1])).round().astype(int)
+    grid = rearrange(videos[:, chosen], "b f c h w -> (b h) (f w) c")
+    with replacing(path) as temporary:
+        Image.fromarray((grid * 255).round().byte().numpy()).save(temporary)
