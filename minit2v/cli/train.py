@@ -54,7 +54,7 @@ def load(recipe: Recipe, **settings: Any) -> tuple[Any, float]:
     from .videos import PRESETS
 
     adapter = recipe.adapter
-    family, _ = loading.family_of(recipe.model, {"revision": None})
+    family, schedule = loading.family_of(recipe.model, {"revision": None})
     animates = family != "UNet3DConditionModel"
     if family == "UNet2DConditionModel":
         if adapter is None and recipe.model == "shapes-image":
@@ -66,6 +66,10 @@ def load(recipe: Recipe, **settings: Any) -> tuple[Any, float]:
     given |= {"adapter": adapter} if adapter else {}
     given |= PRESETS[recipe.model] if embedded.find(recipe.model) else {}
     pipe, call = loading.load("animate" if animates else "generate", {**given, **settings}, None)
+    if recipe.train == "image":  # in its own noise schedule, not in that of motion modules
+        from .. import schedulers
+
+        pipe.scheduler = getattr(schedulers, schedule["_class_name"]).from_config(schedule)
     return pipe, call["guidance_scale"]
 
 

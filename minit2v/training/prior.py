@@ -58,9 +58,9 @@ class SelfMade:
         for k in tqdm(range(0, len(left), at_once), "clips of the model itself", disable=not left):
             numbers = left[k : k + at_once]
             seeds = [torch.Generator().manual_seed(recipe.seed + n) for n in numbers]
-            latents = pipe([self.prompts[n] for n in numbers], recipe.height, recipe.width, num_frames=recipe.frames,
-                           num_inference_steps=recipe.sample_steps, guidance_scale=recipe.guidance, generator=seeds,
-                           output_type="latent").frames  # fmt: skip
+            latents = pipe([self.prompts[n] for n in numbers], height=recipe.height, width=recipe.width,
+                           num_frames=recipe.frames, num_inference_steps=recipe.sample_steps,
+                           guidance_scale=recipe.guidance, generator=seeds, output_type="latent").frames  # fmt: skip
             for n, x in zip(numbers, latents, strict=True):
                 with replacing(self._path(n)) as temporary:
                     temporary.write_bytes(save({"latents": x.float().cpu().contiguous()}))

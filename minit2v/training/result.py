@@ -1,5 +1,6 @@
 """What a run leaves for others to load, and the proof that it loads: the file gives the trainer's own sample."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,8 @@ def export(trainer: Trainer) -> Path:
 def save_image_model(trainer: Trainer, folder: Path) -> Path:
     """The image model without its motion modules, as a UNet's folder."""
     unet = trainer.unet
-    fields = {name: getattr(unet.config, name) for name in UNet2DConditionModel.Config.__dataclass_fields__
-              if hasattr(unet.config, name)}  # fmt: skip
+    names = [f.name for f in dataclasses.fields(UNet2DConditionModel.Config)]
+    fields = {name: getattr(unet.config, name) for name in names if hasattr(unet.config, name)}
     fields["attention_head_dim"] = unet.config.num_attention_heads
     for name in ("down_block_types", "up_block_types"):
         fields[name] = tuple(kind.replace("Motion", "2D") for kind in fields[name])

@@ -3,6 +3,7 @@
 The loss of a step is noisy, because its timesteps are. Here clips, timesteps and noise are the same each time.
 """
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from minit2v_convert.stream import replacing
 from ..files.video import export_to_video
 from .checkpoints import forget_later
 from .logs import append
+from .trainable import without_time
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -94,11 +96,13 @@ class Validation:
 
 
 def sample(pipe: Any, prompts: list[str], recipe: Any) -> Tensor:
-    """Videos (b f c h w) in [0, 1] of a pipeline, each of its own seed."""
+    """Videos (b f c h w) in [0, 1] of a pipeline, each of its own seed; of an image model, without motion modules."""
     pipe.set_progress_bar_config(disable=True)
     seeds = [torch.Generator().manual_seed(recipe.seed + n) for n in range(len(prompts))]
-    made = pipe(prompts, recipe.height, recipe.width, num_frames=recipe.frames, num_inference_steps=recipe.sample_steps,
-                guidance_scale=recipe.guidance, generator=seeds, output_type="pt")  # fmt: skip
+    with without_time(pipe.unet) if recipe.train == "image" else nullcontext():
+        made = pipe(prompts, height=recipe.height, width=recipe.width, num_frames=recipe.frames,
+                    num_inference_steps=recipe.sample_steps, guidance_scale=recipe.guidance, generator=seeds,
+                    output_type="pt")  # fmt: skip
     return made.frames.float().cpu()
 
 
