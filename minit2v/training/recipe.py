@@ -93,6 +93,9 @@ class Recipe:
 
     prior: str | None = option(None, "clips of what is not to be forgotten: a data set, or `self`, made by the model")
     prior_share: float = option(0.5, "share of each batch that comes from the prior set")
+    prior_target: Literal["clips", "model"] = option(
+        "model", "what the prior set teaches: its clips, or what the model said of them before it was trained"
+    )
     prior_prompts: tuple[str, ...] = option((), "prompts of self-made clips, or a .txt file with one on each line")
     prior_clips: int = option(64, "how many clips the model makes of itself")
 
