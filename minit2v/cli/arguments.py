@@ -214,9 +214,10 @@ def make_parser() -> Parser:
                       "motion-lora and the other kinds of `minit2v train`")
     plan.add_argument("--targets", nargs="+", metavar="LAYERS", help="of a LoRA: spatial, temporal, linear, ...: both")
     plan.add_argument("--rank", type=_whole, metavar="N", help="of the LoRA: 8")
-    plan.add_argument("--batch", type=_whole, metavar="N", help="clips at a time on a process: 1")
-    plan.add_argument("--ema", action="store_true", help="with a moving average of the trained weights")
-    plan.add_argument("--accumulate", action="store_true", help="with gradients that stay over the parts of a batch")
+    plan.add_argument("--batch", type=_whole, metavar="N", help="clips in a step, over all processes: 4")
+    plan.add_argument("--accumulate", type=_whole, metavar="N", help="pieces in which a process computes its clips: 1")
+    plan.add_argument("--ema", action=argparse.BooleanOptionalAction, help="whether there is a moving average of the "
+                      "trained weights: not of a LoRA's")
     plan.add_argument("--processes", type=_whole, metavar="N", help="GPUs that train together: 1")
 
     bisect = commands.add_parser("bisect", help="run a step with each fused operation in turn as a Triton kernel, and "

@@ -51,14 +51,16 @@ def plan_training(args: argparse.Namespace) -> int:
     if "dtype" in args:
         args.usage_error("--dtype goes without --train: each precision is a row")
     memory = parse_memory(args.memory) if "memory" in args else None
-    names = ("adapter", "num_frames", "height", "width", *TRAINING)
-    fields = {"num_frames": "frames", "batch": "clips"}
-    given = {fields.get(name, name): getattr(args, name) for name in names if name in args}
+    names = ("adapter", "num_frames", "height", "width", "targets", "rank", "batch", "ema", "processes")
+    given = {{"num_frames": "frames"}.get(name, name): getattr(args, name) for name in names if name in args}
     planner = training_planner_of_model(args.model, args.train, device=args.device, **given)
     trained, frozen = (sum(p.numel() for p in ps) / 1e6 for ps in (planner.trained, planner.frozen()))
-    say(f"{args.model}, {planner.clips} at a time, {trained:.2f} M parameters trained, {frozen:.2f} M frozen: counted, "
+    say(f"{args.model}, {planner.clips} in a step, {trained:.2f} M parameters trained, {frozen:.2f} M frozen: counted, "
         "not run; what an allocator and CUDA add is not in, nor are text encoder and VAE, whose results are cached")
-    rows = planner.rows()
+    pieces = getattr(args, "accumulate", 1)
+    if planner.clips.clips % pieces:
+        raise ValueError(f"accumulate must divide the {planner.clips.clips} clips of a process, not {pieces}")
+    rows = planner.rows(pieces)
     kinds = [kind for kind in KINDS if any(kind in row.kinds for row in rows)]
     unit, name = (2**30, "GiB") if rows[0].peak >= 2**30 else (2**20, "MiB")
     tell("".join([f"{name + ' at the peak':38}", *(f"{kind:>17}" for kind in (*kinds, "whole"))]))

@@ -30,7 +30,7 @@ KINDS = ("frozen weights", "trained weights", "gradients", "optimizer", "EMA", "
 
 
 class Clips(NamedTuple):
-    """What a process works on at a time."""
+    """What a process computes in a step."""
 
     frames: int
     height: int  # in pixels
@@ -46,19 +46,22 @@ class Clips(NamedTuple):
 class Method:
     """How the same training is done with less memory."""
 
-    precision: str = "bf16"  # frozen weights in it, and autocast; trained weights are float32 always
+    precision: str = "bf16"  # frozen matrices in it, and autocast; trained weights are float32 always
     checkpointing: bool = False
+    accumulate: int = 1  # pieces in which a process computes its clips
     eight_bits: bool = False  # the optimizer's states
     shard: bool = False  # weights, gradients and optimizer over the processes
 
     def options(self) -> list[str]:
         """How to say it to `minit2v train`."""
         found = ["--precision", self.precision]
-        found += ["--checkpointing"] * self.checkpointing + ["--optimizer", "adamw8bit"] * self.eight_bits
-        return found + ["--parallel", "fsdp"] * self.shard
+        found += ["--checkpointing"] * self.checkpointing
+        found += ["--accumulate", str(self.accumulate)] if self.accumulate > 1 else []
+        return found + ["--optimizer", "adamw8bit"] * self.eight_bits + ["--parallel", "fsdp"] * self.shard
 
     def __str__(self) -> str:
-        extras = {"checkpointing": self.checkpointing, "8-bit optimizer": self.eight_bits, "sharded": self.shard}
+        extras = {"checkpointing": self.checkpointing, f"in {self.accumulate} pieces": self.accumulate > 1,
+                  "8-bit optimizer": self.eight_bits, "sharded": self.shard}  # fmt: skip
         return ", ".join([self.precision, *(name for name, on in extras.items() if on)])
 
 
@@ -86,17 +89,16 @@ class TrainingPlanner:
 
     def __init__(
         self, unet: Any, trained: Iterable[Tensor], clips: Clips, *, tokens: int = TEXT, factor: int = 8,
-        ema: bool = False, accumulate: bool = False, processes: int = 1, stills: bool = False, device: str = "cuda",
+        ema: bool = False, processes: int = 1, stills: bool = False, device: str = "cuda",
     ):
         """unet: on `meta`, in training mode, and what is trained in it has `requires_grad`.
 
         trained: all parameters that the optimizer has. factor: pixels of a latent. ema: a moving average of the trained
-        weights, on the device. accumulate: gradients stay from one part of a batch to the next. stills: the layers that
-        mix frames rest.
+        weights, on the device. stills: the layers that mix frames rest.
         """
         self.unet, self.trained, self.clips = unet, list(trained), clips
         self.tokens, self.factor, self.stills = tokens, factor, stills
-        self.ema, self.accumulate, self.processes, self.device = ema, accumulate, processes, device
+        self.ema, self.processes, self.device = ema, processes, device
         self.counts: dict[Any, Counter[str]] = {}
         if not self.trained:
             raise ValueError("nothing is trained")
@@ -123,33 +125,32 @@ class TrainingPlanner:
         return TrainingPlan(method, {name: kinds[name] for name in KINDS if kinds[name]})
 
     def set_dtypes(self, precision: str) -> None:
-        """Frozen weights in the precision, trained ones in float32: on `meta` nothing is moved."""
-        for value in self.frozen():
-            if value.is_floating_point():
-                value.data = value.data.to(PRECISIONS[precision])
-        for value in self.trained:
-            value.data = value.data.float()
+        """As `Trainer` does it: frozen matrices in the precision, all else in float32. On `meta` nothing is moved."""
+        mine = {id(p) for p in self.trained}
+        for p in self.unet.parameters():
+            p.data = p.data.to(PRECISIONS[precision] if p.ndim > 1 and id(p) not in mine else torch.float32)
 
     def step(self, method: Method) -> Counter[str]:
         """What a step makes: bytes at its peak, by kind."""
-        key = method.precision, method.checkpointing, method.shard
+        key = method.precision, method.checkpointing, method.accumulate, method.shard
         if key not in self.counts:
             known = [*self.frozen(), *self.trained]
             with without_time(self.unet) if self.stills else nullcontext():
                 self.counts[key] = step_peak(
                     lambda: self.loss(method), self.trained, known, PRECISIONS[method.precision], self.device,
-                    keep=self.accumulate, drop=method.shard,
+                    keep=method.accumulate > 1, drop=method.shard,
                 )
         return self.counts[key]
 
     def loss(self, method: Method) -> Tensor:
         c, config = self.clips, self.unet.config
-        shape = c.clips, config.in_channels, c.frames, c.height // self.factor, c.width // self.factor
+        clips = -(-c.clips // method.accumulate)
+        shape = clips, config.in_channels, c.frames, c.height // self.factor, c.width // self.factor
         noisy, target = (torch.empty(shape, device="meta") for _ in range(2))
-        text = torch.empty(c.clips, self.tokens, config.cross_attention_dim, device="meta")
+        text = torch.empty(clips, self.tokens, config.cross_attention_dim, device="meta")
         before, self.unet.gradient_checkpointing = self.unet.gradient_checkpointing, method.checkpointing
         try:
-            prediction = self.unet(noisy, torch.empty(c.clips, device="meta"), text)
+            prediction = self.unet(noisy, torch.empty(clips, device="meta"), text)
         finally:
             self.unet.gradient_checkpointing = before
         return F.mse_loss(prediction.float(), target)
@@ -173,12 +174,14 @@ class TrainingPlanner:
     def possible(self) -> Iterator[Method]:
         """Every method, the fastest first, and float32 not among them: a step in it takes longer and needs more."""
         bits = (False, True)
+        pieces = [n for n in range(1, self.clips.clips + 1) if self.clips.clips % n == 0]
         found = [
-            Method("bf16", checkpointing, eight, shard)
-            for checkpointing, eight, shard in product(bits, bits, bits if self.processes > 1 else (False,))
-        ]
-        # Checkpointing costs a fourth forward beside three; the others less, and 8 bits change the numbers.
-        return iter(sorted(found, key=lambda m: m.checkpointing + 0.2 * m.shard + 0.3 * m.eight_bits))
+            Method("bf16", checkpointing, n, eight, shard) for checkpointing, n, eight, shard
+            in product(bits, pieces, bits, bits if self.processes > 1 else (False,))
+        ]  # fmt: skip
+        # Checkpointing costs a fourth forward beside three, pieces some launches; 8 bits change the numbers.
+        return iter(sorted(found, key=lambda m: 1.0 * m.checkpointing + 0.1 * (m.accumulate > 1) + 0.01 * m.accumulate
+                           + 0.3 * m.eight_bits + 0.3 * m.shard))  # fmt: skip
 
     def choose(self, memory: str | float) -> TrainingPlan | None:
         """The fastest plan that fits into so many bytes; None where there is none."""
@@ -186,14 +189,17 @@ class TrainingPlanner:
         return next((plan for plan in map(self.plan, self.possible()) if plan.peak <= most), None)
 
     def least(self) -> TrainingPlan:
-        return min(map(self.plan, self.possible()), key=lambda plan: plan.peak)
+        shards = (False, True) if self.processes > 1 else (False,)
+        return min((self.plan(Method("bf16", True, self.clips.clips, True, shard)) for shard in shards),
+                   key=lambda plan: plan.peak)  # fmt: skip
 
-    def rows(self) -> list[TrainingPlan]:
+    def rows(self, accumulate: int = 1) -> list[TrainingPlan]:
         """In float32, in bf16, and with each technique."""
-        methods = [Method("float32"), Method("float32", True), Method(), Method(checkpointing=True),
-                   Method(checkpointing=True, eight_bits=True)]  # fmt: skip
-        methods += [Method(checkpointing=True, shard=True)] * (self.processes > 1)
-        return [self.plan(method) for method in methods]
+        found = [Method(precision, checkpointing, accumulate) for precision in ("float32", "bf16")
+                 for checkpointing in (False, True)]  # fmt: skip
+        found.append(Method("bf16", True, accumulate, eight_bits=True))
+        found += [Method("bf16", True, accumulate, shard=True)] * (self.processes > 1)
+        return [self.plan(method) for method in found]
 
 
 # Counting a step ------------------------------------------------------------------------------------------------------

@@ -16,13 +16,13 @@ from ..memory.training import Clips, TrainingPlanner
 from ..models.blocks import TemporalConv
 from ..models.unet2d import UNet2DConditionModel
 from ..models.unet_motion import MotionAdapter, UNetMotionModel
+from ..training.recipe import LORAS
 from ..training.trainable import KINDS, add_lora, add_motion_director, choose
 from .animatediff import AnimateDiffPipeline
 from .blank import MODELS, NETWORKS
 from .files import INDEX, read_index
 from .text_to_video import TextToVideoSDPipeline
 
-LORAS = ("lora", "motion-lora", "motiondirector")
 PUBLISHED_DROPOUT = 0.1  # of ModelScope's temporal convolutions, where they are trained
 
 
@@ -45,10 +45,9 @@ def planner_of_model(
 
 def training_planner_of_model(
     name: str, train: str = "lora", targets: str | Sequence[str] = (), rank: int = 8, device: str = "cuda",
-    clips: int = 1, ema: bool = False, accumulate: bool = False, processes: int = 1, adapter: str | None = None,
-    **size: Any,
+    batch: int = 4, ema: bool | None = None, processes: int = 1, adapter: str | None = None, **size: Any,
 ) -> TrainingPlanner:
-    """Of the same names. train, targets, rank: as in training/recipe.py. clips: at a time on a process.
+    """Of the same names. train, targets, rank, batch: as in training/recipe.py. ema: a moving average; None: as there.
 
     size: frames, height, width, of which those that are not given are the model's own. Raises ValueError.
     """
@@ -57,12 +56,14 @@ def training_planner_of_model(
     given = {k: v for k, v in size.items() if v is not None}
     if train == "image" and given.setdefault("frames", 1) > 1:
         raise ValueError(f"train 'image' sees one frame at a time, not {given['frames']}")
-    video = Clips(**own_size(networks) | given | {"clips": clips})
+    if batch % processes:
+        raise ValueError(f"batch {batch} does not divide among {processes} processes")
+    video = Clips(**own_size(networks) | given | {"clips": batch // processes})
     check_size(networks, video)
     return TrainingPlanner(
         unet, trained_of(unet, train, targets, rank), video, factor=factor, stills=train == "image",
-        tokens=TEXT if encoder is None else encoder.config.max_position_embeddings, ema=ema, accumulate=accumulate,
-        processes=processes, device=device,
+        tokens=TEXT if encoder is None else encoder.config.max_position_embeddings,
+        ema=train not in LORAS if ema is None else ema, processes=processes, device=device,
     )  # fmt: skip
 
 
