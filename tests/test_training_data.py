@@ -393,7 +393,7 @@ def test_one_file_and_one_prompt(three, shapes):
 
 def test_captions_for_places_in_a_video(counted, shapes, tmp_path):
     places = [{"frame_index": 0, "prompt": "begin"}, {"frame_index": 150, "prompt": "later"},
-              {"frame_index": 190, "prompt": "too late"}]
+              {"frame_index": 190, "prompt": "too late"}, {"frame_index": 195, "prompt": "later still"}]
     (tmp_path / "x.json").write_text(json.dumps({"data": [{"video_path": str(counted["30.mov"]), "data": places}]}))
     found = make(shapes, tmp_path / "x.json", height=32, width=64)
     assert [(c.captions[0], c.start) for c in found.clips] == [("begin", 0), ("later", 150)]

@@ -74,6 +74,8 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
     ValueError where there are some, and none is whole: to begin anew is for the user to say.
     """
+    for unfinished in folder.glob(".step-*.ckpt"):  # of a process that was killed while it wrote
+        unfinished.unlink(missing_ok=True)
     errors = []
     for _, path in sorted(all_of(folder).items(), reverse=True):
         try:

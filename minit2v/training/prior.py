@@ -19,6 +19,7 @@ from .cache import digest, digest_of
 from .data import Batch
 from .objective import drop_text
 from .recipe import Recipe
+from .validation import sample
 
 
 class Item(NamedTuple):
@@ -51,19 +52,12 @@ class SelfMade:
     def _path(self, n: int) -> Path:
         return self.folder / f"{n:05d}.safetensors"
 
-    def _make(self, pipe: Any, at_once: int = 4) -> None:
+    def _make(self, pipe: Any) -> None:
         left = [n for n in range(self.count) if not self._path(n).exists()]
-        recipe = self.recipe
-        pipe.set_progress_bar_config(disable=True)
-        for k in tqdm(range(0, len(left), at_once), "clips of the model itself", disable=not left):
-            numbers = left[k : k + at_once]
-            seeds = [torch.Generator().manual_seed(recipe.seed + n) for n in numbers]
-            latents = pipe([self.prompts[n] for n in numbers], height=recipe.height, width=recipe.width,
-                           num_frames=recipe.frames, num_inference_steps=recipe.sample_steps,
-                           guidance_scale=recipe.guidance, generator=seeds, output_type="latent").frames  # fmt: skip
-            for n, x in zip(numbers, latents, strict=True):
-                with replacing(self._path(n)) as temporary:
-                    temporary.write_bytes(save({"latents": x.float().cpu().contiguous()}))
+        for n in tqdm(left, "clips of the model itself", disable=not left):
+            latents = sample(pipe, [self.prompts[n]], self.recipe, self.recipe.seed + n, "latent")[0]
+            with replacing(self._path(n)) as temporary:
+                temporary.write_bytes(save({"latents": latents.contiguous()}))
 
     def __len__(self) -> int:
         return self.count

@@ -27,9 +27,9 @@ def filled(recipe: Recipe, pipe: Any, guidance: float | None = None) -> Recipe:
 
 
 def make_data(recipe: Recipe, pipe: Any, sources: Sequence[Any] | None = None, seed: int | None = None) -> Data:
-    """The clips of a filled recipe, for this model. sources: a list in place of the recipe's."""
-    options = {name: getattr(recipe, name) for name in
-               ("frames", "height", "width", "fps", "stride", "clips", "short", "flip", "prompt", "prefix")}  # fmt: skip
+    """The clips of a filled recipe, for this model. sources: in place of the recipe's."""
+    names = ("frames", "height", "width", "fps", "stride", "clips", "short", "flip", "prompt", "prefix")
+    options = {name: getattr(recipe, name) for name in names}
     return Data.of(pipe, list(recipe.data if sources is None else sources), cache=recipe.cache,
                    seed=recipe.seed if seed is None else seed, text_dropout=recipe.text_dropout or 0.0, progress=True,
                    **options)  # fmt: skip

@@ -95,14 +95,17 @@ class Validation:
         save_grid(videos, path.with_name(path.name + ".png"))
 
 
-def sample(pipe: Any, prompts: list[str], recipe: Any) -> Tensor:
-    """Videos (b f c h w) in [0, 1] of a pipeline, each of its own seed; of an image model, without motion modules."""
+def sample(pipe: Any, prompts: list[str], recipe: Any, seed: int | None = None, output_type: str = "pt") -> Tensor:
+    """Videos (b f c h w) in [0, 1], float32 on the CPU, or latents; an image model's without its motion modules.
+
+    Each video has its own seed, from `seed` on; None: the recipe's.
+    """
     pipe.set_progress_bar_config(disable=True)
-    seeds = [torch.Generator().manual_seed(recipe.seed + n) for n in range(len(prompts))]
+    first = recipe.seed if seed is None else seed
     with without_time(pipe.unet) if recipe.train == "image" else nullcontext():
         made = pipe(prompts, height=recipe.height, width=recipe.width, num_frames=recipe.frames,
-                    num_inference_steps=recipe.sample_steps, guidance_scale=recipe.guidance, generator=seeds,
-                    output_type="pt")  # fmt: skip
+                    num_inference_steps=recipe.sample_steps, guidance_scale=recipe.guidance, output_type=output_type,
+                    generator=[torch.Generator().manual_seed(first + n) for n in range(len(prompts))])  # fmt: skip
     return made.frames.float().cpu()
 
 
