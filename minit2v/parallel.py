@@ -147,8 +147,8 @@ class World:
         if self.size == 1:
             return network
         device = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(network, device_ids=device, broadcast_buffers=False,
-                                                   gradient_as_bucket_view=True, find_unused_parameters=unused)
+        return nn.parallel.DistributedDataParallel(network, device_ids=device, gradient_as_bucket_view=True,
+                                                   find_unused_parameters=unused)
 
     def shard(self, network: nn.Module, precision: str = "float32", offload: bool = False) -> nn.Module:
         """A part of every weight, gradient and optimizer state on each process (FSDP2): each block, and the rest.
@@ -166,6 +166,8 @@ class World:
         policy = MixedPrecisionPolicy(dtype, torch.float32) if dtype else MixedPrecisionPolicy()
         how = {"mesh": init_device_mesh(self.device.type, (self.size,)), "mp_policy": policy,
                "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}  # fmt: skip
+        # It warns of views that somebody could write to; the networks change nothing in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         for block in network.blocks():  # type: ignore[operator]
             fully_shard(block, **how)
         return fully_shard(network, **how)

@@ -1,5 +1,6 @@
 """Several processes: lists of prompts that they share, and training that gives the weights of one process."""
 
+import faulthandler
 import json
 import os
 import re
@@ -9,17 +10,20 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from tqdm import tqdm
 
-from minit2v import cli, parallel
+from minit2v import UNet3DConditionModel, UNetMotionModel, cli, parallel
 from minit2v.cli import batches
 from minit2v.files.video import read_metadata
+from minit2v.training.trainable import add_lora, choose
 
-LONGEST = 60  # seconds: no process of these tests lives longer
+LONGEST = 90  # seconds: no process of these tests lives longer
 
 
 class Processes:
@@ -41,6 +45,7 @@ class Processes:
                 for name in ("SIGINT", "SIGTERM", "SIGALRM"):
                     signal.signal(getattr(signal, name), signal.SIG_DFL)
                 sys.stdout = sys.stderr = log.open("w", buffering=1)
+                faulthandler.dump_traceback_later(seconds - 3, file=sys.stderr)  # where it hangs
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), **environment)
                 torch.set_num_threads(1)
                 tqdm.set_lock(threading.RLock())  # its own is shared with the parent: a killed child may hold it
@@ -103,17 +108,20 @@ def torchrun(size, *words, cwd, **environment):
     return subprocess.CompletedProcess(words, process.returncode, *said)
 
 
-@pytest.fixture
-def together(tmp_path):
-    """together(function, size) -> what each process has said, once all have ended well."""
+@contextmanager
+def store():
+    """The environment of processes that find each other, as torchrun's agent sets it."""
+    server = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    yield {"MASTER_ADDR": "localhost", "MASTER_PORT": str(server.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+           "TORCHELASTIC_RESTART_COUNT": "0", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+    del server
 
-    def call(function, size, **environment):
-        with Processes(function, size, tmp_path / "logs", **environment) as processes:
-            codes = processes.wait()
-            assert not any(codes), (codes, processes.said())
-            return processes.said()
 
-    return call
+@contextmanager
+def connected():
+    world = parallel.world("cpu", patience=LONGEST / 2)
+    yield world
+    world.close()
 
 
 # ----------------------------------------------------------------------------------------------------- lists of prompts
@@ -261,3 +269,151 @@ def test_whole_files(alone, tmp_path):
     for content in (data, data[:-1], data[:40], b"", data + b"\0" * 9):
         (tmp_path / "a.mp4").write_bytes(content)
         assert batches.is_whole(tmp_path / "a.mp4") is (content == data)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+STEPS, ROWS = 3, 4
+SMALL = {"block_out_channels": [8, 16], "layers_per_block": 1, "cross_attention_dim": 8, "norm_num_groups": 4}
+SMALL_3D = {"down_block_types": ["CrossAttnDownBlock3D", "DownBlock3D"], "attention_head_dim": 4,
+            "up_block_types": ["UpBlock3D", "CrossAttnUpBlock3D"]}  # fmt: skip
+SMALL_MOTION = {"down_block_types": ["CrossAttnDownBlockMotion", "DownBlockMotion"], "num_attention_heads": 2,
+                "up_block_types": ["UpBlockMotion", "CrossAttnUpBlockMotion"], "motion_num_attention_heads": 2,
+                "use_motion_mid_block": False}  # fmt: skip
+
+
+def make_network(kind):
+    """A small network in float64, and what of it is trained."""
+    torch.manual_seed(0)
+    if kind == "motion":
+        network = UNetMotionModel(**SMALL, **SMALL_MOTION).double().eval()
+        return network, choose(network, "motion")
+    network = UNet3DConditionModel(**SMALL, **SMALL_3D).double().eval()
+    if kind == "full":
+        return network, choose(network)
+    lora = add_lora(network, "both", 2, generator=torch.Generator().manual_seed(1))
+    return network, [(f"{path}.{side}", getattr(b, side)) for path, b in lora.layers.items() for side in ("down", "up")]
+
+
+class Loop:
+    """A training loop of one's own: network, optimizer, moving average, checkpoints."""
+
+    def __init__(self, world, kind, engine):
+        self.world, self.done = world, 0
+        self.network, trained = make_network(kind)
+        ours = {id(p): name for name, p in self.network.named_parameters()}
+        names = [(name, ours[id(p)]) for name, p in trained]
+        if engine == "ddp":
+            self.called = world.replicate(self.network)
+        else:
+            self.called = world.shard(self.network) if engine == "fsdp" else self.network
+        parameters = dict(self.network.named_parameters())  # sharding makes others
+        self.trained = {name: parameters[own] for name, own in names}
+        self.optimizer = torch.optim.AdamW(self.trained.values(), 1e-2, fused=True)
+        self.average = {name: p.detach().clone() for name, p in self.trained.items()}
+
+    def step(self, accumulate=1):
+        random = torch.Generator().manual_seed(self.done)
+        x, target = (torch.randn(ROWS, 4, 2, 4, 4, generator=random, dtype=torch.float64) for _ in range(2))
+        text = torch.randn(ROWS, 3, 8, generator=random, dtype=torch.float64)
+        mine = self.world.share(range(ROWS))
+        self.optimizer.zero_grad(set_to_none=True)
+        for k in range(accumulate):
+            rows = mine[k::accumulate]
+            with self.world.accumulating(self.called, last=k == accumulate - 1):
+                loss = (self.called(x[rows], 7, text[rows]) - target[rows]).square().mean((1, 2, 3, 4)).sum() / ROWS
+                self.world.backward(loss, self.called)
+        self.world.sum_gradients(self.called)
+        norm = self.world.clip(self.trained.values(), 0.1)
+        self.optimizer.step()
+        torch._foreach_lerp_([*self.average.values()], [p.detach() for p in self.trained.values()], 0.3)
+        self.done += 1
+        return norm
+
+    def tensors(self):
+        state = {f"{name}/{k}": x for name, p in self.trained.items() for k, x in self.optimizer.state[p].items()}
+        return state | {f"{name}/weight": p.detach() for name, p in self.trained.items()} | {
+            f"{name}/average": x for name, x in self.average.items()} | {"done": torch.tensor(self.done)}
+
+    def save(self, folder):
+        self.world.save_sharded(folder / f"step-{self.done}", self.tensors())
+
+    @torch.no_grad()
+    def load(self, path):
+        found = self.world.load_sharded(path, lambda name: self.trained.get(name.rpartition("/")[0]))
+        self.done = int(found.pop("done"))
+        for name, x in found.items():
+            of, _, what = name.rpartition("/")
+            if what in ("weight", "average"):
+                (self.trained if what == "weight" else self.average)[of].copy_(x)
+            else:
+                self.optimizer.state[self.trained[of]][what] = x
+
+    def result(self):
+        return self.world.gather({name: p for name, p in self.trained.items()} | {
+            f"{name}/average": x for name, x in self.average.items()})  # fmt: skip
+
+
+RUNS = {  # processes: what is trained, how, and in how many pieces each makes its rows
+    1: [("full", "plain", 1), ("motion", "plain", 1), ("lora", "plain", 1)],
+    2: [("full", "ddp", 2), ("full", "fsdp", 2), ("motion", "fsdp", 1), ("lora", "plain", 2), ("lora", "fsdp", 1)],
+    4: [("full", "ddp", 1), ("full", "fsdp", 1), ("lora", "plain", 1)],
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """trained(processes) -> {(what, how): (gradient norms, weights)}; (what, "continued"): two steps were others'."""
+    kept = tmp_path_factory.mktemp("checkpoints")
+
+    @cache
+    def of(size):
+        folder = tmp_path_factory.mktemp(f"trained-{size}")
+
+        def run(world, loop, name, accumulate=1):
+            norms = []
+            while loop.done < STEPS:
+                norms.append(loop.step(accumulate))
+                if loop.done == 2 == size:
+                    loop.save(kept / name.replace(" ", "-"))
+            if weights := loop.result():
+                torch.save((norms, weights), folder / name)
+
+        def work():
+            with connected() as world:
+                for kind, engine, accumulate in RUNS[size]:
+                    run(world, Loop(world, kind, engine), f"{kind} {engine}", accumulate)
+                if size != 2:
+                    loop = Loop(world, "full", "fsdp")
+                    loop.load(kept / "full-fsdp" / "step-2")
+                    run(world, loop, "full continued")
+
+        if size != 2:
+            of(2)
+        with store() as environment, Processes(work, size, folder / "logs", **environment) as processes:
+            assert not any(processes.wait()), processes.said()
+        return {tuple(path.name.split()): torch.load(path) for path in folder.iterdir() if path.is_file()}
+
+    return of
+
+
+def check_equal(weights, expected):
+    """Within rounding of float64. A name with a slash is that of a moving average."""
+    assert weights.keys() == expected.keys() and len(weights) > 10
+    worst = max((weights[name] - expected[name]).abs().max().item() for name in weights)
+    assert worst < 1e-10, worst
+    assert any((x - expected[f"{name}/average"]).abs().max() > 1e-3 for name, x in expected.items() if "/" not in name)
+
+
+@pytest.mark.parametrize("size,kind,engine", [(size, *run[:2]) for size in (2, 4) for run in RUNS[size]])
+def test_several_processes_train_the_weights_of_one(size, kind, engine, trained):
+    (norms, weights), (expected_norms, expected) = trained(size)[kind, engine], trained(1)[kind, "plain"]
+    assert torch.allclose(torch.tensor(norms), torch.tensor(expected_norms), rtol=1e-10, atol=0)
+    check_equal(weights, expected)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_a_checkpoint_of_two_sharded_processes_goes_on_with_others(size, trained):
+    norms, weights = trained(size)["full", "continued"]
+    assert len(norms) == STEPS - 2
+    check_equal(weights, trained(1)["full", "plain"][1])
