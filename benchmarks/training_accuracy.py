@@ -83,8 +83,10 @@ def make_pipe(args: argparse.Namespace, trained: bool) -> DiffusionPipeline:
         pipe.vae = AutoencoderKL.from_pretrained(given["vae"])
     for lora in given["lora"] or ():
         pipe.load_lora_weights(lora)
+    if given["lora"]:
+        pipe.fuse_lora()
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe.optimize()
 
 
 def make_videos(pipe: DiffusionPipeline, wanted: list[Combination], seeds: list[int], name: str) -> list[Tensor]:
@@ -102,13 +104,13 @@ def make_videos(pipe: DiffusionPipeline, wanted: list[Combination], seeds: list[
     return videos
 
 
-def measure_new(pipe: DiffusionPipeline, word: str) -> dict:
-    wanted, seeds = new_prompts(word), list(range(FIRST_SEED, FIRST_SEED + NEW))
+def measure_new(pipe: DiffusionPipeline, word: str, count: int) -> dict:
+    wanted, seeds = new_prompts(word)[:count], list(range(FIRST_SEED, FIRST_SEED + count))
     seen = [read(v, c) for v, c in zip(make_videos(pipe, wanted, seeds, word), wanted, strict=True)]
     misses = [{"prompt": world.captions(*c)[0], "seed": seed, "seen": said}
               for c, seed, (*right, said) in zip(wanted, seeds, seen, strict=True) if not all(right)]  # fmt: skip
-    return {"videos": NEW, word: sum(s[0] for s in seen) / NEW, "the_rest": sum(s[1] for s in seen) / NEW,
-            "all": sum(s[0] and s[1] for s in seen) / NEW, "misses": misses}  # fmt: skip
+    return {"videos": count, word: sum(s[0] for s in seen) / count, "the_rest": sum(s[1] for s in seen) / count,
+            "all": sum(s[0] and s[1] for s in seen) / count, "misses": misses}  # fmt: skip
 
 
 def old_prompts(seeds: int) -> list[tuple[Combination, int]]:
@@ -151,6 +153,7 @@ def main() -> None:
     parser.add_argument("--name", help="of the entry in the result; default: the word, and -animate")
     parser.add_argument("--note", help="a sentence that is kept with the result: how it was trained")
     parser.add_argument("--old-seeds", type=int, default=1, choices=(1, 2, 3, 4))
+    parser.add_argument("--before", type=int, default=NEW, help="how many new videos the embedded model makes")
     parser.add_argument("--out", type=Path, default=RESULTS / "training_accuracy.json")
     args = parser.parse_args()
     name = args.name or args.word + ("-animate" if args.animate else "")
@@ -164,7 +167,7 @@ def main() -> None:
     for when in ("before", "after"):
         pipe = make_pipe(args, when == "after")
         old = measure_old(pipe, args.old_seeds) if when == "after" else read_old(args.old_seeds, args.animate)
-        entry[when] = {"new": measure_new(pipe, args.word), "old": old}
+        entry[when] = {"new": measure_new(pipe, args.word, NEW if when == "after" else args.before), "old": old}
         for kind, row in entry[when].items():
             shares = "   ".join(f"{k} {v:.1%}" for k, v in row.items() if k not in ("videos", "misses"))
             print(f"{when:6} {kind} {row['videos']:4} videos   {shares}", flush=True)
