@@ -211,10 +211,18 @@ class World:
             for p, total, count in zip(group, sums, flat[: len(group)].tolist(), strict=True):
                 p.grad = total.view_as(p).clone() if count else None
 
+    @torch.no_grad()
     def clip(self, parameters: Iterable[nn.Parameter], most: float) -> float:
         """Scale all gradients so that their norm is at most `most`; returns the norm before. Also of sharded ones."""
-        norm = nn.utils.clip_grad_norm_(list(parameters), most)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        parameters = [p for p in parameters if p.grad is not None]
+        if not any(hasattr(p, "to_local") for p in parameters):
+            return float(nn.utils.clip_grad_norm_(parameters, most))
+        gradients = [local(p.grad) for p in parameters]  # each number is on one process
+        square = torch.stack(torch._foreach_norm(gradients)).square().sum()
+        distributed.all_reduce(square)
+        norm = square.sqrt()
+        torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1.0))
+        return float(norm)
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The whole tensors on the CPU of the first process, one after the other; an empty dict on the others.
@@ -268,6 +276,11 @@ class World:
         except Exception as error:  # a broken file breaks its reader anywhere
             raise ValueError(f"{folder} is no whole checkpoint ({first_line(error)})") from error
         return tensors
+
+
+def local(x: Tensor) -> Tensor:
+    """Of a sharded tensor the part that is here; writing to it changes the tensor. Others as they are."""
+    return x.to_local() if hasattr(x, "to_local") else x  # type: ignore[operator]  # DTensor: a second to import
 
 
 def is_sharded(network: nn.Module) -> bool:
