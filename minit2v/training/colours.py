@@ -3,7 +3,7 @@
 The autoencoder of `shapes` has seen six colours and turns every other into one of them, so that no training of the UNet
 can teach a seventh. Here it sees six more beside the old ones. The latents of the old colours are held where they were,
 because the UNet has learned those: on old pictures the encoder's mean has to stay what the embedded encoder says.
-Checkpointed and resumed as the stages of `shapes.py`; saved as a folder that `AutoencoderKL.from_pretrained` reads.
+Checkpointed and resumed as the stages of `shapes.py`; saved as the whole model, with the new autoencoder in it.
 """
 
 import argparse
@@ -81,17 +81,19 @@ def round_trip(vae: AutoencoderKL, seed: int, new: bool, count: int = 216) -> di
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and the finished autoencoder")
+    parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints and the finished model")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     claim(args.out, trainer="colours", seed=args.seed)
-    embedded = TextToVideoSDPipeline.from_pretrained("shapes").vae
+    pipe = TextToVideoSDPipeline.from_pretrained("shapes")
+    embedded = pipe.vae
     vae = train(args.out, args.seed, embedded)
     for name, network in (("before", embedded), ("after", vae)):
         for new in (False, True):
             print(name, "new colours" if new else "old colours", round_trip(network, args.seed, new), flush=True)
-    vae.save_pretrained(args.out / "vae")
-    print(f"the autoencoder is in {args.out / 'vae'}")
+    pipe.vae = vae
+    pipe.to(torch.float16).save_pretrained(args.out / "shapes")
+    print(f"the model is in {args.out / 'shapes'}")
 
 
 if __name__ == "__main__":
