@@ -97,10 +97,9 @@ def test_what_sharding_batches_and_averages_add():
         assert sharded[kind] == alone[kind] // 4
     assert sharded["gradients"] >= trained // 4 and sharded["communication"] > 0
     assert several.clips.clips == 1 and one.clips.clips == 4
-    several.counts = one.counts
-    assert several.plan().kinds["communication"] == trained and "communication" not in alone
     pieces = one.plan(Method(accumulate=2)).kinds
-    assert pieces["gradients"] == trained > alone.get("gradients", 0)
+    assert pieces["gradients"] == trained > alone.get("gradients", 0) and "communication" not in alone
+    assert several.least().method in (Method("bf16", True, 1, True), Method("bf16", True, 1, shard=True))
     assert alone["activations"] == pytest.approx(2 * pieces["activations"], rel=0.02)
     one.ema = True
     assert one.plan().kinds == alone | {"EMA": trained}

@@ -120,8 +120,6 @@ class TrainingPlanner:
         if method.shard:
             kinds["gradients"] += trained // parts
             kinds["communication"] += self.gathered(method)
-        elif self.processes > 1:  # gradients are laid together, to be summed at once
-            kinds["communication"] += trained
         return TrainingPlan(method, {name: kinds[name] for name in KINDS if kinds[name]})
 
     def set_dtypes(self, precision: str) -> None:
@@ -132,13 +130,14 @@ class TrainingPlanner:
 
     def step(self, method: Method) -> Counter[str]:
         """What a step makes: bytes at its peak, by kind."""
-        key = method.precision, method.checkpointing, method.accumulate, method.shard
+        keep = method.accumulate > 1 or self.processes > 1  # DDP's gradients lie in buckets that stay
+        key = method.precision, method.checkpointing, method.accumulate, method.shard, keep
         if key not in self.counts:
             known = [*self.frozen(), *self.trained]
             with without_time(self.unet) if self.stills else nullcontext():
                 self.counts[key] = step_peak(
                     lambda: self.loss(method), self.trained, known, PRECISIONS[method.precision], self.device,
-                    keep=method.accumulate > 1, drop=method.shard,
+                    keep=keep, drop=method.shard,
                 )
         return self.counts[key]
 
@@ -177,7 +176,7 @@ class TrainingPlanner:
         pieces = [n for n in range(1, self.clips.clips + 1) if self.clips.clips % n == 0]
         found = [
             Method("bf16", checkpointing, n, eight, shard) for checkpointing, n, eight, shard
-            in product(bits, pieces, bits, bits if self.processes > 1 else (False,))
+            in product(bits, pieces, bits, bits if self.processes > 1 else (False,)) if not (eight and shard)
         ]  # fmt: skip
         # Checkpointing costs a fourth forward beside three, pieces some launches; 8 bits change the numbers.
         return iter(sorted(found, key=lambda m: 1.0 * m.checkpointing + 0.1 * (m.accumulate > 1) + 0.01 * m.accumulate
@@ -190,7 +189,7 @@ class TrainingPlanner:
 
     def least(self) -> TrainingPlan:
         shards = (False, True) if self.processes > 1 else (False,)
-        return min((self.plan(Method("bf16", True, self.clips.clips, True, shard)) for shard in shards),
+        return min((self.plan(Method("bf16", True, self.clips.clips, not shard, shard)) for shard in shards),
                    key=lambda plan: plan.peak)  # fmt: skip
 
     def rows(self, accumulate: int = 1) -> list[TrainingPlan]:
