@@ -116,7 +116,7 @@ def test_examples_run(page):
     assert runner.tries > 0
 
 
-EXAMPLES = [pytest.param(code, id=f"{page}-{n}") for page in ("extending.md", "adapters.md") for n, code in enumerate(
+EXAMPLES = [pytest.param(code, id=f"{page}-{n}") for page in ("extending.md", "adapters.md", "training.md") for n, code in enumerate(
     re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.M | re.S), 1)]  # fmt: skip
 
 
