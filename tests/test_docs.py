@@ -116,7 +116,8 @@ def test_examples_run(page):
     assert runner.tries > 0
 
 
-EXAMPLES = [pytest.param(code, id=f"{page}-{n}") for page in ("extending.md", "adapters.md", "training.md") for n, code in enumerate(
+RUN = ("extending.md", "adapters.md", "training.md")
+EXAMPLES = [pytest.param(code, id=f"{page}-{n}") for page in RUN for n, code in enumerate(
     re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.M | re.S), 1)]  # fmt: skip
 
 
