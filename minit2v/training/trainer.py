@@ -141,6 +141,7 @@ class Trainer:
         """Choose what is trained: `trained`, names and parameters; `loras`; `groups`, those of the optimizer.
 
         Trained weights are float32 or wider, also where the network computes in 16 bits: small steps would be lost.
+        Frozen ones take the precision where they are in no result; else the model would be saved with rounded weights.
         """
         recipe, unet = self.recipe, self.unet
         self.loras: dict[str, TrainedLoRA] = {}
@@ -161,7 +162,7 @@ class Trainer:
         for name, p in self.trained:
             if torch.finfo(p.dtype).bits < 32:
                 raise ValueError(f"{name} is {p.dtype}: load the model in float32; precision says what it computes in")
-        if recipe.precision != "float32":
+        if recipe.precision != "float32" and (self.loras or recipe.train == "motion"):
             for p in unet.parameters():
                 if not p.requires_grad and p.ndim > 1:  # norms and biases stay exact: they are small
                     p.data = p.data.to(DTYPES[recipe.precision or "float32"])
@@ -425,12 +426,15 @@ class Trainer:
     def sampling(self) -> Iterator[None]:
         """In the block, the network is as it will be used: the average of the weights, no dropout, no gradients."""
         self.unet.eval()
-        averaged = self.average.in_place() if self.average.decay else nullcontext()
         try:
-            with torch.no_grad(), averaged, self.autocast(), self.used():
+            with torch.no_grad(), self.averaged(), self.autocast(), self.used():
                 yield
         finally:
             self.unet.train()
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """In the block, the weights are their moving average, if the recipe has one."""
+        return self.average.in_place() if self.average.decay else nullcontext()
 
     @contextmanager
     def used(self) -> Iterator[None]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from minit2v_convert.stream import replacing
 
 from ..files.video import export_to_video
+from ..parallel import is_sharded
 from .checkpoints import forget_later
 from .logs import append
 from .trainable import without_time
@@ -31,7 +32,8 @@ class Validation:
 
     def __init__(self, trainer: "Trainer"):
         self.trainer, self.path = trainer, trainer.out / "validation.csv"
-        forget_later(self.path, trainer.done)
+        if trainer.world.is_first:
+            forget_later(self.path, trainer.done)
         recipe, data = trainer.recipe, trainer.data
         self.batch = data.load(data.batch(FIXED, min(recipe.validation_clips, max(1, len(data)))))
 
@@ -39,11 +41,13 @@ class Validation:
         """One validation of the weights as they are; nothing where the step has one."""
         trainer, step = self.trainer, self.trainer.done
         rows = self.rows()
-        if step in rows:
+        if is_sharded(trainer.unet) and trainer.world.from_first(lambda: step in rows) or step in rows:
             return
         with trainer.sampling():
             losses = self.losses()
             videos = self.sample()
+        if not trainer.world.is_first:
+            return
         motion = motion_of(videos)
         row = {"loss": sum(losses) / BINS, **{f"loss_t{k}": x for k, x in enumerate(losses)}, "motion": motion}
         self.keep(videos, trainer.out / "samples" / f"step-{step:06d}")
