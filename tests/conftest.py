@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from functools import cache
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from minit2v_convert.sparse import Manifest, write_sparse_safetensors
 
@@ -152,6 +154,8 @@ class _Forked:
             sys.stdout = sys.stderr = open(write, "w", buffering=1, encoding="utf-8")
             _default_signals()
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            # tqdm's own lock is shared with the parent, which would wait for ever if this child died while it holds it.
+            tqdm.set_lock(threading.RLock())
             code = 0
             try:
                 function()

@@ -15,12 +15,13 @@ from ..files import embedded, hub
 from ..models.tokenizer import CLIPTokenizer
 from ..models.unet_motion import MotionAdapter
 from ..models.vae import AutoencoderKL
+from ..parallel import own_device
 from ..pipelines.checks import check_pixels, check_size
 from ..pipelines.files import INDEX, read_index
 from ..schedulers.names import solver_of
 from . import adapters, long_videos, pictures
 from .arguments import ADAPTER
-from .messages import one_line, say
+from .messages import one_line, process, say
 
 PIPELINES = {  # (command, whether there is a video to begin with)
     ("generate", False): "TextToVideoSDPipeline",
@@ -41,7 +42,7 @@ def load(command: str, settings: dict[str, Any], video_frames: int | None) -> tu
     """
     from_video = video_frames is not None
     solver, chosen = solver_of(settings["scheduler"]) if settings.get("scheduler") else (None, {})
-    device = find_device(settings.get("device", "auto"))
+    device = own_device(find_device(settings.get("device", "auto")))
     dtype = settings.setdefault("dtype", "float16" if device.type == "cuda" else "float32")
     where = {"revision": settings.get("revision")}
     weights = {"variant": settings.get("variant"), "dtype": getattr(torch, dtype), "compat": settings.get("compat")}
@@ -98,7 +99,8 @@ def load(command: str, settings: dict[str, Any], video_frames: int | None) -> tu
             settings[name] = os.path.abspath(settings[name])  # to be found from other folders, too
     if not chosen:  # a name with fields says more than its class
         settings["scheduler"] = type(pipe.scheduler).__name__
-    settings |= {"device": str(device),
+    # Which of several processes made a video is no setting of it.
+    settings |= {"device": device.type if process()[1] > 1 else str(device),
                  "kernels": os.environ.get("MINIT2V_KERNELS") or "auto"}
     return pipe, call
 

@@ -14,9 +14,16 @@ from minit2v_convert.rename import shown
 LONGEST = 2000  # characters of a line: what a file says can be of any length
 
 
+def process() -> tuple[int, int]:
+    """(number of this process from 0, how many there are), as torchrun says it; (0, 1) where it has not started us."""
+    found = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    return (int(found[0]), int(found[1])) if all(map(str.isdecimal, found)) else (0, 1)
+
+
 def say(text: str) -> None:
-    """A line on stderr."""
-    write(sys.stderr, f"minit2v: {clean(text)}\n")
+    """A line on stderr. Of several processes each says which one it is."""
+    rank, size = process()
+    write(sys.stderr, f"minit2v{f' {rank + 1}/{size}' if size > 1 else ''}: {clean(text)}\n")
 
 
 def tell(*lines: str) -> None:
@@ -68,6 +75,19 @@ class Progress:
     def flush(self) -> None:
         with suppress(OSError):
             sys.stderr.flush()
+
+
+class Lines:
+    """stderr for the progress bars of several processes: a whole line each time, as bars would overwrite each other."""
+
+    # For tqdm: the first after so many seconds, and then as seldom.
+    config = {"delay": 30, "mininterval": 30, "bar_format": "{desc}step {n_fmt} of {total_fmt}, {remaining} left"}
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            say(text.strip())
+
+    def flush(self) -> None: ...
 
 
 def _lead_nowhere(stream: TextIO) -> None:

@@ -19,8 +19,11 @@ def run(args: argparse.Namespace) -> int:
     config = args.config or _run_of(given)
     recipe = read_recipe(config, given)
     with importing():
+        from .. import parallel
         from ..training.start import filled, make_data, train
+        from .loading import find_device
 
+    world = parallel.world(find_device(recipe.device))
     pipe, guidance = load(recipe)
     if args.check:
         from ..training.sheet import look
@@ -30,11 +33,13 @@ def run(args: argparse.Namespace) -> int:
         tell(*look(make_data(recipe, pipe), path, recipe.batch).splitlines())
         tell(f"a picture of the clips, with their captions: {path}")
         return 0
-    world = _world()
-    tell(*filled(recipe, pipe, guidance).lines())
-    path = train(recipe, pipe, world, partial(reloaded, recipe), guidance, say, args.resume_anyway)
-    if path is not None:
-        tell(str(path))
+    if world.is_first:
+        tell(*filled(recipe, pipe, guidance).lines())
+    result = train(recipe, pipe, world, partial(reloaded, recipe), guidance, say, args.resume_anyway)
+    if result is not None:
+        tell(str(result))
+    world.barrier("the end")
+    world.close()
     return 0
 
 
@@ -103,16 +108,6 @@ def reloaded(recipe: Recipe, path: Path) -> Any:
         pipe.unet.load_state_dict(image.state_dict(), strict=False)
         return pipe
     return load(dataclasses.replace(recipe, model=str(path), adapter=None))[0]
-
-
-def _world() -> Any:
-    import os
-
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return None
-    from ..parallel import world
-
-    return world()
 
 
 def add_options(parser: Any) -> None:

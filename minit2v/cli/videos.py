@@ -18,10 +18,10 @@ from typing import Any
 
 from .. import __version__
 from ..files import embedded
-from . import adapters, long_videos, pictures
+from . import adapters, batches, long_videos, pictures
 from .arguments import SUFFIXES, make_parser
 from .ends import importing
-from .messages import Progress, one_line, say, tell_path
+from .messages import Lines, Progress, one_line, process, say, tell_path
 
 # The models that come with the package: what each command takes where no other is given.
 EMBEDDED = {
@@ -53,9 +53,16 @@ def run(args: argparse.Namespace) -> int:
     given = {k: v for k, v in vars(args).items() if k in (*SETTINGS, *CUT)}
     video, source = getattr(args, "video", None), {}
     at = getattr(args, "prompt_at", {})
+    output = getattr(args, "output", None)
+    in_batch = "prompts" in args and output is not None and not _is_file(output)
+    rank, processes = process()
+    if processes > 1 and (not in_batch or args.prompts == "-"):
+        args.usage_error("several processes share a list of prompts: give --prompts FILE and -o FOLDER")
     entries = [(prompt, at) for prompt in args.prompt]
     if "prompts" in args:
         entries += [(prompt, own or at) for prompt, own in map(long_videos.prompt_of, _read_prompts(args.prompts))]
+    if in_batch:
+        entries = batches.unique(entries)
     prompts = [prompt for prompt, _ in entries]
     if not prompts:
         args.usage_error("give a prompt or --prompts FILE" + " or --replay VIDEO" * (args.command != "restyle"))
@@ -80,8 +87,8 @@ def run(args: argparse.Namespace) -> int:
     given = models | given
     main = given.get("model") or given["base"]
     preset = PRESETS[main] if embedded.find(main) else {}
-    settings = {"seed": secrets.randbelow(2**32), "fps": 8.0, **preset}
-    output = getattr(args, "output", None)
+    # The same command must find again what it has made.
+    settings = {"seed": 0 if in_batch else secrets.randbelow(2**32), "fps": 8.0, **preset}
     paths = _output_paths(output, prompts, given.get("seed", settings["seed"]))
     if video is not None:
         settings.pop("num_frames", None)
@@ -105,30 +112,50 @@ def run(args: argparse.Namespace) -> int:
     adapters.say_changes(settings, before)
     if "embedding" in settings:
         adapters.say_unused(pipe, texts)
-    say(_summary(settings, len(video) if video else settings["num_frames"]))
+    if rank == 0:
+        say(_summary(settings, len(video) if video else settings["num_frames"]))
+
+    def about(prompt: str, at: dict[int, str]) -> dict[str, Any]:
+        return {"minit2v": args.command, "prompt": prompt, **({"prompt_at": at} if at else {}),
+                **{k: settings[k] for k in (*SETTINGS, *DIGESTS) if k in settings}, **source, "versions": _versions()}
+
+    batch = batches.Batch(output, entries, paths, about) if in_batch else None
+    if batch and batch.there:
+        say(f"{len(batch.there)} of {len(batch.own)} videos are there already")
+        for path in batch.there:
+            tell_path(path)
     failures = []
-    for n, ((prompt, at), path) in enumerate(zip(entries, paths, strict=True)):
-        pipe.set_progress_bar_config(desc=f"{n + 1}/{len(prompts)}" if len(prompts) > 1 else None, unit="step",
-                                     dynamic_ncols=True, file=Progress())
+    for n, path in batch.todo if batch else enumerate(paths):
+        prompt, at = entries[n]
+        bar = {"desc": f"{n + 1}/{len(prompts)}" if len(prompts) > 1 else None, "unit": "step", "dynamic_ncols": True}
+        pipe.set_progress_bar_config(**bar, **({"file": Progress()} if processes == 1 else
+                                               {"file": Lines(), **Lines.config}))
         try:
             start = time.monotonic()
             latents = _latents(pipe, call, long_videos.texts_of(prompt, at), settings["seed"], video)
-            about = {"minit2v": args.command, "prompt": prompt, **({"prompt_at": at} if at else {}),
-                     **{k: settings[k] for k in (*SETTINGS, *DIGESTS) if k in settings},
-                     **source, "versions": _versions()}
             frames = pipe.stream_frames(latents, DECODED_AT_ONCE)
-            tell_path(_write(frames, path, settings["fps"], about, path == output, sound))
+            path = _write(frames, path, settings["fps"], about(prompt, at), path == output, sound)
+            tell_path(path)
             height, width = (n * pipe.vae_scale_factor for n in latents.shape[3:])
-            say(f"{latents.shape[2]} frames of {width}x{height} in {time.monotonic() - start:.1f} s")
+            seconds, what = time.monotonic() - start, f"{latents.shape[2]} frames of {width}x{height}"
+            if batch:
+                batch.say_made(n, path, seconds, what)
+            else:
+                say(f"{what} in {seconds:.1f} s")
         except Exception as e:
             if args.debug:
                 raise
             failures.append(f"error: {_quote(prompt) + ': ' if len(prompts) > 1 else ''}{one_line(e)}")
-    for line in failures:
+            if batch:
+                batch.failed(n, e)
+            if processes > 1:  # hours before the others' end
+                say(failures[-1])
+    for line in failures if processes == 1 else ():
         say(line)
     if failures and len(prompts) > 1:
-        say(f"{len(failures)} of {len(prompts)} prompts failed")
-    return 1 if failures else 0
+        where = f": see {output / batches.REPORT}" if batch else ""
+        say(f"{len(failures)} of {len(batch.own) if batch else len(prompts)} prompts failed{where}")
+    return batch.exit_code(len(failures)) if batch else 1 if failures else 0
 
 
 def _summary(s: dict[str, Any], frames: int) -> str:
@@ -169,6 +196,7 @@ def _write(
     """
     from minit2v_convert.stream import ended_cleanly
 
+    from ..files.saving import locked
     from ..files.video import export_to_gif, export_to_video
 
     export: Any = export_to_gif if path.suffix.lower() == ".gif" else export_to_video
@@ -177,8 +205,9 @@ def _write(
     if replace:
         export(frames, path, fps=fps, metadata=about)
         return path
-    with ended_cleanly(), tempfile.TemporaryDirectory(prefix=".minit2v-", dir=path.parent) as scratch:
-        whole = Path(scratch) / path.name
+    scratch: Any = tempfile.TemporaryDirectory(prefix=".minit2v-", dir=path.parent)
+    with ended_cleanly(), scratch, locked(scratch.name):
+        whole = Path(scratch.name) / path.name
         try:
             export(frames, whole, fps=fps, metadata=about)
         except OSError as e:
@@ -188,8 +217,7 @@ def _write(
 
 def _named(whole: Path, path: Path) -> Path:
     """Gives the file a name that nobody has. Whoever asks for the same at the same time gets another."""
-    for k in itertools.count(1):
-        name = path if k == 1 else path.with_name(f"{path.stem}-{k}{path.suffix}")
+    for name in (batches.numbered(path, k) for k in itertools.count(1)):
         try:
             os.link(whole, name)
             return name
@@ -231,12 +259,16 @@ def _quote(prompt: str) -> str:
     return f'"{prompt}"' if len(prompt) <= 60 else f'"{prompt[:57]}..."'
 
 
+def _is_file(output: Path | None) -> bool:
+    return output is not None and output.suffix.lower() in SUFFIXES and not output.is_dir()
+
+
 def _output_paths(output: Path | None, prompts: list[str], seed: int) -> list[Path]:
     """A path for each prompt, in a folder that is there and can be written: found out before the work, not after it.
 
     Only that of a file for one prompt is sure: the others get a number where they are taken (`_write`).
     """
-    is_file = output is not None and output.suffix.lower() in SUFFIXES and not output.is_dir()
+    is_file = _is_file(output)
     folder = output.parent if is_file else output or Path()
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -60,7 +60,7 @@ def _put(new: Path, folder: Path) -> None:
             raise OSError(f"cannot write {shown(place)}: it is on another disk than {shown(folder)}, or read-only")
     if taken := [p for p in files if (folder / p).is_dir()]:
         raise OSError(f"cannot write {shown(folder / taken[0])}: there is a folder of that name")
-    with _locked(folder):
+    with locked(folder):
         for p in reversed(files):
             if p.name in HEADS:
                 (folder / p).unlink(missing_ok=True)
@@ -87,8 +87,11 @@ def _superseded(files: list[Path], folder: Path) -> list[Path]:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Of two who save into one folder, one waits; on Windows, and on disks without locks, they must not meet."""
+def locked(folder: Path) -> Iterator[None]:
+    """Of two who save into one folder, one waits; on Windows, and on disks without locks, they must not meet.
+
+    The lock ends with the process, however that ends.
+    """
     try:
         import fcntl
     except ImportError:

@@ -40,11 +40,10 @@ def digest_of(network: nn.Module) -> str:
 
 
 class Cache:
-    """folder: where the files are; None: nothing is kept. limit: bytes that are written at most in this run."""
+    """folder: where the files are; None: nothing is kept."""
 
-    def __init__(self, folder: str | Path | None, limit: float = float("inf")):
+    def __init__(self, folder: str | Path | None):
         self.folder = None if folder is None else Path(folder)
-        self.left = limit
 
     def has(self, kind: str, name: str) -> bool:
         path = self._path(kind, name, ".safetensors")
@@ -65,7 +64,7 @@ class Cache:
         """The same tensors, in the memory of the CPU."""
         tensors = {key: x.detach().cpu().contiguous() for key, x in tensors.items()}
         if (path := self._path(kind, name, ".safetensors")) is not None:
-            self._write(path, save(tensors))
+            _write(path, save(tensors))
         return tensors
 
     def facts(self, media: Media) -> Facts:
@@ -86,19 +85,13 @@ class Cache:
                 logger.warning("%s is broken: it is made again.", shown(path))
         facts = examine(media)
         if path is not None:
-            self._write(path, json.dumps(asdict(facts)).encode())
+            _write(path, json.dumps(asdict(facts)).encode())
         return facts
 
     def _path(self, kind: str, name: str, ending: str) -> Path | None:
         return None if self.folder is None else self.folder / kind / name[:2] / f"{name}{ending}"
 
-    def _write(self, path: Path, content: bytes) -> None:
-        if len(content) > self.left:
-            if self.left > 0:
-                logger.warning("%s holds as much as it may: what is new is made again when it is needed.",
-                               shown(self.folder))  # fmt: skip
-                self.left = 0
-            return
-        with replacing(path) as temporary:
-            temporary.write_bytes(content)
-        self.left -= len(content)
+
+def _write(path: Path, content: bytes) -> None:
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)

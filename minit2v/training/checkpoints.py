@@ -1,21 +1,26 @@
-"""Checkpoints of a run: each is one file, `step-000200.ckpt`, that is there whole or not at all. The newest whole wins.
+"""Checkpoints of a run: each is there whole or not at all, and the newest whole one wins.
 
-What a state holds is the trainer's business; here it is tensors, numbers and words, as `torch.save` writes them.
+`step-000200.ckpt` is a file of one process that has all weights, `step-000200` a folder to which processes that have
+parts of them write each its own. A state is names and tensors: what they mean is the trainer's business.
 """
 
 import os
 import re
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from minit2v_convert.stream import first_line, parse_json, replacing
 
 from ..files.hub import write_json
+from ..parallel import World, sync
 from .recipe import Recipe
 
-NAME = re.compile(r"step-(\d+)\.ckpt")
+NAME = re.compile(r"step-(\d+)(?:\.ckpt)?")
 
 
 def load_state(path: Path) -> Any:
@@ -37,30 +42,33 @@ def forget_later(log: Path, step: int) -> None:
             temporary.write_text("".join(line for line, gone in zip(lines, later, strict=True) if not gone))
 
 
-def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
+def save(folder: Path, step: int, state: Mapping[str, Tensor], keep: int = 2, world: World | None = None) -> None:
     """Write the state after `step` steps, and remove all but the newest `keep` checkpoints.
 
-    The file and its name are on the disk before an older one goes. OSError names the file where it cannot be written.
+    world: of processes that each have a part of the tensors; all must call it. What is written is on the disk before
+    an older one goes. OSError names the file where it cannot be written.
     """
-    path = folder / f"step-{step:06d}.ckpt"
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-    sync(folder)
-    for old in sorted(all_of(folder))[:-keep]:
-        all_of(folder)[old].unlink(missing_ok=True)
-    return path
+    if world is not None:
+        world.save_sharded(folder / f"step-{step:06d}", state)
+    else:
+        with replacing(folder / f"step-{step:06d}.ckpt") as temporary:
+            torch.save(dict(state), temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+        sync(folder)
+    if world is None or world.is_first:
+        for _, old in sorted(all_of(folder).items())[:-keep]:
+            remove(old)
 
 
-def sync(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the system can (Windows cannot)."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def remove(path: Path) -> None:
+    """Take a checkpoint away; of a folder first its name, so that no half of one is ever found."""
+    if path.is_dir():
+        gone = path.with_name(f"{path.name}.part")
+        path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def all_of(folder: Path) -> dict[int, Path]:
@@ -69,20 +77,44 @@ def all_of(folder: Path) -> dict[int, Path]:
     return {int(m[1]): path for path in paths if (m := NAME.fullmatch(path.name))}
 
 
-def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that can be read, and its state; None where there is none.
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; None where there is none. What a kill has left unfinished is removed.
 
     ValueError where there are some, and none is whole: to begin anew is for the user to say.
     """
+    for unfinished in folder.glob(".step-*.ckpt"):
+        unfinished.unlink(missing_ok=True)
     errors = []
     for _, path in sorted(all_of(folder).items(), reverse=True):
+        if path.is_dir():  # it has got its name when it was whole
+            return path
         try:
-            return path, load_state(path)
-        except ValueError as error:
-            errors.append(str(error))
+            torch.load(path, weights_only=True, map_location="cpu", mmap=True)  # its list of tensors, at its end
+            return path
+        except Exception as error:
+            errors.append(f"{path} is broken ({first_line(error)}): remove it to begin anew")
     if errors:
         raise ValueError(errors[0])
     return None
+
+
+def read(path: Path, world: World, like: Callable[[str], Tensor | None] = lambda name: None) -> dict[str, Tensor]:
+    """The state of a checkpoint, whoever has written it. like: name -> the tensor that it is for, where there is one.
+
+    A tensor for one of which each process has a part is such a one itself.
+    """
+    if path.is_dir():
+        return world.load_sharded(path, like)
+    return {name: as_spread(x, like(name)) for name, x in load_state(path).items()}
+
+
+def as_spread(x: Tensor, like: Tensor | None) -> Tensor:
+    """x, of which each process keeps the part that it has of `like`."""
+    if like is None or not hasattr(like, "placements") or x.shape != like.shape:
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
 
 
 def claim(out: Path, recipe: Recipe, about: dict[str, Any], resume_anyway: bool = False) -> None:

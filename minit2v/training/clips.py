@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -22,7 +23,6 @@ from minit2v_convert.rename import shown
 from ..files.video import IMAGES, MAX_PIXELS, NANO, ffmpeg_reads, is_animation, load_image, load_video
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".gif")
-DECODERS = ("ffmpeg", "pyav")
 MAX_FRAME = 2**26  # pixels of one frame: 8192 x 8192
 
 
@@ -118,7 +118,7 @@ def _examine(media: Media) -> Facts:
     if media.size is None and not media.path.is_dir() and media.path.exists() and not media.path.is_file():
         raise ValueError("a pipe or a device, not a file")
     digest = sha256(media)
-    if (media.size if media.size is not None else not media.path.is_dir() and media.path.stat().st_size) == 0:
+    if not media.path.is_dir() and (media.path.stat().st_size if media.size is None else media.size) == 0:
         raise ValueError("an empty file")
     with tempfile.TemporaryDirectory(prefix="minit2v-") as folder, opened(media, Path(folder)) as path:
         if path.is_dir() or _is_picture(media):
@@ -209,11 +209,12 @@ def covered(width: float, height: float, to: tuple[int, int]) -> tuple[float, fl
 
 def decode(
     media: Media, facts: Facts, chosen: Sequence[int], size: tuple[int, int], flip: bool = False,
-    decoder: str = "ffmpeg",
+    decoder: str | None = None,
 ) -> Tensor:
     """Frames `chosen` (numbers from 0, in any order, also repeated), scaled to cover `size` = (height, width), and cut.
 
-    Returns uint8 (f 3 h w). ValueError where the file is no more what `examine` saw.
+    Returns uint8 (f 3 h w). PyAV is used where it is installed, and gives the same frames in less time; decoder =
+    "ffmpeg" leaves it out. ValueError where the file is no more what `examine` saw.
     """
     from PIL import Image
 
@@ -232,10 +233,9 @@ def decode(
         if path.is_dir() or _is_picture(media):
             images = _pictures(path)[0]
             frames = [made(images[n]) for n in numbers] if len(images) == facts.frames else []
-        elif decoder == "pyav":
-            frames = list(map(made, _by_pyav(path, facts, numbers)))
         else:
-            frames = _by_ffmpeg(path, Path(folder), facts, numbers, made)
+            frames = [] if decoder == "ffmpeg" else _by_pyav(path, facts, numbers, made)
+            frames = frames or _by_ffmpeg(path, Path(folder), facts, numbers, made)
     if len(frames) < len(numbers):
         raise ValueError(f"{shown(media.name)}: {len(numbers) - len(frames)} of its frames could not be read again")
     done = dict(zip(numbers, frames, strict=True))
@@ -279,18 +279,28 @@ def _read(stream: IO[bytes], size: int) -> bytes:
     return data if len(data) == size else b""
 
 
-def _by_pyav(path: Path, facts: Facts, numbers: list[int]) -> Iterator[Any]:
-    import av
+def _by_pyav(path: Path, facts: Facts, numbers: list[int], made: Callable[[Any], Tensor]) -> list[Tensor]:
+    """All of these frames, or none where PyAV is not installed or the file needs ffmpeg: to be turned, or sought in."""
+    try:
+        import av
+    except ImportError:
+        return []
+    wanted, frames = [facts.times[n] for n in numbers], []
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            if wanted[0] - facts.times[0] > NANO:
+                container.seek(int(Fraction(wanted[0], NANO) / stream.time_base), stream=stream)
+            for frame in container.decode(stream):
+                at = round(frame.pts * stream.time_base * NANO)
+                if at in wanted:
+                    if frame.side_data.get("DISPLAYMATRIX") is not None:
+                        return []
+                    frames.append(made(frame.to_image()))
+                if at >= wanted[-1]:
+                    break
+    except (av.FFmpegError, ValueError, TypeError):  # TypeError: of a frame without a time
+        return []
+    return frames if len(frames) == len(wanted) else []
 
-    wanted = {facts.times[n]: n for n in numbers}
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        first = facts.times[numbers[0]]
-        if first - facts.times[0] > NANO:
-            container.seek(int(first / NANO / stream.time_base), stream=stream)
-        for frame in container.decode(stream):
-            at = round(frame.pts * stream.time_base * NANO)
-            if at in wanted:
-                yield frame.to_image()
-            if at >= facts.times[numbers[-1]]:
-                return
+

@@ -9,15 +9,16 @@ is resumed, or shared by more processes, goes on with exactly the same data.
 """
 
 import bisect
-import itertools
 import logging
 import math
+import os
 import random
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -29,7 +30,7 @@ from minit2v_convert.rename import nearest, shown
 
 from ..files.video import NANO
 from .cache import Cache, digest, digest_of
-from .clips import DECODERS, Facts, Media, decode, nearest_frames
+from .clips import Facts, Media, decode, nearest_frames
 from .layouts import Entry, read_layout, read_sets
 from .objective import drop_text, generators
 
@@ -160,7 +161,7 @@ def buckets(height: int, width: int, unit: int) -> list[tuple[int, int]]:
     for w in range(unit, area // unit + 1, unit):
         h = max(unit, round(area / w / unit) * unit)
         if abs(h * w / area - 1) <= AREA and max(h / w, w / h) <= LARGEST_ASPECT:
-            found.add((h, w))
+            found |= {(h, w), (w, h)}
     return sorted(found)
 
 
@@ -250,7 +251,8 @@ class Data:
     cache: the folder for latents and text states; None: each clip is decoded and encoded at each visit.
     unit: height and width are multiples of it, in pixels.
     text_dropout: the share of captions that are replaced by the empty one. posterior: "sample" or "mean".
-    dtype: of what is in the cache. decoder: "ffmpeg" or "pyav". workers: files that are decoded at once.
+    dtype: of what is in the cache. workers: files that are decoded at once; all
+        processors, and at most 8. The samples do not depend on it.
     count_tokens: how many tokens a caption has, and how many are read; for the summary.
 
     All files are gone through at once: what cannot be trained on is in `skipped`, with the reason, and each such file
@@ -270,8 +272,7 @@ class Data:
         text_dropout: float = 0.0,
         posterior: str = "sample",
         dtype: str = "float32",
-        decoder: str = "ffmpeg",
-        workers: int = 1,
+        workers: int | None = None,
         count_tokens: Callable[[str], tuple[int, int]] | None = None,
         progress: bool = False,
         **defaults: Any,
@@ -279,21 +280,26 @@ class Data:
         self.sources = as_sources(sources, defaults)
         self.vae, self.encode_text, self.text_name = vae, encode_text, text_name
         self.cache, self.seed, self.unit, self.text_dropout = Cache(cache), seed, unit, text_dropout
-        self.posterior, self.dtype, self.decoder, self.workers = posterior, dtype, decoder, workers
+        self.posterior, self.dtype = posterior, dtype
         self.count_tokens = count_tokens
-        for name, value, known in (("posterior", posterior, ("sample", "mean")), ("decoder", decoder, DECODERS),
+        for name, value, known in (("posterior", posterior, ("sample", "mean")),
                                    ("dtype", dtype, ("float32", "float16", "bfloat16"))):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}{nearest(value, known)}")
         if not 0 <= text_dropout <= 1:
             raise ValueError(f"text_dropout is a share from 0 to 1, not {text_dropout!r}")
         self.vae_name = digest(digest_of(vae), str(vae.dtype), vae.tiling)
+        self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1) if workers is None else workers)
+        self._jobs: dict[str, Future[Tensor]] = {}
         self.skipped: list[tuple[str, str]] = []
-        self.files, self.without_caption = 0, 0
         self.clips: list[Clip] = []
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
-        self._plan_of: tuple[int, int] | None = None
-        self._read(progress)
+        self._orders: dict[tuple[Bucket, int], tuple[int, list[int]]] = {}
+        try:
+            self._read(progress)
+        except BaseException:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            raise
         self._streams: dict[Bucket, dict[int, list[int]]] = {}
         for n, clip in enumerate(self.clips):
             self._streams.setdefault(clip.bucket, {}).setdefault(clip.source, []).append(n)
@@ -328,7 +334,7 @@ class Data:
         """What tells this data from other data. It is the same on every machine and in every folder."""
         clips = [[c.facts.sha256, c.captions, c.source, c.bucket, c.start, c.last] for c in self.clips]
         ways = [[getattr(s, f.name) for f in fields(s) if f.name not in ("path", "folder")] for s in self.sources]
-        return digest(clips, ways, self.seed, self.unit, self.text_dropout, self.posterior, self.decoder)
+        return digest(clips, ways, self.seed, self.unit, self.text_dropout, self.posterior)
 
     # Going through the files.
 
@@ -340,6 +346,7 @@ class Data:
                 raise ValueError(f"{shown(source.path)}: no videos and no pictures")
             found += [(n, entry) for entry in entries]
         self.files = len({entry.media.name for _, entry in found})
+        self.without_caption = sum(not entry.captions and entry.fault is None for _, entry in found)
 
         def facts_of(pair: tuple[int, Entry]) -> Facts | str:
             if pair[1].fault is not None:
@@ -351,16 +358,14 @@ class Data:
             except OSError as error:
                 return f"cannot be read ({error.strerror or error})"
 
-        with ThreadPoolExecutor(self.workers) as pool:
-            facts = pool.map(facts_of, found)
-            for (n, entry), said in zip(found, tqdm(facts, "reading files", len(found), disable=not progress),
-                                        strict=True):  # fmt: skip
-                try:
-                    if isinstance(said, str):
-                        raise ValueError(said)
-                    self.clips += self._clips(n, entry, said)
-                except ValueError as error:
-                    self._skip(entry.media.name, str(error))
+        facts = self._pool.map(facts_of, found)
+        for (n, entry), said in zip(found, tqdm(facts, "reading files", len(found), disable=not progress), strict=True):
+            try:
+                if isinstance(said, str):
+                    raise ValueError(said)
+                self.clips += self._clips(n, entry, said)
+            except ValueError as error:
+                self._skip(entry.media.name, str(error))
         if not self.clips:
             raise ValueError(f"nothing is left to train on: all of the {len(found)} files are skipped, the first one "
                              f"because: {self.skipped[0][1]}")  # fmt: skip
@@ -373,7 +378,6 @@ class Data:
     def _clips(self, n: int, entry: Entry, facts: Facts) -> list[Clip]:
         source = self.sources[n]
         captions = entry.captions or (() if source.prompt is None else (source.prompt,))
-        self.without_caption += not entry.captions
         if not captions:
             raise ValueError("has no caption; prompt = gives one to all that have none")
         captions = tuple(f"{source.prefix}{caption}" for caption in captions)
@@ -388,14 +392,14 @@ class Data:
         """Lines for people: how many of what there are, what is done to them, and what is skipped and why."""
         lines = [f"{self.files} files, {len(self.clips)} clips of {len({c.media.name for c in self.clips})} of them; "
                  f"{len(self.skipped)} files are skipped"]  # fmt: skip
+        whole = sum(sum(sets.values()) for sets in self._shares.values())
         for n, source in enumerate(self.sources):
             mine = [c for c in self.clips if c.source == n]
             stills = sum(c.facts.still for c in mine)
-            whole = sum(sum(sets.values()) for sets in self._shares.values())
             share = sum(sets.get(n, 0) for sets in self._shares.values()) / whole
             lines.append(f"  {shown(source.path)}: clips of videos {len(mine) - stills}, pictures {stills}, share of "
-                         f"the samples {share:.0%}")  # fmt: skip
-        lines.append(f"an epoch of batches of {batch} has {sum(self._sizes(batch).values())} steps; buckets:")
+                         f"the samples {float(share):.0%}")  # fmt: skip
+        lines.append(f"with {batch} in a batch, all clips are used in about {math.ceil(whole / batch)} steps; buckets:")
         for bucket, sets in sorted(self._streams.items()):
             clips = [self.clips[n] for mine in sets.values() for n in mine]
             cut = max(cut_off(c.facts.shown_width, c.facts.height, bucket[1:]) for c in clips)
@@ -426,52 +430,43 @@ class Data:
         counts = [self.count_tokens(x) for x in {x for c in self.clips for x in c.captions}]
         return f"{sum(n > most for n, most in counts)} are cut at {counts[0][1]} tokens"
 
-    # Which clips a step uses. An epoch is a list of batches: a function of the seed, the epoch and the batch size.
+    # Which clips a step uses. Buckets take turns in exact proportion to their samples, in a bucket so do the sets, and
+    # in a set its clips, in an order that is another one each time all have been used. Nothing is counted up to a step.
 
-    def _rows(self) -> dict[Bucket, dict[int, float]]:
-        """How many samples of each bucket and set are in an epoch, before batches are filled up."""
+    def _rows(self) -> dict[Bucket, dict[int, Fraction]]:
+        """How many samples of each bucket and set are used until each clip was at least once."""
         count = [0] * len(self.sources)
         for clip in self.clips:
             count[clip.source] += self.sources[clip.source].repeats
         weights = [s.weight for s in self.sources]
         if any(w is not None for w in weights) and any(w is None for w in weights):
             raise ValueError("give a weight to every set, or to none")
-        used = [n for n, c in enumerate(count) if c]
-        shares = {n: float(count[n] if weights[n] is None else weights[n]) for n in used}
-        # Every sample of every set is seen at least once in an epoch.
-        longest = max(count[n] / shares[n] for n in used)
+        shares = {n: Fraction(c if (w := weights[n]) is None else w) for n, c in enumerate(count) if c}
+        longest = max(count[n] / share for n, share in shares.items())
         return {bucket: {n: shares[n] * longest * len(clips) * self.sources[n].repeats / count[n]
                          for n, clips in sets.items()} for bucket, sets in self._streams.items()}  # fmt: skip
-
-    def _sizes(self, batch: int) -> dict[Bucket, int]:
-        """How many batches of each bucket are in an epoch. The last one is filled up with samples of its bucket."""
-        return {bucket: math.ceil(sum(sets.values()) / batch - 1e-9) for bucket, sets in self._shares.items()}
-
-    def _plan(self, epoch: int, batch: int) -> list[list[int]]:
-        """The batches of an epoch: rows of numbers of clips."""
-        if self._plan_of == (epoch, batch):
-            return self._planned
-        plan = []
-        for bucket, batches in self._sizes(batch).items():
-            rng = random.Random(f"{self.seed} mix {bucket} {epoch}")
-            rows = []
-            for n, share in _parts(self._shares[bucket], batches * batch).items():
-                clips = self._streams[bucket][n]
-                order = itertools.islice(_endless(clips, f"{self.seed} order {bucket} {n}", epoch * share), share)
-                # Spread evenly, so that every batch holds each set's share.
-                rows += [((j + rng.random()) / share, n, clip) for j, clip in enumerate(order)]
-            rows.sort()
-            plan += [[clip for _, _, clip in rows[k : k + batch]] for k in range(0, len(rows), batch)]
-        random.Random(f"{self.seed} batches {epoch}").shuffle(plan)
-        self._plan_of, self._planned = (epoch, batch), plan
-        return plan
 
     def batch(self, step: int, batch: int) -> list[Item]:
         """What step `step` (from 0) of batches of `batch` uses: all of one bucket. A function of the seed and these."""
         if batch < 1 or step < 0:
             raise ValueError(f"batch is at least 1 and step at least 0, not {batch} and {step}")
-        epoch, k = divmod(step, sum(self._sizes(batch).values()))
-        return [self._item(step * batch + row, clip) for row, clip in enumerate(self._plan(epoch, batch)[k])]
+        bucket, earlier = turn(in_whole_numbers({b: sum(sets.values()) for b, sets in self._shares.items()}), step)
+        shares, items = in_whole_numbers(self._shares[bucket]), []
+        for row in range(batch):
+            n, used = turn(shares, earlier * batch + row)
+            clips = self._streams[bucket][n]
+            cycle, place = divmod(used, len(clips))
+            items.append(self._item(step * batch + row, self._order(bucket, n, cycle)[place]))
+        return items
+
+    def _order(self, bucket: Bucket, n: int, cycle: int) -> list[int]:
+        """The clips of a set in one bucket, shuffled for the `cycle`-th time."""
+        known, order = self._orders.get((bucket, n), (-1, []))
+        if known != cycle:
+            order = list(self._streams[bucket][n])
+            random.Random(f"{self.seed} order {tuple(bucket)} {n} {cycle}").shuffle(order)
+            self._orders[bucket, n] = cycle, order
+        return order
 
     def _item(self, number: int, n: int) -> Item:
         clip, rng = self.clips[n], random.Random(f"{self.seed} clip {number}")
@@ -485,17 +480,18 @@ class Data:
 
     # Latents and text states.
 
+    def prefetch(self, items: Sequence[Item]) -> None:
+        """Begins to decode what is not in the cache, and returns at once. `load` of the same samples waits for it."""
+        for item in items:
+            if (name := self._name(item)) not in self._jobs and not self.cache.has("latents", name):
+                self._jobs[name] = self._pool.submit(self._decode, item)
+
     def load(self, items: Sequence[Item]) -> Batch:
         """The latents and text states of these samples. Their bucket must be the same."""
-        names = [self._name(item) for item in items]
-        with ThreadPoolExecutor(self.workers) as pool:
-            pixels = [None if self.cache.has("latents", name) else pool.submit(self._decode, item)
-                      for name, item in zip(names, items, strict=True)]  # fmt: skip
-            rows = []
-            for item, name, job in zip(items, names, pixels, strict=True):
-                moments = self._moments(name, item, job)
-                rows.append(Sample(self._drawn(moments, item.number), self.text(item.caption), item.caption,
-                                   self.clips[item.clip].media.name))  # fmt: skip
+        self.prefetch(items)
+        moments = {name: self._moments(name, item) for name, item in {self._name(i): i for i in items}.items()}
+        rows = [Sample(self._drawn(moments[self._name(item)], item.number), self.text(item.caption), item.caption,
+                       self.clips[item.clip].media.name) for item in items]  # fmt: skip
         return Batch(torch.stack([r.latents for r in rows]), torch.stack([r.text for r in rows]),
                      [r.caption for r in rows], [r.source for r in rows], [i.number for i in items])  # fmt: skip
 
@@ -505,6 +501,8 @@ class Data:
         These begin anywhere, anew at each visit. If there are none, neither the VAE nor the text encoder is needed any
         more, unless a caption comes that is not in the data.
         """
+        if self.cache.folder is None:
+            return len(self.clips)
         for caption in {"", *(x for c in self.clips for x in c.captions)}:
             self.text(caption)
         later, items = 0, []
@@ -522,14 +520,14 @@ class Data:
     def _name(self, item: Item) -> str:
         """Of a cache file: all that its content depends on."""
         clip = self.clips[item.clip]
-        return digest(clip.facts.sha256, self.vae_name, clip.bucket[1:], item.frames, item.flip, self.dtype,
-                      self.decoder)  # fmt: skip
+        return digest(clip.facts.sha256, self.vae_name, clip.bucket[1:], item.frames, item.flip, self.dtype)
 
     def _decode(self, item: Item) -> Tensor:
         clip = self.clips[item.clip]
-        return decode(clip.media, clip.facts, item.frames, clip.bucket[1:], item.flip, self.decoder)
+        return decode(clip.media, clip.facts, item.frames, clip.bucket[1:], item.flip)
 
-    def _moments(self, name: str, item: Item, job: Any) -> dict[str, Tensor]:
+    def _moments(self, name: str, item: Item) -> dict[str, Tensor]:
+        job = self._jobs.pop(name, None)
         if (known := self.cache.read("latents", name)) is not None:
             return known
         pixels = self._decode(item) if job is None else job.result()
@@ -597,23 +595,25 @@ def as_sources(given: Sequence[str | Path | Source | Mapping[str, Any]], default
     return found
 
 
-def _parts(shares: Mapping[int, float], total: int) -> dict[int, int]:
-    """Whole numbers in proportion to `shares`, with the sum `total`; none is 0 where there is room."""
-    whole = sum(shares.values())
-    exact = {n: share * total / whole for n, share in shares.items()}
-    parts = {n: max(1, math.floor(x)) for n, x in exact.items()}
-    while (missing := total - sum(parts.values())) != 0:
-        gap = {n: exact[n] - parts[n] for n in parts if missing > 0 or parts[n] > 0}
-        n = max(gap, key=lambda n: (gap[n], -n)) if missing > 0 else min(gap, key=lambda n: (gap[n], n))
-        parts[n] += 1 if missing > 0 else -1
-    return parts
+def in_whole_numbers(shares: Mapping[Any, Fraction]) -> dict[Any, int]:
+    """The same proportions."""
+    unit = math.lcm(*(share.denominator for share in shares.values()))
+    return {key: int(share * unit) for key, share in shares.items()}
 
 
-def _endless(clips: list[int], name: str, begin: int) -> Any:
-    """The clips in a random order, then in another, and so on for ever, from place `begin` on."""
-    cycle, place = divmod(begin, len(clips))
-    while True:
-        order = list(clips)
-        random.Random(f"{name} {cycle}").shuffle(order)
-        yield from order[place:]
-        cycle, place = cycle + 1, 0
+def turn(shares: Mapping[Any, int], number: int) -> tuple[Any, int]:
+    """Whose turn number `number` (from 0) is when all take turns in proportion to `shares`, and how many it had before.
+
+    The j-th turn of one with share p is due at (j + 1/2) / p: at any time each has had its share, to within a turn or
+    two (Webster 1832, Sainte-Lague 1910: seats in a parliament).
+    """
+    if len(shares) == 1:
+        return next(iter(shares)), number
+    whole, n = sum(shares.values()), len(shares)
+    # At least so many turns lie before the one asked for, floor((number - n / 2) p - 1 / 2): only the last ones are
+    # gone through.
+    had = {key: max(0, ((2 * number - n) * share - whole) // (2 * whole)) for key, share in shares.items()}
+    for _ in range(number + 1 - sum(had.values())):
+        now = min(shares, key=lambda key: Fraction(2 * had[key] + 1, shares[key]))
+        had[now] += 1
+    return now, had[now] - 1

@@ -12,6 +12,8 @@
 import csv
 import io
 import json
+import logging
+import os
 import tarfile
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -24,6 +26,8 @@ from minit2v_convert.stream import first_line
 
 from ..files.video import IMAGES
 from .clips import VIDEOS, Media
+
+logger = logging.getLogger(__name__)
 
 MEDIA = (*VIDEOS, *IMAGES)
 CAPTIONS = (".txt", ".caption")
@@ -100,9 +104,18 @@ def _texts(*captions: Any) -> tuple[str, ...]:
 
 
 def _folder(path: Path) -> Iterator[Entry]:
-    for file in sorted(path.rglob("*")):
-        if any(part.startswith(".") for part in file.relative_to(path).parts):
+    """Of all folders inside, but hidden ones and those of training runs, whose samples are no data."""
+    files, seen = [], set()
+    for place, folders, names in os.walk(path, followlinks=True):
+        if "run.json" in names:
+            logger.warning("%s is left out: it is the folder of a training run", shown(place))
+        if "run.json" in names or os.path.realpath(place) in seen:  # links can lead back
+            folders.clear()
             continue
+        seen.add(os.path.realpath(place))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(place, name) for name in names if not name.startswith(".")]
+    for file in sorted(files):
         if file.suffix.lower() in MEDIA:
             yield _beside(file)
         elif file.suffix.lower() == ".tar":

@@ -108,6 +108,8 @@ class Objective:
         _check_number("high_share", high_share, 0, 1)
         if min_snr is not None:
             _check_number("min_snr", min_snr, 0.01)
+        if "beta_start" not in config:
+            raise ValueError("the scheduler has no betas: training needs those that the network was trained with")
         known = DDPMScheduler.from_config(config)
         if betas is None and motion and _is_stable_diffusions(known):
             betas = "linear"

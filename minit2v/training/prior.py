@@ -15,10 +15,14 @@ from tqdm import tqdm
 
 from minit2v_convert.stream import replacing
 
+from ..parallel import World
 from .cache import digest, digest_of
 from .data import Batch
 from .objective import drop_text
 from .recipe import Recipe
+from .validation import sample
+
+WEEK = 7 * 24 * 3600.0  # seconds
 
 
 class Item(NamedTuple):
@@ -35,14 +39,14 @@ class SelfMade:
     of a `Data`. prompts: taken in turn. count: how many clips.
     """
 
-    def __init__(self, pipe: Any, prompts: Sequence[str], count: int, folder: Path, recipe: Recipe):
+    def __init__(self, pipe: Any, prompts: Sequence[str], count: int, folder: Path, recipe: Recipe, world: World):
         self.count, self.recipe = count, recipe
         self.prompts = [prompts[n % len(prompts)] for n in range(count)]
         how = [recipe.frames, recipe.height, recipe.width, recipe.sample_steps, recipe.guidance, recipe.seed]
         self.fingerprint = digest(digest_of(pipe.unet), dict(pipe.scheduler.config), how, self.prompts)
         self.folder = folder / self.fingerprint[:16]
         with torch.no_grad():
-            self._make(pipe)
+            self._make(pipe, world)
             states = {text: pipe.encode_prompt([text], pipe.device, 1, False)[0][0].float().cpu()
                       for text in dict.fromkeys([*self.prompts, ""])}  # fmt: skip
         self.text = states
@@ -51,19 +55,13 @@ class SelfMade:
     def _path(self, n: int) -> Path:
         return self.folder / f"{n:05d}.safetensors"
 
-    def _make(self, pipe: Any, at_once: int = 4) -> None:
-        left = [n for n in range(self.count) if not self._path(n).exists()]
-        recipe = self.recipe
-        pipe.set_progress_bar_config(disable=True)
-        for k in tqdm(range(0, len(left), at_once), "clips of the model itself", disable=not left):
-            numbers = left[k : k + at_once]
-            seeds = [torch.Generator().manual_seed(recipe.seed + n) for n in numbers]
-            latents = pipe([self.prompts[n] for n in numbers], height=recipe.height, width=recipe.width,
-                           num_frames=recipe.frames, num_inference_steps=recipe.sample_steps,
-                           guidance_scale=recipe.guidance, generator=seeds, output_type="latent").frames  # fmt: skip
-            for n, x in zip(numbers, latents, strict=True):
-                with replacing(self._path(n)) as temporary:
-                    temporary.write_bytes(save({"latents": x.float().cpu().contiguous()}))
+    def _make(self, pipe: Any, world: World) -> None:
+        left = [n for n in range(world.rank, self.count, world.size) if not self._path(n).exists()]
+        for n in tqdm(left, "clips of the model itself", disable=not left or not world.is_first):
+            latents = sample(pipe, [self.prompts[n]], self.recipe, self.recipe.seed + n, "latent")[0]
+            with replacing(self._path(n)) as temporary:
+                temporary.write_bytes(save({"latents": latents.contiguous()}))
+        world.barrier("clips of the model itself", WEEK)
 
     def __len__(self) -> int:
         return self.count
@@ -98,11 +96,12 @@ def read_prompts(given: Sequence[str]) -> list[str]:
     return found
 
 
-def make_prior(recipe: Recipe, pipe: Any, make_data: Callable[..., Any]) -> Any:
+def make_prior(recipe: Recipe, pipe: Any, make_data: Callable[..., Any], world: World) -> Any:
     """The prior set of a recipe, None where it has none. pipe: the model as it is before training."""
     if not recipe.prior_rows:
         return None
     if recipe.prior == "self":
         prompts = read_prompts(recipe.prior_prompts)
-        return SelfMade(pipe, prompts, recipe.prior_clips, Path(recipe.cache or recipe.out) / "prior", recipe)
+        return SelfMade(pipe, prompts, recipe.prior_clips, Path(recipe.cache or recipe.out) / "prior", recipe,
+                        world)  # fmt: skip
     return make_data(recipe, pipe, (recipe.prior,), seed=recipe.seed + 1)

@@ -5,7 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ..models.unet2d import UNet2DConditionModel
+from ..parallel import is_sharded
 from .export import save_lora, save_model
 from .trainer import Trainer
 from .validation import sample, save_grid
@@ -21,19 +24,18 @@ def export(trainer: Trainer) -> Path:
     """
     recipe, out = trainer.recipe, trainer.out
     about = {"minit2v_recipe": str(recipe.train), "minit2v_base": recipe.model, "minit2v_steps": str(trainer.done)}
-    with trainer.sampling():
-        if recipe.train == "motiondirector":
-            save_lora(out / "spatial.safetensors", [trainer.loras["spatial"]], metadata=about)
-            return save_lora(out / "motion.safetensors", [trainer.loras["temporal"]], metadata=about)
-        if recipe.train == "motion-lora":
-            save_lora(out / "lora-animatediff.safetensors", [trainer.loras["lora"]], format="guoyww", metadata=about)
-        if trainer.loras:
-            return save_lora(out / "lora.safetensors", [trainer.loras["lora"]], metadata=about)
-        folder = out / "model"
-        if recipe.train == "image":
-            return save_image_model(trainer, folder)
-        save_model(folder, trainer.pipe, None, motion=recipe.train == "motion")
-        return folder
+    if recipe.train == "motiondirector":
+        save_lora(out / "spatial.safetensors", [trainer.loras["spatial"]], metadata=about)
+        return save_lora(out / "motion.safetensors", [trainer.loras["temporal"]], metadata=about)
+    if recipe.train == "motion-lora":
+        save_lora(out / "lora-animatediff.safetensors", [trainer.loras["lora"]], format="guoyww", metadata=about)
+    if trainer.loras:
+        return save_lora(out / "lora.safetensors", [trainer.loras["lora"]], metadata=about)
+    folder = out / "model"
+    if recipe.train == "image":
+        return save_image_model(trainer, folder)
+    save_model(folder, trainer.pipe, None, motion=recipe.train == "motion")
+    return folder
 
 
 def save_image_model(trainer: Trainer, folder: Path) -> Path:
@@ -54,14 +56,18 @@ def finish(trainer: Trainer, reload: Callable[[Path], Any] | None = None) -> Pat
     """Export the result, load it anew, and compare what both make of the same noise. Returns the result's path.
 
     `result.png` has a row of each prompt. ValueError where the loaded one makes something else: the file is not what
-    was trained. Only the first of several processes does anything.
+    was trained. Of several processes the first returns the path, and the others None.
     """
-    if not trainer.world.is_first:
+    first, prompts, mine = trainer.world.is_first, trainer.prompts, None
+    if first or is_sharded(trainer.unet):
+        with trainer.sampling():
+            mine = sample(trainer.pipe, prompts, trainer.recipe)
+    with trainer.averaged():
+        if is_sharded(trainer.unet):
+            make_whole(trainer)
+        path = export(trainer) if first else None
+    if path is None or mine is None:
         return None
-    path = export(trainer)
-    prompts = trainer.prompts
-    with trainer.sampling():
-        mine = sample(trainer.pipe, prompts, trainer.recipe)
     save_grid(mine, trainer.out / "result.png")
     trainer.say(f"the result is {path}")
     if reload is not None:
@@ -73,3 +79,13 @@ def finish(trainer: Trainer, reload: Callable[[Path], Any] | None = None) -> Pat
                              f"the average, and by at most {bound:g} if they are one model")  # fmt: skip
         trainer.say(f"loaded anew it makes the same videos: pixels differ by {difference:.1g} on the average")
     return path
+
+
+def make_whole(trainer: Trainer) -> None:
+    """Give the first process all of a network that was sharded, as plain parameters. It cannot run any more."""
+    places = [(module, name) for module in trainer.unet.modules() for name in module._parameters]
+    whole = trainer.world.gather({str(n): getattr(module, name) for n, (module, name) in enumerate(places)
+                                  if getattr(module, name) is not None})  # fmt: skip
+    for n, (module, name) in enumerate(places):
+        if str(n) in whole:
+            setattr(module, name, nn.Parameter(whole[str(n)], requires_grad=False))

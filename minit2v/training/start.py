@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..parallel import World
 from ..pipelines.checks import check_size
 from .data import Data
 from .prior import make_prior
@@ -27,18 +28,22 @@ def filled(recipe: Recipe, pipe: Any, guidance: float | None = None) -> Recipe:
 
 
 def make_data(recipe: Recipe, pipe: Any, sources: Sequence[Any] | None = None, seed: int | None = None) -> Data:
-    """The clips of a filled recipe, for this model. sources: a list in place of the recipe's."""
-    options = {name: getattr(recipe, name) for name in
-               ("frames", "height", "width", "fps", "stride", "clips", "short", "flip", "prompt", "prefix")}  # fmt: skip
+    """The clips of a filled recipe, for this model. sources: in place of the recipe's."""
+    names = ("frames", "height", "width", "fps", "stride", "clips", "short", "flip", "prompt", "prefix")
+    options = {name: getattr(recipe, name) for name in names}
     return Data.of(pipe, list(recipe.data if sources is None else sources), cache=recipe.cache,
                    seed=recipe.seed if seed is None else seed, text_dropout=recipe.text_dropout or 0.0, progress=True,
                    **options)  # fmt: skip
 
 
 def prepare(
-    recipe: Recipe, pipe: Any, world: Any = None, guidance: float | None = None, say: Callable[[str], None] = print,
+    recipe: Recipe,
+    pipe: Any,
+    world: World | None = None,
+    guidance: float | None = None,
+    say: Callable[[str], None] = print,
     resume_anyway: bool = False,
-) -> Trainer:  # fmt: skip
+) -> Trainer:
     """A trainer that is ready to run: all is checked, self-made clips are made. guidance: what suits the model."""
     recipe = filled(recipe, pipe, guidance)
     data = make_data(recipe, pipe)
@@ -47,14 +52,19 @@ def prepare(
         recipe = dataclasses.replace(recipe, text_dropout=data.text_dropout)
     if data.skipped:
         say(f"{len(data.skipped)} files are skipped; --check says which and why")
-    prior = make_prior(recipe, pipe, make_data)
+    prior = make_prior(recipe, pipe, make_data, world or World())
     return Trainer(pipe, data, recipe, world, prior, say, resume_anyway)
 
 
 def train(
-    recipe: Recipe, pipe: Any, world: Any = None, reload: Callable[[Path], Any] | None = None,
-    guidance: float | None = None, say: Callable[[str], None] = print, resume_anyway: bool = False,
-) -> Path | None:  # fmt: skip
+    recipe: Recipe,
+    pipe: Any,
+    world: World | None = None,
+    reload: Callable[[Path], Any] | None = None,
+    guidance: float | None = None,
+    say: Callable[[str], None] = print,
+    resume_anyway: bool = False,
+) -> Path | None:
     """The whole of a run: data, training, result. Returns the path of the result.
 
     reload: makes a new pipeline of the result, which is then compared with the trained one; None: no comparison.

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from ..models.blocks import TemporalConv
 from ..models.unet_motion import UNetMotionModel
+from ..parallel import World, is_sharded
 from . import checkpoints
 from .logs import Log
 from .objective import Objective, choose_frames, generators, happens
@@ -33,6 +35,7 @@ from .validation import Validation
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PATIENCE = 5  # steps in a row whose loss or gradient is not finite, before the run stops
 GROWTH = 1000  # good steps after which fp16's loss scale doubles
+NUMBERS = ("done", "seconds", "bad", "skipped", "scale", "good")  # what a checkpoint has beside tensors
 
 
 class Piece(NamedTuple):
@@ -42,24 +45,6 @@ class Piece(NamedTuple):
     text: Tensor
     sources: Sequence[str]
     numbers: Sequence[int]
-
-
-class Alone:
-    """The world of one process: what `minit2v.parallel.World` is for several."""
-
-    rank, size, is_first = 0, 1, True
-
-    def share(self, rows: Sequence[Any]) -> list[Any]:
-        return list(rows)
-
-    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        pass
-
-    def sum(self, values: Sequence[float]) -> list[float]:
-        return list(values)
-
-    def barrier(self, name: str, timeout: float = 600.0) -> None:
-        pass
 
 
 class Average:
@@ -110,12 +95,12 @@ class Trainer:
         pipe: Any,
         data: Any,
         recipe: Recipe,
-        world: Any = None,
+        world: World | None = None,
         prior: Any = None,
         say: Callable[[str], None] = print,
         resume_anyway: bool = False,
     ):
-        self.pipe, self.data, self.prior, self.world, self.say = pipe, data, prior, world or Alone(), say
+        self.pipe, self.data, self.prior, self.world, self.say = pipe, data, prior, world or World(), say
         self.unet = pipe.unet
         self.device = self.unet.device
         family = "UNetMotionModel" if isinstance(self.unet, UNetMotionModel) else "UNet3DConditionModel"
@@ -135,7 +120,7 @@ class Trainer:
         )  # fmt: skip
         pipe.scheduler = self.objective.scheduler_for(pipe.scheduler)
         self._prepare()
-        self.parameters = [p for _, p in self.trained]
+        self._spread()
         self.optimizer = make_optimizer(self.groups, recipe, self.device)
         self.average = Average(self.parameters, recipe.ema or 0.0)
         # The weights of step 0, also where a run is resumed: what the model said before it was trained.
@@ -143,13 +128,12 @@ class Trainer:
         self.done, self.seconds, self.bad, self.skipped = 0, 0.0, 0, 0
         self.scale, self.good = (2.0**16 if recipe.precision == "fp16" else 1.0), 0
         about = {"data": getattr(data, "fingerprint", None), "prior": getattr(prior, "fingerprint", None)}
-        if self.world.is_first:
-            checkpoints.claim(self.out, recipe, about, resume_anyway)
-        self.world.barrier("run.json")
-        if (found := checkpoints.newest(self.out)) is not None:
-            self.load(*found)
+        self.world.from_first(lambda: checkpoints.claim(self.out, recipe, about, resume_anyway))
+        if (path := self.world.from_first(lambda: checkpoints.newest(self.out))) is not None:
+            self.load(path)
         self.log = Log(self.out, self.done) if self.world.is_first else None
-        self.validation = Validation(self) if recipe.validate_every and self.world.is_first else None
+        alone = self.world.is_first or is_sharded(self.unet)  # of sharded weights nobody has all
+        self.validation = Validation(self) if recipe.validate_every and alone else None
 
     # What is trained -------------------------------------------------------------------------------------------------
 
@@ -157,6 +141,7 @@ class Trainer:
         """Choose what is trained: `trained`, names and parameters; `loras`; `groups`, those of the optimizer.
 
         Trained weights are float32 or wider, also where the network computes in 16 bits: small steps would be lost.
+        Frozen ones take the precision where they are in no result; else the model would be saved with rounded weights.
         """
         recipe, unet = self.recipe, self.unet
         self.loras: dict[str, TrainedLoRA] = {}
@@ -174,14 +159,10 @@ class Trainer:
         if self.loras:
             self.trained = [(f"{kind}.{path}.{side}", getattr(branch, side)) for kind, lora in self.loras.items()
                             for path, branch in lora.layers.items() for side in ("down", "up")]  # fmt: skip
-        rates = {"spatial": recipe.spatial_rate}
-        self.groups = [{"params": lora.parameters(), "rate": rates.get(kind, recipe.rate)}
-                       for kind, lora in self.loras.items()]  # fmt: skip
-        self.groups = self.groups or [{"params": [p for _, p in self.trained], "rate": recipe.rate}]
         for name, p in self.trained:
             if torch.finfo(p.dtype).bits < 32:
                 raise ValueError(f"{name} is {p.dtype}: load the model in float32; precision says what it computes in")
-        if recipe.precision != "float32":
+        if recipe.precision != "float32" and (self.loras or recipe.train == "motion"):
             for p in unet.parameters():
                 if not p.requires_grad and p.ndim > 1:  # norms and biases stay exact: they are small
                     p.data = p.data.to(DTYPES[recipe.precision or "float32"])
@@ -192,6 +173,34 @@ class Trainer:
             unet.enable_gradient_checkpointing()
         unet.train()
 
+    def _spread(self) -> None:
+        """Have the processes share the network, and say what the optimizer gets: `parameters`, and `groups` with rates.
+
+        A LoRA is replicated, and its gradients are summed in one message; a network that is trained itself is wrapped
+        by DDP, or sharded.
+        """
+        recipe, unet = self.recipe, self.unet
+        self.network: nn.Module = unet
+        if recipe.parallel == "fsdp":
+            if recipe.optimizer == "adamw8bit":
+                raise ValueError("optimizer 'adamw8bit' does not go with parallel 'fsdp'")
+            places = {id(p): name for name, p in unet.named_parameters()}
+            self.network = self.world.shard(unet, recipe.precision or "float32")
+            found = dict(unet.named_parameters())
+            self.trained = [(name, found[places[id(p)]]) for name, p in self.trained]
+        elif not self.loras and not self.has_stills:
+            self.network = self.world.replicate(unet)
+        self.parameters = [p for _, p in self.trained]
+        rates = {"spatial": recipe.spatial_rate}
+        self.groups = [{"params": lora.parameters(), "rate": rates.get(kind, recipe.rate)}
+                       for kind, lora in self.loras.items()] or [{"params": self.parameters, "rate": recipe.rate}]
+
+    @property
+    def has_stills(self) -> bool:
+        """Whether some steps use the spatial layers alone: DDP would wait for the others' gradients."""
+        return self.recipe.stills == "spatial" and any(
+            clip.bucket.frames == 1 for data in (self.data, self.prior) for clip in getattr(data, "clips", ()))
+
     # One step --------------------------------------------------------------------------------------------------------
 
     def step(self) -> dict[str, float]:
@@ -199,12 +208,17 @@ class Trainer:
         rng, _ = generators(self.recipe.seed, f"dropout {self.world.rank}", self.done)
         torch.manual_seed(rng.getrandbits(60))
         self.optimizer.zero_grad(set_to_none=True)
-        losses = [self.backward(piece) for piece in self.pieces(self.done)]
-        self.world.sum_gradients(self.parameters)
+        self.pieces = self.batch(self.done)
+        losses = []
+        for n, piece in enumerate(self.pieces):
+            with self.world.accumulating(self.network, last=n == len(self.pieces) - 1):
+                losses.append(self.backward(piece))
+        if self.network is self.unet:
+            self.world.sum_gradients(self.network)
         for p in self.parameters:
             if p.grad is not None:
                 p.grad /= self.scale
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip))
+        norm = self.world.clip(self.parameters, self.recipe.clip)
         (loss,) = self.world.sum([float(sum(map(torch.sum, losses))) / self.recipe.batch])
         factor = self.recipe.rate_at(self.done)
         for group in self.optimizer.param_groups:
@@ -220,7 +234,7 @@ class Trainer:
         self.done += 1
         return {"loss": loss, "norm": norm, "rate": self.optimizer.param_groups[0]["lr"], "skipped": self.skipped}
 
-    def pieces(self, step: int) -> Iterator[Piece]:
+    def batch(self, step: int) -> list[Piece]:
         """This process's rows of a step's batch, in as many pieces as the recipe accumulates; the prior's at the end.
 
         Rows of the data and of the prior set go through the network together where they have one size.
@@ -233,6 +247,7 @@ class Trainer:
                 items = data.batch(step, count)
                 rows.append((data, self.world.share(list(zip(items, range(first, first + count), strict=True)))))
             first += count
+        pieces: list[Piece] = []
         for k in range(recipe.accumulate):
             found: list[Piece] = []
             for data, mine in rows:
@@ -240,8 +255,8 @@ class Trainer:
                     batch = data.load([item for item, _ in part])
                     numbers = [step * recipe.batch + row for _, row in part]
                     found.append(Piece(batch.latents, batch.text, batch.sources, numbers))
-            self.sources = [source for piece in found for source in piece.sources]
-            yield from joined(found)
+            pieces += joined(found)
+        return pieces
 
     def backward(self, piece: Piece) -> Tensor:
         """Add the gradients of a piece to those that are there, and return its losses (b,).
@@ -256,9 +271,9 @@ class Trainer:
             if self.first is not None:
                 target = self.kept(noisy, t, text, target, piece.numbers)
             with self.autocast():
-                prediction = self.unet(noisy, t, text)
+                prediction = self.network(noisy, t, text)
             losses = self.objective.loss(prediction, target, t)
-            (losses.sum() * (self.scale / self.recipe.batch)).backward()
+            self.world.backward(losses.sum() * (self.scale / self.recipe.batch), self.network)
         return losses.detach()
 
     @torch.no_grad()
@@ -311,12 +326,12 @@ class Trainer:
 
     def _one(self, noisy: Tensor, t: Tensor, text: Tensor, target: Tensor, anchor: Tensor | None = None) -> Tensor:
         with self.autocast():
-            prediction = self.unet(noisy, t, text)
+            prediction = self.network(noisy, t, text)
         if anchor is None:
             losses = self.objective.loss(prediction, target, t)
         else:
             losses = self.objective.motion_loss(prediction, target, t, anchor)
-        (losses.sum() * (self.scale / self.recipe.batch)).backward()
+        self.world.backward(losses.sum() * (self.scale / self.recipe.batch), self.network)
         return losses.detach()
 
     def placed(self, piece: Piece) -> tuple[Tensor, Tensor]:
@@ -343,9 +358,10 @@ class Trainer:
             self.scale, self.good = self.scale / 2, 0
             return
         self.bad, self.skipped = self.bad + 1, self.skipped + 1
-        names = [name for name, p in self.trained if p.grad is not None and not torch.isfinite(p.grad).all()]
-        files = [source for source, x in zip(self.sources, torch.cat(list(losses)).tolist(), strict=False)
-                 if not math.isfinite(x)] or self.sources  # fmt: skip
+        names = [name for name, p in self.trained if p.grad is not None and not torch.isfinite(local(p.grad)).all()]
+        sources = [source for piece in self.pieces for source in piece.sources]
+        files = [source for source, x in zip(sources, torch.cat(list(losses)).tolist(), strict=True)
+                 if not math.isfinite(x)] or sources  # fmt: skip
         what = "its loss" if not math.isfinite(loss) else "a gradient"
         text = f"step {self.done}: {what} is not finite; files: {', '.join(dict.fromkeys(files))}; first tensor: " + (
             names[0] if names else "none")
@@ -365,7 +381,8 @@ class Trainer:
         recipe, saved, began = self.recipe, time.monotonic(), time.monotonic() - self.seconds
         with ending() as came, tqdm(total=recipe.steps, initial=self.done, unit="step", dynamic_ncols=True,
                                     disable=not self.world.is_first) as bar:  # fmt: skip
-            while self.done < recipe.steps and not came:
+            stop: float = 0
+            while self.done < recipe.steps and not stop:
                 self._validate()
                 start = time.monotonic()
                 values = self.step()
@@ -377,12 +394,14 @@ class Trainer:
                     self.log.add(self.done, every, self.seconds, values | {
                         "step_seconds": time.monotonic() - start, "memory_gib": memory(self.device)})  # fmt: skip
                 due = recipe.save_every and self.done % recipe.save_every == 0
-                if self.world.size == 1:
-                    due = due or time.monotonic() - saved > 60 * recipe.save_minutes or bool(came)
+                # Each process has a clock and signals of its own: what one of them wants, all do.
+                wanted, stop = self.world.sum([time.monotonic() - saved > 60 * recipe.save_minutes, len(came)])
+                due = due or wanted or stop
                 if due or self.done == recipe.steps:
                     self.save()
                     saved = time.monotonic()
-            self._validate()
+            if not stop:
+                self._validate()
         if came and self.done < recipe.steps:
             if came[0] == signal.SIGINT:
                 raise KeyboardInterrupt
@@ -407,12 +426,15 @@ class Trainer:
     def sampling(self) -> Iterator[None]:
         """In the block, the network is as it will be used: the average of the weights, no dropout, no gradients."""
         self.unet.eval()
-        averaged = self.average.in_place() if self.average.decay else nullcontext()
         try:
-            with torch.no_grad(), averaged, self.autocast(), self.used():
+            with torch.no_grad(), self.averaged(), self.autocast(), self.used():
                 yield
         finally:
             self.unet.train()
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """In the block, the weights are their moving average, if the recipe has one."""
+        return self.average.in_place() if self.average.decay else nullcontext()
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -427,48 +449,55 @@ class Trainer:
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
-        """All that the next step depends on, beside the recipe and the data."""
-        names = [name for name, _ in self.trained]
-        return {
-            "step": self.done,
-            "trained": {name: p.detach() for name, p in self.trained},
-            "average": dict(zip(names, self.average.values, strict=False)),
-            "average_count": self.average.count,
-            "optimizer": self.optimizer.state_dict(),
-            "scale": self.scale,
-            "good": self.good,
-            "bad": self.bad,
-            "skipped": self.skipped,
-            "seconds": self.seconds,
-        }
+    def state(self) -> dict[str, Tensor]:
+        """All that the next step depends on, beside the recipe and the data: names and tensors."""
+        state = {f"trained/{name}": p.detach() for name, p in self.trained}
+        state |= {f"average/{name}": x for (name, _), x in zip(self.trained, self.average.values, strict=False)}
+        state |= {f"optimizer/{name}/{key}": torch.as_tensor(x) for name, p in self.trained
+                  for key, x in self.optimizer.state.get(p, {}).items()}  # fmt: skip
+        numbers = {"averaged": self.average.count, **{name: getattr(self, name) for name in NUMBERS}}
+        return state | {f"number/{name}": torch.tensor(float(n), dtype=torch.float64) for name, n in numbers.items()}
 
     def save(self) -> None:
-        if self.world.is_first:
+        """Write a checkpoint. Of several processes all must call it."""
+        if is_sharded(self.unet):
+            checkpoints.save(self.out, self.done, self.state(), self.recipe.keep, self.world)
+        elif self.world.is_first:
             checkpoints.save(self.out, self.done, self.state(), self.recipe.keep)
         self.world.barrier("checkpoint")
 
     @torch.no_grad()
-    def load(self, path: Path, state: dict[str, Any]) -> None:
-        """Take the values of `state()`. ValueError where it is that of another run."""
+    def load(self, path: Path) -> None:
+        """Take the values of a checkpoint. ValueError where it is that of another run."""
+        parameters = dict(self.trained)
+
+        def like(name: str) -> Tensor | None:
+            return parameters.get(name.split("/")[1])
+
+        state = checkpoints.read(path, self.world, like)
         try:
-            if state["trained"].keys() != dict(self.trained).keys():
-                raise ValueError("other weights are trained in it")
-            for name, p in self.trained:
-                p.copy_(state["trained"][name])
-            for (name, _), value in zip(self.trained, self.average.values, strict=False):
-                value.copy_(state["average"][name])
-            rates = [group["rate"] for group in self.optimizer.param_groups]
-            self.optimizer.load_state_dict(state["optimizer"])
-            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-                group["rate"] = rate
-            self.average.count, self.done, self.scale = state["average_count"], state["step"], state["scale"]
-            self.good, self.bad, self.skipped = state["good"], state["bad"], state["skipped"]
-            self.seconds = state["seconds"]
+            for (name, p), average in zip_longest(self.trained, self.average.values):
+                p.copy_(state[f"trained/{name}"])
+                if average is not None:
+                    average.copy_(state[f"average/{name}"])
+            for name, x in state.items():
+                kind, _, key = name.partition("/")
+                if kind == "optimizer":
+                    name, _, key = key.rpartition("/")
+                    p = parameters[name]
+                    self.optimizer.state[p][key] = x.to(p.device) if x.ndim or self.device.type != "cpu" else x.clone()
+            for name in NUMBERS:
+                setattr(self, name, type(getattr(self, name))(state[f"number/{name}"].item()))
+            self.average.count = int(state["number/averaged"].item())
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             raise ValueError(f"{path} is no checkpoint of this run ({' '.join(str(error).split())})") from None
         if self.world.is_first:
             self.say(f"going on at step {self.done} from {path}")
+
+
+def local(x: Tensor) -> Tensor:
+    """The part of a tensor that this process has."""
+    return x.to_local() if hasattr(x, "to_local") else x
 
 
 def joined(pieces: list[Piece]) -> list[Piece]:

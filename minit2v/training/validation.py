@@ -15,6 +15,7 @@ from torch import Tensor
 from minit2v_convert.stream import replacing
 
 from ..files.video import export_to_video
+from ..parallel import is_sharded
 from .checkpoints import forget_later
 from .logs import append
 from .trainable import without_time
@@ -31,7 +32,8 @@ class Validation:
 
     def __init__(self, trainer: "Trainer"):
         self.trainer, self.path = trainer, trainer.out / "validation.csv"
-        forget_later(self.path, trainer.done)
+        if trainer.world.is_first:
+            forget_later(self.path, trainer.done)
         recipe, data = trainer.recipe, trainer.data
         self.batch = data.load(data.batch(FIXED, min(recipe.validation_clips, max(1, len(data)))))
 
@@ -39,11 +41,13 @@ class Validation:
         """One validation of the weights as they are; nothing where the step has one."""
         trainer, step = self.trainer, self.trainer.done
         rows = self.rows()
-        if step in rows:
+        if is_sharded(trainer.unet) and trainer.world.from_first(lambda: step in rows) or step in rows:
             return
         with trainer.sampling():
             losses = self.losses()
             videos = self.sample()
+        if not trainer.world.is_first:
+            return
         motion = motion_of(videos)
         row = {"loss": sum(losses) / BINS, **{f"loss_t{k}": x for k, x in enumerate(losses)}, "motion": motion}
         self.keep(videos, trainer.out / "samples" / f"step-{step:06d}")
@@ -95,14 +99,17 @@ class Validation:
         save_grid(videos, path.with_name(path.name + ".png"))
 
 
-def sample(pipe: Any, prompts: list[str], recipe: Any) -> Tensor:
-    """Videos (b f c h w) in [0, 1] of a pipeline, each of its own seed; of an image model, without motion modules."""
+def sample(pipe: Any, prompts: list[str], recipe: Any, seed: int | None = None, output_type: str = "pt") -> Tensor:
+    """Videos (b f c h w) in [0, 1], float32 on the CPU, or latents; an image model's without its motion modules.
+
+    Each video has its own seed, from `seed` on; None: the recipe's.
+    """
     pipe.set_progress_bar_config(disable=True)
-    seeds = [torch.Generator().manual_seed(recipe.seed + n) for n in range(len(prompts))]
+    first = recipe.seed if seed is None else seed
     with without_time(pipe.unet) if recipe.train == "image" else nullcontext():
         made = pipe(prompts, height=recipe.height, width=recipe.width, num_frames=recipe.frames,
-                    num_inference_steps=recipe.sample_steps, guidance_scale=recipe.guidance, generator=seeds,
-                    output_type="pt")  # fmt: skip
+                    num_inference_steps=recipe.sample_steps, guidance_scale=recipe.guidance, output_type=output_type,
+                    generator=[torch.Generator().manual_seed(first + n) for n in range(len(prompts))])  # fmt: skip
     return made.frames.float().cpu()
 
 

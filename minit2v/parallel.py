@@ -1,0 +1,295 @@
+"""Several processes that train one network: `torchrun --nproc-per-node N`, on one machine or several.
+
+Every process takes its rows of a global batch, and all do the same step. Gradients are the sum over the processes,
+so a loss is summed over the rows and divided by the global batch; then any number of processes makes the same step.
+
+    world = parallel.world()                                     # one process, where torchrun has not started us
+    network = world.replicate(unet)                              # or world.shard(unet): a part of the weights on each
+    for k, piece in enumerate(pieces):                           # of world.share(batch)
+        with world.accumulating(network, last=k == len(pieces) - 1):
+            world.backward(loss(network(...)) / len(batch), network)
+    world.sum_gradients(network)
+    norm = world.clip(parameters, 1.0)
+"""
+
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from minit2v_convert.stream import first_line
+
+PATIENCE = 1800.0  # seconds that a process waits for the others, if nothing else is said
+PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def of_environment() -> tuple[int, int, int]:
+    """(rank, number of processes, rank on this machine) as torchrun has set them; (0, 1, 0) where it has not."""
+    found = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
+    return tuple(map(int, found)) if all(map(str.isdecimal, found)) else (0, 1, 0)  # type: ignore[return-value]
+
+
+def own_device(device: torch.device) -> torch.device:
+    """Of several processes on a machine each takes the accelerator of its local rank, if `device` names none.
+
+    ValueError where there are fewer accelerators than processes.
+    """
+    _, size, local = of_environment()
+    if size == 1 or device.type == "cpu":
+        return device
+    there = torch.accelerator.device_count()
+    if device.index is None:
+        if local >= there:
+            raise ValueError(f"process {local + 1} of this machine finds {there} device{'s' * (there > 1)}: start one "
+                             f"process for each (--nproc-per-node {there})")  # fmt: skip
+        device = torch.device(device.type, local)
+    torch.accelerator.set_device_index(device.index)
+    return device
+
+
+def world(device: torch.device | str | None = None, patience: float = PATIENCE) -> "World":
+    """The processes that torchrun has started, connected: by NCCL on CUDA, by gloo on CPUs.
+
+    device: of this process; None: the accelerator of its local rank, or the CPU. patience: seconds that a process
+    waits for the others before it fails.
+    """
+    rank, size, _ = of_environment()
+    if device is None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = own_device(torch.device(device or "cpu"))
+    if size == 1 and "RANK" not in os.environ:
+        return World(device=device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if not distributed.is_initialized():
+        distributed.init_process_group(backend, timeout=timedelta(seconds=patience))
+    waiting = distributed.new_group(backend="gloo", timeout=timedelta(seconds=patience))
+    return World(rank, size, device, waiting)
+
+
+@dataclass(frozen=True)
+class World:
+    """All processes as one of them sees them. Alone, it does nothing where others would be asked."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+    waiting: Any = None  # the gloo group of `barrier`
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and messages for all."""
+        return self.rank == 0
+
+    def share(self, rows: Sequence[Any]) -> list[Any]:
+        """This process's rows of a global batch. ValueError where they cannot be shared evenly."""
+        if len(rows) % self.size:
+            raise ValueError(f"a batch of {len(rows)} cannot be shared by {self.size} processes: it must be a multiple")
+        count = len(rows) // self.size
+        return list(rows[self.rank * count : (self.rank + 1) * count])
+
+    # Waiting and telling ---------------------------------------------------------------------------------------------
+
+    def barrier(self, name: str, timeout: float = PATIENCE) -> None:
+        """Wait for all processes. RuntimeError, with this name and who is missing, after `timeout` seconds."""
+        if self.size == 1:
+            return
+        try:
+            distributed.monitored_barrier(self.waiting, timedelta(seconds=timeout), wait_all_ranks=True)
+        except RuntimeError as error:
+            why = " ".join(str(error).split())
+            raise RuntimeError(f"process {self.rank + 1} of {self.size} waited in vain for the others at {name!r} "
+                               f"({why})") from error  # fmt: skip
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The sums over all processes, in float64."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        distributed.all_reduce(total, group=self.waiting)
+        return total.tolist()
+
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """What the first process gets from `make`; the others do not call it. An error of the first is one of all."""
+        if self.size == 1:
+            return make()
+        found: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                found[0] = make()
+            except Exception as error:
+                found[1] = error
+        distributed.broadcast_object_list(found, group=self.waiting)
+        if found[1] is not None:
+            raise found[1]
+        return found[0]
+
+    def close(self) -> None:
+        """Leave the others: all must be done."""
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+    # The network -----------------------------------------------------------------------------------------------------
+
+    def replicate(self, network: nn.Module, unused: bool = False) -> nn.Module:
+        """The whole network on every process, gradients summed while backward runs (DDP, arXiv:2006.15704).
+
+        It wraps `network`, whose parameters become those of the first process. unused: some parameters take no part in
+        some steps.
+        """
+        if self.size == 1:
+            return network
+        device = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(network, device_ids=device, broadcast_buffers=False,
+                                                   gradient_as_bucket_view=True, find_unused_parameters=unused)
+
+    def shard(self, network: nn.Module, precision: str = "float32", offload: bool = False) -> nn.Module:
+        """A part of every weight, gradient and optimizer state on each process (FSDP2): each block, and the rest.
+
+        The network itself changes: its parameters become DTensors, so an optimizer must be made behind it. precision:
+        "bf16" or "fp16" computes in that, with weights, gradients and their sums in float32. offload: parts wait in
+        the CPU's memory. Returns the network.
+        """
+        if not distributed.is_initialized():
+            return network
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+        dtype = PRECISIONS[precision]
+        policy = MixedPrecisionPolicy(dtype, torch.float32) if dtype else MixedPrecisionPolicy()
+        how = {"mesh": init_device_mesh(self.device.type, (self.size,)), "mp_policy": policy,
+               "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}  # fmt: skip
+        for block in network.blocks():  # type: ignore[operator]
+            fully_shard(block, **how)
+        return fully_shard(network, **how)
+
+    @contextmanager
+    def accumulating(self, network: nn.Module, last: bool) -> Iterator[None]:
+        """Around forward and backward of a piece of the batch: gradients travel with the last piece alone."""
+        if isinstance(network, nn.parallel.DistributedDataParallel) and not last:
+            with network.no_sync():
+                yield
+            return
+        if is_sharded(network):
+            network.set_requires_gradient_sync(last)  # type: ignore[operator]
+        yield
+
+    def backward(self, loss: Tensor, network: nn.Module) -> None:
+        """Add gradients whose sum over the processes is that of the global batch: DDP and FSDP take their mean."""
+        averages = isinstance(network, nn.parallel.DistributedDataParallel) or is_sharded(network)
+        (loss * self.size if averages else loss).backward()
+
+    @torch.no_grad()
+    def sum_gradients(self, parameters: Iterable[nn.Parameter] | nn.Module) -> None:
+        """Sum the gradients over the processes in one message. Nothing is done for a network that did it in backward.
+
+        For few parameters (LoRAs), and for those that not every step uses: one that got a gradient nowhere has none.
+        """
+        if isinstance(parameters, nn.Module):
+            if isinstance(parameters, nn.parallel.DistributedDataParallel) or is_sharded(parameters):
+                return
+            parameters = parameters.parameters()
+        trained = [p for p in parameters if p.requires_grad]
+        if self.size == 1 or not trained:
+            return
+        for dtype in dict.fromkeys(p.dtype for p in trained):
+            group = [p for p in trained if p.dtype == dtype]
+            used = torch.tensor([p.grad is not None for p in group], dtype=dtype, device=group[0].device)
+            flat = torch.cat([used, *(torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
+                                      for p in group)])  # fmt: skip
+            distributed.all_reduce(flat)
+            sums = flat[len(group) :].split([p.numel() for p in group])
+            for p, total, count in zip(group, sums, flat[: len(group)].tolist(), strict=True):
+                p.grad = total.view_as(p).clone() if count else None
+
+    def clip(self, parameters: Iterable[nn.Parameter], most: float) -> float:
+        """Scale all gradients so that their norm is at most `most`; returns the norm before. Also of sharded ones."""
+        norm = nn.utils.clip_grad_norm_(list(parameters), most)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The whole tensors on the CPU of the first process, one after the other; an empty dict on the others.
+
+        All processes must call it, with the same names in the same order.
+        """
+        whole: dict[str, Tensor] = {}
+        for name, x in tensors.items():
+            x = x.detach()
+            x = x.full_tensor() if hasattr(x, "full_tensor") else x  # type: ignore[operator]
+            if self.is_first:
+                whole[name] = x.cpu()
+        return whole
+
+    # Checkpoints of sharded networks ---------------------------------------------------------------------------------
+
+    def save_sharded(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Each process writes its part of the tensors. `folder` appears whole, also where one is killed meanwhile."""
+        from torch.distributed import checkpoint
+
+        part = folder.with_name(f"{folder.name}.part")
+        if self.is_first:
+            shutil.rmtree(part, ignore_errors=True)  # of a save that was killed
+            part.mkdir(parents=True)
+        self.barrier(f"saving {folder.name}")
+        with _quiet():
+            checkpoint.save(dict(tensors), checkpoint_id=part)
+        self.barrier(f"parts of {folder.name}")
+        if self.is_first:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(part, folder)
+            sync(folder.parent)
+        self.barrier(f"name of {folder.name}")
+
+    def load_sharded(self, folder: Path, like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
+        """The tensors that any number of processes has saved, spread as `like(name)` is; None: whole on each.
+
+        ValueError where the folder is not whole. It must be one's own: PyTorch reads the list of tensors with pickle.
+        """
+        from torch.distributed import checkpoint
+
+        try:
+            stored = checkpoint.FileSystemReader(folder).read_metadata().state_dict_metadata
+            tensors = {}
+            for name, about in stored.items():
+                near, dtype = like(name), about.properties.dtype
+                fits = near is not None and near.shape == about.size
+                tensors[name] = torch.zeros_like(near, dtype=dtype) if fits else torch.zeros(about.size, dtype=dtype)
+            with _quiet():
+                checkpoint.load(tensors, checkpoint_id=folder)
+        except Exception as error:  # a broken file breaks its reader anywhere
+            raise ValueError(f"{folder} is no whole checkpoint ({first_line(error)})") from error
+        return tensors
+
+
+def is_sharded(network: nn.Module) -> bool:
+    """Whether `World.shard` has changed it."""
+    if not distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(network, FSDPModule)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without PyTorch's words on a single process, which is what was asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is (disabled|unavailable).*")
+        yield
+
+
+def sync(folder: Path) -> None:
+    """Bring the names in a folder to the disk, where the system can (Windows cannot)."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,441 @@
+"""The trainer: one step, a run that a kill does not change, what is refused, and what comes out."""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from minit2v import AnimateDiffPipeline, DDIMScheduler, TextToVideoSDPipeline, UNet3DConditionModel, UNetMotionModel
+from minit2v.training import checkpoints, validation
+from minit2v.training.recipe import Recipe, read_recipe
+from minit2v.training.trainer import Average, Piece, Trainer
+
+SMALL = {"block_out_channels": (16,), "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 12}
+UNET3D = {**SMALL, "down_block_types": ("CrossAttnDownBlock3D",), "up_block_types": ("CrossAttnUpBlock3D",),
+          "attention_head_dim": 8}  # fmt: skip
+MOTION = {**SMALL, "down_block_types": ("CrossAttnDownBlockMotion",), "up_block_types": ("CrossAttnUpBlockMotion",),
+          "num_attention_heads": 2, "motion_num_attention_heads": 2, "use_motion_mid_block": False,
+          "resnet_norms": "frame"}  # fmt: skip
+
+
+class Clips:
+    """Random latents in the place of a data set; `broken`: clips that hold NaN."""
+
+    def __init__(self, count: int = 3, frames: int = 3, broken: tuple[int, ...] = (), seed: int = 0):
+        noise = torch.Generator().manual_seed(seed)
+        self.latents = torch.randn(count, 4, frames, 4, 4, generator=noise)
+        self.text = torch.randn(count, 5, 12, generator=noise)
+        for n in broken:
+            self.latents[n] = float("nan")
+        self.fingerprint = f"{count} {frames} {seed}"
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def batch(self, step: int, batch: int) -> list[int]:
+        return [(step * batch + row) % len(self.latents) for row in range(batch)]
+
+    def load(self, items: list[int]) -> Piece:
+        return Piece(self.latents[items], self.text[items], [f"clip{n}.mp4" for n in items], items)
+
+
+def make_pipe(randomize_, cls=UNet3DConditionModel, dtype=torch.float32):
+    unet = randomize_(cls(**(UNET3D if cls is UNet3DConditionModel else MOTION))).to(dtype)
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    if cls is UNet3DConditionModel:
+        return TextToVideoSDPipeline(None, None, None, unet, scheduler)
+    return AnimateDiffPipeline(None, None, None, unet, None, scheduler)
+
+
+@pytest.fixture
+def make(tmp_path, randomize_):
+    """A trainer of a small network, with float32 weights."""
+
+    def trainer(data=None, out="run", cls=UNet3DConditionModel, dtype=torch.float32, old=None, say=None, **options):
+        options = {"steps": 4, "batch": 2, "rate": 1e-3, "warmup": 0, "rank": 2, "validate_every": 0} | options
+        recipe = Recipe(data=("clips",), out=tmp_path / out, **options)
+        return Trainer(make_pipe(randomize_, cls, dtype), data or Clips(), recipe, prior=old, say=say or (lambda _: 0))
+
+    return trainer
+
+
+def weights(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.trained}
+
+
+# The recipe -------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_recipe_refuses(tmp_path):
+    file = tmp_path / "a.toml"
+    (tmp_path / "clips").mkdir()
+    for text, said in {
+        "learning_rat = 1": "no option 'learning_rat' (nearest: ",
+        'train = "loar"': "not 'loar' (nearest: 'lora')",
+        "steps = 0": "steps must be at least 1",
+        "rate = 'x'": "rate must be",
+        "rate = -1.0": "rate must be at least 0",
+        "fps = 8.0\nstride = 2": "stride must be None beside fps",
+        "batch = 4\naccumulate = 3": "accumulate must divide batch 4",
+        'train = "patterns"': "targets must be patterns",
+        'train = "full"\ntargets = ["both"]': "targets goes with train",
+        'prior = "self"': "prior 'self' needs prior_prompts",
+        "rank = [": "a.toml",
+        "out = 'x'\ndata = 'gone'": "no file or folder",
+        "data = 'clips'": "give out",
+    }.items():
+        file.write_text(text)
+        with pytest.raises(ValueError) as error:
+            read_recipe(file, {})
+        assert said in str(error.value) and "\n" not in str(error.value), (text, error.value)
+    with pytest.raises(ValueError, match="train 'motion' is for image models"):
+        Recipe(train="motion").filled("UNet3DConditionModel")
+
+
+def test_options_of_a_file_and_of_the_command_line(tmp_path):
+    (tmp_path / "clips").mkdir()
+    file = tmp_path / "a.toml"
+    file.write_text('data = "clips"\nout = "run"\nrate = 1e-3\ntimesteps = [100, 200]\ntargets = "both"')
+    recipe = read_recipe(file, {"rate": 2e-3, "out": str(tmp_path / "other")})
+    assert recipe.data == (str(tmp_path / "clips"),)  # from the file, wherever one stands
+    assert (recipe.rate, recipe.out, recipe.timesteps) == (2e-3, str(tmp_path / "other"), (100, 200))
+    assert recipe.targets == ("both",)
+
+
+def test_usual_values():
+    lora = Recipe().filled("UNet3DConditionModel", clips=9)
+    assert (lora.alpha, lora.weight_decay, lora.ema, lora.text_dropout, lora.temporal_dropout) == (8, 0, 0, 0.1, 0)
+    assert Recipe().filled("UNet3DConditionModel", clips=1).text_dropout == 0
+    full = Recipe(train="full", rate=1.0).filled("UNet3DConditionModel")
+    assert (full.temporal_dropout, full.ema, full.rate, full.weight_decay) == (0.1, 0.999, 1.0, 0.01)
+    motion = Recipe(train="motion-lora").filled("UNetMotionModel")
+    assert (motion.rate, motion.timesteps, motion.temporal_dropout) == (5e-4, "high", 0)
+    assert all(value is not None for name, value in full.values().items()
+               if name in ("rate", "warmup", "frames", "precision", "guidance", "validate_every"))
+
+
+def test_rates_are_functions_of_the_step():
+    flat = Recipe(steps=100, warmup=9)
+    assert [flat.rate_at(n) for n in (0, 4, 9, 99)] == [0.1, 0.5, 1, 1]
+    line = dataclasses.replace(flat, schedule="linear", warmup=0)
+    assert [line.rate_at(n) for n in (0, 50, 75)] == [1, 0.5, 0.25]
+    curve = dataclasses.replace(flat, schedule="cosine", warmup=0)
+    assert [curve.rate_at(n) for n in (0, 25, 100)] == pytest.approx([1, 0.5 * (1 + math.cos(math.pi / 4)), 0])
+
+
+# One step ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train", ["lora", "full", "motiondirector"])
+@pytest.mark.parametrize("cls", [UNet3DConditionModel, UNetMotionModel])
+def test_however_a_batch_is_cut_a_step_is_the_same(make, train, cls):
+    found = []
+    for n in (1, 2, 4):
+        trainer = make(out=f"run{n}", cls=cls, dtype=torch.float64, train=train, batch=4, accumulate=n, steps=3,
+                       dropout=0.0, temporal_dropout=0.0)  # fmt: skip
+        losses = [trainer.step()["loss"] for _ in range(3)]
+        found.append((losses, weights(trainer)))
+    for losses, state in found[1:]:
+        assert losses == pytest.approx(found[0][0], rel=1e-12)
+        for name, value in state.items():
+            torch.testing.assert_close(value, found[0][1][name], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("train", ["lora", "full", "temporal", "motiondirector"])
+def test_gradient_checkpointing_changes_no_gradient(make, train):
+    found = []
+    for on in (False, True):
+        trainer = make(out=f"run{on}", dtype=torch.float64, train=train, checkpointing=on, dropout=0.0,
+                       temporal_dropout=0.0)  # fmt: skip
+        for _ in range(2):  # a LoRA's `down` has no gradient before `up` has moved
+            trainer.step()
+        found.append({name: p.grad for name, p in trainer.trained})
+        frozen = {id(p) for p in trainer.parameters}
+        assert all(p.grad is None for p in trainer.unet.parameters() if id(p) not in frozen)
+    for name, grad in found[0].items():
+        assert grad is not None and grad.abs().max() > 0, name
+        torch.testing.assert_close(found[1][name], grad, rtol=0, atol=1e-12)
+
+
+def test_dropout_is_the_same_with_checkpointing_and_after_a_resume(make):
+    first = make(train="full", temporal_dropout=0.5, ema=0.0)
+    losses = [first.step()["loss"] for _ in range(3)]
+    other = make(out="other", train="full", temporal_dropout=0.5, ema=0.0, checkpointing=True)
+    assert [other.step()["loss"] for _ in range(3)] == losses
+    without = make(out="without", train="full", temporal_dropout=0.0, ema=0.0)
+    assert without.step()["loss"] != losses[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("train", ["lora", "motiondirector"])
+@pytest.mark.parametrize("cls", [UNet3DConditionModel, UNetMotionModel])
+def test_a_new_lora_changes_no_bit(make, randomize_, cls, train):
+    x, text = torch.randn(1, 4, 3, 4, 4), torch.randn(1, 5, 12)
+    base = make_pipe(randomize_, cls).unet.eval().requires_grad_(False)(x, 7, text)
+    trainer = make(cls=cls, train=train)
+    with trainer.sampling():
+        assert torch.equal(trainer.unet(x, 7, text), base)
+    with torch.enable_grad():
+        trainer.step()
+    with trainer.sampling():
+        assert not torch.equal(trainer.unet(x, 7, text), base)
+
+
+def test_stills_run_through_the_spatial_layers_alone(make):
+    trainer = make(Clips(frames=1), train="full")
+    trainer.step()
+    still = {name for name, p in trainer.trained if p.grad is None or p.grad.abs().max() == 0}
+    assert still and all("temp" in name or "transformer_in" in name for name in still)
+    whole = make(Clips(frames=1), out="whole", train="full", stills="whole")
+    whole.step()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for name, p in whole.trained if "temp_attentions" in name)
+
+
+def test_a_part_of_each_batch_is_the_prior_sets(make):
+    prior = Clips(seed=5)
+    trainer = make(old=prior, prior="old", prior_share=0.5, batch=4, accumulate=2)
+    pieces = trainer.batch(3)
+    assert sorted(n for piece in pieces for n in piece.numbers) == [12, 13, 14, 15]
+    assert [p.latents.shape[0] for p in pieces] == [2, 2]  # of both sets together
+    old = torch.cat([p.latents for p in pieces])
+    assert sum(any(torch.equal(x, y) for y in prior.latents) for x in old) == 2
+    longer = make(out="b", old=Clips(frames=2, seed=5), prior="old", prior_share=0.5, batch=4)
+    assert [p.latents.shape[2] for p in longer.batch(0)] == [3, 2]  # what does not fit runs by itself
+    assert math.isfinite(longer.step()["loss"])
+
+
+def test_sixteen_bits_have_float32_masters(make):
+    trainer = make(train="lora", precision="bf16", rate=1e-4)
+    before = weights(trainer)
+    assert {p.dtype for p in trainer.parameters} == {torch.float32}
+    assert trainer.unet.conv_in.weight.dtype == torch.bfloat16 and trainer.unet.norm_out.weight.dtype == torch.float32
+    plain = make(out="plain", train="lora", rate=1e-4)
+    for step in range(3):
+        loss = trainer.step()["loss"]
+        assert loss == pytest.approx(plain.step()["loss"], rel=0.05) and loss != 0, step
+    assert any(not torch.equal(value, before[name]) for name, value in weights(trainer).items())
+    with pytest.raises(ValueError, match="load the model in float32"):
+        make(out="half", train="full", dtype=torch.bfloat16)
+
+
+def test_fp16_halves_its_scale_where_a_gradient_does_not_fit(make):
+    trainer = make(train="lora", precision="fp16")
+    trainer.scale = 2.0**120
+    before = weights(trainer)
+    trainer.step()
+    assert trainer.scale == 2.0**119 and trainer.skipped == 0
+    assert all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
+    trainer.scale = 1024.0
+    trainer.step()
+    assert any(not torch.equal(value, before[name]) for name, value in weights(trainer).items())
+
+
+def test_the_average_begins_fast_and_ends_slow():
+    p = torch.nn.Parameter(torch.zeros(3))
+    average, value = Average([p], 0.9), 0.0
+    for n in range(30):
+        p.data.fill_(n)
+        average.update()
+        decay = min(0.9, (1 + n) / (10 + n))
+        value = decay * value + (1 - decay) * n
+    assert average.values[0][0].item() == pytest.approx(value, rel=1e-6)
+    with average.in_place():
+        assert p[0].item() == pytest.approx(value, rel=1e-6)
+    assert p[0].item() == 29
+
+
+# Learning ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("train, rate, most", [("full", 1e-2, 0.6), ("lora", 3e-2, 0.9), ("full", 0.0, 1.0)])
+def test_the_loss_of_one_clip_falls_and_at_rate_0_it_stays(make, train, rate, most):
+    trainer = make(Clips(1), train=train, rate=rate, steps=60, batch=4, ema=0.0, temporal_dropout=0.0,
+                   validation_clips=1)  # fmt: skip
+    fixed = validation.Validation(trainer)
+    found = []
+    for steps in (0, 60):
+        for _ in range(steps):
+            trainer.step()
+        with trainer.sampling():
+            found.append(sum(fixed.losses()))
+    assert found[1] <= most * found[0]
+    if rate == 0:
+        assert found[1] == found[0]
+
+
+# Faults -----------------------------------------------------------------------------------------------------------
+
+
+def test_one_broken_clip_is_skipped_and_five_steps_in_a_row_stop(make):
+    said: list[str] = []
+    trainer = make(Clips(4, broken=(1,)), say=said.append, batch=1, steps=8)
+    before = weights(trainer)
+    trainer.step()
+    good = weights(trainer)
+    assert any(not torch.equal(value, before[name]) for name, value in good.items())
+    values = trainer.step()
+    assert values["skipped"] == 1 and "step 1: its loss is not finite; files: clip1.mp4;" in said[0]
+    assert all(torch.equal(value, good[name]) for name, value in weights(trainer).items())
+    trainer.run()
+    assert trainer.skipped == 2 and trainer.done == 8  # the run went on
+
+    trainer = make(Clips(1, broken=(0,)), out="all", batch=1, steps=9)
+    trainer.save()
+    with pytest.raises(RuntimeError, match="step 4: its loss .* clip0.mp4; first tensor: lora.* 5 steps in a row .*"
+                                           "step-000000.ckpt"):  # fmt: skip
+        for _ in range(9):
+            trainer.step()
+
+
+def test_a_gradient_that_is_not_finite_is_named(make):
+    said: list[str] = []
+    trainer = make(say=said.append, train="full")
+    name, p = trainer.trained[3]
+    p.register_hook(lambda grad: grad * float("inf"))
+    before = weights(trainer)
+    trainer.step()
+    assert f"a gradient is not finite; files: clip0.mp4, clip1.mp4; first tensor: {name}" in said[0]
+    assert all(torch.equal(value, before[n]) for n, value in weights(trainer).items())
+
+
+def test_another_recipe_is_refused_in_the_folder_of_a_run(make, tmp_path):
+    make().run()
+    said = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert said["recipe"]["rate"] == 1e-3 and said["recipe"]["weight_decay"] == 0.0  # also what was not given
+    with pytest.raises(ValueError, match=r"another run: batch was 2 .*; rate was 0.001 and is 0.002\. .*--resume"):
+        make(rate=2e-3, batch=4)
+    with pytest.raises(ValueError, match="the data is another"):
+        make(Clips(2))
+    assert make(keep=5, log_every=1).done == 4  # what changes no weight may change
+    longer = make(steps=6)
+    longer.run()
+    assert longer.done == 6
+    with pytest.raises(ValueError, match="steps was 6 and is 8"):
+        make(steps=8, schedule="cosine")
+
+
+def test_a_broken_checkpoint_gives_way_to_the_one_before(make, tmp_path):
+    trainer = make(save_every=1, keep=2)
+    trainer.run()
+    assert sorted(checkpoints.all_of(tmp_path / "run")) == [3, 4]
+    newest = tmp_path / "run" / "step-000004.ckpt"
+    newest.write_bytes(newest.read_bytes()[:-200])
+    again = make(save_every=1, keep=2)
+    assert again.done == 3
+    again.run()
+    assert all(torch.equal(value, weights(trainer)[name]) for name, value in weights(again).items())
+    for path in (tmp_path / "run").glob("*.ckpt"):
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="is broken"):
+        make(save_every=1, keep=2)
+
+
+# Kills ------------------------------------------------------------------------------------------------------------
+
+RUN = """
+import os, random, signal, sys, threading, time
+from tqdm import tqdm
+sys.path.insert(0, {tests!r})
+import torch
+import test_trainer as t
+from conftest import _randomize
+from minit2v.training import checkpoints
+
+torch.set_num_threads(1)
+
+def start(out):
+    child = os.fork()
+    if child:
+        return child
+    tqdm.set_lock(threading.RLock())  # a child that is killed while it holds the shared one would stop all others
+    try:
+        recipe = t.Recipe(data=("clips",), out=out, train="full", steps=8, batch=2, rate=1e-3, warmup=0, save_every=1,
+                          temporal_dropout=0.2, ema=0.9, validate_every=0, precision="float32")
+        t.Trainer(t.make_pipe(_randomize), t.Clips(), recipe, say=lambda _: 0).run()
+        os._exit(0)
+    except BaseException as error:
+        print(error, file=sys.stderr)
+        os._exit(1)
+
+def ended(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+began = time.monotonic()
+assert ended(start({whole!r})) == 0
+seconds, rng, codes = time.monotonic() - began, random.Random(0), []
+for _ in range(4):
+    child = start({killed!r})
+    time.sleep(rng.uniform(0.2, 0.8) * seconds)
+    os.kill(child, signal.SIGKILL)
+    codes.append(ended(child))
+codes.append(ended(start({killed!r})))
+child = start({asked!r})
+while not checkpoints.all_of(t.Path({asked!r})):
+    time.sleep(0.01)
+os.kill(child, signal.SIGTERM)
+print(*codes, ended(child))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits(tmp_path):
+    whole, killed, asked = tmp_path / "whole", tmp_path / "killed", tmp_path / "asked"
+    code = RUN.format(tests=str(Path(__file__).parent), whole=str(whole), killed=str(killed), asked=str(asked))
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300,
+                         env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    *kills, code, by_term = map(int, run.stdout.split())
+    assert -signal.SIGKILL in kills and code == 0, run.stderr  # it was killed, and went on
+    a, b = (checkpoints.load_state(checkpoints.newest(folder)) for folder in (whole, killed))
+    assert a.keys() == b.keys() and a["number/done"] == a["number/averaged"] == 8
+    assert {name.split("/")[0] for name in a} == {"trained", "average", "optimizer", "number"}
+    assert not [name for name, x in a.items() if not torch.equal(x, b[name]) and name != "number/seconds"]
+    assert not list(killed.glob(".*.ckpt"))  # nothing half-written is left
+
+    assert by_term == -signal.SIGTERM  # which saves after the step in hand
+    assert 0 < checkpoints.load_state(checkpoints.newest(asked))["number/done"] < 8
+
+
+# The whole --------------------------------------------------------------------------------------------------------
+
+
+def test_clips_in_a_folder_become_a_lora_that_loads(tmp_path, capsys):
+    """`minit2v train` with the embedded model: samples, curves, the file, and the same frames from the file."""
+    from minit2v import cli
+    from minit2v.files.video import export_to_video
+    from minit2v.training import world
+
+    rng, folder = random.Random(0), tmp_path / "clips"
+    folder.mkdir()
+    for n, what in enumerate(world.TRAINED[:2]):
+        video = world.render([world.draw_clip(rng, *what)])[0]
+        export_to_video(video.permute(1, 2, 3, 0).numpy(), folder / f"{n}.mp4", fps=8, quality=9)
+        (folder / f"{n}.txt").write_text(world.captions(*what)[0])
+    (folder / "broken.mp4").write_bytes(b"x" * 100)
+    (folder / "broken.txt").write_text("a broken file")
+    words = ["train", "--data", str(folder), "--out", str(tmp_path / "run"), "--steps=2", "--batch=2", "--rate=1e-2",
+             "--sample-steps=2", "--validate-every=2", "--validation-clips=1", "--log-every=1",
+             "--validation-prompts", "a red circle moving left"]  # fmt: skip
+    assert cli.main(words) == 0
+    said = capsys.readouterr()
+    path = tmp_path / "run" / "lora.safetensors"
+    assert said.out.splitlines()[-1] == str(path) and "rank = 8" in said.out
+    assert "broken.mp4 is skipped" in said.err and "1 files are skipped" in said.err
+    assert "loaded anew it makes the same videos" in said.err
+    samples = sorted(p.name for p in (tmp_path / "run" / "samples").iterdir())
+    assert samples == ["step-000000.mp4", "step-000000.png", "step-000002.mp4", "step-000002.png"]
+    assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 3
+    assert len((tmp_path / "run" / "validation.csv").read_text().splitlines()) == 3
+    assert cli.main(words) == 0  # the same command again has nothing to do
+    assert "going on at step 2" in capsys.readouterr().err
+    assert cli.main([*words, "--rank", "4"]) == 1
+    assert "rank was 8 and is 4" in capsys.readouterr().err
