@@ -14,6 +14,7 @@ benchmarks/results/training_accuracy.json, one entry for each name (`--name`).
 """
 
 import argparse
+import csv
 import json
 import platform
 import random
@@ -142,6 +143,12 @@ def shares(asked: list[tuple[Combination, int]], seen: dict[tuple[Combination, i
     return {"videos": len(asked), **{name: n / len(asked) for name, n in right.items()}, "misses": misses}
 
 
+def minutes(log: Path) -> float:
+    """What the last row of a run's log.csv says."""
+    with log.open() as file:
+        return round(float(list(csv.DictReader(file))[-1]["minutes"]), 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("word", choices=(world.NEW_MOTION, *world.SYNONYMS, *world.NEW_COLOURS))
@@ -152,6 +159,7 @@ def main() -> None:
     parser.add_argument("--lora", action="append", help="file or folder of a LoRA; may be given more than once")
     parser.add_argument("--name", help="of the entry in the result; default: the word, and -animate")
     parser.add_argument("--note", help="a sentence that is kept with the result: how it was trained")
+    parser.add_argument("--log", type=Path, help="log.csv of the run: its minutes are kept with the result")
     parser.add_argument("--old-seeds", type=int, default=1, choices=(1, 2, 3, 4))
     parser.add_argument("--before", type=int, default=NEW, help="how many new videos the embedded model makes")
     parser.add_argument("--out", type=Path, default=RESULTS / "training_accuracy.json")
@@ -176,6 +184,7 @@ def main() -> None:
     about = {
         "command": "python benchmarks/training_accuracy.py " + " ".join(sys.argv[1:]),
         "trained": args.note,
+        "minutes_of_training": minutes(args.log) if args.log else None,
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {"minit2v": __version__, "torch": torch.__version__, "python": platform.python_version()},

@@ -289,6 +289,8 @@ class Trainer:
         self.unet.eval()
         with self.first.in_place(), self.autocast():
             said = self.unet(noisy[rows], t[rows], text[rows])
+            if is_sharded(self.unet):
+                self.unet.reshard()  # the root keeps whole weights after a forward: they would be the first ones still
         self.unet.train()
         target = target.clone()
         target[rows] = said.to(target)
