@@ -116,7 +116,8 @@ def test_examples_run(page):
     assert runner.tries > 0
 
 
-EXAMPLES = [pytest.param(code, id=f"{page}-{n}") for page in ("extending.md", "adapters.md") for n, code in enumerate(
+RUN = ("extending.md", "adapters.md", "training.md")
+EXAMPLES = [pytest.param(code, id=f"{page}-{n}") for page in RUN for n, code in enumerate(
     re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / page).read_text(), re.M | re.S), 1)]  # fmt: skip
 
 
@@ -126,6 +127,28 @@ def test_examples_of_pages_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     exec(compile(code, "a page", "exec"), {"__name__": "__main__"})
+
+
+def test_options_of_training_are_those_of_the_code():
+    """Every command of the page is one, its recipes are valid, and every option of a recipe is explained."""
+    import shlex
+
+    from minit2v.cli.arguments import make_parser
+    from minit2v.training.recipe import HINTS, Recipe
+
+    text = (ROOT / "docs" / "training.md").read_text()
+    commands = [line for block in re.findall(r"^```\n(.*?)^```$", text, re.M | re.S) for line in block.splitlines()
+                if line.startswith("minit2v ")]  # fmt: skip
+    commands += [f"minit2v train --data clips --out run {options}"
+                 for options in re.findall(r"\| `(--[^`]+)` \|", text)]  # fmt: skip
+    assert len(commands) > 9
+    for command in commands:
+        args = make_parser().parse_args(shlex.split(command)[1:])
+        if args.command == "train":
+            Recipe(**{name: value for name, value in vars(args).items() if name in HINTS})
+    explained = set(re.findall(r"`(?:--)?([\w-]+)[^`]*`", text))
+    missing = {name for name in HINTS if not {name, name.replace("_", "-")} & explained}
+    assert missing == set()
 
 
 def test_tables_are_those_of_the_code(facts, full, motion):

@@ -3,13 +3,16 @@
 import itertools
 import re
 import subprocess
+import weakref
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
-from minit2v import DiffusionPipeline, cli
+from minit2v import DiffusionPipeline, VideoToVideoSDPipeline, cli
 from minit2v.files.video import (
+    VideoFrames,
     export_to_gif,
     export_to_video,
     find_ffmpeg,
@@ -17,6 +20,8 @@ from minit2v.files.video import (
     load_video,
     read_metadata,
 )
+from minit2v.memory.live import Live
+from minit2v.pipelines import source
 
 RATE, COUNT = 10, 24
 
@@ -91,6 +96,53 @@ def test_a_part_of_a_video(clip, tmp_path):
                         (dict(start=1.0, max_pixels=one_frame), "max_pixels")):  # fmt: skip
         with pytest.raises(ValueError, match=said):
             load_video(clip, **wrong)
+
+
+def test_frames_are_read_anew_and_none_is_kept(clip, tmp_path):
+    gif = export_to_gif(map(grey, range(COUNT)), tmp_path / "a.gif", fps=RATE)
+    for n in range(3):
+        PIL.Image.fromarray(grey(n)).save(tmp_path / f"{n}.png")
+    for path, more in ((clip, {}), (clip, dict(start=0.3, end=1.5, every=4)), (gif, dict(start=0.5)), (tmp_path, {})):
+        read, (whole, fps) = VideoFrames(path, **more), load_video(path, return_fps=True, **more)
+        assert (len(read), read.fps, read.size) == (len(whole), fps, (64, 48))
+        for _ in range(2):
+            alive, most = [], 0
+            for frame, same in zip(read, whole, strict=True):
+                assert (np.asarray(frame) == np.asarray(same)).all()
+                alive = [ref for ref in (*alive, weakref.ref(frame)) if ref() is not None]
+                most = max(most, len(alive))
+            assert most <= 3
+    with pytest.raises(ValueError, match="no frame begins between 9 and inf"):
+        VideoFrames(clip, start=9)
+    with pytest.raises(ValueError, match="max_pixels"):
+        VideoFrames(clip, max_pixels=48 * 64 - 1)
+    assert len(VideoFrames(clip, max_pixels=48 * 64)) == COUNT, "the limit is for a frame"
+
+
+def test_a_pipeline_encodes_a_file_piece_by_piece(clip):
+    pipe = VideoToVideoSDPipeline.from_pretrained("shapes")
+    pipe.set_progress_bar_config(disable=True)
+
+    def made(video, **more):
+        g = torch.Generator().manual_seed(0)
+        return pipe("a red circle", video, 0.5, 2, generator=g, output_type="latent", **more).frames
+
+    for more in ({}, dict(height=32, width=32)):
+        assert torch.equal(made(VideoFrames(clip), **more), made(load_video(clip), **more))
+    with pytest.raises(ValueError, match="height must be a multiple of"):
+        made(VideoFrames(clip), height=33)
+
+    def peak(frames):
+        x = source.read(pipe, frames, None, None, None)
+        with torch.no_grad(), Live((*pipe.vae.parameters(), *pipe.vae.buffers())) as live:
+            source.encode_video(pipe, x, 1, torch.Generator(), torch.float32)
+        return live.peak
+
+    peak(VideoFrames(clip))  # forms of weights are made once
+    few = peak(VideoFrames(clip, end=0.8))
+    assert peak(VideoFrames(clip)) < 1.05 * few
+    read = source.read(pipe, VideoFrames(clip), None, None, None)
+    assert [x.shape[2] for x in read.pieces(10)] == [10, 10, 4]
 
 
 def test_sound_goes_with_the_frames(clip, tmp_path):

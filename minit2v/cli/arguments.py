@@ -222,6 +222,9 @@ def make_parser() -> Parser:
                                "plan that fits; no weights are needed")
     plan.add_argument("--model", default="shapes", help="a folder, a hub id, or ms-1.7b, zeroscope-v2-576w, "
                       "zeroscope-v2-xl, sd-1.5 (default: shapes)")
+    plan.add_argument("--adapter",
+                      help="the motion adapter of an image model: a folder, a hub id or a name such as motion-v1-5-3 "
+                      "(default: motion-v1-5-2)")
     plan.add_argument("--num-frames", type=_whole, metavar="N", help="number of frames (default: 16)")
     plan.add_argument("--height", type=_whole, metavar="PIXELS", help="height of the video (default: the model's)")
     plan.add_argument("--width", type=_whole, metavar="PIXELS", help="width of the video (default: the model's)")
@@ -230,6 +233,19 @@ def make_parser() -> Parser:
     plan.add_argument("--memory", type=_memory, metavar="SIZE",
                       help="choose a plan that fits into this memory, such as 8GiB")
     plan.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where to compute (default: cuda)")
+    plan.add_argument("--train", metavar="WHAT",
+                      help="plan a training instead of a video: full, temporal, lora, motion, motion-lora and other "
+                      "kinds of `minit2v train`")
+    plan.add_argument("--targets", nargs="+", metavar="LAYERS",
+                      help="layers that get a LoRA: spatial, temporal, linear, ... (default: both)")
+    plan.add_argument("--rank", type=_whole, metavar="N", help="rank of the LoRA (default: 8)")
+    plan.add_argument("--batch", type=_whole, metavar="N",
+                      help="number of clips in a step, over all processes (default: 4)")
+    plan.add_argument("--accumulate", type=_whole, metavar="N",
+                      help="number of pieces in which a process computes its clips (default: 1)")
+    plan.add_argument("--ema", action=argparse.BooleanOptionalAction,
+                      help="count a moving average of the trained weights (default: yes, but not for a LoRA)")
+    plan.add_argument("--processes", type=_whole, metavar="N", help="number of GPUs that train together (default: 1)")
 
     bisect = commands.add_parser("bisect", help="run one step with each Triton kernel in turn, and print its error "
                                  "against float64")

@@ -294,19 +294,23 @@ def _output_paths(output: Path | None, prompts: list[str], seed: int) -> list[Pa
 
 def _read_source(
     path: str, wanted: str | None, cut: dict[str, Any]
-) -> tuple[list, dict[str, Any], dict[str, Any]]:
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The frames to begin with, the settings that they suggest, and what says which video, and which part, it was.
+
+    The frames are read a few at a time, now and again for every prompt: never is the whole video in memory.
 
     wanted: the digest that the frames should have.
     """
-    from ..files.video import load_video
+    from ..files.video import VideoFrames
 
-    frames, fps = load_video(path, return_fps=True, start=cut.get("from", 0.0), end=cut.get("to"),
-                             every=cut.get("every", 1))
-    digest = hashlib.sha256(b"".join(f.tobytes() for f in frames)).hexdigest()
+    frames = VideoFrames(path, start=cut.get("from", 0.0), end=cut.get("to"), every=cut.get("every", 1))
+    total, (width, height) = hashlib.sha256(), frames.size
+    for frame in frames:
+        total.update(frame.tobytes())
+    digest = total.hexdigest()
     if wanted not in (None, digest):
         raise ValueError(f"{path}: not the video that was begun with, its frames have changed")
-    measured = {"strength": 0.6, "height": frames[0].height, "width": frames[0].width, **({"fps": fps} if fps else {})}
+    measured = {"strength": 0.6, "height": height, "width": width, **({"fps": frames.fps} if frames.fps else {})}
     where = path if "://" in path else str(Path(path).absolute())
     return frames, measured, {"video": where, "video_sha256": digest, **cut}
 

@@ -383,31 +383,67 @@ def load_video(
     Raises FileNotFoundError, ValueError where the file is no video, damaged or larger than that, OSError where it
     cannot be read or fetched.
     """
+    cut = _check_part(start, end, every, max_pixels)
+    with ended_cleanly(), tempfile.TemporaryDirectory(prefix="minit2v-") as folder:
+        read = _Reading(_local(video, Path(folder), max_pixels), Path(folder), max_pixels, cut)
+        frames = list(read)
+    chosen, fps = read.grid()
+    if len(chosen) > len(frames):
+        _check_pixels(read.path, len(chosen), *frames[0].size, max_pixels)
+    frames = [frames[i] if n == 0 or chosen[n - 1] != i else frames[i].copy() for n, i in enumerate(chosen)]
+    frames, fps = frames[::every], fps and fps / every
+    return (frames, fps) if return_fps else frames
+
+
+class VideoFrames:
+    """The frames that `load_video` would return, read anew whenever they are gone through: none is kept.
+
+    The file is read once at the beginning, to find damage and the times of frames. size: (width, height) in pixels.
+    fps: frames per second, None where there is no rate. max_pixels: of one frame. Raises what `load_video` raises.
+    """
+
+    def __init__(
+        self, video: str | os.PathLike, *, start: float = 0.0, end: float | None = None, every: int = 1,
+        max_pixels: float = MAX_PIXELS,
+    ):
+        cut = _check_part(start, end, every, max_pixels)
+        self._folder = tempfile.TemporaryDirectory(prefix="minit2v-")
+        path = _local(video, Path(self._folder.name), max_pixels)
+        self._arguments = path, Path(self._folder.name), max_pixels, cut, False
+        with ended_cleanly():
+            read = _Reading(*self._arguments)
+            sizes = {frame.size for frame in read}
+        if len(sizes) > 1:
+            raise ValueError(f"{shown(video)}: its frames differ in size: {sorted(sizes)[:3]}")
+        (self.size,) = sizes
+        chosen, fps = read.grid()
+        self._chosen, self.fps = chosen[::every], fps and fps / every
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __iter__(self) -> Iterator[Any]:
+        left = iter(self._chosen)
+        wanted = next(left, None)
+        for n, frame in enumerate(_Reading(*self._arguments)):
+            while n == wanted:
+                yield frame
+                wanted = next(left, None)
+            if wanted is None:
+                return
+        if wanted is not None:
+            raise ValueError(f"{shown(self._arguments[0])}: has fewer frames than before")
+
+
+def _check_part(start: float, end: float | None, every: int, max_pixels: float) -> tuple[float, float] | None:
+    """The seconds between which frames are taken, None: all. ValueError on what cannot be."""
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"every must be a whole number of at least 1, not {every!r}")
     if not 0 <= start < (math.inf if end is None else end):
         raise ValueError(f"start and end must be seconds from 0 in rising order, not {start!r} and {end!r}")
-    cut = None if start == 0 and end is None else (start, math.inf if end is None else end)
     if isinstance(max_pixels, bool) or not isinstance(max_pixels, int | float | np.number) or not max_pixels > 0:
         raise ValueError(f"max_pixels is a number above 0, not {max_pixels!r}")
-    with ended_cleanly(), tempfile.TemporaryDirectory(prefix="minit2v-") as folder:
-        scratch = Path(folder)
-        path = _local(video, scratch, max_pixels)
-        if path.is_dir():
-            frames, fps = _load_folder(path, max_pixels), None
-        elif is_animation(path):
-            frames, fps = _load_animation(path, max_pixels)
-        else:
-            frames, fps = _decode(path, scratch, max_pixels, cut)
-            cut = None
-    if cut is not None:
-        if fps is None:
-            raise ValueError(f"{shown(video)}: images have no times: start and end are for videos")
-        frames = [f for n, f in enumerate(frames) if cut[0] <= round(n / fps, 6) < cut[1]]
-        if not frames:
-            raise ValueError(f"{shown(video)}: no frame begins between {cut[0]:g} and {cut[1]:g} seconds")
-    frames, fps = frames[::every], fps and fps / every
-    return (frames, fps) if return_fps else frames
+    return None if start == 0 and end is None else (start, math.inf if end is None else end)
 
 
 def load_image(image: Any, *, max_pixels: float = MAX_PIXELS) -> Any:
@@ -508,41 +544,141 @@ def _rgb(image: Any) -> Any:
     return image.convert("RGB")
 
 
-def _load_folder(path: Path, max_pixels: float) -> list:
-    files = [f for f in path.iterdir() if f.suffix.lower() in IMAGES]
-    if others := [f for f in files if f.exists() and not f.is_file()]:  # to open a pipe would wait for ever
-        raise ValueError(f"{shown(others[0])}: a folder, a pipe or a device, not a file")
-    if not files:
-        raise ValueError(f"{shown(path)}: no images ({', '.join(IMAGES)}) in this folder")
-    files.sort(key=lambda f: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", f.name)])
-    pixels = 0
-    for file in files:
-        with _opened(file, "a damaged image") as image:
-            pixels += image.width * image.height
-    if pixels > max_pixels:
-        raise ValueError(f"{shown(path)}: {len(files):,} images of {pixels:,} pixels, and max_pixels is "
-                         f"{max_pixels:,}: take some of them, or raise that")
-    frames = []
-    for file in files:
-        with _opened(file, "a damaged image") as image:
-            frames.append(_rgb(image))
-    return frames
+class _Reading:
+    """The frames of a file, one after the other, each once; when they are through, the grid that they are put on.
+
+    path: a local file or folder. held: whether all frames are kept, so that `max_pixels` is for all together and not
+    for each. cut: seconds between which frames are taken.
+    """
+
+    def __init__(
+        self, path: Path, scratch: Path, max_pixels: float, cut: tuple[float, float] | None = None, held: bool = True
+    ):
+        self.path, self.scratch, self.max_pixels, self.cut, self.held = path, scratch, max_pixels, cut, held
+        self.count = 0
+        self.times: list[float] | None = None  # when each is shown, from 0, and the end of the last, in seconds
+        self.tick, self.declared = 0.01, None  # what times were rounded to; the rate that the file seems to have
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.path.is_dir():
+            return self.folder()
+        return self.animation() if is_animation(self.path) else self.video()
+
+    def grid(self) -> tuple[list[int], float | None]:
+        """Which frame is shown at each point of an even grid, and the points per second; None where there is none."""
+        chosen, rate = [*range(self.count)], self.declared
+        if self.times is not None:
+            chosen, rate = _on_grid(self.path, self.times, self.tick, self.declared)
+        if self.cut is None or not (self.path.is_dir() or is_animation(self.path)):
+            return chosen, rate
+        if rate is None:
+            raise ValueError(f"{shown(self.path)}: images have no times: start and end are for videos")
+        chosen = [i for n, i in enumerate(chosen) if self.cut[0] <= round(n / rate, 6) < self.cut[1]]
+        if not chosen:
+            raise ValueError(f"{shown(self.path)}: {_between(self.cut)}")
+        return chosen, rate
+
+    def check(self, frames: int, width: int, height: int) -> None:
+        _check_pixels(self.path, frames if self.held else 1, width, height, self.max_pixels)
+
+    def folder(self) -> Iterator[Any]:
+        path = self.path
+        files = [f for f in path.iterdir() if f.suffix.lower() in IMAGES]
+        if others := [f for f in files if f.exists() and not f.is_file()]:  # to open a pipe would wait for ever
+            raise ValueError(f"{shown(others[0])}: a folder, a pipe or a device, not a file")
+        if not files:
+            raise ValueError(f"{shown(path)}: no images ({', '.join(IMAGES)}) in this folder")
+        files.sort(key=lambda f: [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", f.name)])
+        pixels = 0
+        for file in files:
+            with _opened(file, "a damaged image") as image:
+                pixels = image.width * image.height + pixels * self.held
+            if not self.held and pixels > self.max_pixels:
+                self.check(1, image.width, image.height)
+        if pixels > self.max_pixels:
+            raise ValueError(f"{shown(path)}: {len(files):,} images of {pixels:,} pixels, and max_pixels is "
+                             f"{self.max_pixels:,}: take some of them, or raise that")
+        for file in files:
+            with _opened(file, "a damaged image") as image:
+                frame = _rgb(image)
+            self.count += 1
+            yield frame
+
+    def animation(self) -> Iterator[Any]:
+        from PIL import ImageSequence
+
+        times = [0.0]  # milliseconds
+        with _opened(self.path, "a damaged image") as image:
+            count, self.tick = getattr(image, "n_frames", 1), 0.01 if image.format == "GIF" else 0.001
+            self.check(count, *image.size)
+            still = count == 1 and image.format != "GIF"
+            for frame in ImageSequence.Iterator(image):
+                pixels = _rgb(frame)  # which is when WebP reads its duration
+                times.append(times[-1] + (frame.info.get("duration", 0) or 100))  # 100: as browsers do
+                self.count += 1
+                yield pixels
+                del pixels
+        self.times = None if still else [t / 1000 for t in times]
+
+    def video(self) -> Iterator[Any]:
+        """Every frame once, in the stream's own size: as PPM images, whose headers say that size.
+
+        Two files tell the rest: the time of each frame, and the rate that ffmpeg takes the video to have. Once a
+        frame's time is noted it gets another, since images may not come out at the same time.
+        """
+        from PIL import Image
+
+        path, scratch, cut = self.path, self.scratch, self.cut
+        packets = _packets(path, scratch, self.max_pixels)
+        self.check(packets.count if cut is None else 1, packets.width, packets.height)
+        # A frame's time counts from that of the first. A microsecond is what the times of a file are rounded by.
+        begin, behind = (0.0, math.inf) if cut is None else cut
+        between = f"gte(t,{begin - 1e-6:.9f})*lt(t,{min(behind, 1e9) - 1e-6:.9f})"
+        chosen = f"setpts=PTS-STARTPTS,select='{between}'," if cut else ""
+        noted = f"settb=1/{NANO},{chosen}metadata=add:key=t:value=0,metadata=print:key=t:file=times,setpts=100*N/TB"
+        pixels, whole = 0, True
+        with ffmpeg_reads(
+            path, scratch, "-map", "0:V:0", "-fps_mode", "passthrough", "-vf", noted,
+            "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "pipe:1",
+            "-map", "0:V:0", "-frames:v", "1", "-pix_fmt", "gray", "-strict", "-1", "-f", "yuv4mpegpipe", "rate",
+            max_pixels=self.max_pixels) as stream:  # fmt: skip
+            while whole and stream.readline(8):
+                header = stream.readline(32).split()
+                if not (whole := len(header) == 2 and bool(stream.readline(8))):
+                    break
+                w, h = map(int, header)
+                pixels += w * h
+                if self.held and pixels > self.max_pixels:  # though there were fewer packets
+                    _check_pixels(path, self.count + 1, w, h, min(self.max_pixels, w * h))
+                image, rows = Image.new("RGB", (w, h)), max(1, 2**20 // w)  # some rows at a time: no second copy
+                for y in range(0, h, rows):
+                    size = w, min(rows, h - y)
+                    piece = stream.read(3 * size[0] * size[1])
+                    if whole := len(piece) == 3 * size[0] * size[1]:
+                        image.paste(Image.frombytes("RGB", size, piece), (0, y))
+                self.count += 1
+                yield image
+                del image
+        if cut is not None and not self.count:
+            raise ValueError(f"{shown(path)}: {_between(cut)}")
+        if not self.count or not whole:
+            raise ValueError(f"{shown(path)}: no frames could be read")
+        self.tick = packets.tick
+        rate = re.search(rb" F(\d+):(\d+)", (scratch / "rate").read_bytes()[:200])
+        self.declared = int(rate[1]) / int(rate[2]) if rate and int(rate[1]) and int(rate[2]) else None
+        said = re.findall(r"^frame:\d+ +pts:(-?\d+|NOPTS)", (scratch / "times").read_text(), re.M)
+        if len(said) != self.count or "NOPTS" in said:
+            self.declared = self.declared or 25
+            warnings.warn(f"{shown(path)}: it does not say when its frames are shown: they are taken as "
+                          f"{self.declared:g} fps", stacklevel=4)  # fmt: skip
+            return
+        times = [(int(t) - int(said[0])) / NANO for t in said]
+        usual = sorted(b - a for a, b in itertools.pairwise(times))[(len(times) - 1) // 2] if len(times) > 1 else 0
+        self.times = [*times, times[-1] + (packets.last or usual or 1 / (self.declared or 25))]
 
 
-def _load_animation(path: Path, max_pixels: float) -> tuple[list, float | None]:
-    from PIL import ImageSequence
-
-    frames, times = [], [0.0]  # milliseconds
-    with _opened(path, "a damaged image") as image:
-        count, tick = getattr(image, "n_frames", 1), 0.01 if image.format == "GIF" else 0.001
-        _check_pixels(path, count, *image.size, max_pixels)
-        still = count == 1 and image.format != "GIF"
-        for frame in ImageSequence.Iterator(image):
-            frames.append(_rgb(frame))
-            times.append(times[-1] + (frame.info.get("duration", 0) or 100))  # 100: as browsers do
-    if still:
-        return frames, None
-    return _on_grid(path, frames, [t / 1000 for t in times], tick, None, max_pixels)
+def _between(cut: tuple[float, float]) -> str:
+    return f"no frame begins between {cut[0]:g} and {cut[1]:g} seconds"
 
 
 # Videos: ffmpeg gets the open file as its standard input. So it never sees the file's name, which could say anything,
@@ -606,83 +742,21 @@ def _packets(path: Path, scratch: Path, max_pixels: float) -> _Packets:
     return _Packets(count, *size, tick, max(0, latest[1]) * tick)
 
 
-def _decode(
-    path: Path, scratch: Path, max_pixels: float, cut: tuple[float, float] | None = None
-) -> tuple[list, float | None]:
-    """Every frame once, in the stream's own size: as PPM images, whose headers say that size.
-
-    Two files tell the rest: the time of each frame, and the rate that ffmpeg takes the video to have. Once a frame's
-    time is noted it gets another, since images may not come out at the same time. cut: seconds from the first frame on
-    between which frames are taken.
-    """
-    from PIL import Image
-
-    packets = _packets(path, scratch, max_pixels)
-    _check_pixels(path, packets.count if cut is None else 1, packets.width, packets.height, max_pixels)
-    # A frame's time counts from that of the first. A microsecond is what the times of a file are rounded by.
-    begin, behind = (0.0, math.inf) if cut is None else cut
-    between = f"gte(t,{begin - 1e-6:.9f})*lt(t,{min(behind, 1e9) - 1e-6:.9f})"
-    chosen = f"setpts=PTS-STARTPTS,select='{between}'," if cut else ""
-    frames, pixels, whole = [], 0, True
-    with ffmpeg_reads(
-        path, scratch, "-map", "0:V:0", "-fps_mode", "passthrough",
-        "-vf", f"settb=1/{NANO},{chosen}metadata=add:key=t:value=0,metadata=print:key=t:file=times,setpts=100*N/TB",
-        "-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "pipe:1",
-        "-map", "0:V:0", "-frames:v", "1", "-pix_fmt", "gray", "-strict", "-1", "-f", "yuv4mpegpipe", "rate",
-        max_pixels=max_pixels) as stream:  # fmt: skip
-        while whole and stream.readline(8):
-            header = stream.readline(32).split()
-            if not (whole := len(header) == 2 and bool(stream.readline(8))):
-                break
-            w, h = map(int, header)
-            pixels += w * h
-            if pixels > max_pixels:  # though there were fewer packets
-                _check_pixels(path, len(frames) + 1, w, h, min(max_pixels, w * h))
-            image, rows = Image.new("RGB", (w, h)), max(1, 2**20 // w)  # some rows at a time: there is no second copy
-            for y in range(0, h, rows):
-                size = w, min(rows, h - y)
-                piece = stream.read(3 * size[0] * size[1])
-                if whole := len(piece) == 3 * size[0] * size[1]:
-                    image.paste(Image.frombytes("RGB", size, piece), (0, y))
-            frames.append(image)
-    if cut is not None and not frames:
-        raise ValueError(f"{shown(path)}: no frame begins between {cut[0]:g} and {cut[1]:g} seconds")
-    if not frames or not whole:
-        raise ValueError(f"{shown(path)}: no frames could be read")
-    rate = re.search(rb" F(\d+):(\d+)", (scratch / "rate").read_bytes()[:200])
-    declared = int(rate[1]) / int(rate[2]) if rate and int(rate[1]) and int(rate[2]) else None
-    said = re.findall(r"^frame:\d+ +pts:(-?\d+|NOPTS)", (scratch / "times").read_text(), re.M)
-    if len(said) != len(frames) or "NOPTS" in said:
-        warnings.warn(f"{shown(path)}: it does not say when its frames are shown: they are taken as "
-                      f"{declared or 25:g} fps", stacklevel=3)  # fmt: skip
-        return frames, declared or 25
-    times = [(int(t) - int(said[0])) / NANO for t in said]
-    usual = sorted(b - a for a, b in itertools.pairwise(times))[(len(times) - 1) // 2] if len(times) > 1 else 0
-    times.append(times[-1] + (packets.last or usual or 1 / (declared or 25)))
-    return _on_grid(path, frames, times, packets.tick, declared, max_pixels)
-
-
 # Times. A model takes frames of one rate; a file may say for each frame how long it is shown.
 
 
-def _on_grid(
-    path: Path, frames: list, times: list[float], tick: float, declared: float | None, max_pixels: float
-) -> tuple[list, float]:
-    """Frames of an even rate, and that rate. times: when each is shown, from 0, and the end of the last, in seconds.
+def _on_grid(path: Path, times: list[float], tick: float, declared: float | None) -> tuple[list[int], float]:
+    """Which frame is shown at each point of an even grid, and the points per second; a warning where that is not exact.
 
-    tick: what times were rounded to. declared: the rate that the file seems to have.
+    times: when each frame is shown, from 0, and the end of the last, in seconds. tick, declared: as of `_Reading`.
     """
     chosen, rate, exact = _even(times, tick, declared)
     if not exact:
-        lost = len(frames) - len(set(chosen))
+        count = len(times) - 1
         warnings.warn(f"{shown(path)}: its frames are shown for unequal times that fit no even rate: at {rate:.5g} fps "
-                      f"{lost} of its {len(frames)} frames are left out, and {len(chosen) - len(set(chosen))} "
-                      "repeated", stacklevel=4)  # fmt: skip
-    if len(chosen) > len(frames):
-        _check_pixels(path, len(chosen), *frames[0].size, max_pixels)
-    if chosen == list(range(len(frames))):
-        return frames, rate
-    return [frames[i] if n == 0 or chosen[n - 1] != i else frames[i].copy() for n, i in enumerate(chosen)], rate
+                      f"{count - len(set(chosen))} of its {count} frames are left out, and "
+                      f"{len(chosen) - len(set(chosen))} repeated", stacklevel=4)  # fmt: skip
+    return chosen, rate
 
 
 def _even(times: list[float], tick: float, declared: float | None) -> tuple[list[int], float, bool]:

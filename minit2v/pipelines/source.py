@@ -6,7 +6,8 @@ by frame; what ties the frames together is the UNet.
 
 import copy
 import inspect
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from .. import fast
+from ..files.video import VideoFrames
 from ..schedulers.base import randn
 from .checks import Generators, check_finite, check_latents, check_pixels, check_result, unwrapped
 from .frames import to_tensor
@@ -24,14 +26,16 @@ ENCODED_AT_ONCE = 8  # frames: what the VAE's first layers need would otherwise 
 def read(
     pipe: Any, video: Any, latents: Tensor | None, height: int | None, width: int | None,
     resize: str = "bicubic",
-) -> Tensor:
-    """What to begin with, checked: pixels (b 3 f h w) in [-1, 1], or latents (b c f h w)."""
+) -> Any:
+    """What to begin with, checked: pixels (b 3 f h w) in [-1, 1], or latents (b c f h w); or a file that has them."""
     if (video is None) == (latents is None):
         raise ValueError("give a video, or noisy latents in its place" + ", not both" * (video is not None))
     channels, factor = pipe.unet.config.in_channels, pipe.vae_scale_factor
     for name, value in (("height", height), ("width", width)):
         if value is not None:
             check_pixels(name, value, factor)
+    if isinstance(video, VideoFrames):
+        return Lazy(video, height, width, factor)
     if latents is not None:
         size = (v // factor if v is not None else letter for v, letter in ((height, "h"), (width, "w")))
         check_latents(latents, ("b", channels, "f", *size))
@@ -43,6 +47,29 @@ def read(
         check_pixels("height", x.shape[3], factor)
         check_pixels("width", x.shape[4], factor)
     return x
+
+
+class Lazy:
+    """A video that is read from its file a few frames at a time, with what pipelines ask of a tensor (1 3 f h w)."""
+
+    def __init__(self, video: VideoFrames, height: int | None, width: int | None, factor: int):
+        self.video, self.height, self.width, self.device = video, height, width, torch.device("cpu")
+        self.shape = (1, 3, len(video), height or video.size[1], width or video.size[0])
+        check_pixels("height", self.shape[3], factor)
+        check_pixels("width", self.shape[4], factor)
+
+    def __len__(self) -> int:
+        return 1
+
+    def to(self, device: Any) -> "Lazy":
+        self.device = device
+        return self
+
+    def pieces(self, chunk: int) -> Iterator[Tensor]:
+        """(1 3 f h w) in [-1, 1], f at most `chunk`."""
+        frames = iter(self.video)
+        while piece := list(itertools.islice(frames, chunk)):
+            yield to_tensor(piece, self.height, self.width).to(self.device)
 
 
 def count_results(prompts: int, source: Tensor, each: int, noisy: bool) -> int:
@@ -121,11 +148,13 @@ def encode_video(
     with pipe._placed("vae") as vae:
         if upcast and vae.config.force_upcast and vae.dtype != torch.float32:
             vae = copy.deepcopy(unwrapped(vae)).float()  # other pipelines may be using this one
-        gaussian = fast.runner(vae).encode(rearrange(x.to(vae.dtype), "b c f h w -> (b f) c h w"), chunk)
-        check_result(gaussian.mean, vae, "the VAE")
+        pieces = x.pieces(chunk) if isinstance(x, Lazy) else [x]
+        encode = fast.runner(vae).encode
+        found = [encode(rearrange(piece.to(vae.dtype), "b c f h w -> (b f) c h w"), chunk) for piece in pieces]
+        moments = (torch.cat([g.mean for g in found]), torch.cat([g.std for g in found]))
+        check_result(moments[0], vae, "the VAE")
         scale = vae.config.scaling_factor
-    mean, std = (spread(rearrange(v, "(b f) c h w -> b f c h w", b=len(x)), batch) for v in
-                 (gaussian.mean, gaussian.std))
+    mean, std = (spread(rearrange(v, "(b f) c h w -> b f c h w", b=len(x)), batch) for v in moments)
     z = mean + std * randn(mean.shape, generator, mean.device, mean.dtype)
     return rearrange(z.to(dtype) * scale, "b f c h w -> b c f h w")
 
