@@ -79,6 +79,13 @@ def _output(text: str) -> Path:
     return path
 
 
+def _page(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a page: it must end in .html")
+    return path
+
+
 class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong, takes no abbreviations, and keeps no trace of what is not given."""
 
@@ -218,7 +225,24 @@ def make_parser() -> Parser:
     bisect.add_argument("--height", type=_whole, default=32, metavar="PIXELS", help="32")
     bisect.add_argument("--width", type=_whole, default=32, metavar="PIXELS", help="32")
 
-    for sub in (generate, restyle, animate, inspect, convert, blank, plan, bisect):
+    trace = commands.add_parser("trace", help="write a web page that shows each block of a model: its shapes, parameters, "
+                                "FLOPs, bytes, time and source; no weights are needed")
+    trace.add_argument("model", metavar="MODEL", help="a folder, a hub id, a motion adapter, "
+                       f"{', '.join(embedded.NAMES[:3])}, or a name that `minit2v blank` knows: ms-1.7b, sd-1.5, ...")
+    trace.add_argument("--adapter", metavar="MODEL", help="the motion adapter of an image model: a folder, a hub id, "
+                       "or a name; motion-v1-5-2")
+    trace.add_argument("-o", "--output", type=_page, default=Path("explorer.html"), metavar="FILE",
+                       help="an .html file; it is replaced: explorer.html")
+    trace.add_argument("--num-frames", type=_whole, metavar="N", help="length of the video: 16")
+    trace.add_argument("--height", type=_whole, metavar="PIXELS", help="if not the model's")
+    trace.add_argument("--width", type=_whole, metavar="PIXELS", help="if not the model's")
+    trace.add_argument("--prompt", metavar="TEXT", help="run the model on this prompt and show its attention maps and "
+                       "measured times; this needs the weights. The embedded models always run")
+    trace.add_argument("--steps", type=_whole, metavar="N", help="denoising steps of this run: 10")
+    trace.add_argument("--seed", type=_seed, metavar="N", help="random seed of this run: 0")
+    trace.add_argument("--device", metavar="NAME", help="where this run takes place: auto, cpu, cuda, ...")
+
+    for sub in (generate, restyle, animate, inspect, convert, blank, plan, bisect, trace):
         sub.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
         sub.set_defaults(usage_error=sub.error)  # for what is wrong together: points to the command's own help
     return parser

@@ -22,10 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ..files import embedded
 from ..memory.live import OnMeta
 from ..memory.plan import Video
 from ..models.blocks import MotionModule, ResBlock, SpatialTransformer, TemporalConv, TemporalTransformer
-from ..pipelines.planning import planner_of_model
+from ..pipelines.blank import MODELS
+from ..pipelines.files import INDEX
+from ..pipelines.planning import find_adapter, planner_of_model
 
 aten = torch.ops.aten
 KINDS = (ResBlock, TemporalConv, SpatialTransformer, TemporalTransformer, MotionModule)
@@ -79,7 +82,7 @@ class Node:
 class Traced:
     """A model's networks, and a node for each of their modules. The text encoder and the VAE run once for a video."""
 
-    name: str
+    title: str
     video: Video
     tokens: int
     networks: dict[str, Any]
@@ -112,6 +115,7 @@ def trace_model(name: str, adapter: str | None = None, **size: Any) -> Traced:
     goes into its image model. adapter: another motion adapter for an image model. size: frames, height and width of the
     video; what is None is the model's. ValueError where the name is of no whole model, or where the video does not fit.
     """
+    name, adapter = base_and_adapter(name, adapter)
     planner = planner_of_model(name, dtype=torch.float16, adapter=adapter, **size)
     networks, video, tokens = planner.networks, planner.video, planner.tokens
     most = getattr(networks["unet"].config, "motion_max_seq_length", None)
@@ -136,7 +140,25 @@ def trace_model(name: str, adapter: str | None = None, **size: Any) -> Traced:
     add_up(nodes)
     video_unet = type(networks["unet"]).__name__ == "UNet3DConditionModel"
     shown = {n: node for n, node in nodes.items() if node.calls or node.flops or n in networks}
-    return Traced(name, video, tokens, networks, shown, video_unet)
+    title = Path(name).name if Path(name).exists() else name
+    title += f" with {Path(adapter).name}" if adapter else ""
+    return Traced(title, video, tokens, networks, shown, video_unet)
+
+
+def base_and_adapter(name: str, adapter: str | None) -> tuple[str, str | None]:
+    """The image model that a motion adapter goes into and the adapter; of any other model, what is given.
+
+    ValueError where both are adapters.
+    """
+    folder = embedded.find(name) or Path(name).expanduser()
+    lone = folder.is_dir() and (folder / "config.json").is_file() and not (folder / INDEX).is_file()
+    short = next((m for s, m in MODELS.items() if name.lower() in (s, *(i.lower() for i in m.ids))), None)
+    if not lone and (folder.is_dir() or short is None or "unet" in short.parts):
+        return name, adapter
+    if adapter is not None:
+        raise ValueError(f"{name} goes into an image model, and so does the adapter {adapter}: give the image model")
+    find_adapter(name)
+    return ("shapes-image" if name == "shapes-motion" else "sd-1.5"), name
 
 
 # ------------------------------------------------------------------------------------------------------------- counting
@@ -180,7 +202,8 @@ class Operations(TorchDispatchMode):
             made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
             if packet is aten.native_group_norm:  # reads x for its statistics, and again
                 given.append(args[0])
-            operations = flop_registry[packet](*args, **(kwargs or {}), out_val=result) if packet in flop_registry else 0
+            formula = flop_registry.get(packet)
+            operations = formula(*args, **(kwargs or {}), out_val=result) if formula else 0
             self.add(operations, sum(x.nbytes for x in (*given, *made)))
         return result
 
@@ -273,7 +296,7 @@ class Source:
     name: str
     file: str
     says: str
-    lines: list[tuple[int, str]]
+    lines: tuple[tuple[int, str], ...]
 
 
 def source_of(module: nn.Module) -> Source:
@@ -281,7 +304,7 @@ def source_of(module: nn.Module) -> Source:
     cls = type(module)
     says = " ".join((cls.__doc__ or "").split("\n\n")[0].split())
     if not cls.__module__.startswith("minit2v"):
-        return Source(f"nn.{cls.__name__}", "", FORMULAS.get(cls.__name__, ""), [])
+        return Source(f"nn.{cls.__name__}", "", FORMULAS.get(cls.__name__, ""), ())
     owner = next((c for c in cls.__mro__ if "forward" in vars(c)), cls)
     wanted: Any = vars(owner).get("forward", owner)
     if owner.__module__.startswith("torch."):  # a level of the U, which has no forward: the class says what is in it
@@ -292,7 +315,8 @@ def source_of(module: nn.Module) -> Source:
     indent = min((len(line) - len(line.lstrip()) for line in text if line.strip()), default=0)
     package = Path(sys.modules["minit2v"].__file__ or "").parents[1]
     path = Path(inspect.getsourcefile(owner) or "").relative_to(package).as_posix()
-    return Source(cls.__name__, path, says, [(first + i, line[indent:].rstrip()) for i, line in enumerate(text)])
+    return Source(cls.__name__, path, says,
+                  tuple((first + i, line[indent:].rstrip()) for i, line in enumerate(text)))
 
 
 FORMULAS = {
