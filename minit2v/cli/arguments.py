@@ -225,8 +225,8 @@ def make_parser() -> Parser:
     bisect.add_argument("--height", type=_whole, default=32, metavar="PIXELS", help="32")
     bisect.add_argument("--width", type=_whole, default=32, metavar="PIXELS", help="32")
 
-    trace = commands.add_parser("trace", help="write a web page that shows each block of a model: its shapes, parameters, "
-                                "FLOPs, bytes, time and source; no weights are needed")
+    trace = commands.add_parser("trace", help="write a web page that shows each block of a model: shapes, parameters, "
+                                "FLOPs, bytes, time, source; no weights are needed")
     trace.add_argument("model", metavar="MODEL", help="a folder, a hub id, a motion adapter, "
                        f"{', '.join(embedded.NAMES[:3])}, or a name that `minit2v blank` knows: ms-1.7b, sd-1.5, ...")
     trace.add_argument("--adapter", metavar="MODEL", help="the motion adapter of an image model: a folder, a hub id, "

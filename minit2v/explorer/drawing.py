@@ -23,10 +23,11 @@ class Picture:
     def __init__(self, traced: Traced):
         self.traced = traced
         self.below: list[str] = []
+        self.words: list[str] = []
         self.boxes: list[str] = []
 
     def text(self, x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> None:
-        self.below.append(f'<text x="{x:g}" y="{y:g}" class="{kind}" text-anchor="{anchor}">{escape(words)}</text>')
+        self.words.append(f'<text x="{x:g}" y="{y:g}" class="{kind}" text-anchor="{anchor}">{escape(words)}</text>')
 
     def line(self, points: str, kind: str, arrow: bool = True) -> None:
         end = ' marker-end="url(#arrow)"' * arrow
@@ -53,7 +54,7 @@ class Picture:
                     f'text-anchor="middle">{escape(word)}</text></g>'
                 )
         elif w > 100:
-            shape = "none" if not node.output else " × ".join(map(str, node.output))
+            shape = " × ".join(map(str, node.output))
             inner.append(f'<text x="{x + 7:g}" y="{y + 27.8:g}" class="shape">{escape(shape)}</text>')
         inner.append(f'<rect class="bar" data-node="{node.name}" x="{x + 4:g}" y="{y + TALL - 6:g}" '
                      f'width="0" data-full="{w - 8:g}" height="3.5" rx="1.5"/>')  # fmt: skip
@@ -75,20 +76,20 @@ def draw(traced: Traced) -> str:
             p.box(10 + i * (third + 10), 8, third, nodes[name], words)
     p.line(f"M {10 + third:g} {8 + TALL / 2:g} h 8", "flow")
     p.line(f"M {20 + 2 * third:g} {8 + TALL / 2:g} h 8", "flow")
-    p.text(10, 64, "once for the prompt", "soft")
-    p.text(WIDTH / 2, 64, "in every denoising step", "soft", "middle")
-    p.text(WIDTH - 10, 64, "once, frames of the video", "soft", "end")
+    p.text(10, 64, "once, at the start", "soft")
+    p.text(WIDTH / 2, 64, "in every step", "soft", "middle")
+    p.text(WIDTH - 10, 64, "once, at the end", "soft", "end")
 
     left, right = 14.0, WIDTH - 14.0 - BOX
     y = 92.0
-    half = (BOX - 6) / 2
+    third, half = 140.0, 82.0  # of conv_in, and of the others in its row
     p.text(left, y - 6, "noisy latents", "soft")
     p.text(right + BOX, y - 6, "prediction", "soft", "end")
-    p.box(left, y, BOX, nodes["unet.conv_in"], "conv_in")
+    p.box(left, y, third, nodes["unet.conv_in"], "conv_in")
+    p.box(left + third + 9, y, half, nodes["unet.time_mlp"], "time_mlp")
     p.box(right, y, half, nodes["unet.norm_out"], "norm_out")
     p.box(right + half + 6, y, half, nodes["unet.conv_out"], "conv_out")
-    p.box(WIDTH / 2 - 32, y, 64, nodes["unet.time_mlp"], "time_mlp")
-    p.text(WIDTH / 2, y - 6, "timestep", "soft", "middle")
+    p.text(left + third + 9, y - 6, "timestep", "soft")
     y += TALL + 12
 
     tops: list[list[tuple[float, float, float]]] = []  # (x, top, bottom) of what is on the way up, level by level
@@ -100,7 +101,7 @@ def draw(traced: Traced) -> str:
         x0, x1 = left + inset, right - inset
         rows = len(up.blocks) + (i < last)
         p.level(y, HEAD + rows * STEP)
-        p.text(WIDTH / 2, y + 17, f"level {i}: {c[1]} channels, {c[2]} × {c[3]} pixels", "title", "middle")
+        p.text(WIDTH / 2, y + 17, f"level {i}: {c[1]} channels, {c[2]} × {c[3]}", "title", "middle")
         y += HEAD
         first = "unet.temporal_in" if i == 0 else f"unet.down.{i - 1}.resample"
         names = [first, *(f"unet.down.{i}.blocks.{j}" for j in range(len(level.blocks)))]
@@ -133,7 +134,7 @@ def draw(traced: Traced) -> str:
     # The middle: from the left to the right under everything.
     c = nodes["unet.mid.0"].output
     p.level(y, HEAD + STEP)
-    p.text(WIDTH / 2, y + 17, f"middle: {c[1]} channels, {c[2]} × {c[3]} pixels", "title", "middle")
+    p.text(WIDTH / 2, y + 17, f"middle: {c[1]} channels, {c[2]} × {c[3]}", "title", "middle")
     y += HEAD
     count = len(unet.mid)
     x0 = left + INSET * last
@@ -155,5 +156,5 @@ def draw(traced: Traced) -> str:
     return (f'<svg viewBox="0 0 {WIDTH} {y:g}" role="group" aria-label="{label}" id="u">'
             '<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
             'orient="auto"><path d="M0 0 L8 4 L0 8 z" class="tip"/></marker></defs>'
-            f'{"".join(p.below)}{"".join(p.boxes)}</svg>')  # fmt: skip
+            f'{"".join(p.below)}{"".join(p.words)}{"".join(p.boxes)}</svg>')  # fmt: skip
 

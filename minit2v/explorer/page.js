@@ -60,13 +60,14 @@ function drawBars() {
   }
 }
 
-const boxOf = name => {
+// The box of a module, or of the nearest that it is in; a level has none, and its network's is taken.
+function boxOf(name) {
   for (let node = nodes.get(name); node; node = nodes.get(node.parent)) {
     const box = boxes.find(box => box.dataset.node === node.name);
-    if (box && (node.name.includes(".") || name === node.name || node.name !== "unet")) return box;
+    if (box) return box;
   }
-  return boxes.find(box => box.dataset.node === name.split(".")[0]);
-};
+  return boxes[0];
+}
 
 function nearest(from, key) {
   const [x, y] = [Number(from.dataset.x), Number(from.dataset.y)];
@@ -109,13 +110,12 @@ function choose(name, focus) {
 
 function drawPanel() {
   const node = nodes.get(chosen), source = data.sources[node.source];
-  const keep = panel.scrollTop;
   panel.replaceChildren(
     path(node),
-    make("div", {"aria-live": "polite"}, make("h2", {}, source.name),
-         make("p", {}, source.says, node.settings ? make("code", {}, ` ${node.settings}`) : null)),
+    make("div", {}, make("h2", {}, source.name), make("p", {}, source.says, node.settings ? make("code", {}, ` ${node.settings}`) : null)),
     facts(node), kinds(node) || "", maps(node) || "", parts(node) || "", sourceOf(source) || "");
-  panel.scrollTop = childrenOf(chosen).length ? 0 : Math.min(keep, 0);
+  panel.scrollTop = 0;
+  document.getElementById("said").textContent = `${node.name}: ${source.name}, ${written(node)}`;
 }
 
 function path(node) {
@@ -123,12 +123,13 @@ function path(node) {
   for (let at = node; at; at = nodes.get(at.parent)) names.unshift(at.name);
   return make("nav", {"aria-label": "Where it is"}, names.flatMap((name, i) => [
     i ? " › " : null,
-    make("button", {type: "button", "aria-current": name === node.name && "true", onclick: () => choose(name, "panel")}, last(name))]));
+    make("button", {type: "button", "aria-current": name === node.name && "true", onclick: () => choose(name, "panel")}, last(name))]),
+    make("button", {type: "button", class: "back", onclick: () => { choose(chosen, "picture"); boxOf(chosen).scrollIntoView({block: "center"}); }}, "↑ picture"));
 }
 
 function facts(node) {
   const all = network(node.name), device = data.devices[0], ridge = device.flops / device.bytes;
-  const of = what => node === all ? "" : make("small", {}, ` ${percent(amount(node, what), amount(all, what))} of the ${title(all.name)}`);
+  const of = what => node === all ? "" : make("small", {}, `, ${percent(amount(node, what), amount(all, what))} of the ${title(all.name)}`);
   const rows = [];
   if (node.inputs.length) rows.push(["input", node.inputs.map(([name, value]) => make("div", {}, `${name} `, make("b", {}, shape(value))))]);
   if (node.output.length) rows.push(["output", make("b", {}, shape(node.output))]);
@@ -140,7 +141,7 @@ function facts(node) {
     const intensity = node.flops / node.bytes;
     rows.push(["FLOPs per byte", [intensity.toPrecision(3), make("small", {}, ` ${intensity < ridge ? "memory-bound" : "compute-bound"} on ${device.name}, whose limit is ${Math.round(ridge)}`)]]);
   }
-  rows.push(["time, at least", data.devices.map((d, i) => make("div", {}, `${time(node.seconds[i])} `, make("small", {}, `${d.name}, counted (${d.source})`)))]);
+  rows.push(["time, counted", data.devices.map((d, i) => make("div", {}, `${time(node.seconds[i])} `, make("small", {}, `${d.name}, (${d.source})`)))]);
   if (node.measured !== null) rows.push(["time, measured", [time(node.measured), make("small", {}, ` ${data.measured_on}`), of("measured")]]);
   return make("table", {class: "facts"}, make("tbody", {}, rows.map(([name, value]) => make("tr", {}, make("th", {scope: "row"}, name), make("td", {}, value)))));
 }
@@ -151,8 +152,9 @@ function shareBar(value, all) {
 
 function kinds(node) {
   if (node.name !== "unet") return null;
+  const most = Math.max(...data.kinds.map(kind => amount(kind)));
   const row = (name, value, count) => make("tr", {}, make("th", {scope: "row"}, name), make("td", {class: "n"}, String(count)),
-    make("td", {class: "n"}, written(value)), make("td", {class: "n"}, percent(amount(value), amount(node))), make("td", {}, shareBar(amount(value), amount(node))));
+    make("td", {class: "n"}, written(value)), make("td", {class: "n"}, percent(amount(value), amount(node))), make("td", {}, shareBar(amount(value), most)));
   return make("div", {class: "wide"}, make("h3", {}, `By kind of layer: ${metric.selectedOptions[0].text}`),
     make("table", {}, make("tbody", {}, data.kinds.map(kind => row(kind.name, kind, kind.calls)))));
 }
@@ -160,11 +162,12 @@ function kinds(node) {
 function parts(node) {
   const children = childrenOf(node.name);
   if (!children.length) return null;
-  const all = children.reduce((sum, child) => sum + amount(child), 0);
+  const all = amount(node), most = Math.max(...children.map(child => amount(child)));
   return make("div", {class: "wide"}, make("h3", {}, `Parts: ${metric.selectedOptions[0].text}`),
     make("table", {class: "parts"}, make("tbody", {}, children.map(child => make("tr", {},
       make("td", {}, make("button", {type: "button", "data-node": child.name, onclick: () => choose(child.name, "panel")}, last(child.name))),
-      make("td", {}, data.sources[child.source].name), make("td", {class: "n"}, written(child)), make("td", {}, shareBar(amount(child), all)))))));
+      make("td", {}, data.sources[child.source].name), make("td", {class: "n"}, written(child)), make("td", {class: "n"}, percent(amount(child), all)),
+      make("td", {}, shareBar(amount(child), most)))))));
 }
 
 function sourceOf(source) {
@@ -190,7 +193,7 @@ function maps(node) {
   const names = Object.keys(data.maps.of).filter(name => name === node.name || name.startsWith(`${node.name}.`));
   if (!names.length) return null;
   if (!names.includes(lookedAt[node.name])) lookedAt[node.name] = names.find(name => data.maps.of[name].kind === "text") || names[0];
-  const area = make("div", {class: "wide"}), caption = make("span", {"aria-live": "polite"});
+  const area = make("div", {class: "wide", style: `--ratio: ${data.maps.ratio}`}), caption = make("span", {"aria-live": "polite"});
   const draw = () => {
     const map = data.maps.of[lookedAt[node.name]], {rows, columns} = map, large = columns.length === 1 && rows.length === 1;
     const head = map.kind === "frames" ? null : make("tr", {}, make("th", {}, ""), make("th", {}, "video"), columns.map(c => make("th", {scope: "col"}, c)));

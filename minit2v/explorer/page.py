@@ -20,6 +20,12 @@ LEGEND = {
     "space2": "space: pixels of a frame look at each other, then at the text",
     "time2": "{}: each pixel looks at itself in all frames",
 }
+FOOTER = (
+    "Made by minit2v {}. Counted for the networks as they are written, in float16, with the prompt and the negative "
+    "prompt as a batch of 2. FLOPs: of convolutions and matrix products; a multiplication and an addition are two. "
+    "Bytes: what every operation of PyTorch reads and writes; fused kernels move fewer. Time, counted: for each "
+    "operation the longer of FLOPs / peak and bytes / bandwidth."
+)
 
 
 def make_page(traced: Traced, sampled: Sampled | None = None) -> str:
@@ -32,9 +38,9 @@ def make_page(traced: Traced, sampled: Sampled | None = None) -> str:
                **{f"seconds:{i}": f"time on {d.name}, counted" for i, d in enumerate(DEVICES)},
                **({"measured": "time, measured"} if sampled else {})}  # fmt: skip
     page = _read("html").substitute(
-        title=escape(f"{traced.title}, explored"),
-        about=escape(f"{type(unet.module).__name__}: {unet.parameters / 1e6:,.4g} million parameters. One denoising step "
-                     f"of {video} with guidance takes {unet.flops / 1e9:,.4g} GFLOP."),
+        title=escape(f"Architecture of {traced.title}"),
+        about=escape(f"{type(unet.module).__name__}: {unet.parameters / 1e6:,.4g} million parameters. One denoising "
+                     f"step of {video} with guidance takes {unet.flops / 1e9:,.4g} GFLOP."),
         style=_read("css").template, script=_read("js").template,
         metrics="".join(f'<option value="{key}">{escape(words)}</option>' for key, words in metrics.items()),
         legend="".join(f'<span class="key"><i style="background: var(--{c})"></i>{escape(words.format(motion))}</span>'
@@ -42,10 +48,7 @@ def make_page(traced: Traced, sampled: Sampled | None = None) -> str:
         + '<span class="key"><i style="background: var(--bar)"></i>bar: share of what is chosen above</span>'
         '<span class="key">dashed: skip connections</span>',
         drawing=draw(traced),
-        footer=escape(f"Made by minit2v {__version__}. Counted for the networks as they are written, in float16, with "
-                      f"the prompt and the negative prompt as a batch of 2. A multiplication and an addition are two "
-                      "FLOPs. Bytes: what every operation of PyTorch reads and writes; fused kernels move fewer. Time, "
-                      "counted: for each operation the longer of FLOPs / peak and bytes / bandwidth."),
+        footer=escape(FOOTER.format(__version__)),
         data=_data(traced, sampled),
     )  # fmt: skip
     if (size := len(page.encode())) > MOST:
