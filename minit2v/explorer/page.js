@@ -141,7 +141,7 @@ function facts(node) {
     const intensity = node.flops / node.bytes;
     rows.push(["FLOPs per byte", [intensity.toPrecision(3), make("small", {}, ` ${intensity < ridge ? "memory-bound" : "compute-bound"} on ${device.name}, whose limit is ${Math.round(ridge)}`)]]);
   }
-  rows.push(["time, counted", data.devices.map((d, i) => make("div", {}, `${time(node.seconds[i])} `, make("small", {}, `${d.name}, (${d.source})`)))]);
+  rows.push(["time, counted", data.devices.map((d, i) => make("div", {}, `${time(node.seconds[i])} `, make("small", {}, `${d.name}, ${d.source}`)))]);
   if (node.measured !== null) rows.push(["time, measured", [time(node.measured), make("small", {}, ` ${data.measured_on}`), of("measured")]]);
   return make("table", {class: "facts"}, make("tbody", {}, rows.map(([name, value]) => make("tr", {}, make("th", {scope: "row"}, name), make("td", {}, value)))));
 }
@@ -195,9 +195,11 @@ function maps(node) {
   if (!names.includes(lookedAt[node.name])) lookedAt[node.name] = names.find(name => data.maps.of[name].kind === "text") || names[0];
   const area = make("div", {class: "wide", style: `--ratio: ${data.maps.ratio}`}), caption = make("span", {"aria-live": "polite"});
   const draw = () => {
-    const map = data.maps.of[lookedAt[node.name]], {rows, columns} = map, large = columns.length === 1 && rows.length === 1;
+    const map = data.maps.of[lookedAt[node.name]], {rows, columns} = map;
+    const large = columns.length === 1 && rows.length === 1;
+    const fit = Math.max(48, Math.min(76, Math.floor((panel.clientWidth - 120) / (columns.length + 1)) - 6));
     const head = map.kind === "frames" ? null : make("tr", {}, make("th", {}, ""), make("th", {}, "video"), columns.map(c => make("th", {scope: "col"}, c)));
-    area.replaceChildren(make("p", {}, map.says), make("table", {class: "maps", style: "width: auto"}, make("tbody", {}, head, rows.map((label, i) => make("tr", {},
+    area.replaceChildren(make("p", {}, map.says), make("table", {class: "maps", style: `width: auto; --cell: ${fit}px`}, make("tbody", {}, head, rows.map((label, i) => make("tr", {},
       large ? null : [make("th", {scope: "row"}, label), make("td", {}, sprite(data.maps.video, i, 0, rows.length, 1, ""))],
       columns.map((_, j) => make("td", {}, sprite(map.images[step], i, j, rows.length, columns.length, `map${large ? " large" : ""}`, map.marks && map.marks[j]))))))));
     caption.textContent = `step ${data.maps.steps[step]} of ${data.maps.count}`;

@@ -179,7 +179,7 @@ def text_grid(map_: Tensor, frames: list[int], tokens: list[str], sizes: dict[in
     low, high = x.amin((0, 2, 3), keepdim=True), x.amax((0, 2, 3), keepdim=True)
     return rearrange((x - low) / (high - low).clamp_min(1e-12), "f l h w -> (f h) (l w)"), {
         "rows": [f"frame {i}" for i in frames], "columns": tokens,
-        "says": "How much each pixel looks at a token of the prompt. White is the least for this token, dark the most.",
+        "says": "How much each pixel looks at a token. White is the most for this token, black the least.",
     }  # fmt: skip
 
 
@@ -188,7 +188,7 @@ def frames_grid(map_: Tensor, *_: Any) -> Grid:
     x = map_.mean(0)
     return x / x.max().clamp_min(1e-12), {
         "rows": [""], "columns": [""],
-        "says": "Row: the frame that looks. Column: the frame that it looks at. Mean of all pixels; dark is more.",
+        "says": "Row: the frame that looks. Column: the frame that it looks at. Mean of all pixels; white is the most.",
     }  # fmt: skip
 
 
@@ -202,7 +202,7 @@ def pixels_grid(map_: Tensor, frames: list[int], _: Any, sizes: dict[int, Any]) 
     return rearrange(x / x.amax((2, 3), keepdim=True).clamp_min(1e-12), "f n h w -> (f h) (n w)"), {
         "rows": [f"frame {i}" for i in frames], "columns": [f"pixel {y}, {x}" for y, x in picked],
         "marks": [[100 * (x + 0.5) / w, 100 * (y + 0.5) / h] for y, x in picked],
-        "says": "Where one pixel of the frame looks. The circle marks the pixel that looks; dark is more.",
+        "says": "Where one pixel of the frame looks. The circle marks the pixel that looks; white is the most.",
     }  # fmt: skip
 
 
