@@ -101,7 +101,14 @@ class Browser:
 
     def open(self, path: Path, at: str = "") -> None:
         self.call("Page.navigate", url=path.resolve().as_uri() + at)
-        while not self.run("document.readyState === 'complete' && !!document.querySelector('#panel h2')"):
+        self.wait("document.readyState === 'complete' && !!document.querySelector('#panel h2')")
+
+    def wait(self, script: str, seconds: float = 60) -> None:
+        """Until an expression is true. TimeoutError where it does not become so."""
+        end = time.monotonic() + seconds
+        while not self.run(script):
+            if time.monotonic() > end:
+                raise TimeoutError(f"not true after {seconds:g} s: {script}")
             time.sleep(0.05)
 
     def run(self, script: str) -> Any:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from pathlib import Path
 from typing import Any
 
 from minit2v_convert.stream import replacing
@@ -22,7 +23,9 @@ def run(args: argparse.Namespace) -> int:
     base, adapter = base_and_adapter(args.model, getattr(args, "adapter", None))
     prompt = getattr(args, "prompt", PROMPT if embedded.find(base) else None)
     if prompt is None and (given := [name for name in ("steps", "seed", "device") if name in args]):
-        raise ValueError(f"--{given[0]} is of the attention maps: it needs --prompt, and the weights of {base}")
+        raise ValueError(f"--{given[0]} belongs to --prompt: give a prompt, and {base} is run on it")
+    if prompt is not None and embedded.find(base) is None and not Path(base).expanduser().exists() and "/" not in base:
+        raise ValueError(f"--prompt: {base} is a name without weights; give a folder or a hub id")
     say(f"counting {base}")
     traced = trace_model(base, adapter, **size)
     sampled = None

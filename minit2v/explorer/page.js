@@ -153,7 +153,7 @@ function shareBar(value, all) {
 function kinds(node) {
   if (node.name !== "unet") return null;
   const most = Math.max(...data.kinds.map(kind => amount(kind)));
-  const row = (name, value, count) => make("tr", {}, make("th", {scope: "row"}, name), make("td", {class: "n"}, String(count)),
+  const row = (name, value, count) => make("tr", {}, make("th", {scope: "row"}, name), make("td", {class: "n"}, `${count} ×`),
     make("td", {class: "n"}, written(value)), make("td", {class: "n"}, percent(amount(value), amount(node))), make("td", {}, shareBar(amount(value), most)));
   return make("div", {class: "wide"}, make("h3", {}, `By kind of layer: ${metric.selectedOptions[0].text}`),
     make("table", {}, make("tbody", {}, data.kinds.map(kind => row(kind.name, kind, kind.calls)))));

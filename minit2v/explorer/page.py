@@ -40,7 +40,7 @@ def make_page(traced: Traced, sampled: Sampled | None = None) -> str:
     page = _read("html").substitute(
         title=escape(f"Architecture of {traced.title}"),
         about=escape(f"{type(unet.module).__name__}: {unet.parameters / 1e6:,.4g} million parameters. One denoising "
-                     f"step of {video} with guidance takes {unet.flops / 1e9:,.4g} GFLOP."),
+                     f"step of {video} with guidance takes {_flops(unet.flops)}."),
         style=_read("css").template, script=_read("js").template,
         metrics="".join(f'<option value="{key}">{escape(words)}</option>' for key, words in metrics.items()),
         legend="".join(f'<span class="key"><i style="background: var(--{c})"></i>{escape(words.format(motion))}</span>'
@@ -57,6 +57,10 @@ def make_page(traced: Traced, sampled: Sampled | None = None) -> str:
     return page
 
 
+def _flops(n: int) -> str:
+    return f"{n / 1e12:.4g} TFLOP" if n >= 1e12 else f"{n / 1e9:.4g} GFLOP"
+
+
 def _read(suffix: str) -> Template:
     return Template((FOLDER / f"page.{suffix}").read_text(encoding="utf-8"))
 
@@ -66,7 +70,7 @@ def _data(traced: Traced, sampled: Sampled | None) -> str:
     sources: dict[Source, int] = {}
     nodes = []
     for node in traced.nodes.values():
-        source = sources.setdefault(source_of(node.module), len(sources))
+        source = sources.setdefault(source_of(type(node.module)), len(sources))
         nodes.append({**_numbers(node), "name": node.name, "parent": node.parent, "source": source,
                       "inputs": [[name, _plain(value)] for name, value in node.inputs], "output": node.output,
                       "measured": sampled.seconds.get(node.name, 0.0) if sampled else None,

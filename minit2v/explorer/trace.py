@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,8 +149,10 @@ def trace_model(name: str, adapter: str | None = None, **size: Any) -> Traced:
 def base_and_adapter(name: str, adapter: str | None) -> tuple[str, str | None]:
     """The image model that a motion adapter goes into and the adapter; of any other model, what is given.
 
-    ValueError where both are adapters.
+    The embedded image model has its own adapter. ValueError where both are adapters.
     """
+    if name == "shapes-image":
+        return name, adapter or "shapes-motion"
     folder = embedded.find(name) or Path(name).expanduser()
     lone = folder.is_dir() and (folder / "config.json").is_file() and not (folder / INDEX).is_file()
     short = next((m for s, m in MODELS.items() if name.lower() in (s, *(i.lower() for i in m.ids))), None)
@@ -299,9 +302,9 @@ class Source:
     lines: tuple[tuple[int, str], ...]
 
 
-def source_of(module: nn.Module) -> Source:
-    """The source of the `forward` that this module runs."""
-    cls = type(module)
+@cache
+def source_of(cls: type) -> Source:
+    """The source of the `forward` that modules of a class run."""
     says = " ".join((cls.__doc__ or "").split("\n\n")[0].split())
     if not cls.__module__.startswith("minit2v"):
         return Source(f"nn.{cls.__name__}", "", FORMULAS.get(cls.__name__, ""), ())

@@ -36,7 +36,7 @@ def planner_of_model(
     own = networks.pop("motion_adapter", None)
     if isinstance(networks.get("unet"), UNet2DConditionModel):
         if adapter is not None or own is None:
-            usual = "shapes-motion" if name == "shapes-image" else "motion-v1-5-2"
+            usual = "shapes-motion" if name == "shapes-image" else "motion-v1-5-2"  # as `animate` has them
             own = on_meta(MotionAdapter, find_adapter(adapter or usual), dtype)
         with torch.device("meta"), Weightless():
             networks["unet"] = UNetMotionModel.from_unet2d(networks["unet"], own).to(dtype).eval()
