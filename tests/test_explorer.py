@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import textwrap
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -43,6 +44,11 @@ def made(tmp_path_factory) -> Path:
                          str(SEED), "--device", "cpu"])  # fmt: skip
     assert code == 0
     return path
+
+
+@pytest.fixture(scope="module")
+def traced():
+    return trace_model("shapes")
 
 
 @pytest.fixture(scope="module")
@@ -117,24 +123,23 @@ def check_page(text: str, networks: dict[str, Network]) -> Page:
     return parsed
 
 
-def test_the_page_is_whole_and_counts_the_networks_own(made, pipe):
+def test_the_page_is_whole_and_counts_the_networks_own(made, pipe, traced):
     networks = {name: getattr(pipe, name) for name in ("text_encoder", "unet", "vae")}
     parsed = check_page(made.read_text(), networks)
-    unet, ways = pipe.unet, {}
+    ways: dict[str, tuple] = {}  # (shape in, shape out) of every module that a real step calls
     hooks = [m.register_forward_hook(lambda m, args, out, name=name: ways.__setitem__(name, (args[0].shape, out.shape)))
-             for name, m in unet.named_modules() if f"unet.{name}" in parsed.nodes]  # fmt: skip
+             for n, m in pipe.unet.named_modules() if (name := f"unet.{n}".rstrip(".")) in parsed.nodes]  # fmt: skip
     x, context = torch.randn(2, 4, 16, 8, 8), torch.randn(2, pipe.tokenizer.model_max_length, 64)
     with torch.no_grad():
-        unet(x, 500, context)
+        pipe.unet(x, 500, context)
     for hook in hooks:
         hook.remove()
     assert len(ways) > 100
-    for name, (given, made_) in ways.items():
-        node = parsed.nodes[f"unet.{name}"] if name else parsed.nodes["unet"]
-        assert tuple(node["inputs"][0][1]) == tuple(given) and tuple(node["output"]) == tuple(made_), name
-    assert not set(parsed.nodes) - {f"unet.{n}" if n else "unet" for n in ways} - {
-        n for n in parsed.nodes if not n.startswith("unet") or re.fullmatch(r"unet\.(down|up)\.\d", n)}  # fmt: skip
-    traced = trace_model("shapes")
+    for name, (given, returned) in ways.items():
+        node = parsed.nodes[name]
+        assert tuple(node["inputs"][0][1]) == tuple(given) and tuple(node["output"]) == tuple(returned), name
+    never = {name for name in parsed.nodes if name.startswith("unet") and name not in ways}
+    assert never == {f"unet.{way}.{i}" for way in ("down", "up") for i in range(2)}  # the levels of the U
     x, context = (torch.empty(y.shape, dtype=torch.float16, device="meta") for y in (x, context))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:  # on `meta`, where it sees attention, too
         traced.unet(x, 500, context)
@@ -240,10 +245,9 @@ def test_what_is_wrong_is_said_and_nothing_is_written(arguments, words, tmp_path
     assert words in said[-1] and list(tmp_path.iterdir()) == []
 
 
-def test_names_of_others_do_no_harm(tmp_path):
+def test_names_of_others_do_no_harm(traced):
     """The name of a folder and a prompt are shown as they are."""
-    traced = trace_model("shapes")
-    traced.title = "</script><script>alert(1)</script>&"
+    traced = replace(traced, title="</script><script>alert(1)</script>&")
     maps = {"prompt": "</script><b>", "count": 1, "steps": [1], "ratio": 1, "video": "", "of": {}}
     seconds = dict.fromkeys(traced.nodes, 1e-3)
     text = page.make_page(traced, sample.Sampled(seconds, "</script>", maps))
