@@ -23,6 +23,7 @@ from minit2v import AnimateDiffPipeline, MotionAdapter, TextToVideoSDPipeline, a
 from minit2v.explorer import page, sample
 from minit2v.explorer.trace import DEVICES, base_and_adapter, trace_model
 from minit2v.models.network import Network
+from minit2v_convert.convert import convert
 
 DOCS = Path(__file__).parents[1] / "docs" / "explorer"
 sys.path.insert(0, str(DOCS))
@@ -227,6 +228,19 @@ def test_motion_adapters_go_into_their_image_models(capsys):
     assert traced.nodes["unet"].parameters == sum(p.numel() for p in unet.parameters())
     assert traced.nodes["unet"].inputs[0][1] == (2, 4, 8, 8, 8)
     check_page(page.make_page(traced), traced.networks)
+
+
+def test_the_authors_files_are_counted_like_the_folder_that_they_become(make_official_folder, tmp_path):
+    # Sizes of which ModelScope's files say everything: 32 groups. They come without a text encoder.
+    folder = make_official_folder(tmp_path / "m", small=True, unet={"norm_num_groups": 32, "cross_attention_dim": 64},
+                                  vae={"norm_num_groups": 32, "block_out_channels": [32, 32]},
+                                  text_encoder={"hidden_size": 64, "num_attention_heads": 1})  # fmt: skip
+    convert(folder, tmp_path / "authors", to="authors")
+    one, two = trace_model(str(folder)), trace_model(str(tmp_path / "authors"))
+    assert {*two.networks} == {"unet", "vae"} and len(two.nodes) > 200
+    assert {*two.nodes} == {name for name in one.nodes if not name.startswith("text_encoder")}
+    assert all(node.parameters == one.nodes[name].parameters for name, node in two.nodes.items())
+    check_page(page.make_page(two), two.networks)
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -4,6 +4,7 @@ Chromium's DevTools protocol over a pipe: JSON messages that end in a zero byte.
 """
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -34,9 +35,9 @@ class Browser:
         ours, theirs = os.pipe(), os.pipe()  # what it reads as file 3, and what it writes as file 4
 
         def connect() -> None:
-            a, b = os.dup(ours[0]), os.dup(theirs[1])
-            os.dup2(a, 3)
-            os.dup2(b, 4)
+            copies = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (ours[0], theirs[1])]  # out of the way of 3 and 4
+            for number, copy in enumerate(copies, 3):
+                os.dup2(copy, number)
 
         command = [chromium, "--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu",
                    "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars",
