@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     from .blank import run
                 elif args.command == "plan":
                     from .plan import run
+                elif args.command == "trace":
+                    from .trace import run
                 elif args.command == "bisect":
                     from .bisect import run
                 elif args.command == "train":

@@ -79,6 +79,13 @@ def _output(text: str) -> Path:
     return path
 
 
+def _page(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a page: it must end in .html")
+    return path
+
+
 class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong, takes no abbreviations, and keeps no trace of what is not given."""
 
@@ -259,11 +266,30 @@ def make_parser() -> Parser:
     bisect.add_argument("--height", type=_whole, default=32, metavar="PIXELS", help="height of the video (default: 32)")
     bisect.add_argument("--width", type=_whole, default=32, metavar="PIXELS", help="width of the video (default: 32)")
 
-    learn = commands.add_parser("train", help="fine-tune a model or train a LoRA on clips; the same command goes on "
-                                "where it was")
+    learn = commands.add_parser("train", help="fine-tune a model or train a LoRA on clips; the same command resumes it")
     train.add_options(learn)
 
-    for sub in (generate, restyle, animate, inspect, convert, blank, plan, bisect, learn):
+    trace = commands.add_parser("trace", help="write a web page that shows each block of a model with its shapes, "
+                                "parameters, FLOPs, bytes, time and source; no weights are needed")
+    trace.add_argument("model", metavar="MODEL", help="a folder, a hub id, a motion adapter, "
+                       f"{', '.join(embedded.NAMES[:3])}, or a name that `minit2v blank` knows: ms-1.7b, sd-1.5, ...")
+    trace.add_argument("--adapter", metavar="MODEL",
+                       help="the motion adapter of an image model: a folder, a hub id or a name "
+                       "(default: motion-v1-5-2)")
+    trace.add_argument("-o", "--output", type=_page, default=Path("explorer.html"), metavar="FILE",
+                       help="the .html file, which is replaced (default: explorer.html)")
+    trace.add_argument("--num-frames", type=_whole, metavar="N", help="number of frames (default: 16)")
+    trace.add_argument("--height", type=_whole, metavar="PIXELS", help="height of the video (default: the model's)")
+    trace.add_argument("--width", type=_whole, metavar="PIXELS", help="width of the video (default: the model's)")
+    trace.add_argument("--prompt", metavar="TEXT",
+                       help="run the model on this prompt, and show attention maps and measured times; this needs the "
+                       "weights; the embedded models always run")
+    trace.add_argument("--steps", type=_whole, metavar="N", help="number of denoising steps of this run (default: 10)")
+    trace.add_argument("--seed", type=_seed, metavar="N", help="random seed of this run (default: 0)")
+    trace.add_argument("--device", metavar="NAME", help="where to compute this run: auto, cpu, cuda, ... "
+                       "(default: auto)")
+
+    for sub in (generate, restyle, animate, inspect, convert, blank, plan, bisect, learn, trace):
         sub.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
         sub.set_defaults(usage_error=sub.error)  # for what is wrong together: points to the command's own help
     return parser

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from minit2v_convert.convert import components
+from minit2v_convert.folders import is_authors_layout
 from minit2v_convert.rename import nearest
 
 from ..files import embedded, hub
@@ -32,8 +34,9 @@ def planner_of_model(
 ) -> Planner:
     """Of a folder, a hub id, an embedded model, or one whose configs are in this package (`minit2v blank`).
 
-    size: fields of the video, of which those that are not given are the model's own. ValueError where the name is
-    of no whole model.
+    adapter: the motion adapter that goes into an image model; None: the model's own, or the usual one. size: fields of
+    the video, of which those that are not given are the model's own. ValueError where the name is of no whole model,
+    or where an adapter is given and the UNet is none of an image model.
     """
     kind, networks = networks_of_model(name, dtype, adapter)
     if video is None:
@@ -99,26 +102,28 @@ def networks_of_model(name: str, dtype: torch.dtype, adapter: str | None = None)
     kind, configs = find_configs(name)
     networks = {part: on_meta(c, config, dtype) for part, (c, config) in configs.items()}
     motion = networks.pop("motion_adapter", None)
-    if isinstance(networks["unet"], UNet2DConditionModel):
-        if adapter is not None:
-            motion = on_meta(MotionAdapter, find_adapter(adapter), dtype)
+    if isinstance(networks.get("unet"), UNet2DConditionModel):
+        if adapter is not None or motion is None:
+            usual = "shapes-motion" if name == "shapes-image" else "motion-v1-5-2"  # as `animate` has them
+            motion = on_meta(MotionAdapter, find_adapter(adapter or usual), dtype)
         with torch.device("meta"), Weightless():
-            motion = motion if motion is not None else MotionAdapter().to(dtype)
             networks["unet"] = UNetMotionModel.from_unet2d(networks["unet"], motion).to(dtype).eval()
     elif adapter is not None:
-        raise ValueError(f"--adapter: it goes into a UNet2DConditionModel, and {name} has a "
-                         f"{type(networks['unet']).__name__}")  # fmt: skip
+        raise ValueError(f"an adapter goes into a UNet2DConditionModel, and {name} has a "
+                         f"{type(networks.get('unet')).__name__}")  # fmt: skip
     return kind, networks
 
 
-def find_adapter(name: str) -> Any:
-    """The content of a motion adapter's config.json."""
+def find_adapter(name: str) -> dict[str, Any]:
+    """The content of a motion adapter's config.json. ValueError where the name is of something else."""
     short = next((m for s, m in MODELS.items() if name.lower() in (s, *(i.lower() for i in m.ids))), None)
     if short is not None and not Path(name).exists():
-        if "" not in short.parts:
-            raise ValueError(f"{name} is no motion adapter, but a whole model")
-        return short.parts[""]
-    return hub.read_json(hub.local(name), "config.json")
+        config = dict(short.parts.get("", {}))
+    else:
+        config = hub.read_json(hub.local(name), "config.json")
+    if config.get("_class_name") != "MotionAdapter":
+        raise ValueError(f"{name} is no motion adapter")
+    return config
 
 
 def own_size(networks: dict[str, Any]) -> dict[str, int]:
@@ -151,15 +156,18 @@ def find_configs(name: str) -> tuple[Any, dict[str, tuple[Any, Any]]]:
         known = [*MODELS, *embedded.NAMES]
         raise ValueError(f"no model {name!r}{nearest(name, known)}; there are {', '.join(known)}, folders and hub ids")
     path = hub.local(name)
-    index = read_index(path, None, {})
-    found = {}
-    for part, entry in index.items():
+    found: dict[str, tuple[Any, Any]] = {}
+    authors = is_authors_layout(path)
+    if authors:
+        found = {part: (NETWORKS[c.cls], dict(c.config)) for part, c in components(path).items() if c.cls in NETWORKS}
+    for part, entry in ({} if authors else read_index(path, None, {})).items():
         if part.startswith("_") or not isinstance(entry, list | tuple) or len(entry) != 2:
             continue
         cls = NETWORKS.get(entry[1]) or (UNetMotionModel if entry[1] == "UNetMotionModel" else None)
         if cls is not None:
             found[part] = cls, hub.read_json(path, "config.json", subfolder=part)
     if "unet" not in found or "vae" not in found:
-        raise ValueError(f"{name}: its {INDEX} names no UNet and VAE of this package")
+        what = "in it are" if authors else f"its {INDEX} names"
+        raise ValueError(f"{name}: {what} no UNet and VAE of this package")
     video = found["unet"][0].__name__ == "UNet3DConditionModel"
     return (TextToVideoSDPipeline if video else AnimateDiffPipeline), found
