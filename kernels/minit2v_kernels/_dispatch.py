@@ -125,6 +125,9 @@ recorded: list[Launch] | None = None  # while `record` is open: launches are lis
 recorded_for: str | None = None
 
 
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "gfx942": 304}  # of an A100, H200, MI300X; see `family`
+
+
 @contextmanager
 def record(target: str | None = None) -> Iterator[list[Launch]]:
     """Ops that are called in here with impl="triton" list their launches and run none: also on `meta` tensors.
