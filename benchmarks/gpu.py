@@ -334,9 +334,11 @@ def summary(found: dict[str, Any]) -> str:
     for r in found["goals"]:
         cells = [f"{r['goal']} ({r['unit']})", r["at_least"], r["stretch"] or "", r["measured"] or "", r["verdict"]]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += ["", "| op | may PROVEN name it? | times faster over a step |", "|---|---|---|"]
-    for op, r in found["recommendation"].items():
-        lines.append(f"| {op} | {r['verdict']} | {', '.join(f'{n} {x}' for n, x in r['faster'].items())} |")
+    lines += ["", "| op | launched | may PROVEN name it? | times faster over a step |", "|---|---|---|---|"]
+    for launched, ops in found["recommendation"].items():
+        for op, r in ops.items():
+            faster = ", ".join(f"{n} {x}" for n, x in r["faster"].items())
+            lines.append(f"| {op} | {launched} | {r['verdict']} | {faster} |")
     shown = found["left_out"][:30]
     lines += ["", f"Left out: {len(found['left_out'])}", *(f"- {line}" for line in shown)]
     if len(shown) < len(found["left_out"]):

@@ -2,13 +2,21 @@
 
     PYTHONPATH=.:kernels:convert python benchmarks/kernels.py [--budget SECONDS] [--only OP ...] [--out FILE]
     ... --cpu        a dry run without a GPU: tiny shapes, the kernels in Triton's interpreter
+    ... --contender temporal_attention=package.module:function      a kernel of your own
 
 For each shape of kernel_shapes.py: milliseconds; GB/s of the bytes that must move at least, and their share of what a
 copy reaches in the same run; TFLOP/s where there are matrix products; the distance from float64. A contender that is
 further from it than PyTorch's own, twice over, is wrong and wins nothing. The order is that of importance; what the
 budget leaves out is listed. A second run adds to the file of the first.
 
+Two times of each: `ms`, the GPU's alone, as when a CUDA graph launches it; for our kernels and what they replace also
+`eager_ms`, call by call, the host's time included. PROVEN names a device for each of the two by itself.
+
+A kernel of your own is judged first, by contender.py: one that is wrong is not timed, and the exit code is 1. On the
+CPU it is judged and not timed. Python finds its module in the current folder or in PYTHONPATH.
+
 Contenders, each on the memory layout that suits it:
+    OP=...    what --contender names, as impl=... calls it
     kernel    minit2v_kernels, impl="triton"
     torch     minit2v_kernels, impl="torch": what the networks do without the kernels
     eager     the calls that diffusers makes, channels first; of attention, on q, k, v that are permuted already
@@ -18,6 +26,7 @@ Contenders, each on the memory layout that suits it:
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import contender as own_kernels
 import torch
 import torch.nn.functional as F
 from kernel_shapes import (
@@ -60,9 +70,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import minit2v_kernels
-from minit2v_kernels._dispatch import PROVEN, family
+from minit2v_kernels._dispatch import LAUNCHES, PROVEN, choices, family, own
 
 OPS = tuple(PROVEN)  # the families of kernels; beside them PyTorch's attention is measured
+TIMES = {"graph": "ms", "eager": "eager_ms"}  # where an entry has the time of each way to launch
 BACKENDS = {
     "sdpa flash": SDPBackend.FLASH_ATTENTION,
     "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -203,10 +214,12 @@ def clip_first(shape: TemporalConv, args: tuple, kw: dict) -> Arguments:
     }
 
 
-def contenders(shape: Shape, compiled: bool) -> dict[str, Contender]:
-    """Those of this shape; ours first."""
+def contenders(shape: Shape, compiled: bool, owned: dict[str, str] | None = None) -> dict[str, Contender]:
+    """Those of this shape; ours first. owned: {op: "package.module:function"}."""
     found: dict[str, Contender] = {}
     op = getattr(minit2v_kernels, shape.op, None)
+    if owned and shape.op in owned:
+        found[owned[shape.op]] = Contender(partial(op, impl=owned[shape.op]))
     if op is not None:
         found["kernel"] = Contender(partial(op, impl="triton"))
         found["torch"] = Contender(partial(op, impl="torch"))
@@ -326,8 +339,9 @@ def measure(
         "contenders": {},
     }
     timed: dict[str, Timed] = {}
+    eagerly: dict[str, Timed] = {}
     found = entry["contenders"]
-    for name, contender in contenders(shape, compiled).items():
+    for name, contender in contenders(shape, compiled, options.contender).items():
         if options.contenders and name not in options.contenders:
             continue
         try:
@@ -342,6 +356,8 @@ def measure(
 
             with torch.no_grad():
                 timed[name] = Timed(run, sets, device)
+                if name in ("kernel", "torch", "eager", *options.contender.values()):
+                    eagerly[name] = Timed(run, sets, device, graph=False, host=True)
         except Exception as error:
             if name == "kernel" and isinstance(error, torch.cuda.OutOfMemoryError):
                 raise  # not wrong: the shape is left out
@@ -350,8 +366,11 @@ def measure(
     del exact, plain
     with torch.no_grad():
         in_turns(timed, options.seconds, least=options.least)
+        in_turns(eagerly, options.seconds / 4, least=options.least)
     for name, clock in timed.items():
         found[name] |= clock.summary()
+    for name, clock in eagerly.items():
+        found[name]["eager_ms"] = clock.summary()["ms"]
     return entry
 
 
@@ -457,13 +476,14 @@ def names_in(entry: dict) -> set[str]:
     return set(entry.get("contenders", ()))
 
 
-def recommend(entries: dict[str, dict], wanted: dict[str, Shape]) -> dict[str, dict]:
-    """Per family of ops: whether `PROVEN` may name this device.
+def recommend(entries: dict[str, dict], wanted: dict[str, Shape], launched: str) -> dict[str, dict]:
+    """Per family of ops: whether `PROVEN` may name this device for kernels that are launched so, "eager" or "graph".
 
     The kernel must be right everywhere, and over the calls of a step of every workload take less time than the faster
     of `torch` and `eager`, whose layouts differ. "yes" takes every shape of these workloads.
     """
     out: dict[str, dict] = {}
+    ms = TIMES[launched]
     for op in OPS:
         mine = {name: shape for name, shape in wanted.items() if shape.family == op and shape.calls}
         done = {
@@ -473,10 +493,10 @@ def recommend(entries: dict[str, dict], wanted: dict[str, Shape]) -> dict[str, d
         lost, sums = [], {}
         for name in (name for name in done if name not in wrong):
             entry, found = done[name], done[name]["contenders"]
-            others = [found[n]["ms"] for n in ("torch", "eager") if found.get(n, {}).get("right") and "ms" in found[n]]
-            if not others or "ms" not in found["kernel"]:
+            others = [found[n][ms] for n in ("torch", "eager") if found.get(n, {}).get("right") and ms in found[n]]
+            if not others or ms not in found["kernel"]:
                 continue
-            kernel, other = found["kernel"]["ms"], min(others)
+            kernel, other = found["kernel"][ms], min(others)
             if kernel > other:
                 lost.append([name, digits(other / kernel, 3)])
             for workload, calls in entry["calls_in"].items():
@@ -500,20 +520,63 @@ def recommend(entries: dict[str, dict], wanted: dict[str, Shape]) -> dict[str, d
 
 def report(results: dict, wanted: dict[str, Shape], device: torch.device) -> str:
     """The recommendation and the goals, in words."""
-    rows = [("op", "verdict", "times faster over a step", "slower at")]
-    for op, found in recommend(results["kernels"], wanted).items():
-        faster = ", ".join(f"{workload} {ratio}" for workload, ratio in found["faster"].items())
-        rows.append((op, found["verdict"], faster, f"{len(found['slower_at'])} of {found['measured']}"))
+    rows = [("op", "launched", "verdict", "times faster over a step", "slower at")]
+    for launched in LAUNCHES:
+        for op, found in recommend(results["kernels"], wanted, launched).items():
+            faster = ", ".join(f"{workload} {ratio}" for workload, ratio in found["faster"].items())
+            rows.append((op, launched, found["verdict"], faster, f"{len(found['slower_at'])} of {found['measured']}"))
     lines = [table(rows)]
-    proven = [row[0] for row in rows[1:] if row[1] == "yes"]
     name = family(device)
     if device.type != "cuda":
-        lines.append("A dry run proves nothing for PROVEN.")
-    elif proven:
-        lines.append(f'PROVEN in _dispatch.py may name "{name}" for: {", ".join(proven)}.')
-    else:
-        lines.append(f'PROVEN in _dispatch.py may not name "{name}" for any op yet.')
+        return "\n".join([*lines, "A dry run proves nothing for PROVEN."])
+    for launched in LAUNCHES:
+        proven = [op for op, how, verdict, *_ in rows[1:] if (how, verdict) == (launched, "yes")]
+        may = f'may name "{name}" for: {", ".join(proven)}' if proven else f'may not name "{name}" for any op yet'
+        lines.append(f'PROVEN in _dispatch.py, "{launched}", {may}.')
     return "\n".join(lines)
+
+
+def over_a_step(entries: dict[str, dict], names: list[str]) -> str:
+    """Milliseconds that the calls of a step take, per workload and contender; "-": not right at every shape."""
+    steps: dict[str, dict[str, float | None]] = {}
+    for entry in entries.values():
+        for workload, calls in entry.get("calls_in", {}).items():
+            sums = steps.setdefault(workload, dict.fromkeys(names, 0.0))
+            for name in names:
+                found = entry["contenders"].get(name, {})
+                fine = sums[name] is not None and found.get("right") and "ms" in found
+                sums[name] = sums[name] + calls * found["ms"] if fine else None
+    rows = [("ms of a step", *names)]
+    for workload, sums in steps.items():
+        rows.append((workload, *("-" if ms is None else digits(ms, 3) for ms in sums.values())))
+    return table(rows)
+
+
+def named(text: str) -> tuple[str, str]:
+    """ "op=package.module:function" -> (op, the rest). It is imported later: Triton asks then whether to interpret."""
+    op, _, name = text.partition("=")
+    try:
+        choices(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("MINIT2V_KERNELS ")) from None
+    if ":" not in name:
+        raise argparse.ArgumentTypeError(f"must be OP=package.module:function, not {text!r}")
+    return op, name
+
+
+def judged(options: argparse.Namespace, device: torch.device) -> bool:
+    """Whether the functions of --contender may be timed: none of them is wrong."""
+    fine = True
+    for op, name in options.contender.items():
+        verdicts = []
+        for wanted, dtypes in own_kernels.cases(op, device, *options.workloads):
+            verdicts += own_kernels.judge_all(wanted, name, dtypes, device, progress=True)
+            if any(verdict.fault for verdict in verdicts):
+                break
+        said, good = own_kernels.report(op, name, verdicts)
+        print(said, flush=True)
+        fine &= good
+    return fine
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -524,6 +587,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workloads", nargs="+", default=[])
     parser.add_argument("--goals", action="store_true", help="only the shapes for which goals are set")
     parser.add_argument("--contenders", nargs="+", default=[], help="only these")
+    parser.add_argument("--contender", nargs="+", type=named, default=[], metavar="OP=MODULE:FUNCTION",
+                        help="kernels of your own: judged, then timed beside the others")  # fmt: skip
     parser.add_argument("--compile", choices=("all", "some", "none"), help="default: some; with --cpu none")
     parser.add_argument("--backward", choices=("yes", "no"), default="yes")
     parser.add_argument("--seconds", type=float, default=0.1, help="of samples per contender and shape")
@@ -534,7 +599,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cpu", action="store_true", help="dry run: tiny shapes, kernels interpreted")
     options = parser.parse_args(arguments)
     options.compile = options.compile or ("none" if options.cpu else "some")
-    options.workloads = options.workloads or (list(TINY) if options.cpu else [])
+    options.contender = dict(options.contender)
+    if options.contender:  # on the CPU too at the published shapes, cut
+        options.backward, options.only = "no", [shape.family for shape in shapes() if shape.op in options.contender]
+    else:
+        options.workloads = options.workloads or (list(TINY) if options.cpu else [])
     return options
 
 
@@ -564,14 +633,28 @@ def warm(wanted: list[Shape], options: argparse.Namespace, device: torch.device,
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     device, dtype = begin(options.cpu, options.dtype)
+    if options.contender:
+        sys.path.insert(0, os.getcwd())  # as `python -m` does
+        try:
+            own(",".join(f"{op}={name}" for op, name in options.contender.items()))
+        except ValueError as error:
+            raise SystemExit(f"kernels.py: error: {error}") from None
+        if not judged(options, device):
+            raise SystemExit(1)
+        if options.cpu:
+            print("No times: on a CPU they would be those of Triton's interpreter.")
+            return
     order = in_order(options.workloads, options.only)
+    if options.contender:
+        order = [shape for shape in order if shape.op in options.contender]
     wanted = {shape.name: shape for shape in order}  # what PROVEN asks for: the goals alone prove nothing
     if options.goals:
         order = [shape for shape in order if is_goal(shape)]
     if options.warm:
         return warm(order, options, device, dtype)
     budget = Budget(options.budget)
-    results = Results(options.out or default_folder(device) / "kernels.json", device, options.fresh)
+    file = "contender.json" if options.contender else "kernels.json"
+    results = Results(options.out or default_folder(device) / file, device, options.fresh or bool(options.contender))
     results.data["dtype"] = str(dtype).removeprefix("torch.")
     entries, running = results.part("kernels"), results.path.with_suffix(".running")
     if running.exists():  # the process that measured this did not live to say how it went
@@ -622,9 +705,13 @@ def main(arguments: list[str] | None = None) -> None:
         print(line(part, shape, entry), flush=True)
     running.unlink(missing_ok=True)
     results.data["left_out"] = left_out
-    results.data["recommendation"] = recommend(entries, wanted)
+    results.data["recommendation"] = {launched: recommend(entries, wanted, launched) for launched in LAUNCHES}
     results.save()
-    print(report(results.data, wanted, device))
+    if options.contender:
+        names = [*options.contender.values(), "kernel", "torch", "eager", "compiled"]
+        print(over_a_step(entries, names))
+    else:
+        print(report(results.data, wanted, device))
     print(f"left out, over the budget: {len(left_out)} of {len(todo)}", *left_out, sep="\n  ")
     print(results.path)
 

@@ -183,7 +183,7 @@ def test_the_end_of_a_call_is_the_call_of_the_end(bench):
 
 
 def options(**given) -> argparse.Namespace:
-    return argparse.Namespace(**{"contenders": [], "seconds": 0.0, "least": 1} | given)
+    return argparse.Namespace(**{"contenders": [], "contender": {}, "seconds": 0.0, "least": 1} | given)
 
 
 def entry_of(bench, shape, **given) -> dict:
@@ -238,7 +238,7 @@ def test_a_wrong_kernel_wins_nothing(monkeypatch, bench, fault):
     else:
         assert not entry["contenders"]["kernel"]["right"]
     assert entry["contenders"]["torch"]["right"]
-    verdict = bench.kernels.recommend({shape.name: entry}, {shape.name: shape})["geglu"]
+    verdict = bench.kernels.recommend({shape.name: entry}, {shape.name: shape}, "graph")["geglu"]
     assert verdict["verdict"].startswith("no: wrong") and verdict["wrong"] == [shape.name]
 
 
@@ -269,7 +269,7 @@ def test_what_is_recommended(bench):
     assert len(names) == 3
 
     def verdict(entries):
-        return bench.kernels.recommend(entries, wanted)["geglu"]
+        return bench.kernels.recommend(entries, wanted, "graph")["geglu"]
 
     faster, slower = fake({"kernel": 1, "torch": 2, "eager": 3}), fake({"kernel": 2, "torch": 3, "eager": 1})
     assert verdict({})["verdict"] == "not measured"
@@ -280,6 +280,14 @@ def test_what_is_recommended(bench):
     found = verdict({names[0]: faster, names[1]: faster, names[2]: slower})  # 4 against 5
     assert found["verdict"] == "yes" and found["slower_at"] == [[names[2], 0.5]]
     assert verdict(dict.fromkeys(names, slower))["verdict"] == "no: slower over a step"
+    # In a graph the kernel wins; call by call, where the host's time counts, it loses.
+    entry = fake({"kernel": 1, "torch": 2})
+    entry["contenders"]["kernel"]["eager_ms"], entry["contenders"]["torch"]["eager_ms"] = 6, 3
+    entries = dict.fromkeys(names, entry)
+    assert verdict(entries)["verdict"] == "yes"
+    eager = bench.kernels.recommend(entries, wanted, "eager")["geglu"]
+    assert eager["verdict"] == "no: slower over a step" and eager["faster"] == {"tiny-unet3d": 0.5}
+    assert bench.kernels.recommend(dict.fromkeys(names, faster), wanted, "eager")["geglu"]["verdict"] != "yes"
     lost = {names[0]: faster, names[1]: faster, names[2]: {"lost": "the process ended while this was measured"}}
     assert verdict(lost)["verdict"].startswith("no: wrong")
 
@@ -467,7 +475,7 @@ def test_goals_alone_recommend_nothing(monkeypatch, bench, tmp_path):
     )
     words = ["--cpu", "--goals", "--only", "geglu", "--workloads", "tiny-unet3d", "--backward", "no"]
     bench.kernels.main([*words, "--out", str(tmp_path / "kernels.json")])
-    found = json.loads((tmp_path / "kernels.json").read_text())["recommendation"]["geglu"]
+    found = json.loads((tmp_path / "kernels.json").read_text())["recommendation"]["graph"]["geglu"]
     assert found["verdict"] == f"so far: 1 of {len(shapes)} shapes measured"
 
 

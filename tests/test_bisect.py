@@ -18,19 +18,42 @@ needs_triton = pytest.mark.skipif(
 )
 
 
+OWN = """
+import triton
+import triton.language as tl
+from minit2v_kernels import geglu_ref
+
+@triton.jit
+def twice(X, SIZE: tl.constexpr):
+    i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(X + i, tl.load(X + i) * 2)
+
+def double(x, weight, bias):
+    y = geglu_ref(x, weight, bias)
+    twice[(y.numel() // 16,)](y, SIZE=16)
+    return y
+"""
+
+
 @needs_triton
 def test_a_folder_without_a_gpu(tmp_path, make_official_folder):
     folder = make_official_folder(tmp_path / "model", small=True)
-    command = ["bisect", str(folder), "--device", "cpu", "--frames", "2", "--height", "16", "--width", "16"]
+    command = ["bisect", str(folder), "--device", "cpu", "--frames", "2", "--height", "16", "--width", "16",
+               "--kernels", "geglu=own_geglu:double"]  # fmt: skip
+    (tmp_path / "own_geglu.py").write_text(OWN)
     env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "MINIT2V_KERNELS")}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [env.get("PYTHONPATH"), str(tmp_path)]))
     done = subprocess.run([sys.executable, "-m", "minit2v", *command], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == 1, done.stdout + done.stderr
     assert "interpreter, which is slow" in done.stderr and done.stderr.count("\n") == 1
     head, plain, *rows = [line.split() for line in done.stdout.splitlines()]
     assert head == ["as", "kernels", "launches", "error"] and plain[:2] == ["none:", "PyTorch"]
+    own = rows.pop()
     assert [row[0] for row in rows] == [*_dispatch.PROVEN, "all"]
     launches = [int(row[1]) for row in rows]
     assert all(n > 0 for n in launches) and sum(launches[:-1]) == launches[-1]
+    geglus = launches[[*_dispatch.PROVEN].index("geglu")]
+    assert own[0] == "geglu=own_geglu:double" and int(own[1]) == geglus and own[3] == "WRONG"
     assert all(float(row[2]) <= 1.5 * float(plain[3]) + 1e-3 and row[3] == "ok" for row in rows)
 
 
@@ -48,10 +71,13 @@ class Broken:
     def __call__(self, x, t, context):
         choices = _dispatch.choices(os.environ.get("MINIT2V_KERNELS", "torch"))
         chosen = [op for op, impl in choices.items() if impl == "triton"]
-        chosen = [op for op in chosen if op != "temporal_conv"]
-        if _dispatch.recorded is not None:
-            _dispatch.recorded.extend(chosen)
+        chosen = [op for op in chosen if op not in ("temporal_conv", "layer_norm", "add_group_norm_silu")]
+        if (recording := _dispatch.recording()) is not None:
+            recording.launches.extend(chosen)
         y = x * (1 if x.dtype == torch.float64 else 1.001)
+        if choices["temporal_attention"] not in _dispatch.IMPLS:
+            _dispatch.contender("temporal_attention", choices["temporal_attention"])()
+            y = y + 0.1
         return y + (0.1 if "geglu" in chosen else 0) + (float("nan") if "add_layer_norm" in chosen else 0)
 
 
@@ -71,6 +97,16 @@ def test_what_is_wrong_is_named(monkeypatch):
         "all": ("WRONG", False),
     }
     assert "MINIT2V_KERNELS" not in os.environ and rows[1][1]
+
+    monkeypatch.setattr(_dispatch, "contenders", {})
+    _dispatch.register("temporal_attention", "mine", lambda: torch.zeros(1))
+    _dispatch.register("geglu", "mine", lambda: None)
+    rows = list(bisect.lines(bisect.bisect(network, x, 500, x, "temporal_attention=mine,geglu=mine")))[-2:]
+    assert [row.split() for row, _ in rows] == [
+        ["temporal_attention=mine", "1", rows[0][0].split()[2], "WRONG"],
+        ["geglu=mine", "0", "-", "not", "in", "this", "network"],
+    ]
+    assert [good for _, good in rows] == [False, True]
 
 
 def test_only_the_fast_path_has_kernels(make_official_folder, tmp_path, monkeypatch):

@@ -146,6 +146,21 @@ def test_kernels_for_single_operations_and_the_fast_path(run, copy, monkeypatch)
     assert np.abs(pixels("a.mp4").astype(int) - pixels("d.mp4").astype(int)).max() <= 2
 
 
+def test_functions_of_ones_own(run, model, monkeypatch, tmp_path):
+    """They run; one that is not there is said at once; no file of somebody else's has them imported."""
+    (tmp_path / "own_attention.py").write_text(
+        "from minit2v_kernels import temporal_attention_ref\ncalls = []\n"
+        "def attend(*args):\n    calls.append(args[0].shape)\n    return temporal_attention_ref(*args)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    base = ["generate", "a cat", "--model", model, *FAST, "--seed", 1]
+    code, *_ = run(*base, "--kernels", "torch,temporal_attention=own_attention:attend", "-o", "a.mp4")
+    assert code == 0 and __import__("own_attention").calls
+    fails(run(*base, "--kernels", "temporal_attention=nowhere_at_all:attend"), "cannot import 'nowhere_at_all'")
+    fails(run("generate", "--replay", "a.mp4", "--trust"), "own_attention:attend", "--kernels")
+    assert run("generate", "--replay", "a.mp4", "--trust", "--kernels", "auto", "-o", "b.mp4")[0] == 0
+
+
 def test_options_change_the_video(run, model):
     base = ["generate", "a cat", "--model", model, *FAST, "--seed", 1]
     changes = [[], ["--seed", 2], ["--negative-prompt", "a dog"], ["--scheduler", "euler"], ["--guidance-scale", 1],

@@ -1,5 +1,9 @@
-"""Fused operations: each one a definition in PyTorch, a Triton kernel, and a choice between them."""
+"""Fused operations: each one a definition in PyTorch, a Triton kernel, and a choice between them.
 
+`register` adds a function of your own to the choice.
+"""
+
+from ._dispatch import register as register
 from .attention import temporal_attention as temporal_attention
 from .attention import temporal_attention_ref as temporal_attention_ref
 from .conv import temporal_conv as temporal_conv

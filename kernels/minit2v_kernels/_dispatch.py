@@ -1,14 +1,19 @@
 """Which implementation of an op runs, and the one way in which kernels are launched.
 
 The choice: `impl=` of the call, else $MINIT2V_KERNELS, else "auto". The variable is "auto", "torch" or "triton" for
-all ops, and may name some with a choice of their own: "torch,geglu=triton".
+all ops, and may name some with a choice of their own: "torch,geglu=triton". A function of one's own is a choice, too:
+`register` gives it a name, and "package.module:function" needs none.
 """
 
+import importlib
 import os
-from collections.abc import Callable, Iterator
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, wraps
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -16,15 +21,24 @@ import torch
 from torch import Tensor
 
 IMPLS = ("auto", "torch", "triton")
+LAUNCHES = ("eager", "graph")  # each kernel by itself, at its host cost; or many together as a CUDA graph
 
-# Device families on which a result committed under benchmarks/results/ shows that the op's kernel beats PyTorch,
-# e.g. {"group_norm_silu": {"sm_90"}}. Until such a result exists a family is not in here, and "auto" means PyTorch.
-PROVEN: dict[str, frozenset[str]] = {
-    "group_norm_silu": frozenset(),
-    "temporal_attention": frozenset(),
-    "geglu": frozenset(),
-    "add_layer_norm": frozenset(),
-    "temporal_conv": frozenset(),
+# The public ops, and the name in PROVEN of the kernels that each of them launches.
+OPS = {
+    "group_norm_silu": "group_norm_silu",
+    "add_group_norm_silu": "group_norm_silu",
+    "temporal_attention": "temporal_attention",
+    "geglu": "geglu",
+    "layer_norm": "add_layer_norm",
+    "add_layer_norm": "add_layer_norm",
+    "temporal_conv": "temporal_conv",
+}
+
+# Device families on which a result committed under benchmarks/results/ shows that the op's kernel beats PyTorch, for
+# each way to launch it, e.g. {"geglu": {"eager": {"sm_90"}, "graph": {"sm_90"}}}. A kernel may win in a graph and lose
+# eagerly, where the host's time counts. Until such a result exists a family is not in here: "auto" means PyTorch.
+PROVEN: dict[str, dict[str, frozenset[str]]] = {
+    op: {launched: frozenset() for launched in LAUNCHES} for op in dict.fromkeys(OPS.values())
 }
 
 
@@ -45,7 +59,8 @@ def family(device: torch.device) -> str:
 
     While launches are recorded for a target: the target. A kernel whose tiles differ by family asks here.
     """
-    return recorded_for or _family(device)
+    mine = recording()
+    return mine.target if mine is not None and mine.target else _family(device)
 
 
 @cache
@@ -57,25 +72,112 @@ def _family(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
+contenders: dict[tuple[str, str], Callable[..., Any]] = {}  # (op, name) -> a function of the user's
+registered = 0  # how often `register` was called: who keeps a choice asks whether it still holds
+
+
+def register(op: str, name: str, function: Callable[..., Any]) -> None:
+    """From now on impl=name, or "op=name" in $MINIT2V_KERNELS, runs `function` in place of `op`.
+
+    It is called with the arguments of the op's definition (`temporal_attention_ref`, ...), all of them by place, and
+    returns what the definition returns: shape, dtype, a tuple where that has one. It must not change its arguments. A
+    name that is registered again is replaced. ValueError: an op that there is not, or a name that cannot be chosen.
+    """
+    global registered
+    if op not in OPS:
+        raise ValueError(f"register: there is no op {op!r}{nearest(op, OPS)}")
+    if name in IMPLS or not re.fullmatch(r"[\w.-]+", name):
+        raise ValueError(f"register: a name is letters, digits and -, and none of {', '.join(IMPLS)}; not {name!r}")
+    if not callable(function):
+        raise ValueError(f"register: {name!r} must be a function, not {type(function).__name__}")
+    contenders[op, name] = guarded(op, name, function)
+    registered += 1
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    near = get_close_matches(name, known := list(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else f": there are {', '.join(known)}"
+
+
+def contender(op: str, name: str) -> Callable[..., Any]:
+    """What `register` was given for the op by this name, or what the name says: "package.module:function".
+
+    ValueError where there is none.
+    """
+    if (op, name) in contenders:
+        return contenders[op, name]
+    check_name(op, name)
+    module, _, function = name.partition(":")
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"{op}: cannot import {module!r}: {error}. Is its folder in PYTHONPATH?") from error
+    if not callable(getattr(found, function, None)):
+        raise ValueError(f"{op}: module {module!r} has no function {function!r}{nearest(function, vars(found))}")
+    contenders[op, name] = guarded(op, name, getattr(found, function))
+    return contenders[op, name]
+
+
+def own(setting: str) -> dict[str, str]:
+    """$MINIT2V_KERNELS -> {op: name} of the contenders in it, each imported. ValueError where one is not found."""
+    found = {op: impl for op, impl in choices(setting).items() if impl not in IMPLS}
+    for op, name in found.items():
+        contender(op, name)
+    return found
+
+
+def check_name(op: str, name: str) -> None:
+    """ValueError where the name is no registered one and not of the form package.module:function."""
+    if (op, name) in contenders or re.fullmatch(r"[\w.]+:\w+", name):
+        return
+    known = [*IMPLS, *(mine for of, mine in contenders if of == op and ":" not in mine)]
+    raise ValueError(f"{op} has no implementation {name!r}: there are {', '.join(known)}, and package.module:function")
+
+
+def guarded(op: str, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, which may not lose a gradient in silence."""
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        result = function(*args)
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            if not all(y.requires_grad for y in (result if isinstance(result, tuple) else (result,))):
+                raise RuntimeError(f"{op}: {name!r} has no derivative: call it under torch.no_grad(), or impl='torch'")
+        return result
+
+    return call
+
+
 def choices(setting: str) -> dict[str, str]:
-    """$MINIT2V_KERNELS -> {op: impl}. Raises ValueError on an op or an implementation that nobody knows."""
-    chosen, named = dict.fromkeys(PROVEN, "auto"), {}
+    """$MINIT2V_KERNELS -> {op: impl}: one of IMPLS, or a contender's name. Nothing is imported for it.
+
+    A choice for the kernels' name in PROVEN holds for all ops that launch them; a contender takes one op's place alone.
+    Raises ValueError on an op or an implementation that nobody knows.
+    """
+    everywhere, named = "auto", {}
     for part in filter(None, setting.replace(" ", "").split(",")):
         op, equals, impl = part.rpartition("=")
-        if impl not in IMPLS:
-            raise ValueError(f"MINIT2V_KERNELS must be one of {', '.join(map(repr, IMPLS))}, not {impl!r}")
+        if not equals and impl not in IMPLS:
+            own = f"; of your own function name the op, too: OP={impl}" if ":" in impl else ""
+            raise ValueError(f"MINIT2V_KERNELS must be one of {', '.join(map(repr, IMPLS))}, not {impl!r}{own}")
         if not equals:
-            chosen = dict.fromkeys(PROVEN, impl)
-        elif op in PROVEN:
-            named[op] = impl
-        else:
-            near = get_close_matches(op, PROVEN, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f": there are {', '.join(PROVEN)}"
-            raise ValueError(f"MINIT2V_KERNELS names an unknown op {op!r}{hint}")
-    return chosen | named
+            everywhere = impl
+            continue
+        if op not in OPS:
+            raise ValueError(f"MINIT2V_KERNELS names an unknown op {op!r}{nearest(op, OPS)}")
+        if impl not in IMPLS:
+            check_name(op, impl)
+        named[op] = impl
+    shared = {op: impl for op, impl in named.items() if impl in IMPLS}
+    return {op: named.get(op) or shared.get(kernels) or everywhere for op, kernels in OPS.items()}
 
 
 parsed: dict[str, dict[str, str]] = {}  # not functools.cache, of which torch.compile warns
+
+
+def setting() -> tuple[str | None, int]:
+    """What a choice depends on that was made without `impl`: kept ones hold while this is the same."""
+    return os.environ.get("MINIT2V_KERNELS"), registered
 
 
 def chosen_by_environment(op: str) -> str:
@@ -85,17 +187,23 @@ def chosen_by_environment(op: str) -> str:
     return parsed[setting][op]
 
 
-def pick(op: str, impl: str | None, x: Tensor, *others: Tensor | None) -> str:
-    """ "torch" or "triton" for `op` on the input `x` and other tensors.
+def pick(
+    op: str, impl: str | None, x: Tensor, *others: Tensor | None, launched: str | None = None
+) -> str | Callable[..., Any]:
+    """ "torch", "triton" or a contender's function, for `op` on the input `x` and other tensors.
 
-    "triton" never falls back: RuntimeError where it cannot run. ValueError on an unknown `impl`.
+    launched: "eager" or "graph", where that is known; else as the current stream says. "triton" never falls back:
+    RuntimeError where it cannot run. ValueError on an unknown `impl`.
     """
     source = "impl" if impl else "MINIT2V_KERNELS"
     impl = impl or chosen_by_environment(op)
     if impl not in IMPLS:
-        raise ValueError(f"impl must be one of {', '.join(map(repr, IMPLS))}, not {impl!r}")
+        if ":" not in impl and (op, impl) not in contenders:
+            known = [*map(repr, IMPLS), *(repr(name) for of, name in contenders if of == op and ":" not in name)]
+            raise ValueError(f"impl must be one of {', '.join(known)}, not {impl!r}; see `minit2v_kernels.register`")
+        return contender(op, impl)
     if impl == "auto":
-        if not (x.is_cuda and family(x.device) in PROVEN[op] and has_triton()):
+        if not (x.is_cuda and has_triton() and is_proven(op, family(x.device), launched)):
             return "torch"
         # What is proven is forward in one 16-bit dtype: float32 has no tensor cores here, backward runs forward again,
         # and autocast has its own rules for dtypes.
@@ -105,9 +213,34 @@ def pick(op: str, impl: str | None, x: Tensor, *others: Tensor | None) -> str:
         return "triton" if plain and not wanted and not torch.is_autocast_enabled("cuda") else "torch"
     if impl == "triton" and not has_triton():
         raise RuntimeError(f"{op}: {source}='triton', but Triton is not installed (pip install 'minit2v[triton]')")
-    if impl == "triton" and not (x.is_cuda or interpreting() or recorded is not None):
+    if impl == "triton" and not (x.is_cuda or interpreting() or recording() is not None):
         raise RuntimeError(f"{op}: {source}='triton' needs a GPU tensor, not one on {x.device}")
     return impl
+
+
+def is_proven(op: str, name: str, launched: str | None) -> bool:
+    """Whether the op's kernel wins on the device family `name`, launched so."""
+    proven = PROVEN[OPS[op]]
+    if launched is None and (name in proven["eager"]) != (name in proven["graph"]):
+        launched = "graph" if torch.cuda.is_current_stream_capturing() else "eager"
+    return name in proven[launched or "eager"]
+
+
+def autocast(x: Tensor, *others: Tensor | None, product: bool) -> Iterator[Any]:
+    """The tensors of a call as a kernel can take them: of one dtype where torch.autocast is on, else as they are.
+
+    product: in autocast's dtype, as PyTorch's matrix products and attention are; else, for norms, in the widest of
+    theirs. Not for contenders, which are given what the call was given.
+    """
+    tensors = [x, *others]
+    if x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
+        return iter(tensors)
+    dtype = torch.get_autocast_dtype(x.device.type)
+    if not product:
+        dtype = x.dtype
+        for other in others:
+            dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
+    return (None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
 class Launch(NamedTuple):
@@ -121,8 +254,19 @@ class Launch(NamedTuple):
     num_stages: int
 
 
-recorded: list[Launch] | None = None  # while `record` is open: launches are listed, and nothing runs
-recorded_for: str | None = None
+class Recording(NamedTuple):
+    """What an open `record` has collected, and for which device family."""
+
+    launches: list[Launch]
+    target: str | None
+
+
+recordings: dict[int, Recording] = {}  # by thread: what another one computes goes on
+
+
+def recording() -> Recording | None:
+    """The one that is open in this thread. (While none is, torch.compile need not look at threads.)"""
+    return recordings.get(threading.get_ident()) if recordings else None
 
 
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "gfx942": 304}  # of an A100, H200, MI300X; see `family`
@@ -130,17 +274,20 @@ PROCESSORS = {"sm_80": 108, "sm_90": 132, "gfx942": 304}  # of an A100, H200, MI
 
 @contextmanager
 def record(target: str | None = None) -> Iterator[list[Launch]]:
-    """Ops that are called in here with impl="triton" list their launches and run none: also on `meta` tensors.
+    """Ops that this thread calls in here with impl="triton" list their launches and run none: also on `meta` tensors.
 
     This is how the kernels are compiled ahead of time for exactly what the models ask of them. target: the device
     family for which they choose their tiles ("sm_90"); without one `meta` gets tiles that fit any.
     """
-    global recorded, recorded_for
-    before, recorded, recorded_for = (recorded, recorded_for), [], target
+    thread = threading.get_ident()
+    before, recordings[thread] = recordings.get(thread), Recording([], target)
     try:
-        yield recorded
+        yield recordings[thread].launches
     finally:
-        recorded, recorded_for = before
+        if before is None:
+            del recordings[thread]
+        else:
+            recordings[thread] = before
 
 
 def is_traced(x: Tensor) -> bool:
@@ -159,8 +306,8 @@ def launch(
     """Run kernel[grid](*args, **constexprs), on the device of the first of args."""
     if grid[0] >= 2**31 or len(grid) > 1 and max(grid[1:]) > 65535:
         raise ValueError(f"{kernel.__name__}: a grid of {grid} is larger than a GPU's")
-    if recorded is not None:
-        recorded.append(Launch(kernel, grid, args, constexprs, num_warps, num_stages))
+    if (mine := recording()) is not None:
+        mine.launches.append(Launch(kernel, grid, args, constexprs, num_warps, num_stages))
         return
     start(kernel, grid, args, {**constexprs, "num_warps": num_warps, "num_stages": num_stages})
 
@@ -173,7 +320,20 @@ def start(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: di
         with torch.cuda.device(x.device):
             kernel[grid](*args, **options)
     else:
+        if interpreting():
+            quicken_interpreter()
         kernel[grid](*args, **options)
+
+
+@cache
+def quicken_interpreter() -> None:
+    """Triton's interpreter without its check for overflow of integers: it does everything twice to find it, and tells
+    only in a debug mode, which is off."""
+    from triton.runtime import interpreter
+
+    builder = interpreter.interpreter_builder
+    if not getattr(builder.options, "debug", True) and hasattr(builder.options, "sanitize_overflow"):
+        builder.options = replace(builder.options, sanitize_overflow=False)
 
 
 registrations: list[Callable[[], None]] = []
@@ -218,7 +378,7 @@ def triton_op(run: Callable[..., Any], reference: Callable[..., Any]) -> Callabl
         return tuple(next(found) if isinstance(v, Tensor) and v.requires_grad else None for v in inputs)
 
     def call(*args: Any) -> Any:
-        if recorded is not None:
+        if recording() is not None:
             return run(*args)
         register()
         return op(*args)

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import interpreting, launch, pick, sizes, triton_op
+from ._dispatch import autocast, family, interpreting, launch, pick, sizes, triton_op
+from ._tiles import given, planned
 
 MAX_HEADS = 65535  # what one axis of a CUDA grid may count; a video of 1024x576 has 9,216 x 8 in its first layer
 MOST_HEAD_DIM = 256  # of the kernel: wider heads leave a multiprocessor's shared memory
@@ -36,8 +37,12 @@ def temporal_attention(
     if window is not None and window < 1:
         raise ValueError(f"temporal_attention: window must be at least 1, the frame itself, not {window}")
     window = q.shape[1] if window is None else min(window, q.shape[1])
-    if pick("temporal_attention", impl, q, k, v) == "torch":
+    picked = pick("temporal_attention", impl, q, k, v)
+    if picked == "torch":
         return temporal_attention_ref(q, k, v, causal, window)
+    if callable(picked):
+        return picked(q, k, v, causal, window)
+    q, k, v = autocast(q, k, v, product=True)
     expect(q, k, v)
     return temporal_attention_triton(q, k, v, causal, window)
 
@@ -261,10 +266,11 @@ def expect(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-@cache
+@planned
 def plan(
-    shape: tuple[int, ...], steps: tuple[tuple[int, ...], ...], dtype: torch.dtype, causal: bool, window: int
-) -> tuple[Any, ...]:
+    shape: tuple[int, ...], steps: tuple[tuple[int, ...], ...], dtype: torch.dtype, causal: bool, window: int,
+    target: str,
+) -> tuple[Any, ...]:  # fmt: skip
     """How q, k, v of this shape and of these strides attend: whether they are copied, grid, sizes, constants."""
     b, f, p, h, d = shape
     first, *others = (strides(shape, each) for each in steps)
@@ -273,10 +279,15 @@ def plan(
         first = strides(shape, (f * p * h * d, p * h * d, h * d, d, 1))
     d1, d2 = split(d)
     pixels, block, warps = tile(f, d1 + d2, dtype.itemsize)
+    chosen = {"PIXELS": pixels, "BLOCK": block, "num_warps": warps, "num_stages": 2 if f > block else 1}
+    chosen |= given("temporal_attention", target, f, d1 + d2, dtype.itemsize)
+    pixels, block = chosen["PIXELS"], chosen["BLOCK"]
+    if pixels > 1 and pixels * f > block:
+        raise ValueError(f"temporal_attention: {pixels} pixels of {f} frames are more than a tile's {block} rows")
     programs = b * -(-p // pixels) * -(-pixels * f // block) * h
     constants = {
         "F": f, "D": d, "CAUSAL": causal, "WINDOW": window, "PIXELS": pixels, "BLOCK": block, "D1": d1, "D2": d2,
-        "num_warps": warps, "num_stages": 2 if f > block else 1,
+        "num_warps": chosen["num_warps"], "num_stages": chosen["num_stages"],
     }  # fmt: skip
     return copied, (programs,), (p, h, *first[:3], d**-0.5 * math.log2(math.e)), constants
 
@@ -288,7 +299,8 @@ def run_temporal_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, window
     shape = sizes(q)
     if not q.numel():
         return torch.empty(shape, dtype=dtype, device=q.device)
-    copied, grid, numbers, constants = plan(shape, (steps(q), steps(k), steps(v)), dtype, causal, window)
+    of_steps = steps(q), steps(k), steps(v)
+    copied, grid, numbers, constants = plan(shape, of_steps, dtype, causal, window, family(q.device))
     if copied:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     y = torch.empty(shape, dtype=dtype, device=q.device)

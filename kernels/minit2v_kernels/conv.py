@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import family, interpreting, launch, pick, sizes, triton_op
+from ._dispatch import autocast, family, interpreting, launch, pick, sizes, triton_op
+from ._tiles import given, planned
 from .feed_forward import best_tile, programs, tile
 
 
@@ -25,8 +26,12 @@ def temporal_conv(
     channels-last memory (torch.channels_last_3d) is read where it is, any other is rearranged at every call of the
     kernel. impl: "torch", "triton" or "auto", see `_dispatch.pick`.
     """
-    if pick("temporal_conv", impl, x, weight, bias, residual) == "torch":
+    picked = pick("temporal_conv", impl, x, weight, bias, residual)
+    if picked == "torch":
         return temporal_conv_ref(x, weight, bias, residual)
+    if callable(picked):
+        return picked(x, weight, bias, residual)
+    x, weight, bias, residual = autocast(x, weight, bias, residual, product=True)
     expect(x, weight, bias, residual)
     return temporal_conv_triton(x, weight, bias, residual)
 
@@ -139,12 +144,13 @@ def expect(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> 
         )
 
 
-@cache
+@planned
 def plan(shape: tuple[int, ...], n: int, dtype: torch.dtype, target: str, residual: bool) -> tuple[Any, ...]:
     """How x of this shape becomes n channels: y's shape, grid, sizes, constants."""
     b, c, f, p = shape
     m = b * f * p
     chosen = temporal_conv_tile(m, n, c, dtype.itemsize, target)
+    chosen |= given("temporal_conv", target, m, n, c, dtype.itemsize)
     constants = {"RESIDUAL": residual, "WHOLE": c % chosen["BLOCK_K"] == 0, "GROUP": 8, **chosen}
     return (b, n, f, p), (programs(m, n, chosen),), (m, n, c, f, p), constants
 

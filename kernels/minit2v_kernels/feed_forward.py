@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import PROCESSORS, family, interpreting, launch, pick, sizes, triton_op
+from ._dispatch import PROCESSORS, autocast, family, interpreting, launch, pick, sizes, triton_op
+from ._tiles import given, planned
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -36,8 +37,12 @@ def geglu(x: Tensor, weight: Tensor, bias: Tensor, *, impl: str | None = None) -
 
     GELU is the exact one, by erf. impl: "torch", "triton" or "auto", see `_dispatch.pick`.
     """
-    if pick("geglu", impl, x, weight, bias) == "torch":
+    picked = pick("geglu", impl, x, weight, bias)
+    if picked == "torch":
         return geglu_ref(x, weight, bias)
+    if callable(picked):
+        return picked(x, weight, bias)
+    x, weight, bias = autocast(x, weight, bias, product=True)
     expect(x, weight, bias)
     return geglu_triton(x, weight, bias)
 
@@ -163,12 +168,12 @@ def expect(x: Tensor, weight: Tensor, bias: Tensor) -> None:
         raise ValueError(f"geglu: x, weight and bias must be (... d), (2m d) and (2m), not {found}")
 
 
-@cache
+@planned
 def plan(shape: tuple[int, ...], of_weight: tuple[int, ...], dtype: torch.dtype, target: str) -> tuple[Any, ...]:
     """How x of this shape is multiplied: y's shape, grid, sizes, constants."""
     (n, k), m = of_weight, prod(shape[:-1])
     n //= 2
-    chosen = geglu_tile(m, n, k, dtype.itemsize, target)
+    chosen = geglu_tile(m, n, k, dtype.itemsize, target) | given("geglu", target, m, n, k, dtype.itemsize)
     constants = {"WHOLE": k % chosen["BLOCK_K"] == 0, "GROUP": 8, **chosen}
     return (*shape[:-1], n), (programs(m, n, chosen),), (m, n, k), constants
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import launch, pick, sizes, triton_op
+from ._dispatch import family, launch, pick, sizes, triton_op
+from ._tiles import given, planned
 
 WIDEST = 16384  # numbers in a row; wider ones would not fit in the registers of one block
 
@@ -33,7 +34,9 @@ def layer_norm(
     Statistics in float32 or wider. positions: added after the norm, by the place on axis 1. impl: see `_dispatch.pick`.
     """
     expect(x, None, weight, bias, positions)
-    picked = pick("add_layer_norm", impl, x, weight, bias, positions)
+    picked = pick("layer_norm", impl, x, weight, bias, positions)
+    if callable(picked):
+        return picked(x, weight, bias, eps, positions)
     chosen = layer_norm_ref if picked == "torch" else layer_norm_triton
     return chosen(x, weight, bias, eps, positions)
 
@@ -51,6 +54,8 @@ def add_layer_norm(
     """s = x + residual, both (b f ... d) -> (s, layer_norm(s, ...)): the norm of s as it is returned, rounded."""
     expect(x, residual, weight, bias, positions)
     picked = pick("add_layer_norm", impl, x, residual, weight, bias, positions)
+    if callable(picked):
+        return picked(x, residual, weight, bias, eps, positions)
     chosen = add_layer_norm_ref if picked == "torch" else add_layer_norm_triton
     return chosen(x, residual, weight, bias, eps, positions)
 
@@ -148,8 +153,10 @@ def tile(d: int, itemsize: int) -> tuple[int, int, int]:
     return max(1, min(16, numbers // block_d)), block_d, max(1, min(16, block_d // numbers))
 
 
-@cache
-def plan(shape: tuple[int, ...], dtype: torch.dtype, other: torch.dtype, add: bool, place: bool) -> tuple[Any, ...]:
+@planned
+def plan(
+    shape: tuple[int, ...], dtype: torch.dtype, other: torch.dtype, add: bool, place: bool, target: str
+) -> tuple[Any, ...]:
     """How rows of this shape are normalised: the dtype of x + residual, of dtype and other, grid, sizes, constants.
 
     TypeError and ValueError where the kernel cannot.
@@ -162,13 +169,16 @@ def plan(shape: tuple[int, ...], dtype: torch.dtype, other: torch.dtype, add: bo
         raise ValueError(f"layer_norm's kernel takes up to 2**31 rows of up to {WIDEST} numbers, not {tuple(shape)}")
     frames, inner = (shape[1], prod(shape[2:-1])) if place else (1, 1)
     block_r, block_d, warps = tile(d, dtype.itemsize)
-    constants = {"D": d, "BLOCK_R": block_r, "BLOCK_D": block_d, "ADD": add, "PLACE": place, "num_warps": warps}
+    chosen = {"BLOCK_R": block_r, "num_warps": warps} | given("add_layer_norm", target, d, dtype.itemsize)
+    block_r, constants = chosen["BLOCK_R"], {"D": d, "BLOCK_D": block_d, "ADD": add, "PLACE": place, **chosen}
     return dtype, (-(-rows // block_r),), (rows, frames, inner), constants
 
 
 def run_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, positions: Tensor | None) -> Tensor:
     shape, x = sizes(x), x.contiguous()
-    dtype, grid, numbers, constants = plan(shape, x.dtype, x.dtype, False, positions is not None)
+    dtype, grid, numbers, constants = plan(
+        shape, x.dtype, x.dtype, False, positions is not None, family(x.device)
+    )  # fmt: skip
     y = torch.empty(shape, dtype=dtype, device=x.device)
     p = x if positions is None else positions.contiguous()  # x: neither read nor written
     launch(
@@ -194,7 +204,9 @@ def add_and_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, positions: Tensor | None, into: bool
 ) -> tuple[Tensor, Tensor]:
     shape, x, device = sizes(x), x.contiguous(), x.device
-    dtype, grid, numbers, constants = plan(shape, x.dtype, residual.dtype, True, positions is not None)
+    dtype, grid, numbers, constants = plan(
+        shape, x.dtype, residual.dtype, True, positions is not None, family(device)
+    )  # fmt: skip
     y = torch.empty(shape, dtype=dtype, device=device)
     s = x if into and x.dtype == dtype else torch.empty(shape, dtype=dtype, device=device)
     p = x if positions is None else positions.contiguous()

@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import PROCESSORS, family, launch, pick, sizes, triton_op
+from ._dispatch import PROCESSORS, autocast, family, launch, pick, sizes, triton_op
+from ._tiles import given, planned
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -47,8 +48,12 @@ def group_norm_silu(
     The result is in channels-last memory where x is, else contiguous. ValueError on shapes that do not fit.
     """
     expect("group_norm_silu", x, weight, bias, groups, frames, skip, emb)
-    if pick("group_norm_silu", impl, x, weight, bias, skip, emb) == "torch":
+    picked = pick("group_norm_silu", impl, x, weight, bias, skip, emb)
+    if picked == "torch":
         return group_norm_silu_ref(x, weight, bias, groups, eps, silu, frames, skip, emb)
+    if callable(picked):
+        return picked(x, weight, bias, groups, eps, silu, frames, skip, emb)
+    x, skip, emb = autocast(x, skip, emb, product=False)
     expect_dtypes("group_norm_silu", x, skip, emb)
     return group_norm_silu_triton(x, weight, bias, groups, eps, silu, frames, skip, emb)
 
@@ -69,8 +74,12 @@ def add_group_norm_silu(
     expect("add_group_norm_silu", x, weight, bias, groups, frames)
     if x.shape != residual.shape:
         raise ValueError(f"add_group_norm_silu: residual is {tuple(residual.shape)}, and x {tuple(x.shape)}")
-    if pick("group_norm_silu", impl, x, residual, weight, bias) == "torch":
+    picked = pick("add_group_norm_silu", impl, x, residual, weight, bias)
+    if picked == "torch":
         return add_group_norm_silu_ref(x, residual, weight, bias, groups, eps, silu, frames)
+    if callable(picked):
+        return picked(x, residual, weight, bias, groups, eps, silu, frames)
+    x, residual = autocast(x, residual, product=False)
     expect_dtypes("add_group_norm_silu", x, residual)
     return add_group_norm_silu_triton(x, residual, weight, bias, groups, eps, silu, frames)
 
@@ -423,7 +432,7 @@ def merge_tile(channels_per_group: int, parts: int) -> tuple[int, int, int]:
     return block_p, block_c, min(4, power_of_2(-(-block_p * block_c // 256)))
 
 
-@cache
+@planned
 def plan(
     shape: tuple[int, ...], c: int, groups: int, frames: int, rows_of_emb: int | None, last: bool, dtype: torch.dtype,
     target: str, silu: bool, skip: bool, residual: bool,
@@ -436,6 +445,9 @@ def plan(
     span = segment_frames(n, frames, rows_of_emb) if last else 1
     segments, t = n // span, prod(spatial) * span
     unroll, block_t = moments_tile(dtype, residual, target)
+    chosen = {"UNROLL": unroll, "BLOCK_T": block_t, "APPLY_T": APPLY_T}
+    chosen |= given("group_norm_silu", target, segments, t, c, dtype.itemsize)
+    unroll, block_t, apply_t = chosen["UNROLL"], chosen["BLOCK_T"], chosen["APPLY_T"]
     splits, rows = split(segments, t, c, unroll * block_t, target)
     block_c = channel_tile(c)
     tiles = -(-c // block_c)
@@ -448,8 +460,8 @@ def plan(
         {**both, "HAS_RESIDUAL": residual, "UNROLL": unroll, "BLOCK_T": block_t, "BLOCK_C": block_c},
         (n // frames * groups,), (t, c, c1, groups, frames // span, splits, rows, per_emb),
         {"HAS_EMB": rows_of_emb is not None, "BLOCK_P": block_p, "BLOCK_C": group_c, "num_warps": warps},
-        (segments * -(-t // APPLY_T) * tiles,), (t, c, c1),
-        {**both, "SILU": silu, "BLOCK_T": APPLY_T, "BLOCK_C": block_c},
+        (segments * -(-t // apply_t) * tiles,), (t, c, c1),
+        {**both, "SILU": silu, "BLOCK_T": apply_t, "BLOCK_C": block_c},
     )  # fmt: skip
 
 

@@ -165,7 +165,8 @@ def make_parser() -> Parser:
         sub.add_argument("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps, ...")
         sub.add_argument("--compat", choices=("diffusers",), help="give the reference's numbers where ours differ")
         sub.add_argument("--kernels", type=_kernels, metavar="CHOICE", help="how to run the fused operations: auto, "
-                         "torch, triton, or with choices for some: torch,geglu=triton")
+                         "torch, triton, or with choices for some: torch,geglu=triton; a function of your own: "
+                         "geglu=package.module:function")
         sub.add_argument("--optimize", action=argparse.BooleanOptionalAction,
                          help="move weights in memory for speed; on cuda, launch steps as CUDA graphs. With "
                          "--no-optimize the networks run as they are written")
@@ -212,6 +213,8 @@ def make_parser() -> Parser:
     bisect = commands.add_parser("bisect", help="run a step with each fused operation in turn as a Triton kernel, and "
                                  "say how far each is from float64")
     bisect.add_argument("model", nargs="?", default="shapes", help="a folder or a hub id: shapes")
+    bisect.add_argument("--kernels", type=_kernels, metavar="OP=MODULE:FUNCTION", help="also functions of your own: "
+                        "temporal_attention=package.module:function")
     bisect.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float16", help="float16")
     bisect.add_argument("--device", default="auto", metavar="NAME", help="cuda, or the CPU by Triton's interpreter")
     bisect.add_argument("--frames", type=_whole, default=3, metavar="N", help="of the video: 3")

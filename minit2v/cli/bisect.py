@@ -15,8 +15,12 @@ def run(args: argparse.Namespace) -> int:
     device = find_device(args.device)
     if device.type != "cuda":
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+    from minit2v_kernels._dispatch import own
+
     from ..fast import bisect
 
+    setting = getattr(args, "kernels", "")
+    own(setting)  # imported before anything is loaded, and after the interpreter was chosen
     check_pixels("--height", args.height, bisect.FACTOR)
     check_pixels("--width", args.width, bisect.FACTOR)
     unet = bisect.load(args.model, getattr(torch, args.dtype), device)
@@ -24,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     say(f"{type(unet).__name__} of {args.model}, one step, x {tuple(inputs[0].shape)}, {args.dtype} on {device}"
          + (": by Triton's interpreter, which is slow" if device.type != "cuda" else ""))
     good = True
-    for line, fine in bisect.lines(bisect.bisect(unet, *inputs)):
+    for line, fine in bisect.lines(bisect.bisect(unet, *inputs, setting)):
         tell(line)
         good &= fine
     return 0 if good else 1

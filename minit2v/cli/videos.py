@@ -77,6 +77,10 @@ def run(args: argparse.Namespace) -> int:
         del models["adapter"]
     if "kernels" in args:
         os.environ["MINIT2V_KERNELS"] = args.kernels
+        if ":" in args.kernels:  # functions of the user's own are imported before anything is loaded
+            from minit2v_kernels._dispatch import own
+
+            own(args.kernels)
     given = models | given
     main = given.get("model") or given["base"]
     preset = PRESETS[main] if embedded.find(main) else {}
@@ -361,6 +365,9 @@ def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None, d
 
 def _check_trust(args: argparse.Namespace, stored: dict[str, Any], given: dict[str, Any]) -> None:
     """Says what a file names outside this package. ValueError where that was neither given here nor trusted."""
+    if "kernels" not in given and ":" in str(stored.get("kernels", "")):  # code: no file chooses what is imported
+        raise ValueError(f"{args.replay} was made with functions of somebody's own, {stored['kernels']!r}: "
+                         "give --kernels to say what runs now")
     names = ("model", "base", "adapter", "vae", "tokenizer", "config", "video", *pictures.OPTIONS)
     said = {k: ", ".join(map(str, v)) if isinstance(v := stored[k], list) else str(v)
             for k in names if stored.get(k) is not None and k not in given}  # fmt: skip

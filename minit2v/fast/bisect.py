@@ -1,5 +1,7 @@
 """`minit2v bisect`: which kernel is to blame? One prediction of a UNet, with each op in turn as its Triton kernel.
 
+Functions of the user's own take their turn after the shipped kernels, each in the place of its op.
+
 The errors are distances to the same prediction of the plain network in float64, relative and over all numbers. The fast
 path without kernels has one, too, in the same dtype, and is the measure: a kernel may round in other places, and may
 not be further away than that explains.
@@ -10,11 +12,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from minit2v_kernels._dispatch import PROVEN, record
+from minit2v_kernels._dispatch import PROVEN, contender, own, record, register
 
 from ..models.unet import UNet
 from ..models.unet2d import UNet2DConditionModel
@@ -30,8 +33,8 @@ TOKENS = 77
 class Found:
     """What one run showed."""
 
-    ops: str  # those that ran as kernels
-    launches: int  # of kernels; 0: the network has no place for the op
+    ops: str  # those that ran as kernels; "op=name" for a function of the user's own
+    launches: int  # of kernels; of an own function, its calls; 0: the network has no place for the op
     error: float  # relative, to float64
     good: bool
 
@@ -55,8 +58,11 @@ def inputs(unet: UNet, frames: int, height: int, width: int) -> tuple[Tensor, in
 
 
 @torch.no_grad()
-def bisect(unet: UNet, x: Tensor, t: int, context: Tensor) -> Iterator[Found]:
-    """First PyTorch, then each op by itself as a kernel, then all of them. ValueError where no kernel can run."""
+def bisect(unet: UNet, x: Tensor, t: int, context: Tensor, setting: str = "") -> Iterator[Found]:
+    """First PyTorch, then each op by itself as a kernel, then all of them, then the own functions in `setting`.
+
+    setting: as $MINIT2V_KERNELS. ValueError where no kernel can run.
+    """
     dtype, run = unet.dtype, runner(unet)
     if run is unet:
         raise ValueError("kernels run on the fast path alone, which MINIT2V_OPTIMIZE=0 or `restore` has turned off")
@@ -65,12 +71,23 @@ def bisect(unet: UNet, x: Tensor, t: int, context: Tensor) -> Iterator[Found]:
     with kernels("torch"):
         plain = distance(run(x, t, context), want)
     yield Found("", 0, plain, plain < float("inf"))
-    for ops, setting in [*((op, f"torch,{op}=triton") for op in PROVEN), ("all", "triton")]:
-        with kernels(setting):
+    for ops, shipped in [*((op, f"torch,{op}=triton") for op in PROVEN), ("all", "triton")]:
+        with kernels(shipped):
             with record() as launches:  # what would be launched
                 run(x, t, context)
             error = distance(run(x, t, context), want) if launches else plain
         yield Found(ops, len(launches), error, error <= SLACK * plain < float("inf"))
+    for op, name in own(setting).items():
+        calls, function = [0], contender(op, name)
+
+        def counted(*args: Any, calls: list[int] = calls, function: Any = function) -> Any:
+            calls[0] += 1
+            return function(*args)
+
+        register(op, "bisected", counted)
+        with kernels(f"torch,{op}=bisected"):
+            error = distance(run(x, t, context), want)
+        yield Found(f"{op}={name}", calls[0], error, error <= SLACK * plain < float("inf"))
 
 
 def distance(y: Tensor, want: Tensor) -> float:

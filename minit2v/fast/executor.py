@@ -1,6 +1,5 @@
 """Who runs a network fast: an executor for each network, which notices whatever is changed and gives way to it."""
 
-import os
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
@@ -11,6 +10,8 @@ from typing import Any
 import torch
 import torch.nn.modules.module as hooks
 from torch import Tensor, nn
+
+from minit2v_kernels import _dispatch
 
 from ..memory.stream import Bring, BringLayer, is_streamed
 from ..models.image_prompt import ImageAttention, Prompt
@@ -48,6 +49,7 @@ class Executor:
         self.lock = threading.RLock()
         self.state: State | None = None
         self.plans = 0  # how many were made
+        self.launched = "eager"  # or "graph"
 
     @property
     def network(self) -> Any:
@@ -94,7 +96,7 @@ class Executor:
 
     def choose_ops(self, weight: Tensor) -> Ops:
         """weight: any of the network's."""
-        ops = Ops(weight)
+        ops = Ops(weight, launched=self.launched)
         on_cpu = weight.is_cpu and weight.dtype == torch.float32
         # A kernel that was asked for runs, in the interpreter.
         return CPUOps(weight, self.network) if on_cpu and not ops.kernels else ops
@@ -133,7 +135,7 @@ class State:
         self.weights = self.now_weights()
         self.places = self.now_places()
         self.touched = self.now_touched()
-        self.setting = os.environ.get("MINIT2V_KERNELS")
+        self.setting = _dispatch.setting()
 
     def now_weights(self) -> list[Tensor | None]:
         return list(chain.from_iterable(d["_parameters"].values() for d in self.own))
@@ -148,7 +150,7 @@ class State:
         """Whether all is as it was. A thousand modules take about half a millisecond."""
         children = chain.from_iterable(d["_modules"].values() for d in self.own)
         return (
-            self.setting == os.environ.get("MINIT2V_KERNELS")
+            self.setting == _dispatch.setting()
             and self.types == list(map(type, self.modules))
             and all(map(is_, self.children, children))
             and all(map(is_, self.weights, self.now_weights()))
@@ -220,6 +222,7 @@ class UNetExecutor(Executor):
     def __init__(self, network: UNet, lay_out: bool = False, graphs: bool = False, compile: bool = False):
         super().__init__(network, lay_out)
         self.graphs = Graphs() if graphs else None
+        self.launched = "graph" if graphs else "eager"
         self.compile = compile
 
     def predict(self, x: Tensor, t: int | float | Tensor, context: Tensor | Prompt, texts: "Texts") -> Tensor:

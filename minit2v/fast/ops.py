@@ -25,28 +25,30 @@ OWN = object()  # a convolution's own bias
 class Ops:
     """On an accelerator, and wherever nothing better is known: channels-last memory, one op after the other."""
 
-    def __init__(self, x: Tensor, impl: str | None = None):
-        """x: any weight of the network. Which kernels run is said by impl, or $MINIT2V_KERNELS; see
-        `_dispatch.pick`.
+    def __init__(self, x: Tensor, impl: str | None = None, launched: str = "eager"):
+        """x: any weight of the network. Which kernels run is said by impl, or $MINIT2V_KERNELS; see `_dispatch.pick`.
+
+        launched: "eager", or "graph" where predictions are launched as CUDA graphs.
         """
         self.together: dict[Attention, Tensor] = {}  # weights of q, k and v that lie together (3 h d, c)
         self.room = 0.0  # bytes that copies of weights in another form may take
-        chosen = {op: _dispatch.pick(op, impl, x) == "triton" for op in _dispatch.PROVEN}
-        self.kernels = [op for op, triton in chosen.items() if triton]
+        chosen = {op: _dispatch.pick(op, impl, x, launched=launched) for op in _dispatch.OPS}
+        self.kernels = [op for op, picked in chosen.items() if picked != "torch"]
 
         def either(op: str, kernel: Callable[..., Any], definition: Callable[..., Any]) -> Callable[..., Any]:
-            return kernel if chosen[op] else definition
+            picked = chosen[op]
+            return picked if callable(picked) else kernel if picked == "triton" else definition
 
         self._group_norm = either("group_norm_silu", run_group_norm_silu, group_norm_silu_ref)
-        self._layer_norm = either("add_layer_norm", run_layer_norm, layer_norm_ref)
+        self._layer_norm = either("layer_norm", run_layer_norm, layer_norm_ref)
         self._add_layer_norm = either("add_layer_norm", run_add_layer_norm_into, add_layer_norm)
         self._temporal_conv = either("temporal_conv", run_temporal_conv, temporal_conv_ref)
         self._geglu = either("geglu", run_geglu, geglu_ref)
         self._attention = either("temporal_attention", run_temporal_attention, attend_frames)
         # Whether the norm takes these along in its own pass over memory.
-        self.reads_skip = self.reads_emb = chosen["group_norm_silu"]
+        self.reads_skip = self.reads_emb = chosen["group_norm_silu"] != "torch"
         # PyTorch's attention across frames moves nothing if q, k and v are three tensors. The kernel can read one.
-        self.reads_fused = chosen["temporal_attention"]
+        self.reads_fused = chosen["temporal_attention"] != "torch"
 
     def kept_bytes(self) -> int:
         """What copies of weights in another form take."""

@@ -88,9 +88,18 @@ def test_auto_is_triton_only_where_it_is_proven(monkeypatch):
     monkeypatch.delenv("MINIT2V_KERNELS", raising=False)
     monkeypatch.setattr(_dispatch, "has_triton", lambda: True)
     monkeypatch.setattr(_dispatch, "family", lambda device: "sm_90")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for proven, impl in ((set(), "torch"), ({"sm_80"}, "torch"), ({"sm_80", "sm_90"}, "triton")):
-        monkeypatch.setitem(_dispatch.PROVEN, "group_norm_silu", frozenset(proven))
-        assert _dispatch.pick("group_norm_silu", None, OnGPU()) == impl
+        of_op = {"eager": frozenset(proven), "graph": frozenset()}
+        monkeypatch.setitem(_dispatch.PROVEN, "group_norm_silu", of_op)
+        for op in ("group_norm_silu", "add_group_norm_silu"):
+            assert _dispatch.pick(op, None, OnGPU()) == _dispatch.pick(op, None, OnGPU(), launched="eager") == impl
+            assert _dispatch.pick(op, None, OnGPU(), launched="graph") == "torch"
+    with monkeypatch.context() as capturing:  # in a graph that somebody captures
+        capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert _dispatch.pick("group_norm_silu", None, OnGPU()) == "torch"
+        capturing.setitem(of_op, "graph", frozenset({"sm_90"}))
+        assert _dispatch.pick("group_norm_silu", None, OnGPU()) == "triton"
     # What a result proves: one 16-bit dtype, no gradients, no autocast.
     single, wanting = OnGPU(torch.float32), OnGPU(requires_grad=True)
     for tensors in ((single,), (OnGPU(), single), (wanting,), (OnGPU(), None, wanting)):
@@ -111,7 +120,7 @@ def test_auto_is_triton_only_where_it_is_proven(monkeypatch):
 def test_the_environment_may_choose_for_each_op(setting, impls):
     chosen = _dispatch.choices(setting)
     assert (chosen["group_norm_silu"], chosen["geglu"]) == impls
-    assert set(chosen) == set(_dispatch.PROVEN)
+    assert set(chosen) == set(_dispatch.OPS) and chosen["add_group_norm_silu"] == impls[0]
 
 
 def test_an_unknown_op_in_the_environment():
@@ -125,7 +134,7 @@ def test_recorded_launches_run_nothing():
         x, w = torch.empty(2, 64, 8, 8, device="meta"), torch.empty(64, device="meta")
         y = group_norm_silu(x, w, w, 32, impl="triton")
     assert y.is_meta and launches and all(0 < size for launch in launches for size in launch.grid)
-    assert _dispatch.recorded is None
+    assert not _dispatch.recordings
 
 
 def test_a_grid_that_no_gpu_takes():
@@ -174,3 +183,130 @@ except RuntimeError as error:
     print(error)
 """
     assert "geglu: its kernel has no second derivative" in python("-W", "ignore", "-c", code, TRITON_INTERPRET="1")
+
+
+# ---- functions of one's own
+
+Q = torch.randn(1, 4, 3, 2, 8)
+
+
+@pytest.fixture
+def forgets(monkeypatch):
+    """What a test registers is gone after it."""
+    monkeypatch.delenv("MINIT2V_KERNELS", raising=False)
+    monkeypatch.setattr(_dispatch, "contenders", {})
+    monkeypatch.setattr(_dispatch, "parsed", {})
+    return monkeypatch
+
+
+def test_a_registered_function_takes_an_ops_place(forgets):
+    seen = []
+
+    def mine(q, k, v, causal, window):
+        seen.append((causal, window))
+        return -q
+
+    minit2v_kernels.register("temporal_attention", "mine", mine)
+    y = minit2v_kernels.temporal_attention(Q, Q, Q, causal=True, impl="mine")
+    assert torch.equal(y, -Q) and seen == [(True, 4)]
+    forgets.setenv("MINIT2V_KERNELS", "torch,temporal_attention=mine")
+    assert torch.equal(minit2v_kernels.temporal_attention(Q, Q, Q), -Q)
+    assert not torch.equal(minit2v_kernels.temporal_attention(Q, Q, Q, impl="torch"), -Q)
+    before = _dispatch.setting()
+    minit2v_kernels.register("temporal_attention", "mine", lambda q, k, v, causal, window: q * 2)
+    assert torch.equal(minit2v_kernels.temporal_attention(Q, Q, Q), Q * 2) and _dispatch.setting() != before
+
+
+ARGUMENTS = {
+    "group_norm_silu": ((torch.randn(2, 4, 3), torch.ones(4), torch.zeros(4), 2), {}),
+    "add_group_norm_silu": ((torch.randn(2, 4, 3), torch.randn(2, 4, 3), torch.ones(4), torch.zeros(4), 2), {}),
+    "temporal_attention": ((Q, Q, Q), {"window": 2}),
+    "geglu": ((torch.randn(3, 4), torch.randn(6, 4), torch.randn(6)), {}),
+    "layer_norm": ((torch.randn(1, 2, 3, 4), torch.ones(4), torch.zeros(4)), {"positions": torch.randn(2, 4)}),
+    "add_layer_norm": ((torch.randn(1, 2, 4), torch.randn(1, 2, 4), torch.ones(4), torch.zeros(4)), {}),
+    "temporal_conv": ((torch.randn(1, 4, 3, 2), torch.randn(5, 4, 3, 1, 1), torch.randn(5)), {}),
+}
+
+
+@pytest.mark.parametrize("op", _dispatch.OPS)
+def test_every_op_hands_over_what_its_definition_takes(op, forgets):
+    """So the definition itself is a contender, and equal to the last bit."""
+    args, kw = ARGUMENTS[op]
+    minit2v_kernels.register(op, "definition", getattr(minit2v_kernels, f"{op}_ref"))
+    forgets.setenv("MINIT2V_KERNELS", f"{op}=definition")
+    call = getattr(minit2v_kernels, op)
+    for got, want in zip(*(y if isinstance(y, tuple) else (y,) for y in (call(*args, **kw), call(
+        *args, **kw, impl="torch"))), strict=True):  # fmt: skip
+        assert torch.equal(got, want)
+    assert [impl for other, impl in _dispatch.choices("geglu=torch,layer_norm=triton").items() if other == op]
+
+
+def test_a_function_named_by_its_module(forgets, tmp_path):
+    (tmp_path / "own_kernels.py").write_text("def attend(q, k, v, causal, window):\n    return v + 1\n")
+    forgets.syspath_prepend(tmp_path)
+    assert torch.equal(minit2v_kernels.temporal_attention(Q, Q, Q, impl="own_kernels:attend"), Q + 1)
+    forgets.setenv("MINIT2V_KERNELS", "temporal_attention=own_kernels:attend")
+    assert torch.equal(minit2v_kernels.temporal_attention(Q, Q, Q), Q + 1)
+
+
+@pytest.mark.parametrize("setting, said", [
+    ("temporal_attention=mine", "temporal_attention has no implementation 'mine': there are auto, torch, triton, and"),
+    ("own:attend", "must be one of .* not 'own:attend'; of your own function name the op, too: OP=own:attend"),
+    ("temporal_attentoin=own:attend", "unknown op 'temporal_attentoin'; did you mean 'temporal_attention'?"),
+    ("temporal_attention=nowhere_at_all:attend", "cannot import 'nowhere_at_all': .* PYTHONPATH?"),
+    ("temporal_attention=math:sqr", "module 'math' has no function 'sqr'; did you mean 'sqrt'?"),
+    ("temporal_attention=math:pi", "module 'math' has no function 'pi'"),
+    ("temporal_attention=a:b:c", "no implementation 'a:b:c'"),
+])  # fmt: skip
+def test_functions_that_there_are_not(setting, said, forgets):
+    forgets.setenv("MINIT2V_KERNELS", setting)
+    with pytest.raises(ValueError, match=said):
+        minit2v_kernels.temporal_attention(Q, Q, Q)
+
+
+@pytest.mark.parametrize("given, said", [
+    (("geglo", "mine", min), "no op 'geglo'; did you mean 'geglu'"),
+    (("geglu", "triton", min), "none of auto, torch, triton; not 'triton'"),
+    (("geglu", "a,b", min), "not 'a,b'"),
+    (("geglu", "mine", 3), "'mine' must be a function, not int"),
+])  # fmt: skip
+def test_what_cannot_be_registered(given, said, forgets):
+    with pytest.raises(ValueError, match=said):
+        minit2v_kernels.register(*given)
+    assert not _dispatch.contenders
+
+
+def test_a_function_without_a_derivative_says_so(forgets):
+    minit2v_kernels.register("temporal_attention", "mine", lambda q, k, v, causal, window: v.detach().clone())
+    q = Q.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="temporal_attention: 'mine' has no derivative"):
+        minit2v_kernels.temporal_attention(q, q, q, impl="mine")
+    with torch.no_grad():
+        minit2v_kernels.temporal_attention(q, q, q, impl="mine")
+    minit2v_kernels.register("temporal_attention", "mine", minit2v_kernels.temporal_attention_ref)
+    minit2v_kernels.temporal_attention(q, q, q, impl="mine").sum().backward()
+    assert q.grad is not None
+
+
+def test_recording_is_of_its_thread():
+    """What another thread computes meanwhile is computed."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    kernel = {}
+
+    class Kernel:
+        __name__ = "kernel"
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: kernel.update(options)
+
+    with _dispatch.record("sm_90") as launches, ThreadPoolExecutor(1) as other:
+        other.submit(_dispatch.launch, Kernel(), (1,), torch.ones(1)).result()
+        assert not launches and kernel["num_warps"] == 4
+        assert other.submit(_dispatch.family, torch.device("cpu")).result() == "cpu"
+        _dispatch.launch(Kernel(), (1,), torch.ones(1))
+        assert len(launches) == 1 and _dispatch.family(torch.device("cpu")) == "sm_90"
+        with _dispatch.record() as inner:
+            _dispatch.launch(Kernel(), (1,), torch.ones(1))
+        assert len(inner) == len(launches) == 1
+    assert not _dispatch.recordings
