@@ -269,6 +269,9 @@ def recording() -> Recording | None:
     return recordings.get(threading.get_ident()) if recordings else None
 
 
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "gfx942": 304}  # of an A100, H200, MI300X; see `family`
+
+
 @contextmanager
 def record(target: str | None = None) -> Iterator[list[Launch]]:
     """Ops that this thread calls in here with impl="triton" list their launches and run none: also on `meta` tensors.

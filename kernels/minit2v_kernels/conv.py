@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ._dispatch import autocast, family, interpreting, launch, pick, sizes, triton_op
 from ._tiles import given, planned
-from .feed_forward import ENOUGH, programs, tile
+from .feed_forward import best_tile, programs, tile
 
 
 def temporal_conv(
@@ -117,15 +117,16 @@ def temporal_conv_kernel() -> Any:
 def temporal_conv_tile(m: int, n: int, c: int, itemsize: int, target: str) -> dict[str, int]:
     """Tile, warps and stages for (m n) out of rows of c; target: see `_dispatch.family`.
 
-    The largest tile that leaves `ENOUGH` programs and spills no register.
+    None of them spills registers.
     """
     if itemsize == 4 or c % 64:  # float32 without tensor cores, and what no model asks for
         return tile(64, 64, 16, 4, 2)
     stages = 2 if target.startswith("gfx") else 3  # 64 KiB of shared memory
-    choices = [tile(128, 128, 64, 8, stages), tile(128, 64, 64, 4, stages)]
+    sizes = ((128, 128, 8), (128, 64, 4), (64, 64, 4), (64, 32, 4))
+    choices = [tile(rows, columns, 64, warps, stages) for rows, columns, warps in sizes]
     if target == "sm_90":
-        choices = [tile(256, 128, 64, 8, 4), *choices]
-    return next((t for t in choices if programs(m, n, t) >= ENOUGH), tile(64, 64, 64, 4, stages))
+        choices = [tile(256, 128, 64, 8, 4), tile(256, 64, 64, 8, 4), *choices]
+    return best_tile(m, n, choices, target)
 
 
 def expect(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:

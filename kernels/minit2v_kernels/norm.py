@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import autocast, family, launch, pick, sizes, triton_op
+from ._dispatch import PROCESSORS, autocast, family, launch, pick, sizes, triton_op
 from ._tiles import given, planned
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -377,7 +377,6 @@ def kernels() -> SimpleNamespace:
     return SimpleNamespace(moments=group_norm_moments, coefficients=group_norm_coefficients, apply=group_norm_apply)
 
 
-PROCESSORS = {"sm_80": 108, "sm_90": 132, "gfx942": 304}  # of an A100, H200, MI300X; see `_dispatch.family`
 RESIDENT = 4  # programs of `moments` that each holds, 8 KB of loads on their way in each: 4 with Triton 3.6, 7 with 3.9
 APPLY_T = 64  # positions per tile of `apply`: 8 KB of 16 bits each for 8 or 9 programs at a time
 

@@ -165,7 +165,16 @@ def test_tiles_of_the_models():
         assert stage * (tile["num_stages"] - target.startswith("gfx")) <= room
         assert module.geglu_tile(32768, 2560, 80, 2, target)["BLOCK_K"] == 16
     assert module.geglu_tile(32768, 1280, 320, 2, "sm_90") != module.geglu_tile(32768, 2048, 512, 2, "sm_90")
-    assert module.programs(256, 5120, module.geglu_tile(256, 5120, 1280, 2, "sm_90")) >= module.ENOUGH
+    assert module.programs(256, 5120, module.geglu_tile(256, 5120, 1280, 2, "sm_90")) >= 132
+
+
+def test_a_smaller_tile_must_gain_a_tenth():
+    """By the multiprocessor with the most programs, of 132."""
+    large, small = module.tile(128, 128, 64, 8, 3), module.tile(64, 64, 64, 4, 3)
+    best = {(m, n): module.best_tile(m, n, (large, small), "sm_90")["BLOCK_M"] for m, n in
+            ((128 * 132, 128), (128 * 133, 128), (128 * 66, 128), (128 * 1320, 128), (128 * 660, 192))}  # fmt: skip
+    # one each; one has two, and four small ones in five; half are idle; ten each; a third of a tile is outside
+    assert best == {(16896, 128): 128, (17024, 128): 64, (8448, 128): 64, (168960, 128): 128, (84480, 192): 64}
 
 
 def test_rows_beyond_any_grid_axis_but_the_first():
