@@ -38,6 +38,18 @@ TABLE = Path(__file__).parent / "results" / "kernel_waves.csv"
 BANDWIDTH, PRODUCTS = 4.8e12, 989e12
 GPUS = {"A100": ("sm_80", 108), "H200": ("sm_90", 132), "B200": ("sm_90", 148)}
 LOST = 1.15  # what the last wave and the padding together may take
+# Why a kernel's launches may lose more.
+REASONS = {
+    "group_norm_coefficients": "one program for each group of each video: it moves 0.2 to 8 MB and waits for memory "
+    "once, so more programs would need another launch to merge them",
+    "group_norm_moments": "the split is chosen so that programs end together; small inputs have few positions to split",
+    "group_norm_apply": "inputs of a few hundred kB, with fewer tiles than a wave",
+    "layer_norm_kernel": "inputs of a few hundred kB, with fewer tiles than a wave",
+    "temporal_attention_kernel": "a tile is a power of two: 24 frames take 32 rows. It waits for memory, and the "
+    "padding costs arithmetic alone",
+    "geglu_kernel": "no other tile loses a tenth less",
+    "temporal_conv_kernel": "no other tile loses a tenth less",
+}
 
 
 @dataclass(frozen=True)
