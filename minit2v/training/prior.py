@@ -23,7 +23,6 @@ from .recipe import Recipe
 from .validation import sample
 
 
-
 class Item(NamedTuple):
     """One row of a batch: the number of the sample, and the clip."""
 
