@@ -112,7 +112,7 @@ def make_parser() -> Parser:
     for sub in (generate, restyle, animate):
         sub.add_argument("prompt", nargs="*", default=[], help="what to show; each prompt makes a file")
         sub.add_argument("--prompts", metavar="FILE", help="a file with one prompt per line, - for standard input; "
-                         "with -o FOLDER what is there is not made again, and torchrun shares the list among its processes")
+                         "with -o FOLDER what is there is not made again, and the processes of torchrun share it")
         if sub is not restyle:
             sub.add_argument("--replay", metavar="VIDEO", help="make this video again; options given here win")
             sub.add_argument("--trust", action="store_true", default=False,
