@@ -119,7 +119,8 @@ def make_parser() -> Parser:
     for sub in (generate, restyle, animate):
         sub.add_argument("prompt", nargs="*", default=[], help="a text that says what to show; each makes a file")
         sub.add_argument("--prompts", metavar="FILE",
-                         help="read prompts from this file, one in each line; - is standard input")
+                         help="read prompts from this file, one in each line; - is standard input. With "
+                         "-o FOLDER finished videos are kept, and the processes of torchrun share the prompts")
         if sub is not restyle:
             sub.add_argument("--replay", metavar="VIDEO",
                              help="make this video again with its settings; options that you give replace them")
@@ -171,7 +172,8 @@ def make_parser() -> Parser:
                          help="the solver; `--scheduler help` lists them"
                          + " (default for Stable Diffusion: ddim; all use linear betas there)" * (sub is animate))
         sub.add_argument("--seed", type=_seed, metavar="N",
-                         help="random seed, used for every prompt (default: a random one)")
+                         help="random seed, used for every prompt (default: a random one; 0 for --prompts with "
+                         "-o FOLDER)")
         size = {generate: "the model's", restyle: "the video's"}.get(sub, "the video's or the model's")
         sub.add_argument("--height", type=_whole, metavar="PIXELS", help=f"height of the new video (default: {size})")
         sub.add_argument("--width", type=_whole, metavar="PIXELS", help=f"width of the new video (default: {size})")
