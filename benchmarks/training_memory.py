@@ -30,7 +30,7 @@ MODELS = {"UNet3D (1.41 B)": ("ms-1.7b", ("full", "temporal", "lora")),
 SIZES = ((16, 256, 256), (24, 320, 576))
 METHODS = {"bf16": Method(), "checkpointing": Method(checkpointing=True),
            "and 8-bit Adam": Method(checkpointing=True, eight_bits=True),
-           "and sharded over 8": Method(checkpointing=True, shard=True)}  # fmt: skip
+           "checkpointing, sharded over 8": Method(checkpointing=True, shard=True)}  # fmt: skip
 
 
 def count(model: str, train: str, size: tuple[int, int, int]) -> dict[str, dict[str, int]]:
@@ -43,7 +43,8 @@ def count(model: str, train: str, size: tuple[int, int, int]) -> dict[str, dict[
 
 def rows(results: dict[str, Any]) -> list[str]:
     """The table of docs/training.md."""
-    found = ["| trained | frames, size | weights | gradients | Adam | activations | " + " | ".join(METHODS) + " |",
+    found = ["| trained | frames, size | weights | gradients | Adam | activations without / with checkpointing | "
+             + " | ".join(METHODS) + " |",
              "|---|---|---|---|---|---|" + "---|" * len(METHODS)]  # fmt: skip
     for title, methods in results.items():
         plain, least = methods["bf16"], methods["checkpointing"]
