@@ -13,7 +13,9 @@ so a loss is summed over the rows and divided by the global batch; then any numb
 """
 
 import os
+import secrets
 import shutil
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -69,9 +71,37 @@ def world(device: torch.device | str | None = None, patience: float = PATIENCE) 
         return World(device=device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if not distributed.is_initialized():
-        distributed.init_process_group(backend, timeout=timedelta(seconds=patience))
+        store, _, _ = next(distributed.rendezvous("env://", timeout=timedelta(seconds=patience)))
+        store = distributed.PrefixStore(_agree(store, rank, size, patience), store)
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=size,
+                                       timeout=timedelta(seconds=patience))
     waiting = distributed.new_group(backend="gloo", timeout=timedelta(seconds=patience))
     return World(rank, size, device, waiting)
+
+
+def _agree(store: distributed.Store, rank: int, size: int, patience: float) -> str:
+    """A word of the first process that all others have got from it.
+
+    After a restart torchrun's store still holds the addresses of processes that were killed, and who reads them before
+    they are written anew waits for a dead one. So all keys of this start begin with a word that is new.
+    """
+    me = secrets.token_hex(8)
+    if rank:
+        store.set(f"minit2v {rank}", me)
+        word = store.get(f"minit2v answers {me}").decode()
+        store.set(f"minit2v {word} {rank}", "")
+        return word
+    end, answered = time.monotonic() + patience, set()
+    while left := [n for n in range(1, size) if not store.check([f"minit2v {me} {n}"])]:
+        if time.monotonic() > end:
+            missing = ", ".join(str(n + 1) for n in left)
+            raise RuntimeError(f"of {size} processes these did not come within {patience:g} seconds: {missing}")
+        for n in left:
+            if store.check([f"minit2v {n}"]) and (asked := store.get(f"minit2v {n}").decode()) not in answered:
+                store.set(f"minit2v answers {asked}", me)
+                answered.add(asked)
+        time.sleep(0.01)
+    return me
 
 
 @dataclass(frozen=True)

@@ -427,7 +427,7 @@ def test_a_killed_worker_is_started_again_and_the_end_is_the_same_to_the_bit(tra
     """torchrun's own agent, whose workers are forked: the loop takes up the newest checkpoint, as the Trainer does."""
 
     def work():
-        torch.set_num_threads(1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # of the agent, who forked us; those of torchrun are new programs
         with connected() as world:
             loop = Loop(world, "motion", "fsdp")
             if (tmp_path / "step-2").exists():
@@ -439,7 +439,7 @@ def test_a_killed_worker_is_started_again_and_the_end_is_the_same_to_the_bit(tra
                 loop.step()
                 if loop.done == 2:
                     loop.save(tmp_path)
-                print("attempt", os.environ["TORCHELASTIC_RESTART_COUNT"], "step", loop.done)
+                print("attempt", os.environ["TORCHELASTIC_RESTART_COUNT"], "step", loop.done, time.time())
             if weights := loop.result():
                 torch.save(weights, tmp_path / "end")
 
@@ -479,7 +479,7 @@ def test_what_the_processes_tell_each_other(tmp_path):
             assert [p.grad if p.grad is None else p.grad.tolist() for p in parameters] == [[2.0], [2.0, 2.0], None]
             world.barrier("both are here")
             if world.is_first:
-                with pytest.raises(RuntimeError, match="process 1 of 2 waited in vain .*'step-7'.*rank.*1"):
+                with pytest.raises(RuntimeError, match="process 1 of 2 waited in vain .*'step-7'.*Ranks 1 failed"):
                     world.barrier("step-7", timeout=0.5)
             else:
                 time.sleep(1)

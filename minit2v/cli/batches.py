@@ -138,10 +138,12 @@ class Batch:
         from torch import distributed
 
         store, _, _ = next(distributed.rendezvous("env://"))
-        store.add("minit2v failed", failed)
-        if store.add("minit2v ended", 1) < self.size:
+        # A restart counts anew, in the same store.
+        store = distributed.PrefixStore(f"minit2v {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        store.add("failed", failed)
+        if store.add("ended", 1) < self.size:
             return 0
-        return 1 if store.add("minit2v failed", 0) else 0
+        return 1 if store.add("failed", 0) else 0
 
 
 def unique(entries: list[tuple[str, dict[int, str]]]) -> list[tuple[str, dict[int, str]]]:

@@ -406,8 +406,9 @@ class Data:
             share = sum(sets.get(n, 0) for sets in self._shares.values()) / whole
             lines.append(f"  {shown(source.path)}: clips of videos {len(mine) - stills}, pictures {stills}, share of "
                          f"the samples {float(share):.0%}")  # fmt: skip
-        lines.append(f"with {batch} in a batch, a clip is used once in {math.ceil(whole / batch)} steps on the average; "
-                     "a batch is of one of these buckets:")  # fmt: skip
+        turns = math.ceil(whole / batch)
+        lines.append(f"with {batch} in a batch, a clip is used once in {turns} steps on the average. "
+                     "Each batch is of one bucket:")  # fmt: skip
         for bucket, sets in sorted(self._streams.items()):
             clips = [self.clips[n] for mine in sets.values() for n in mine]
             cut = max(cut_off(c.facts.shown_width, c.facts.height, bucket[1:]) for c in clips)
