@@ -30,6 +30,7 @@ from torch import Tensor, distributed, nn
 from minit2v_convert.stream import first_line
 
 PATIENCE = 1800.0  # seconds that a process waits for the others, if nothing else is said
+WEEK = 7 * 24 * 3600.0  # where they may have much to do
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

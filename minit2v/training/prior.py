@@ -15,14 +15,12 @@ from tqdm import tqdm
 
 from minit2v_convert.stream import replacing
 
-from ..parallel import World
+from ..parallel import WEEK, World
 from .cache import digest, digest_of
 from .data import Batch
 from .objective import drop_text
 from .recipe import Recipe
 from .validation import sample
-
-WEEK = 7 * 24 * 3600.0  # seconds
 
 
 class Item(NamedTuple):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ..models.blocks import TemporalConv
 from ..models.unet_motion import UNetMotionModel
-from ..parallel import World, is_sharded
+from ..parallel import WEEK, World, is_sharded, local
 from . import checkpoints
 from .logs import Log
 from .objective import Objective, choose_frames, generators, happens
@@ -61,7 +61,8 @@ class Average:
     def update(self) -> None:
         if self.decay:
             decay = min(self.decay, (1 + self.count) / (10 + self.count))
-            torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
+            # Of sharded weights the parts that are here: DTensors of a large network take minutes at the first step.
+            torch._foreach_lerp_(*(list(map(local, xs)) for xs in (self.values, self.parameters)), 1 - decay)
             self.count += 1
 
     @contextmanager
@@ -216,7 +217,7 @@ class Trainer:
         if self.network is self.unet:
             self.world.sum_gradients(self.network)
         for p in self.parameters:
-            if p.grad is not None:
+            if p.grad is not None and self.scale != 1:
                 p.grad /= self.scale
         norm = self.world.clip(self.parameters, self.recipe.clip)
         (loss,) = self.world.sum([float(sum(map(torch.sum, losses))) / self.recipe.batch])
@@ -422,7 +423,7 @@ class Trainer:
         every = self.recipe.validate_every
         if self.validation is not None and (self.done % (every or 1) == 0 or self.done == self.recipe.steps):
             self.validation.run()
-        self.world.barrier("validation")
+        self.world.barrier("validation", WEEK)
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
@@ -495,11 +496,6 @@ class Trainer:
             raise ValueError(f"{path} is no checkpoint of this run ({' '.join(str(error).split())})") from None
         if self.world.is_first:
             self.say(f"going on at step {self.done} from {path}")
-
-
-def local(x: Tensor) -> Tensor:
-    """The part of a tensor that this process has."""
-    return x.to_local() if hasattr(x, "to_local") else x
 
 
 def joined(pieces: list[Piece]) -> list[Piece]:
