@@ -301,12 +301,13 @@ def _read(stream: IO[bytes], size: int) -> bytes:
 def _by_pyav(path: Path, facts: Facts, numbers: list[int], made: Callable[[Any], Tensor]) -> list[Tensor]:
     """All of these frames, or none where PyAV is not installed or the file needs ffmpeg: to be turned, or sought in."""
     try:
-        import av
+        from av import FFmpegError
+        from av import open as av_open
     except ImportError:
         return []
     wanted, frames = [facts.times[n] for n in numbers], []
     try:
-        with av.open(str(path)) as container:
+        with av_open(str(path)) as container:
             stream = container.streams.video[0]
             if _sought(path, facts, wanted[0]):
                 container.seek(int(Fraction(wanted[0], NANO) / stream.time_base), stream=stream)
@@ -320,7 +321,7 @@ def _by_pyav(path: Path, facts: Facts, numbers: list[int], made: Callable[[Any],
                     frames.append(made(frame.to_image()))
                 if at >= wanted[-1]:
                     break
-    except (av.FFmpegError, ValueError, TypeError):  # TypeError: of a frame without a time
+    except (FFmpegError, ValueError, TypeError):  # TypeError: of a frame without a time
         return []
     return frames if len(frames) == len(wanted) else []
 
