@@ -22,15 +22,12 @@ from minit2v.memory.training import Clips, Method, TrainingPlanner
 from minit2v.pipelines.planning import trained_of, training_planner_of_model
 from minit2v.training.recipe import LORAS
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from test_training_plan import CASES, TOKENS, load, measured
-
 MODELS = {"UNet3D (1.41 B)": ("ms-1.7b", ("full", "temporal", "lora")),
           "AnimateDiff v2": ("sd-1.5", ("motion", "motion-lora"))}  # fmt: skip
 SIZES = ((16, 256, 256), (24, 320, 576))
 METHODS = {"bf16": Method(), "checkpointing": Method(checkpointing=True),
            "and 8-bit Adam": Method(checkpointing=True, eight_bits=True),
-           "and sharded over 8": Method(checkpointing=True, shard=True)}  # fmt: skip
+           "checkpointing, sharded over 8": Method(checkpointing=True, shard=True)}  # fmt: skip
 
 
 def count(model: str, train: str, size: tuple[int, int, int]) -> dict[str, dict[str, int]]:
@@ -43,7 +40,8 @@ def count(model: str, train: str, size: tuple[int, int, int]) -> dict[str, dict[
 
 def rows(results: dict[str, Any]) -> list[str]:
     """The table of docs/training.md."""
-    found = ["| trained | frames, size | weights | gradients | Adam | activations | " + " | ".join(METHODS) + " |",
+    found = ["| trained | frames, size | weights | gradients | Adam | activations without / with checkpointing | "
+             + " | ".join(METHODS) + " |",
              "|---|---|---|---|---|---|" + "---|" * len(METHODS)]  # fmt: skip
     for title, methods in results.items():
         plain, least = methods["bf16"], methods["checkpointing"]
@@ -60,6 +58,9 @@ def rows(results: dict[str, Any]) -> list[str]:
 
 def compare() -> list[dict[str, Any]]:
     """Of the embedded models, what a step is planned to take beside what it takes, in bytes."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    from test_training_plan import CASES, TOKENS, load, measured
+
     found = []
     for name, train, method in CASES:
         pipe, clips = load(name), Clips(8, 64, 64, method.accumulate)

@@ -151,6 +151,20 @@ def test_options_of_training_are_those_of_the_code():
     assert missing == set()
 
 
+def test_the_table_of_training_is_the_committed_result(monkeypatch):
+    import json
+
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from training_memory import rows
+
+    stored = json.loads((ROOT / "benchmarks" / "results" / "training_memory.json").read_text())
+    lines = set((ROOT / "docs" / "training.md").read_text().splitlines())
+    found = rows(stored["counted on meta, in bytes"])
+    assert len(found) == 12 and [row for row in found if row not in lines] == []
+    for row in stored["embedded models on this CPU"]:
+        assert abs(row["planned"] / row["measured"] - 1) < 0.02
+
+
 def test_tables_are_those_of_the_code(facts, full, motion):
     lines = set((ROOT / "docs" / "architecture.md").read_text().splitlines())
     wrong = [row for table in facts.tables(full, facts.embedded(), motion) for row in table if row not in lines]
