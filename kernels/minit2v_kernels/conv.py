@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dispatch import autocast, family, interpreting, launch, pick, sizes, triton_op
-from ._tiles import given, planned
+from ._tiles import given, like, planned
 from .feed_forward import ENOUGH, programs, tile
 
 
@@ -148,7 +148,7 @@ def plan(shape: tuple[int, ...], n: int, dtype: torch.dtype, target: str, residu
     """How x of this shape becomes n channels: y's shape, grid, sizes, constants."""
     b, c, f, p = shape
     m = b * f * p
-    chosen = temporal_conv_tile(m, n, c, dtype.itemsize, target)
+    chosen = temporal_conv_tile(m, n, c, dtype.itemsize, like(target))
     chosen |= given("temporal_conv", target, m, n, c, dtype.itemsize)
     constants = {"RESIDUAL": residual, "WHOLE": c % chosen["BLOCK_K"] == 0, "GROUP": 8, **chosen}
     return (b, n, f, p), (programs(m, n, chosen),), (m, n, c, f, p), constants

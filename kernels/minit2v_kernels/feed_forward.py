@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dispatch import autocast, family, interpreting, launch, pick, sizes, triton_op
-from ._tiles import given, planned
+from ._tiles import given, like, planned
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -157,7 +157,7 @@ def plan(shape: tuple[int, ...], of_weight: tuple[int, ...], dtype: torch.dtype,
     """How x of this shape is multiplied: y's shape, grid, sizes, constants."""
     (n, k), m = of_weight, prod(shape[:-1])
     n //= 2
-    chosen = geglu_tile(m, n, k, dtype.itemsize, target) | given("geglu", target, m, n, k, dtype.itemsize)
+    chosen = geglu_tile(m, n, k, dtype.itemsize, like(target)) | given("geglu", target, m, n, k, dtype.itemsize)
     constants = {"WHOLE": k % chosen["BLOCK_K"] == 0, "GROUP": 8, **chosen}
     return (*shape[:-1], n), (programs(m, n, chosen),), (m, n, k), constants
 
