@@ -68,21 +68,35 @@ class Machine:
     shared: int  # bytes, of one block at most
     shared_in_all: int
     reserved: int  # bytes of shared memory that each block takes besides
+    warps: int = 64  # that are resident at once (NVIDIA)
 
     def blocks(self, registers: int, shared: int, warps: int) -> int:
         """How many blocks are resident at once."""
         if self.backend == "cuda":  # registers come in 256 per warp, warps by four
-            resident = min(64, 65536 // (-(-registers * 32 // 256) * 256) // 4 * 4)
+            resident = min(self.warps, 65536 // (-(-registers * 32 // 256) * 256) // 4 * 4)
+        elif self.lanes == 32:  # RDNA: four SIMDs of 1,536 registers per lane, in 24s, and of 16 warps
+            resident = 4 * min(16, 1536 // max(24, -(-registers // 24) * 24))
         else:  # four SIMDs, each of 512 registers per lane, in eights, and of 8 warps
             resident = 4 * min(8, 512 // max(8, -(-registers // 8) * 8))
         return min(resident // warps, 32, self.shared_in_all // (shared + self.reserved) if shared else 32)
 
 
+# What is compiled whenever a kernel changes, and stands in the table.
 MACHINES = {
     "sm_80": Machine("cuda", 80, 32, 163 << 10, 164 << 10, 1 << 10),
     "sm_90": Machine("cuda", 90, 32, 227 << 10, 228 << 10, 1 << 10),
     "gfx942": Machine("hip", "gfx942", 64, 64 << 10, 64 << 10, 0),
 }
+# Families without tiles of their own, by a GPU of each (minit2v_kernels/_tiles.py, FAMILIES): compiled by --families.
+OTHERS = {
+    "sm_89": Machine("cuda", 89, 32, 99 << 10, 100 << 10, 1 << 10, 48),
+    "sm_100": Machine("cuda", 100, 32, 227 << 10, 228 << 10, 1 << 10),
+    "sm_120": Machine("cuda", 120, 32, 99 << 10, 100 << 10, 1 << 10, 48),
+    "gfx1100": Machine("hip", "gfx1100", 32, 64 << 10, 128 << 10, 0),
+    "gfx1201": Machine("hip", "gfx1201", 32, 64 << 10, 128 << 10, 0),
+}
+ALL = MACHINES | OTHERS
+FAMILIES_TABLE = TABLE.with_name("kernel_families.csv")
 
 
 @dataclass(frozen=True)
@@ -205,7 +219,7 @@ def jit(kernel: Any, target: str) -> tuple[Any, Any]:
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    machine = MACHINES[target]
+    machine = ALL[target]
     backend = make_backend(GPUTarget(machine.backend, machine.arch, machine.lanes))
     return backend, create_function_from_signature(kernel.signature, kernel.params, backend)
 
@@ -220,7 +234,7 @@ def specialise(launch: Any, target: str) -> Job:
     options, signature, constexprs, attrs = kernel._pack_args(backend, given, bound, specialised, given)
     declared = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
     row = Row(
-        kernel.__name__, describe(signature, constexprs, attrs, declared, MACHINES[target]), target,
+        kernel.__name__, describe(signature, constexprs, attrs, declared, ALL[target]), target,
         launch.num_warps, launch.num_stages, source=source_hash(kernel), triton=__version__,
     )  # fmt: skip
     return Job(row, kernel, signature, constexprs, attrs, options.__dict__)
@@ -361,7 +375,7 @@ def compile_job(job: Job) -> Row:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    machine = MACHINES[job.row.target]
+    machine = ALL[job.row.target]
     target = GPUTarget(machine.backend, machine.arch, machine.lanes)
     source = ASTSource(job.kernel, job.signature, job.constexprs, job.attrs)
     with redirect_stdout(io.StringIO()) as log:  # $TRITON_DUMP_PTXAS_LOG
@@ -452,8 +466,8 @@ def faults(row: Row) -> list[str]:
     found = []
     if row.spills:
         found.append(f"{row} spills {row.spills}")
-    if row.shared > MACHINES[row.target].shared:
-        found.append(f"{row} takes {row.shared} bytes of shared memory: there are {MACHINES[row.target].shared}")
+    if row.shared > ALL[row.target].shared:
+        found.append(f"{row} takes {row.shared} bytes of shared memory: there are {ALL[row.target].shared}")
     if row.blocks < 1:
         found.append(f"{row} fits on no multiprocessor")
     return found
@@ -481,18 +495,39 @@ def compare(wanted: Iterable[Row], compiled: Iterable[Row], table: Iterable[Row]
     return found
 
 
+def by_kernel(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Of each kernel on each target: how many specialisations were compiled, and the worst of them."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.target, row.kernel), []).append(row)
+    return [
+        {
+            "target": target, "kernel": kernel, "compiled": len(group),
+            "spilling": sum(row.spills > 0 for row in group),
+            "registers": max(row.registers for row in group), "spills": max(row.spills for row in group),
+            "shared": max(row.shared for row in group), "of": ALL[target].shared,
+            "blocks": min(row.blocks for row in group), "triton": group[0].triton,
+        }
+        for (target, kernel), group in sorted(groups.items())
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="What each kernel takes of each GPU, found without one.")
     parser.add_argument("--fresh", action="store_true", help="compile also what did not change since the last time")
     parser.add_argument("--check", choices=DTYPES, nargs="+", metavar="DTYPE",
                         help="compile a telling part of these and compare: float16, bfloat16, float32")  # fmt: skip
     parser.add_argument("--only", metavar="REGEX", help="compile these kernels, print their rows, and write nothing")
+    parser.add_argument("--families", nargs="*", choices=OTHERS, metavar="TARGET",
+                        help="compile for GPUs without tiles of their own: results/kernel_families.csv")  # fmt: skip
     args = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1 is set: nothing would be compiled")
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # what it is by default up to 3.9
     os.environ["TRITON_DUMP_PTXAS_LOG"] = "1"
 
+    if args.families is not None:
+        sys.exit(families(args.families or list(OTHERS)))
     wanted = jobs()
     todo, kept = wanted, []
     if args.check:
@@ -520,6 +555,30 @@ def main() -> None:
         errors += [fault for row in rows + kept for fault in faults(row)]
     print(f"{len(rows)} of {len(wanted)} specialisations compiled; {len(errors)} faults", file=sys.stderr)
     sys.exit("\n".join(errors) if errors else 0)
+
+
+def families(targets: list[str], processes: int = 2) -> int:
+    """Compile for these, one after the other, and replace their lines in the table. The exit code: 1 after an error."""
+    errors = []
+    for target in targets:
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["TRITON_CACHE_DIR"] = folder
+            rows, failed = compile_all(telling(jobs(["float16"], [target])), processes)
+        errors += failed
+        lines = by_kernel(rows)
+        if FAMILIES_TABLE.exists():
+            with FAMILIES_TABLE.open(newline="") as file:
+                lines += [line for line in csv.DictReader(file) if line["target"] != target]
+        temporary = FAMILIES_TABLE.with_suffix(".part")
+        with temporary.open("w", newline="") as file:
+            table = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+            table.writeheader()
+            table.writerows(sorted(lines, key=lambda line: (line["target"], line["kernel"])))
+        os.replace(temporary, FAMILIES_TABLE)
+        for fault in (fault for row in rows for fault in faults(row)):
+            print(fault, file=sys.stderr)
+    print(*errors, sep="\n", file=sys.stderr)
+    return int(bool(errors))
 
 
 def of_dtype(row: Row) -> str:

@@ -3,7 +3,7 @@
     PYTHONPATH=.:kernels:convert python benchmarks/kernel_waves.py          # writes the table, prints the worst first
 
 For every call of the workloads in float16, on three GPUs: an A100 (108 multiprocessors), an H100 or H200 (132), and a
-B200 (148, with the tiles and resources of sm_90, because the kernels choose no others there). Nothing is measured.
+B200 (148, whose tiles are those of sm_80, see minit2v_kernels/_tiles.py). Nothing is measured.
 The table, results/kernel_waves.csv, has these columns:
 
 programs   the blocks of the launch
@@ -33,10 +33,11 @@ from kernel_shapes import Shape
 
 import minit2v_kernels
 from minit2v_kernels._dispatch import record
+from minit2v_kernels._tiles import like, processors
 
 TABLE = Path(__file__).parent / "results" / "kernel_waves.csv"
 BANDWIDTH, PRODUCTS = 4.8e12, 989e12
-GPUS = {"A100": ("sm_80", 108), "H200": ("sm_90", 132), "B200": ("sm_90", 148)}
+GPUS = {"A100": "sm_80", "H200": "sm_90", "B200": "sm_100"}
 LOST = 1.15  # what the last wave and the padding together may take
 # Why a kernel's launches may lose more.
 REASONS = {
@@ -71,9 +72,9 @@ class Line:
         return self.last * self.padding
 
 
-def last_wave(programs: int, processors: int) -> float:
+def last_wave(programs: int, count: int) -> float:
     """The blocks of the fullest multiprocessor over the mean of all."""
-    return -(-programs // processors) * processors / programs
+    return -(-programs // count) * count / programs
 
 
 def padding(shape: Shape, launch: Any) -> float:
@@ -108,20 +109,20 @@ def lines() -> list[Line]:
     found = []
     for work in kernel_shapes.WORKLOADS.values():
         shapes = [s for s in kernel_shapes.unique(kernel_shapes.unet_calls(work)) if hasattr(minit2v_kernels, s.op)]
-        for gpu, (target, processors) in GPUS.items():
+        for gpu, target in GPUS.items():
             rows: list[tuple[Line, float]] = []
             for shape in shapes:
                 args, kw = shape.make("meta", torch.float16)
                 with record(target) as launches:
                     getattr(minit2v_kernels, shape.op)(*args, **kw, impl="triton")
                 for launch in launches:
-                    row = table.get(kernel_resources.specialise(launch, target).row.key)
+                    row = table.get(kernel_resources.specialise(launch, like(target)).row.key)
                     programs, size = prod(launch.grid), moved(launch)
                     flops = shape.flops() if shape.matrix else 0
                     time = shape.calls * max(size / BANDWIDTH, flops / PRODUCTS)
                     rows.append((Line(
                         gpu, work.name, shape.name, launch.kernel.__name__, tile_of(launch), programs,
-                        row.blocks if row else 0, round(last_wave(programs, processors), 3),
+                        row.blocks if row else 0, round(last_wave(programs, processors(target)), 3),
                         round(padding(shape, launch), 3), round(size / 1e6, 2), 0.0,
                     ), time))  # fmt: skip
             total = sum(time for _, time in rows)

@@ -269,9 +269,6 @@ def recording() -> Recording | None:
     return recordings.get(threading.get_ident()) if recordings else None
 
 
-PROCESSORS = {"sm_80": 108, "sm_90": 132, "gfx942": 304}  # of an A100, H200, MI300X; see `family`
-
-
 @contextmanager
 def record(target: str | None = None) -> Iterator[list[Launch]]:
     """Ops that this thread calls in here with impl="triton" list their launches and run none: also on `meta` tensors.
@@ -295,6 +292,14 @@ def is_traced(x: Tensor) -> bool:
     return type(x) is not Tensor or torch.compiler.is_compiling()
 
 
+def is_shape_alone(x: Tensor) -> bool:
+    """Whether x is a tensor without numbers that nobody traces: there is nothing to compute."""
+    from torch._subclasses.fake_tensor import FakeTensor
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return isinstance(x, FakeTensor) and get_proxy_mode() is None and not torch.compiler.is_compiling()
+
+
 def sizes(x: Tensor) -> tuple[int, ...]:
     """x's shape as what plans are kept by: numbers, also where they are symbols."""
     return x.shape if type(x) is Tensor else tuple(map(int, x.shape))
@@ -315,6 +320,8 @@ def launch(
 def start(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
     x = args[0]
     if is_traced(x):
+        if interpreting() and is_shape_alone(x):
+            return
         torch.library.wrap_triton(kernel)[grid](*args, **options)
     elif x.is_cuda and x.device.index != torch.cuda.current_device():  # Triton launches on the current one
         with torch.cuda.device(x.device):

@@ -39,6 +39,44 @@ KNOBS = {
 AT_LEAST_16 = ("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_K")  # for tl.dot
 ANY_NUMBER = ("PIXELS", "GROUP", "num_stages")  # all others are powers of two
 
+
+
+class Family(NamedTuple):
+    """Of devices: whose tiles they get, how many multiprocessors their largest has, and why these tiles."""
+
+    tiles: str
+    processors: int
+    why: str
+
+
+# Tiles are chosen for three families. The others get those of the one that is most like them, and
+# benchmarks/kernel_resources.py --families compiles them there: benchmarks/results/kernel_families.csv.
+FAMILIES = {
+    "sm_80": Family("sm_80", 108, "A100"),
+    "sm_86": Family("sm_80", 84, "A40, RTX 30: the same matrix units; of 99 KiB shared memory the tiles take 96"),
+    "sm_89": Family("sm_80", 142, "L4, L40S, RTX 40: as sm_86"),
+    "sm_90": Family("sm_90", 132, "H100, H200: larger tiles, for 227 KiB of shared memory"),
+    "sm_100": Family("sm_80", 148, "B200: what is right for any NVIDIA GPU; nobody has counted larger tiles there"),
+    "sm_120": Family("sm_80", 188, "RTX 50, RTX PRO 6000: matrix units and shared memory as sm_86"),
+    "gfx942": Family("gfx942", 304, "MI300"),
+    "gfx11": Family("gfx942", 96, "RX 7900: the same 64 KiB of shared memory; warps of 32, so half the threads"),
+    "gfx12": Family("gfx942", 64, "RX 9070: as gfx11"),
+}
+
+
+def like(target: str) -> str:
+    """The family whose tiles a device gets: also for a newer one than the table has. "cpu" and "meta" stay."""
+    if target in FAMILIES or target[:5] in FAMILIES:  # gfx1100 is a gfx11
+        return FAMILIES.get(target, FAMILIES.get(target[:5], FAMILIES["sm_80"])).tiles
+    return "gfx942" if target.startswith("gfx") else "sm_80" if target.startswith("sm_") else target
+
+
+def processors(target: str) -> int:
+    """Multiprocessors of such a device; 132 where that is not known."""
+    known = FAMILIES.get(target) or FAMILIES.get(target[:5])
+    return known.processors if known else 132
+
+
 Table = dict[tuple[str, str, tuple[int, ...]], dict[str, int]]  # (kernel, device family, sizes) -> tile
 Plan = TypeVar("Plan", bound=Callable[..., Any])
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dispatch import autocast, family, interpreting, launch, pick, sizes, triton_op
-from ._tiles import given, planned
+from ._tiles import given, like, planned
 from .feed_forward import best_tile, programs, tile
 
 
@@ -121,10 +121,11 @@ def temporal_conv_tile(m: int, n: int, c: int, itemsize: int, target: str) -> di
     """
     if itemsize == 4 or c % 64:  # float32 without tensor cores, and what no model asks for
         return tile(64, 64, 16, 4, 2)
-    stages = 2 if target.startswith("gfx") else 3  # 64 KiB of shared memory
+    tiles = like(target)
+    stages = 2 if tiles.startswith("gfx") else 3  # 64 KiB of shared memory
     sizes = ((128, 128, 8), (128, 64, 4), (64, 64, 4), (64, 32, 4))
     choices = [tile(rows, columns, 64, warps, stages) for rows, columns, warps in sizes]
-    if target == "sm_90":
+    if tiles == "sm_90":
         choices = [tile(256, 128, 64, 8, 4), tile(256, 64, 64, 8, 4), *choices]
     return best_tile(m, n, choices, target)
 

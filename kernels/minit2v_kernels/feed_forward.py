@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import PROCESSORS, autocast, family, interpreting, launch, pick, sizes, triton_op
-from ._tiles import given, planned
+from ._dispatch import autocast, family, interpreting, launch, pick, sizes, triton_op
+from ._tiles import given, like, planned, processors
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -130,10 +130,10 @@ def best_tile(m: int, n: int, choices: Sequence[dict[str, int]], target: str) ->
     The time is that of the multiprocessor with the most programs. So what a tile computes outside of (m n) counts, and
     what the last wave leaves idle. A large tile reads less for each product: that is why a smaller one must gain.
     """
-    processors = PROCESSORS.get(target, 132)
+    count = processors(target)
 
     def time(t: dict[str, int]) -> int:
-        return -(-programs(m, n, t) // processors) * t["BLOCK_M"] * t["BLOCK_N"]
+        return -(-programs(m, n, t) // count) * t["BLOCK_M"] * t["BLOCK_N"]
 
     best = choices[0]
     for smaller in choices[1:]:
@@ -148,12 +148,13 @@ def geglu_tile(m: int, n: int, k: int, itemsize: int, target: str) -> dict[str, 
     None of them spills registers. (Two accumulators: a tile of 128 x 64 weighs as much as one of 128 x 128 in a plain
     product.)
     """
-    amd = target.startswith("gfx")
+    tiles = like(target)
+    amd = tiles.startswith("gfx")
     if itemsize == 4 or k % 64:  # float32 without tensor cores, and what no model asks for
         return tile(64, 64, 16, 4 if amd else 8, 2)  # the same threads, as AMD's warps have twice as many
     stages = 2 if amd else 3  # 64 KiB of shared memory
     choices = [tile(128, 64, 64, 8, stages), tile(64, 64, 64, 4, stages), tile(64, 32, 64, 4, stages)]
-    if target == "sm_90" and k >= 512:  # one block per multiprocessor: nothing else covers its first and last steps
+    if tiles == "sm_90" and k >= 512:  # one block per multiprocessor: nothing else covers its first and last steps
         choices = [tile(128, 128, 64, 8, 4), *choices]
     return best_tile(m, n, choices, target)
 

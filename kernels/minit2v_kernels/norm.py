@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._dispatch import PROCESSORS, autocast, family, launch, pick, sizes, triton_op
-from ._tiles import given, planned
+from ._dispatch import autocast, family, launch, pick, sizes, triton_op
+from ._tiles import given, like, planned, processors
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -407,12 +407,12 @@ def split(segments: int, positions: int, channels: int, tile: int, target: str) 
 
     A model, not a measurement: processors take programs RESIDENT at a time, and the last few take them as long.
     """
-    programs, processors = segments * -(-channels // channel_tile(channels)), PROCESSORS.get(target, 132)
+    programs = segments * -(-channels // channel_tile(channels))
 
     def time(rows: int) -> int:
-        return rows * -(-programs * -(-positions // rows) // (processors * RESIDENT))
+        return rows * -(-programs * -(-positions // rows) // (processors(target) * RESIDENT))
 
-    most = max(1, 3 * RESIDENT * processors // programs)
+    most = max(1, 3 * RESIDENT * processors(target) // programs)
     rows = min((-(-positions // (splits * tile)) * tile for splits in range(1, most + 1)), key=time)
     return -(-positions // rows), rows
 
@@ -444,7 +444,7 @@ def plan(
     n, c1, *spatial = shape
     span = segment_frames(n, frames, rows_of_emb) if last else 1
     segments, t = n // span, prod(spatial) * span
-    unroll, block_t = moments_tile(dtype, residual, target)
+    unroll, block_t = moments_tile(dtype, residual, like(target))
     chosen = {"UNROLL": unroll, "BLOCK_T": block_t, "APPLY_T": APPLY_T}
     chosen |= given("group_norm_silu", target, segments, t, c, dtype.itemsize)
     unroll, block_t, apply_t = chosen["UNROLL"], chosen["BLOCK_T"], chosen["APPLY_T"]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minit2v_kernels import add_group_norm_silu, add_group_norm_silu_ref, group_norm_silu, group_norm_silu_ref, norm
 from minit2v_kernels._dispatch import family, interpreting, record
+from minit2v_kernels._tiles import processors
 
 NAN, INF = float("nan"), float("inf")
 SHAPES = [  # (n c *spatial), groups
@@ -147,7 +148,7 @@ def test_more_parts_than_the_merging_tile():
 @pytest.fixture
 def small_gpu(monkeypatch):
     """Which needs no more than two programs: splits are long."""
-    monkeypatch.setattr(norm, "PROCESSORS", {family(torch.device(DEVICE)): 1})
+    monkeypatch.setattr(norm, "processors", lambda target: 1)
     monkeypatch.setattr(norm, "RESIDENT", 1)
     norm.split.cache_clear()
     with new_plans(norm):
@@ -341,7 +342,7 @@ def test_splits(segments, positions, channels, tile, target):
     splits, rows = norm.split(segments, positions, channels, tile, target)
     assert rows % tile == 0 and (splits - 1) * rows < positions <= splits * rows
     programs = segments * splits * -(-channels // norm.channel_tile(channels))
-    assert programs >= min(norm.PROCESSORS.get(target, 132), segments * -(-positions // tile))
+    assert programs >= min(processors(target), segments * -(-positions // tile))
 
 
 @pytest.mark.parametrize("shape", [(70_000, 8, 1, 1), (4, 320, 24, 576, 1024)])

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from judge import DEVICE, randn
+from judge import DEVICE, randn, relative
 from torch import Tensor
 
+import minit2v_kernels
 from minit2v_kernels import _dispatch
 
 _dispatch.register_all()
@@ -39,10 +40,10 @@ EVERY = pytest.mark.parametrize("name, args", [(name, args) for name, calls in C
 @EVERY
 @pytest.mark.parametrize("gradients", [False, True], ids=["", "gradients"])
 def test_opcheck(name, args, gradients):
-    """Triton's interpreter runs no kernel on tensors without numbers: that takes a GPU."""
-    checks = ["test_schema", "test_autograd_registration"]
+    """Triton's interpreter cannot be traced: that takes a GPU."""
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if DEVICE == "cuda":
-        checks += ["test_faketensor", "test_aot_dispatch_dynamic"]
+        checks.append("test_aot_dispatch_dynamic")
     args = [x.clone().requires_grad_(gradients) if isinstance(x, Tensor) else x for x in args]
     torch.library.opcheck(getattr(torch.ops.minit2v, name).default, tuple(args), test_utils=checks)
 
@@ -62,3 +63,51 @@ def test_results_without_numbers(name, args):
 
 def test_every_op_is_here():
     assert len(CALLS) == len(_dispatch.registrations)
+
+
+AUTOCAST = {  # the public calls, x in 16 bits among weights in 32, as layers under autocast pass them on
+    "group_norm_silu": ((X.bfloat16(), *norm(12), 2), {"skip": image(2, 4, 3, 2), "emb": randn(2, 8).bfloat16()}),
+    "add_group_norm_silu": ((X.bfloat16(), image(2, 8, 3, 2), *norm(8), 2), {"frames": 2}),
+    "temporal_attention": ((QKV[0].bfloat16(), QKV[1], QKV[2].bfloat16()), {}),
+    "geglu": ((TOKENS.bfloat16(), randn(12, 8), randn(12)), {}),
+    "layer_norm": ((TOKENS.bfloat16(), *norm(8)), {"positions": randn(2, 8)}),
+    "add_layer_norm": ((TOKENS.bfloat16(), randn(1, 2, 3, 8, seed=1), *norm(8)), {}),
+    "temporal_conv": ((image(1, 8, 3, 2).bfloat16(), randn(4, 8, 3, 1, 1), randn(4)), {"residual": image(1, 4, 3, 2)}),
+}
+
+
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_autocast(name):
+    """Mixed dtypes are as one. Products come in autocast's dtype, norms in the widest of their inputs."""
+    args, kw = AUTOCAST[name]
+    op = getattr(minit2v_kernels, name)
+    leaf = args[1].clone().requires_grad_()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        got = op(args[0], leaf, *args[2:], **kw, impl="triton")
+    got, product = got if isinstance(got, tuple) else (got,), name in ("temporal_attention", "geglu", "temporal_conv")
+    wide = op(*(x.double() if isinstance(x, Tensor) else x for x in args), impl="torch",
+              **{n: x.double() if isinstance(x, Tensor) else x for n, x in kw.items()})  # fmt: skip
+    for mine, want in zip(got, wide if isinstance(wide, tuple) else (wide,), strict=True):
+        assert mine.dtype == (torch.bfloat16 if product or name == "layer_norm" else torch.float32)
+        assert relative(mine, want) < 0.02
+    got[-1].sum().backward()
+    assert leaf.grad.dtype == torch.float32 and leaf.grad.isfinite().all()
+    assert "geglu" != name or raises_outside(op, args)
+
+
+def raises_outside(op, args) -> bool:
+    with pytest.raises(ValueError, match="not one 16- or 32-bit dtype"):
+        op(*args, impl="triton")
+    return True
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="compiled kernels are traced")
+def test_a_tracer_of_interpreted_kernels_loses_none():
+    """It keeps the op whole, or is refused: a graph without the kernel would leave memory as it was."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    op, args = torch.ops.minit2v.geglu, CALLS["geglu"][0]
+    assert torch.equal(make_fx(op, tracing_mode="fake")(*args)(*args), op(*args))
+    compiled = torch.compile(lambda *args: minit2v_kernels.geglu(*args, impl="triton"), backend="aot_eager")
+    with torch.no_grad(), pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="geglu"):
+        compiled(*args)

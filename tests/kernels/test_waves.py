@@ -42,8 +42,8 @@ def test_no_other_tile_loses_a_tenth_less(waves, op, monkeypatch):
 
     def look(m, n, choices, target):
         chosen = best(m, n, choices, target)
-        area, processors = m * n, feed_forward.PROCESSORS[target]
-        times = [-(-feed_forward.programs(m, n, t) // processors) * t["BLOCK_M"] * t["BLOCK_N"] * processors / area
+        count = feed_forward.processors(target)
+        times = [-(-feed_forward.programs(m, n, t) // count) * count * t["BLOCK_M"] * t["BLOCK_N"] / (m * n)
                  for t in (chosen, *choices)]  # fmt: skip
         tried.append((times[0], min(times[1:])))
         return chosen
