@@ -7,7 +7,7 @@ B200 (148, whose tiles are those of sm_80, see minit2v_kernels/_tiles.py). Nothi
 The table, results/kernel_waves.csv, has these columns:
 
 programs   the blocks of the launch
-blocks     that a multiprocessor holds at once (of results/kernel_resources.csv)
+blocks     that a multiprocessor holds at once (of results/kernel_resources.csv; 0 where it is not there)
 last       time over what it would be if the blocks divided evenly: the multiprocessor with the most has this much more
            than the mean. 1.24 means that 24 % are lost. Blocks on one multiprocessor share its units, so only their
            number counts, not how many are resident

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import kernel_shapes
+import kernel_waves
 import torch
 from draw import INK, LINE, MIST, PAPER, PLAIN, SOFT, SPACE, SPACE2, TIME, TIME2, Page
 from kernel_shapes import Shape
@@ -184,8 +185,25 @@ def call_rows() -> list[str]:
     return rows
 
 
+def wave_rows() -> list[str]:
+    """Of benchmarks/results/kernel_waves.csv: how many launches lose much, and what is lost on average."""
+    found = kernel_waves.read()
+    gpus = list(kernel_waves.GPUS)
+    rows = [row("kernel", *gpus), row(*["---"] * (len(gpus) + 1))]
+    for kernel in sorted({line.kernel for line in found}):
+        cells = []
+        for gpu in gpus:
+            lines = [line for line in found if (line.kernel, line.gpu) == (kernel, gpu)]
+            many = sum(line.lost > kernel_waves.LOST for line in lines)
+            share = sum(line.share for line in lines)
+            lost = sum(line.share * (line.lost - 1) for line in lines) / share
+            cells.append(f"{many} of {len(lines)}, {lost:.0%}")
+        rows.append(row(f"`{kernel}`", *cells))
+    return rows
+
+
 def tables() -> list[list[str]]:
-    return [call_rows(), example_rows(), step_rows()]
+    return [call_rows(), example_rows(), step_rows(), wave_rows()]
 
 
 NAMES = {  # ATen's names -> words
