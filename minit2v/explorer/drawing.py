@@ -74,7 +74,8 @@ def draw(traced: Traced) -> str:
                                        ("vae", "VAE decoder"))):  # fmt: skip
         if name in nodes:
             p.box(10 + i * (third + 10), 8, third, nodes[name], words)
-    p.line(f"M {10 + third:g} {8 + TALL / 2:g} h 8", "flow")
+    if "text_encoder" in nodes:
+        p.line(f"M {10 + third:g} {8 + TALL / 2:g} h 8", "flow")
     p.line(f"M {20 + 2 * third:g} {8 + TALL / 2:g} h 8", "flow")
     p.text(10, 64, "once, at the start", "soft")
     p.text(WIDTH / 2, 64, "in every step", "soft", "middle")
@@ -82,14 +83,14 @@ def draw(traced: Traced) -> str:
 
     left, right = 14.0, WIDTH - 14.0 - BOX
     y = 92.0
-    third, half = 140.0, 82.0  # of conv_in, and of the others in its row
+    wide, half = 140.0, 82.0  # of conv_in, and of the others in its row
     p.text(left, y - 6, "noisy latents", "soft")
     p.text(right + BOX, y - 6, "prediction", "soft", "end")
-    p.box(left, y, third, nodes["unet.conv_in"], "conv_in")
-    p.box(left + third + 9, y, half, nodes["unet.time_mlp"], "time_mlp")
+    p.box(left, y, wide, nodes["unet.conv_in"], "conv_in")
+    p.box(left + wide + 9, y, half, nodes["unet.time_mlp"], "time_mlp")
     p.box(right, y, half, nodes["unet.norm_out"], "norm_out")
     p.box(right + half + 6, y, half, nodes["unet.conv_out"], "conv_out")
-    p.text(left + third + 9, y - 6, "timestep", "soft")
+    p.text(left + wide + 9, y - 6, "timestep", "soft")
     y += TALL + 12
 
     tops: list[list[tuple[float, float, float]]] = []  # (x, top, bottom) of what is on the way up, level by level

@@ -163,11 +163,18 @@ function parts(node) {
   const children = childrenOf(node.name);
   if (!children.length) return null;
   const all = amount(node), most = Math.max(...children.map(child => amount(child)));
+  const rest = {...node, parameters: 0};  // what is in no part, such as additions
+  for (const what of ["flops", "bytes"]) rest[what] = children.reduce((left, child) => left - child[what], node[what]);
+  rest.seconds = node.seconds.map((seconds, i) => children.reduce((left, child) => left - child.seconds[i], seconds));
+  rest.measured = children.reduce((left, child) => left - (child.measured || 0), node.measured || 0);
+  const own = amount(rest) > 0.001 * all && make("tr", {}, make("td", {}, "between them"), make("td", {}, ""),
+    make("td", {class: "n"}, written(rest)), make("td", {class: "n"}, percent(amount(rest), all)),
+    make("td", {}, shareBar(amount(rest), most)));
   return make("div", {class: "wide"}, make("h3", {}, `Parts: ${metric.selectedOptions[0].text}`),
     make("table", {class: "parts"}, make("tbody", {}, children.map(child => make("tr", {},
       make("td", {}, make("button", {type: "button", "data-node": child.name, onclick: () => choose(child.name, "panel")}, last(child.name))),
       make("td", {}, data.sources[child.source].name), make("td", {class: "n"}, written(child)), make("td", {class: "n"}, percent(amount(child), all)),
-      make("td", {}, shareBar(amount(child), most)))))));
+      make("td", {}, shareBar(amount(child), most)))), own || null)));
 }
 
 function sourceOf(source) {

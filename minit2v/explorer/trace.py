@@ -130,7 +130,8 @@ def trace_model(name: str, adapter: str | None = None, **size: Any) -> Traced:
     rows, columns = video.height // factor, video.width // factor
     x = torch.empty(2, channels, video.frames, rows, columns, device="meta", dtype=torch.float16)
     context = torch.empty(2, tokens, networks["unet"].config.cross_attention_dim, device="meta", dtype=torch.float16)
-    z = torch.empty(video.frames, channels, rows, columns, device="meta", dtype=torch.float16)
+    shape = video.frames, networks["vae"].config.latent_channels, rows, columns
+    z = torch.empty(shape, device="meta", dtype=torch.float16)
     with torch.no_grad():
         if "text_encoder" in networks:
             ids = torch.zeros(2, tokens, dtype=torch.int64, device="meta")
