@@ -11,7 +11,7 @@ from minit2v_convert.rename import nearest
 
 from .. import __version__
 from ..files import embedded
-from . import adapters, long_videos, pictures, train
+from . import adapters, long_videos, pictures, recipes
 from .messages import clean, tell, write
 
 ADAPTER = "guoyww/animatediff-motion-adapter-v1-5-2"  # for every other image model
@@ -269,7 +269,7 @@ def make_parser() -> Parser:
     bisect.add_argument("--width", type=_whole, default=32, metavar="PIXELS", help="width of the video (default: 32)")
 
     learn = commands.add_parser("train", help="fine-tune a model or train a LoRA on clips; the same command resumes it")
-    train.add_options(learn)
+    recipes.add_options(learn)
 
     trace = commands.add_parser("trace", help="write a web page that shows each block of a model with its shapes, "
                                 "parameters, FLOPs, bytes, time and source; no weights are needed")
