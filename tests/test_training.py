@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from minit2v.training import animate, shapes, world
+from minit2v.training import animate, colours, shapes, world
 
 
 def clips(per_combination: int, seed: int = 0) -> list[world.Clip]:
@@ -36,8 +36,35 @@ def test_the_analyser_sees_nothing_where_nothing_is():
     assert world.analyse(dissolving)[2] is None
 
 
+def new_clips(per_combination: int, seed: int = 0) -> list[world.Clip]:
+    """Of what fine-tuning teaches: the motion, the colours, the word."""
+    rng = random.Random(seed)
+    motions = [(c, s, world.NEW_MOTION) for c in world.COLOURS for s in world.SHAPES]
+    colours = [(c, s, m) for c in (*world.NEW_COLOURS, *world.SYNONYMS) for s in world.SHAPES for m in world.MOTIONS]
+    return [world.draw_clip(rng, *c) for c in motions + colours for _ in range(per_combination)]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05])
+def test_what_fine_tuning_teaches_is_read_back_and_old_clips_are_not_taken_for_it(noise):
+    generator = torch.Generator().manual_seed(0)
+    for drawn in (new_clips(1), clips(1)):
+        for clip, video in zip(drawn, world.render(drawn), strict=True):
+            video = (video + noise * torch.randn(video.shape, generator=generator)).clamp(0, 1)
+            assert world.reads_diagonally(video) == (clip.motion == "diagonally"), clip
+            assert world.read_new_colour(video) == world.SYNONYMS.get(clip.colour, clip.colour), clip
+
+
+def test_the_other_three_diagonals_and_stills_are_not_diagonally():
+    for start, end in (((20, 44), (44, 20)), ((44, 44), (20, 20)), ((44, 20), (20, 44)), ((30, 30), (30, 30))):
+        video = world.render([world.Clip("red", "circle", "diagonally", (*start, 10), (*end, 10))])[0]
+        assert not world.reads_diagonally(video)
+    assert not world.reads_diagonally(torch.zeros(3, 16, 64, 64))
+    growing = world.render([world.Clip("red", "circle", "diagonally", (20, 20, 6), (44, 44, 14))])[0]
+    assert not world.reads_diagonally(growing)
+
+
 def test_shapes_stay_in_the_picture():
-    videos = world.render(clips(2, seed=1))
+    videos = world.render(clips(2, seed=1) + new_clips(1, seed=1))
     rim = torch.cat([videos[..., 0, :], videos[..., -1, :], videos[..., :, 0], videos[..., :, -1]])
     assert rim.amax() < 0.5  # an antialiased tip, no more
 
@@ -190,6 +217,30 @@ def test_animate_trains_the_motion_modules_alone(tmp_path, monkeypatch):
         torch.testing.assert_close(value, motion["average"][f"unet.{name}"], rtol=1e-3, atol=1e-4, msg=name)
     for name in ("curves.png", "panel-00050.png", "image.csv", "motion.csv"):
         assert (tmp_path / name).stat().st_size
+
+
+def test_a_finetuned_autoencoder_is_saved_and_a_kill_does_not_change_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(colours.train, "__defaults__", (2, 2, 1e-3))
+    monkeypatch.setattr(colours.round_trip, "__defaults__", (2,))
+    colours.main(["--out", str(tmp_path / "whole")])
+    draw, drawn = colours.stills, []
+
+    def killed(*args):
+        drawn.append(args)
+        if len(drawn) == 3:  # two in each step: in the second
+            raise KeyboardInterrupt
+        return draw(*args)
+
+    monkeypatch.setattr(colours, "stills", killed)
+    monkeypatch.setattr(shapes.Run.__init__, "__defaults__", (0.0,))  # a checkpoint after each step
+    with pytest.raises(KeyboardInterrupt):
+        colours.main(["--out", str(tmp_path / "killed")])
+    colours.main(["--out", str(tmp_path / "killed")])
+    load = colours.TextToVideoSDPipeline.from_pretrained
+    whole, killed = (load(tmp_path / n / "shapes").vae.state_dict() for n in ("whole", "killed"))
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)
+    embedded = colours.TextToVideoSDPipeline.from_pretrained("shapes").vae.state_dict()
+    assert all(not torch.equal(whole[name], embedded[name]) for name in whole if name.endswith("conv1.weight"))
 
 
 def test_fewer_frames_keep_their_numbers():

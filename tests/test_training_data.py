@@ -69,6 +69,8 @@ FILES = {
     "uneven.mp4": (30, ("-vf", UNEVEN, "-fps_mode", "passthrough", "-enc_time_base", "1/90000", *B_FRAMES)),
     "open.mp4": (30, ("-c:v", "libx264", "-g", "12", "-bf", "3", "-x264-params", "open-gop=1")),
     "late.ts": (30, ("-c:v", "libx264", "-g", "50", "-bf", "2", "-output_ts_offset", "5")),
+    "old.mpg": (25, ("-c:v", "mpeg2video", "-g", "15", "-bf", "2", "-b:v", "2M")),
+    "phone.mp4": (30, ("-c:v", "libx265", "-x265-params", "log-level=error:open-gop=1:keyint=30")),
     "old.avi": (25, ("-c:v", "mpeg4", "-q:v", "2", "-g", "40", "-bf", "2")),
 }
 
@@ -97,7 +99,8 @@ def test_the_frames_that_were_asked_for_come_out(name, counted):
     facts = examine(media(counted[name]))
     assert (facts.frames, facts.width, facts.height) == (200, WIDE, HIGH)
     rng = random.Random(name)
-    for chosen in (range(16), sorted(rng.sample(range(200), 8)), range(180, 200, 3), [199], [150, 7, 7, 150]):
+    some = sorted(rng.sample(range(200), 8))
+    for chosen in (range(16), range(57, 200), some, range(180, 200, 3), [199], [150, 7, 7, 150]):
         assert numbers(decode(media(counted[name]), facts, list(chosen), (HIGH, WIDE), decoder="ffmpeg")) == [*chosen]
 
 
@@ -105,9 +108,9 @@ def test_the_frames_that_were_asked_for_come_out(name, counted):
 def test_pyav_gives_the_frames_of_ffmpeg(name, counted):
     pytest.importorskip("av", reason="an extra that only saves time")
     facts = examine(media(counted[name]))
-    for chosen in ([0, 1, 2], [66, 170, 171], [199]):
+    for chosen in ([0, 1, 2], [60, 61, 170], [199]):
         ours = clips._by_pyav(counted[name], facts, chosen, lambda image: torch.from_numpy(np.array(image)))
-        assert ours or name == "late.ts"  # where seeking is inexact, ffmpeg has to do it
+        assert ours or name == "phone.mp4"  # where it does not come out whole, ffmpeg has to do it
         theirs = decode(media(counted[name]), facts, chosen, (HIGH, WIDE), decoder="ffmpeg")
         assert torch.equal(decode(media(counted[name]), facts, chosen, (HIGH, WIDE)), theirs)
 
@@ -467,6 +470,8 @@ def test_other_trainers_toml(three, shapes, tmp_path):
     ("[[set]]\npath = 'a'\nrepeats = 0", "repeats must be a whole number of at least 1, not 0"),
     ("[[set]]\npath = 'a'\nclips = 'all'\nfps = 8", "leaves no room for fps"),
     ("[[datasets]]\nvideo_directory = 'a'\nframe_extraction = 'slide'", "clips must be"),
+    ("[[set]]\npath = 'a'\nflip = 'no'", "flip must be true or false, not 'no'"),
+    ("[[set]]\npath = 'a'\nheight = 60", r"height must be a multiple of 16 pixels .*, not 60 \(nearest: 64\)"),
     ("[[set]]\npath = 'nowhere'", "nowhere: no such file or folder"),
 ])  # fmt: skip
 def test_wrong_settings_are_named(text, said, tmp_path, shapes):
@@ -606,7 +611,7 @@ def test_a_batch_is_a_function_of_the_seed_and_the_step(seven):
 
 def test_all_clips_are_used_equally_often_at_any_time(seven):
     found = seven()
-    assert "with 2 in a batch, all clips are used in about 4 steps" in found.summary(2)
+    assert "with 2 in a batch, a clip is used once in 4 steps on the average" in found.summary(2)
     clips = [i.clip for s in range(280) for i in found.batch(s, 2)]
     for end in range(40, len(clips)):
         counts = Counter(clips[:end])

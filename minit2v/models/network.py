@@ -281,7 +281,8 @@ class Network(nn.Module):
         """
         if has_branches(self):
             raise ValueError(f"{type(self).__name__} has a LoRA beside its weights, which would be lost: fuse_lora() "
-                             "puts it into them, unload_lora_weights() takes it out")
+                             "puts it into them, unload_lora_weights() takes it out; one in training is saved by "
+                             "minit2v.training.export.save_lora")
         state, own = self.diffusers_state_dict(), self._own_names()
         if added := [name for name in state if name not in own]:
             raise ValueError(f"{type(self).__name__} has {len(added)} tensors that its config does not make "

@@ -251,14 +251,13 @@ def _by_ffmpeg(
 
     times = [facts.times[n] for n in numbers]
     shape = facts.width, facts.height
-    equal = "+".join(f"eq(pts,{t})" for t in times)
     output = ["-copyts", "-map", "0:V:0", "-fps_mode", "passthrough", "-frames:v", str(len(times)),
-              "-vf", f"settb=1/{NANO},select='{equal}'", "-enc_time_base", "filter", "-pix_fmt", "rgb24",
+              "-vf", f"settb=1/{NANO},select='{_any_of(times)}'", "-enc_time_base", "filter", "-pix_fmt", "rgb24",
               "-f", "rawvideo", "pipe:1"]  # fmt: skip
     # Seeking goes to a key frame at or before the time. Where the index of a file misleads it, frames are missing or
     # damaged: they are then read from the beginning.
     seek = ("-noaccurate_seek", "-seek_timestamp", "1", "-ss", f"{times[0] / NANO:.6f}")
-    for before in (seek, ()) if times[0] - facts.times[0] > NANO and times[0] > 0 else ((),):
+    for before in (seek, ()) if _sought(path, facts, times[0]) else ((),):
         frames: list[Tensor] = []
         try:
             with ffmpeg_reads(path, scratch, *output, max_pixels=MAX_FRAME, before=("-threads", "1", *before)) as out:
@@ -273,6 +272,26 @@ def _by_ffmpeg(
     return frames
 
 
+def _sought(path: Path, facts: Facts, time: int) -> bool:
+    """Whether to go straight to a time: later than a second, in files with an index that says each frame's time.
+
+    In the middle of others (MPEG streams) frames can come out with the times of their neighbours.
+    """
+    with path.open("rb") as file:
+        head = file.read(12)
+    mp4 = head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+    indexed = mp4 or head[:4] == b"\x1aE\xdf\xa3" or head[:4] + head[8:] == b"RIFFAVI "
+    return indexed and time > 0 and time - facts.times[0] > NANO
+
+
+def _any_of(times: Sequence[int]) -> str:
+    """ffmpeg's expression for it; in pairs, since it reads no sum of more than a hundred."""
+    if len(times) == 1:
+        return f"eq(pts,{times[0]})"
+    half = len(times) // 2
+    return f"({_any_of(times[:half])}+{_any_of(times[half:])})"
+
+
 def _read(stream: IO[bytes], size: int) -> bytes:
     """Exactly so many bytes, or none where it ends before."""
     data = stream.read(size)
@@ -282,24 +301,27 @@ def _read(stream: IO[bytes], size: int) -> bytes:
 def _by_pyav(path: Path, facts: Facts, numbers: list[int], made: Callable[[Any], Tensor]) -> list[Tensor]:
     """All of these frames, or none where PyAV is not installed or the file needs ffmpeg: to be turned, or sought in."""
     try:
-        import av
+        from av import FFmpegError
+        from av import open as av_open
     except ImportError:
         return []
     wanted, frames = [facts.times[n] for n in numbers], []
     try:
-        with av.open(str(path)) as container:
+        with av_open(str(path)) as container:
             stream = container.streams.video[0]
-            if wanted[0] - facts.times[0] > NANO:
+            if _sought(path, facts, wanted[0]):
                 container.seek(int(Fraction(wanted[0], NANO) / stream.time_base), stream=stream)
+            whole = False  # behind a key frame; before it, what frames are made of may have been left out
             for frame in container.decode(stream):
                 at = round(frame.pts * stream.time_base * NANO)
+                whole = whole or frame.key_frame
                 if at in wanted:
-                    if frame.side_data.get("DISPLAYMATRIX") is not None:
+                    if not whole or frame.is_corrupt or frame.side_data.get("DISPLAYMATRIX") is not None:
                         return []
                     frames.append(made(frame.to_image()))
                 if at >= wanted[-1]:
                     break
-    except (av.FFmpegError, ValueError, TypeError):  # TypeError: of a frame without a time
+    except (FFmpegError, ValueError, TypeError):  # TypeError: of a frame without a time
         return []
     return frames if len(frames) == len(wanted) else []
 

@@ -84,6 +84,10 @@ class Source:
             value = getattr(self, name)
             if (value is not None or name != "stride") and (type(value) is not int or value < 1):
                 raise wrong(name, "a whole number of at least 1")
+        for name, kind in (("prompt", str), ("prefix", str), ("flip", bool)):
+            value = getattr(self, name)
+            if not (isinstance(value, kind) or value is None and name == "prompt"):
+                raise wrong(name, "a text" if kind is str else "true or false")
         for name in ("weight", "fps"):
             value = getattr(self, name)
             if value is not None and (type(value) not in (int, float) or not 0 < value < math.inf):
@@ -165,7 +169,7 @@ def buckets(height: int, width: int, unit: int) -> list[tuple[int, int]]:
     return sorted(found)
 
 
-def cut_off(width: int, height: int, size: tuple[int, int]) -> float:
+def cut_off(width: float, height: float, size: tuple[int, int]) -> float:
     """The share of a picture that is cut off so that it has the shape of `size` (height, width)."""
     a, b = width / height, size[1] / size[0]
     return 1 - min(a, b) / max(a, b)
@@ -292,6 +296,7 @@ class Data:
         self._pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1) if workers is None else workers)
         self._jobs: dict[str, Future[Tensor]] = {}
         self.skipped: list[tuple[str, str]] = []
+        self._named: set[str] = set()
         self.clips: list[Clip] = []
         self._texts: OrderedDict[str, Tensor] = OrderedDict()
         self._orders: dict[tuple[Bucket, int], tuple[int, list[int]]] = {}
@@ -339,6 +344,7 @@ class Data:
     # Going through the files.
 
     def _read(self, progress: bool) -> None:
+        sizes = [buckets(source.height, source.width, self.unit) for source in self.sources]
         found: list[tuple[int, Entry]] = []
         for n, source in enumerate(self.sources):
             entries = read_layout(source.path, source.folder)
@@ -348,40 +354,41 @@ class Data:
         self.files = len({entry.media.name for _, entry in found})
         self.without_caption = sum(not entry.captions and entry.fault is None for _, entry in found)
 
-        def facts_of(pair: tuple[int, Entry]) -> Facts | str:
-            if pair[1].fault is not None:
-                return pair[1].fault
+        def facts_of(media: Media) -> Facts | str:
             try:
-                return self.cache.facts(pair[1].media)
+                return self.cache.facts(media)
             except ValueError as error:
                 return str(error)
             except OSError as error:
                 return f"cannot be read ({error.strerror or error})"
 
-        facts = self._pool.map(facts_of, found)
-        for (n, entry), said in zip(found, tqdm(facts, "reading files", len(found), disable=not progress), strict=True):
+        files = list(dict.fromkeys(entry.media for _, entry in found if entry.fault is None))
+        results = tqdm(self._pool.map(facts_of, files), "reading files", len(files), disable=not progress)
+        facts = dict(zip(files, results, strict=True))
+        for n, entry in found:
+            said = entry.fault or facts[entry.media]
             try:
                 if isinstance(said, str):
                     raise ValueError(said)
-                self.clips += self._clips(n, entry, said)
+                self.clips += self._clips(n, entry, said, sizes[n])
             except ValueError as error:
                 self._skip(entry.media.name, str(error))
         if not self.clips:
-            raise ValueError(f"nothing is left to train on: all of the {len(found)} files are skipped, the first one "
+            raise ValueError(f"nothing is left to train on: all of the {self.files} files are skipped, the first one "
                              f"because: {self.skipped[0][1]}")  # fmt: skip
 
     def _skip(self, name: str, reason: str) -> None:
-        if name not in (known for known, _ in self.skipped):  # a list may name a file several times
+        if name not in self._named:  # a list may name a file several times
             logger.warning("%s is skipped: %s", shown(name), shown(reason))
             self.skipped.append((name, reason))
+            self._named.add(name)
 
-    def _clips(self, n: int, entry: Entry, facts: Facts) -> list[Clip]:
+    def _clips(self, n: int, entry: Entry, facts: Facts, sizes: Sequence[tuple[int, int]]) -> list[Clip]:
         source = self.sources[n]
         captions = entry.captions or (() if source.prompt is None else (source.prompt,))
         if not captions:
             raise ValueError("has no caption; prompt = gives one to all that have none")
         captions = tuple(f"{source.prefix}{caption}" for caption in captions)
-        sizes = buckets(source.height, source.width, self.unit)
         whole = facts.shown_width, facts.height
         size = min(sizes, key=lambda s: (cut_off(*whole, s), abs(s[0] * s[1] - source.height * source.width)))
         bucket = Bucket(1 if facts.still else source.frames, *size)
@@ -399,7 +406,9 @@ class Data:
             share = sum(sets.get(n, 0) for sets in self._shares.values()) / whole
             lines.append(f"  {shown(source.path)}: clips of videos {len(mine) - stills}, pictures {stills}, share of "
                          f"the samples {float(share):.0%}")  # fmt: skip
-        lines.append(f"with {batch} in a batch, all clips are used in about {math.ceil(whole / batch)} steps; buckets:")
+        turns = math.ceil(whole / batch)
+        lines.append(f"with {batch} in a batch, a clip is used once in {turns} steps on the average. "
+                     "Each batch is of one bucket:")  # fmt: skip
         for bucket, sets in sorted(self._streams.items()):
             clips = [self.clips[n] for mine in sets.values() for n in mine]
             cut = max(cut_off(c.facts.shown_width, c.facts.height, bucket[1:]) for c in clips)
@@ -579,7 +588,9 @@ def as_sources(given: Sequence[str | Path | Source | Mapping[str, Any]], default
             found.append(one)
             continue
         own = dict(one) if isinstance(one, Mapping) else {"path": one}
-        path = Path(own.get("path", ""))
+        if not isinstance(own.get("path"), str | os.PathLike):
+            raise ValueError(f"a set of files has a path, a text; its settings are {shown(own)}")
+        path = Path(own["path"])
         if path.suffix.lower() == ".toml":
             del own["path"]
             found += as_sources(read_sets(path), {**defaults, **own})
@@ -587,8 +598,6 @@ def as_sources(given: Sequence[str | Path | Source | Mapping[str, Any]], default
         for name in (values := {**defaults, **own}):
             if name not in known:
                 raise ValueError(f"{shown(path)}: {name!r} is no setting of a set of files{nearest(name, known)}")
-        if "path" not in values:
-            raise ValueError("a set of files has no path")
         found.append(Source(**values))
     if not found:
         raise ValueError("no data: name a folder, a list or a file")

@@ -93,6 +93,9 @@ class Recipe:
 
     prior: str | None = option(None, "clips of what is not to be forgotten: a data set, or `self`, made by the model")
     prior_share: float = option(0.5, "share of each batch that comes from the prior set")
+    prior_target: Literal["clips", "model"] | None = option(
+        None, "what the prior set teaches: its clips, or what the model said of them before; model, if it can"
+    )
     prior_prompts: tuple[str, ...] = option((), "prompts of self-made clips, or a .txt file with one on each line")
     prior_clips: int = option(64, "how many clips the model makes of itself")
 
@@ -151,6 +154,8 @@ class Recipe:
             raise ValueError(f"targets goes with train 'lora' or 'patterns'; {self.train!r} has its own")
         if self.prior == "self" and not self.prior_prompts:
             raise ValueError("prior 'self' needs prior_prompts: what the model is to make clips of")
+        if self.train == "motiondirector" and self.prior_target == "model":
+            raise ValueError("prior_target must be 'clips' with train 'motiondirector': its two paths have two losses")
         if self.batch % self.accumulate:
             raise ValueError(f"accumulate must divide batch {self.batch}, not {self.accumulate!r}")
 
@@ -183,6 +188,7 @@ class Recipe:
             "frames": 1 if kind == "image" else 16,
             "rate": rate,
             "spatial_rate": 1e-4,
+            "prior_target": "clips" if kind == "motiondirector" else "model",
             "warmup": min(100, self.steps // 10),
             "weight_decay": 0.0 if lora else 1e-2,
             "ema": 0.0 if lora else 0.999,

@@ -139,14 +139,14 @@ def trapezoid(step: int, total: int, warmup: int = 200) -> float:
     return min(1.0, (step + 1) / warmup, (total - step) / (0.2 * total))
 
 
-def stills(rng: random.Random, count: int) -> Tensor:
+def stills(rng: random.Random, count: int, combinations: Sequence[tuple[str, str, str]] = world.COMBINATIONS) -> Tensor:
     """Random moments of random clips, (b c h w) in [-1, 1].
 
     Of all combinations: a still of an unseen one is a still of trained ones too, and the autoencoder knows no words.
     """
     clips = []
     for _ in range(count):
-        clip = world.draw_clip(rng, *rng.choice(world.COMBINATIONS))
+        clip = world.draw_clip(rng, *rng.choice(combinations))
         s = rng.random()
         place = tuple(a + s * (b - a) for a, b in zip(clip.start, clip.end, strict=True))
         clips.append(world.Clip(clip.colour, clip.shape, clip.motion, place, place))

@@ -11,6 +11,7 @@ from torch import Tensor
 from minit2v_convert.rename import shown
 from minit2v_convert.stream import replacing
 
+from ..files.video import NANO
 from .data import Data
 
 COLUMNS, HIGHEST, MARGIN, LINE = 8, 160, 8, 18  # frames in a row; pixels of a frame, around it, and of a line of text
@@ -36,12 +37,11 @@ def look(data: Data, path: str | Path, batch: int = 1, rows: int = 12) -> str:
         with torch.no_grad():
             z = z[shown_frames].to(data.vae.device, data.vae.dtype) / data.vae.config.scaling_factor
             video = data.vae.decode(z, chunk_size=4).float().cpu()
-        first = clip.facts.times[0]
-        times = ", ".join(f"{(clip.facts.times[item.frames[k]] - first) / 1e9:.2f}" for k in shown_frames)
-        numbers = ", ".join(str(item.frames[k]) for k in shown_frames)
         about = f"{clip.media.name}: {len(item.frames)} frames of {clip.bucket.width}x{clip.bucket.height}"
         if not clip.facts.still:
-            about += f"; frames {numbers}" + (f" at {times} s" if not clip.facts.even else "")
+            about += f"; frames {', '.join(str(item.frames[k]) for k in shown_frames)}"
+            begin, end = (clip.facts.times[item.frames[k]] - clip.facts.times[0] for k in (0, -1))
+            about += "" if clip.facts.even else f"; {begin / NANO:.2f} to {end / NANO:.2f} s"
         caption = item.caption or "(the empty caption)"
         strips.append(([shown(caption), shown(about) + ("; mirrored" if item.flip else "")], video))
     with replacing(path) as temporary:

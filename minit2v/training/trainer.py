@@ -124,6 +124,8 @@ class Trainer:
         self._spread()
         self.optimizer = make_optimizer(self.groups, recipe, self.device)
         self.average = Average(self.parameters, recipe.ema or 0.0)
+        # The weights of step 0, also where a run is resumed: what the model said before it was trained.
+        self.first = Average(self.parameters, 1.0) if recipe.prior_rows and recipe.prior_target == "model" else None
         self.done, self.seconds, self.bad, self.skipped = 0, 0.0, 0, 0
         self.scale, self.good = (2.0**16 if recipe.precision == "fp16" else 1.0), 0
         about = {"data": getattr(data, "fingerprint", None), "prior": getattr(prior, "fingerprint", None)}
@@ -267,11 +269,33 @@ class Trainer:
         latents, text = self.placed(piece)
         with self.layers_for(latents):
             noisy, t, target, _ = self.objective.noised(latents, self.recipe.seed, piece.numbers)
+            if self.first is not None:
+                target = self.kept(noisy, t, text, target, piece.numbers)
             with self.autocast():
                 prediction = self.network(noisy, t, text)
             losses = self.objective.loss(prediction, target, t)
             self.world.backward(losses.sum() * (self.scale / self.recipe.batch), self.network)
         return losses.detach()
+
+    @torch.no_grad()
+    def kept(self, noisy: Tensor, t: Tensor, text: Tensor, target: Tensor, numbers: Sequence[int]) -> Tensor:
+        """The target, in rows of the prior set what the model said before it was trained: (b c f h w).
+
+        Learning without forgetting (Li and Hoiem 2016, arXiv:1606.09282). Unlike the noise of a clip, it is what the
+        model says exactly: nothing pulls on what is right already.
+        """
+        rows = [r for r, n in enumerate(numbers) if n % self.recipe.batch >= self.recipe.batch - self.recipe.prior_rows]
+        if not rows or self.first is None:
+            return target
+        self.unet.eval()
+        with self.first.in_place(), self.autocast():
+            said = self.unet(noisy[rows], t[rows], text[rows])
+            if is_sharded(self.unet):
+                self.unet.reshard()  # the root keeps whole weights after a forward: they would be the first ones still
+        self.unet.train()
+        target = target.clone()
+        target[rows] = said.to(target)
+        return target
 
     def backward_director(self, piece: Piece) -> Tensor:
         """MotionDirector's two paths (Zhao et al. 2023, arXiv:2310.08465), row by row.

@@ -3,6 +3,9 @@
 6 colours x 3 shapes x 6 motions = 108 combinations, of which `UNSEEN` (16, every colour, shape and motion among them)
 are never trained on. `render` draws clips, `captions` words them, `analyse` reads colour, shape and motion back off the
 pixels.
+
+What fine-tuning teaches the model is beside it: the motion "diagonally", colours of `NEW_COLOURS`, and the word
+"crimson" for red. None of it changes a clip, a caption or a reading of the 108 combinations.
 """
 
 import random
@@ -22,8 +25,18 @@ COLOURS = {
     "magenta": (1.0, 0.0, 1.0),
     "white": (1.0, 1.0, 1.0),
 }
+NEW_COLOURS = {  # with the six: twelve whose brightest channel is 1, so that `analyse` sees each as bright as the old
+    "orange": (1.0, 0.5, 0.0),
+    "lime": (0.5, 1.0, 0.0),
+    "cyan": (0.0, 1.0, 1.0),
+    "azure": (0.0, 0.5, 1.0),
+    "purple": (0.5, 0.0, 1.0),
+    "rose": (1.0, 0.0, 0.5),
+}
+SYNONYMS = {"crimson": "red"}  # new words for known colours
 SHAPES = ("circle", "square", "triangle")
 MOTIONS = ("left", "right", "up", "down", "growing", "shrinking")
+NEW_MOTION = "diagonally"  # from the upper left to the lower right
 
 COMBINATIONS = list(product(COLOURS, SHAPES, MOTIONS))
 
@@ -60,10 +73,10 @@ WAYS = {
 
 def captions(colour: str, shape: str, motion: str) -> list[str]:
     """Every phrasing of one combination; the first is the plain one."""
-    templates = MOVING if motion in MOTIONS[:4] else SIZING
+    templates = MOVING if motion in (*MOTIONS[:4], NEW_MOTION) else SIZING
     return [
         t.format(colour=colour, shape=shape, way=way)
-        for way in WAYS[motion]
+        for way in WAYS.get(motion, (motion,))
         for t in templates
         if not (way.startswith("getting") and t.startswith("a {way}"))
     ]
@@ -82,6 +95,11 @@ class Clip:
 
 def draw_clip(rng: random.Random, colour: str, shape: str, motion: str) -> Clip:
     """Random place, size and speed, always wholly inside the picture."""
+    if motion == NEW_MOTION:
+        r = rng.uniform(8.0, 12.0)
+        dx, dy = rng.uniform(17.0, 24.0), rng.uniform(17.0, 24.0)  # 35 to 55 degrees
+        x, y = rng.uniform(r + 1, SIZE - r - 1 - dx), rng.uniform(r + 1, SIZE - r - 1 - dy)
+        return Clip(colour, shape, motion, (x, y, r), (x + dx, y + dy, r))
     if motion in MOTIONS[:4]:
         r = rng.uniform(8.0, 12.0)
         way = rng.uniform(20.0, 28.0)
@@ -128,7 +146,8 @@ def paint(what: list[tuple[str, str]], places: Tensor) -> Tensor:
         else:  # apex up: two slanted edges through (0, -r) and (+-r, r), and the base at r
             d = torch.maximum((2 * u.abs() - v - q) / 5**0.5, v - q)
         distance[rows] = d
-    colour = torch.tensor([COLOURS[c] for c, _ in what])
+    palette = COLOURS | NEW_COLOURS
+    colour = torch.tensor([palette[SYNONYMS.get(c, c)] for c, _ in what])
     return colour[:, :, None, None, None] * (0.5 - distance).clamp(0, 1)[:, None]
 
 
@@ -140,14 +159,41 @@ def centres(video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return (mask.sum(1) * grid).sum(1) / area.clamp(min=1), (mask.sum(2) * grid).sum(1) / area.clamp(min=1), area
 
 
-def read_colour(video: Tensor, mask: Tensor) -> str | None:
+def read_colour(video: Tensor, mask: Tensor, palette: dict[str, tuple[float, float, float]] = COLOURS) -> str | None:
     """The palette colour nearest to the mean colour of the foreground."""
     if mask.sum() < FRAMES:
         return None
     mean = (video * mask).sum((1, 2, 3)) / mask.sum()
     mean = mean / mean.max().clamp(min=1e-6)  # brightness is not colour
-    palette = torch.tensor(list(COLOURS.values()))
-    return list(COLOURS)[int((palette - mean).abs().sum(1).argmin())]
+    colours = torch.tensor(list(palette.values()))
+    return list(palette)[int((colours - mean).abs().sum(1).argmin())]
+
+
+def read_new_colour(video: Tensor) -> str | None:
+    """video (c f h w) in [0, 1] -> the nearest of all twelve colours, None where too little is bright."""
+    video = video.float()
+    mask = video.amax(0) > 0.5
+    seen = mask.sum((1, 2)) >= 30
+    return read_colour(video, (mask & seen[:, None, None]).float(), COLOURS | NEW_COLOURS)
+
+
+def reads_diagonally(video: Tensor) -> bool:
+    """video (c f h w) in [0, 1] -> does the middle go from the upper left to the lower right, as `NEW_MOTION` says?
+
+    By straight-line fits of the centre over time: at least 10 pixels to the right and 10 down over the whole clip, half
+    of the least that is drawn of a motion, and neither more than twice the other (27 to 63 degrees). Fewer than half of
+    the frames with something in them: no. So is a size that changes by more than half of what growing is.
+    """
+    x, y, area = centres(video.float())
+    seen = area >= 30
+    if seen.sum() < FRAMES // 2:
+        return False
+    t = torch.arange(len(area)).float()[seen]
+    t = t - t.mean()
+    dx, dy, dr = (
+        float((t * v[seen]).sum() / (t * t).sum()) * (len(area) - 1) for v in (x, y, area.sqrt() / 2)
+    )  # sqrt(area) / 2 is about the half-width: exact for a square
+    return dx >= 10 and dy >= 10 and 0.5 <= dx / dy <= 2 and abs(dr) < 3.5
 
 
 def analyse(video: Tensor) -> tuple[str | None, str | None, str | None]:
