@@ -464,7 +464,7 @@ def run_trainer(world, folder, train, engine, killer=None):
         f"{name}/average": x for name, x in list(zip(names, trainer.average.values, strict=True))[::9]})  # fmt: skip
 
 
-TRAINED = [("full", "fsdp"), ("full", "ddp"), ("lora", "ddp"), ("motiondirector", "ddp")]
+TRAINED = [("temporal", "fsdp"), ("full", "ddp"), ("lora", "ddp"), ("motiondirector", "ddp")]
 
 
 @pytest.fixture(scope="module")
@@ -498,13 +498,13 @@ def test_the_trainer_of_two_processes_makes_the_weights_of_one(train, engine, by
 
 def test_the_trainer_goes_on_from_the_parts_of_others(by_trainer, tmp_path):
     """A checkpoint of two processes, which one takes up."""
-    shutil.copytree(by_trainer(2)[0] / "full-fsdp", tmp_path / "run")
+    shutil.copytree(by_trainer(2)[0] / "temporal-fsdp", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "step-000004")
-    weights = run_trainer(parallel.World(), tmp_path / "run", "full", "fsdp")
-    check_equal(weights, by_trainer(1)[1]["full", "fsdp"])
+    weights = run_trainer(parallel.World(), tmp_path / "run", "temporal", "fsdp")
+    check_equal(weights, by_trainer(1)[1]["temporal", "fsdp"])
 
 
-@pytest.mark.parametrize("train,engine", [("full", "fsdp"), ("lora", "ddp")])
+@pytest.mark.parametrize("train,engine", [("temporal", "fsdp"), ("lora", "ddp")])
 def test_a_killed_worker_is_started_again_and_the_end_is_the_same_to_the_bit(train, engine, by_trainer, tmp_path):
     """torchrun's own agent, whose workers are forked."""
 
