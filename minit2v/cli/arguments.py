@@ -11,7 +11,7 @@ from minit2v_convert.rename import nearest
 
 from .. import __version__
 from ..files import embedded
-from . import adapters, long_videos, pictures, train
+from . import adapters, long_videos, pictures, recipes
 from .messages import clean, tell, write
 
 ADAPTER = "guoyww/animatediff-motion-adapter-v1-5-2"  # for every other image model
@@ -231,7 +231,7 @@ def make_parser() -> Parser:
 
     learn = commands.add_parser("train", help="fine-tune a model or train a LoRA on clips; the same command goes on "
                                 "where it was")
-    train.add_options(learn)
+    recipes.add_options(learn)
 
     for sub in (generate, restyle, animate, inspect, convert, blank, plan, bisect, learn):
         sub.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")

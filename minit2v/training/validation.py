@@ -5,7 +5,7 @@ The loss of a step is noisy, because its timesteps are. Here clips, timesteps an
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +20,6 @@ from .checkpoints import forget_later
 from .logs import append
 from .trainable import without_time
 
-if TYPE_CHECKING:
-    from .trainer import Trainer
-
 BINS, EACH = 4, 2  # parts of the timesteps, from nearly clean to nearly noise, and timesteps in each
 FIXED = 2**31  # a step that no run reaches: its batch is what is validated on
 
@@ -30,7 +27,7 @@ FIXED = 2**31  # a step that no run reaches: its batch is what is validated on
 class Validation:
     """Validates a trainer: rows of `validation.csv`, and `samples/step-000200.mp4` and `.png` of its prompts."""
 
-    def __init__(self, trainer: "Trainer"):
+    def __init__(self, trainer: Any):
         self.trainer, self.path = trainer, trainer.out / "validation.csv"
         if trainer.world.is_first:
             forget_later(self.path, trainer.done)
