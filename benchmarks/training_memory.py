@@ -19,7 +19,7 @@ from measure import RESULTS, Results
 from minit2v.memory.live import GIB
 from minit2v.memory.plan import twin
 from minit2v.memory.training import Clips, Method, TrainingPlanner
-from minit2v.pipelines.planning import trained_of, training_planner_of_model
+from minit2v.training.planning import trained_of, training_planner_of_model
 from minit2v.training.recipe import LORAS
 
 MODELS = {"UNet3D (1.41 B)": ("ms-1.7b", ("full", "temporal", "lora")),

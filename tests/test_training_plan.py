@@ -10,7 +10,7 @@ from minit2v.cli import main, plan
 from minit2v.memory.live import GIB, Live
 from minit2v.memory.plan import twin
 from minit2v.memory.training import Clips, Method, TrainingPlanner
-from minit2v.pipelines.planning import trained_of, training_planner_of_model
+from minit2v.training.planning import trained_of, training_planner_of_model
 from minit2v.training.recipe import LORAS, Recipe
 from minit2v.training.trainer import Trainer
 

@@ -9,7 +9,8 @@ import torch
 
 from ..memory.plan import gib, parse_memory
 from ..memory.training import KINDS, binary
-from ..pipelines.planning import planner_of_model, training_planner_of_model
+from ..pipelines.planning import planner_of_model
+from ..training.planning import training_planner_of_model
 from .messages import say, tell
 
 TRAINING = ("targets", "rank", "batch", "ema", "accumulate", "processes")  # options that go with --train

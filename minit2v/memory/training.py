@@ -1,6 +1,6 @@
 """Will training fit? What a training step keeps at its peak, counted on `meta`, and the fastest way that fits.
 
-    planner = training_planner_of_model("ms-1.7b", "lora", frames=16, height=256, width=256)   of pipelines/planning.py
+    planner = training_planner_of_model("ms-1.7b", "lora", frames=16, height=256, width=256)   of training/planning.py
     planner.plan(Method(checkpointing=True))                                                   bytes, by kind
     planner.choose("24GiB")                                                                    the fastest that fits
 
@@ -11,7 +11,7 @@ Text states and latents come from the cache: text encoder and VAE are not on the
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 
-from ..training.trainable import without_time
 from .live import Live, OnMeta
 from .plan import TEXT, parse_memory
 
@@ -89,15 +88,16 @@ class TrainingPlanner:
 
     def __init__(
         self, unet: Any, trained: Iterable[Tensor], clips: Clips, *, tokens: int = TEXT, factor: int = 8,
-        ema: bool = False, processes: int = 1, stills: bool = False, device: str = "cuda",
+        ema: bool = False, processes: int = 1, device: str = "cuda",
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         """unet: on `meta`, in training mode, and what is trained in it has `requires_grad`.
 
         trained: all parameters that the optimizer has. factor: pixels of a latent. ema: a moving average of the trained
-        weights, on the device. stills: the layers that mix frames rest.
+        weights, on the device. around: what a step is made in.
         """
         self.unet, self.trained, self.clips = unet, list(trained), clips
-        self.tokens, self.factor, self.stills = tokens, factor, stills
+        self.tokens, self.factor, self.around = tokens, factor, around
         self.ema, self.processes, self.device = ema, processes, device
         self.counts: dict[Any, Counter[str]] = {}
         if not self.trained:
@@ -134,7 +134,7 @@ class TrainingPlanner:
         key = method.precision, method.checkpointing, method.accumulate, method.shard, keep
         if key not in self.counts:
             known = [*self.frozen(), *self.trained]
-            with without_time(self.unet) if self.stills else nullcontext():
+            with self.around():
                 self.counts[key] = step_peak(
                     lambda: self.loss(method), self.trained, known, PRECISIONS[method.precision], self.device,
                     keep=keep, drop=method.shard,

@@ -1,7 +1,6 @@
 """Plans for models that are not loaded: what their configs say is enough, and weights are on `meta`."""
 
 import inspect
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,13 @@ from minit2v_convert.rename import nearest
 
 from ..files import embedded, hub
 from ..files.weights import Weightless
-from ..memory.plan import TEXT, Planner, Video, on_meta
-from ..memory.training import Clips, TrainingPlanner
-from ..models.blocks import TemporalConv
+from ..memory.plan import Planner, Video, on_meta
 from ..models.unet2d import UNet2DConditionModel
 from ..models.unet_motion import MotionAdapter, UNetMotionModel
-from ..training.recipe import LORAS
-from ..training.trainable import KINDS, add_lora, add_motion_director, choose
 from .animatediff import AnimateDiffPipeline
 from .blank import MODELS, NETWORKS
 from .files import INDEX, read_index
 from .text_to_video import TextToVideoSDPipeline
-
-PUBLISHED_DROPOUT = 0.1  # of ModelScope's temporal convolutions, where they are trained
 
 
 def planner_of_model(
@@ -44,54 +37,6 @@ def planner_of_model(
         video = Video(**own_size(networks) | {"chunk": chunk} | {k: v for k, v in size.items() if v is not None})
     check_size(networks, video)
     return Planner(networks, video, device, kind)
-
-
-def training_planner_of_model(
-    name: str, train: str = "lora", targets: str | Sequence[str] = (), rank: int = 8, device: str = "cuda",
-    batch: int = 4, ema: bool | None = None, processes: int = 1, adapter: str | None = None, **size: Any,
-) -> TrainingPlanner:
-    """Of the same names. train, targets, rank, batch: as in training/recipe.py. ema: a moving average; None: as there.
-
-    size: frames, height, width, of which those that are not given are the model's own. Raises ValueError.
-    """
-    _, networks = networks_of_model(name, torch.float32, adapter)
-    unet, encoder, factor = networks["unet"], networks.get("text_encoder"), networks["vae"].config.factor
-    given = {k: v for k, v in size.items() if v is not None}
-    if train == "image" and given.setdefault("frames", 1) > 1:
-        raise ValueError(f"train 'image' sees one frame at a time, not {given['frames']}")
-    if batch % processes:
-        raise ValueError(f"batch {batch} does not divide among {processes} processes")
-    video = Clips(**own_size(networks) | given | {"clips": batch // processes})
-    check_size(networks, video)
-    return TrainingPlanner(
-        unet, trained_of(unet, train, targets, rank), video, factor=factor, stills=train == "image",
-        tokens=TEXT if encoder is None else encoder.config.max_position_embeddings,
-        ema=train not in LORAS if ema is None else ema, processes=processes, device=device,
-    )  # fmt: skip
-
-
-def trained_of(unet: Any, train: str, targets: str | Sequence[str], rank: int) -> list[torch.Tensor]:
-    """Makes trainable in a UNet what `minit2v train` would, in training mode. Raises ValueError."""
-    unet.train()
-    if train in LORAS:
-        if targets and train != "lora":
-            raise ValueError(f"targets belongs to train 'lora' or 'patterns', not to {train!r}")
-        if train == "motiondirector":  # of its two paths, that of the clips needs more: the other one rests meanwhile
-            spatial, temporal = add_motion_director(unet, rank)
-            spatial.use(trained=False)
-            return [*spatial.parameters(), *temporal.parameters()]
-        return add_lora(unet, "motion" if train == "motion-lora" else targets or "both", rank).parameters()
-    if targets and train != "patterns":
-        raise ValueError(f"targets belongs to train 'lora' or 'patterns', not to {train!r}")
-    if train not in (*KINDS, "image"):
-        raise ValueError(f"train must be one of {', '.join((*LORAS, *KINDS, 'image'))}, not {train!r}"
-                         f"{nearest(train, (*LORAS, *KINDS, 'image'))}")  # fmt: skip
-    chosen = choose(unet, "spatial" if train == "image" else train, targets)
-    if train in ("full", "temporal", "patterns"):
-        for module in unet.modules():
-            if isinstance(module, TemporalConv):
-                module.dropout = PUBLISHED_DROPOUT
-    return [p for _, p in chosen]
 
 
 def networks_of_model(name: str, dtype: torch.dtype, adapter: str | None = None) -> tuple[Any, dict[str, Any]]:

@@ -15,7 +15,6 @@ from einops import rearrange
 from torch import Tensor
 
 from .. import fast
-from ..files.video import VideoFrames
 from ..schedulers.base import randn
 from .checks import Generators, check_finite, check_latents, check_pixels, check_result, unwrapped
 from .frames import to_tensor
@@ -34,7 +33,7 @@ def read(
     for name, value in (("height", height), ("width", width)):
         if value is not None:
             check_pixels(name, value, factor)
-    if isinstance(video, VideoFrames):
+    if not isinstance(video, list | tuple | Tensor) and is_file(video):
         return Lazy(video, height, width, factor)
     if latents is not None:
         size = (v // factor if v is not None else letter for v, letter in ((height, "h"), (width, "w")))
@@ -49,10 +48,16 @@ def read(
     return x
 
 
+def is_file(video: Any) -> bool:
+    from ..files.video import VideoFrames  # here, so that pipelines are imported without it
+
+    return isinstance(video, VideoFrames)
+
+
 class Lazy:
     """A video that is read from its file a few frames at a time, with what pipelines ask of a tensor (1 3 f h w)."""
 
-    def __init__(self, video: VideoFrames, height: int | None, width: int | None, factor: int):
+    def __init__(self, video: Any, height: int | None, width: int | None, factor: int):
         self.video, self.height, self.width, self.device = video, height, width, torch.device("cpu")
         self.shape = (1, 3, len(video), height or video.size[1], width or video.size[0])
         check_pixels("height", self.shape[3], factor)
