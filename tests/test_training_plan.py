@@ -99,11 +99,9 @@ def test_what_sharding_batches_and_averages_add():
     assert several.clips.clips == 1 and one.clips.clips == 4
     pieces = one.plan(Method(accumulate=2)).kinds
     assert pieces["gradients"] == trained > alone.get("gradients", 0) and "communication" not in alone
-    assert several.least().method in (Method("bf16", True, 1, True), Method("bf16", True, 1, shard=True))
     assert alone["activations"] == pytest.approx(2 * pieces["activations"], rel=0.02)
     one.ema = True
     assert one.plan().kinds == alone | {"EMA": trained}
-    assert one.choose("1MB") is None
 
 
 def test_a_lora_of_the_large_model_fits_into_8_gib():
@@ -162,5 +160,6 @@ def test_the_command_prints_and_chooses(capsys, monkeypatch):
     assert lines[-1].startswith("the fastest that fits into 57.22 MiB: ")
     numbers = [float(x) for x in lines[1].split()[1:]]
     assert sum(numbers[:-1]) == pytest.approx(numbers[-1], abs=0.05)
+    assert kept.least().method == Method("bf16", True, 1, eight_bits=True)
     assert main([*words, "--memory", "1MB"]) == 1
     assert "nothing fits into 0.95 MiB; the least: " in capsys.readouterr().out
