@@ -461,6 +461,20 @@ def telling(jobs: Iterable[Job]) -> list[Job]:
     return sorted(hardest.values(), key=lambda job: job.row.key)
 
 
+def doubtful(jobs: list[Job], table: Iterable[Row]) -> list[Job]:
+    """Those that may come out otherwise than in the table: another text of the kernel, or another Triton.
+
+    Of what is as it was when the table was written, one for each kernel on each target: the same compiler makes the
+    same code of the same text.
+    """
+    known = {row.key: (row.source, row.triton) for row in table}
+    samples = {(job.row.kernel, job.row.target): job.row.key for job in jobs}.values()
+    return [
+        job for job in jobs
+        if job.row.key in samples or known.get(job.row.key) != (job.row.source, job.row.triton)
+    ]  # fmt: skip
+
+
 def faults(row: Row) -> list[str]:
     """What no kernel may do on any target."""
     found = []
@@ -516,7 +530,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What each kernel takes of each GPU, found without one.")
     parser.add_argument("--fresh", action="store_true", help="compile also what did not change since the last time")
     parser.add_argument("--check", choices=DTYPES, nargs="+", metavar="DTYPE",
-                        help="compile a telling part of these and compare: float16, bfloat16, float32")  # fmt: skip
+                        help="compare these with the table (float16, bfloat16, float32), and compile a telling part "
+                        "of what changed since, and a sample of what did not")  # fmt: skip
     parser.add_argument("--only", metavar="REGEX", help="compile these kernels, print their rows, and write nothing")
     parser.add_argument("--families", nargs="*", choices=OTHERS, metavar="TARGET",
                         help="compile for GPUs without tiles of their own: results/kernel_families.csv")  # fmt: skip
@@ -531,7 +546,7 @@ def main() -> None:
     wanted = jobs()
     todo, kept = wanted, []
     if args.check:
-        todo = telling(job for job in wanted if of_dtype(job.row) in args.check)
+        todo = doubtful(telling(job for job in wanted if of_dtype(job.row) in args.check), read())
     elif args.only:
         todo = [job for job in wanted if re.search(args.only, job.row.kernel)]
     elif TABLE.exists() and not args.fresh:
@@ -557,6 +572,13 @@ def main() -> None:
     sys.exit("\n".join(errors) if errors else 0)
 
 
+def read_families() -> list[dict[str, Any]]:
+    if not FAMILIES_TABLE.exists():
+        return []
+    with FAMILIES_TABLE.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def families(targets: list[str], processes: int = 2) -> int:
     """Compile for these, one after the other, and replace their lines in the table. The exit code: 1 after an error."""
     errors = []
@@ -565,10 +587,7 @@ def families(targets: list[str], processes: int = 2) -> int:
             os.environ["TRITON_CACHE_DIR"] = folder
             rows, failed = compile_all(telling(jobs(["float16"], [target])), processes)
         errors += failed
-        lines = by_kernel(rows)
-        if FAMILIES_TABLE.exists():
-            with FAMILIES_TABLE.open(newline="") as file:
-                lines += [line for line in csv.DictReader(file) if line["target"] != target]
+        lines = by_kernel(rows) + [line for line in read_families() if line["target"] != target]
         temporary = FAMILIES_TABLE.with_suffix(".part")
         with temporary.open("w", newline="") as file:
             table = csv.DictWriter(file, list(lines[0]), lineterminator="\n")

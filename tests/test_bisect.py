@@ -37,7 +37,9 @@ def double(x, weight, bias):
 
 @needs_triton
 def test_a_folder_without_a_gpu(tmp_path, make_official_folder):
-    folder = make_official_folder(tmp_path / "model", small=True)
+    narrow = {"block_out_channels": [8], "norm_num_groups": 4, "attention_head_dim": 4,
+              "down_block_types": ["CrossAttnDownBlock3D"], "up_block_types": ["CrossAttnUpBlock3D"]}  # fmt: skip
+    folder = make_official_folder(tmp_path / "model", small=True, unet=narrow)
     command = ["bisect", str(folder), "--device", "cpu", "--frames", "2", "--height", "16", "--width", "16",
                "--kernels", "geglu=own_geglu:double"]  # fmt: skip
     (tmp_path / "own_geglu.py").write_text(OWN)

@@ -80,7 +80,7 @@ SCRIPT = str(ROOT / "benchmarks" / "kernels.py")
 def test_the_command(tmp_path):
     """The kernel that the docs show, outside of the repository: judged, on the CPU not timed. A wrong one ends it."""
     text = (ROOT / "docs" / "kernels.md").read_text()
-    (code,) = re.findall(r"```python\n(import torch\nimport triton\n.*?)```", text, re.S)
+    (code,) = re.findall(r"```py\n(import torch\nimport triton\n.*?)```", text, re.S)
     wrong = code.replace("tl.abs(ago) < WINDOW", "tl.abs(ago) <= WINDOW")
     assert wrong != code and "--contender temporal_attention=my_attention:attend" in text
     (tmp_path / "my_attention.py").write_text(code)

@@ -27,7 +27,8 @@ def table():
 
 @needs_triton
 def test_what_the_networks_ask_for_compiles_as_the_table_says():
-    """Every specialisation is looked up in the table, and those in float16 are compiled for all targets."""
+    """Every specialisation is looked up in the table. In float16 a telling part of what changed since the table was
+    written, kernel or Triton, is compiled for all targets, and one of each kernel that did not change."""
     command = [sys.executable, "-W", "ignore", SCRIPT, "--check", "float16"]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "0"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + "\nAfter a change of a kernel: python benchmarks/kernel_resources.py"
@@ -70,6 +71,41 @@ def test_a_table_that_no_longer_holds(change, complaint):
     now = replace(ROW, **change)
     found = resources.compare([now], [now], [ROW])
     assert len(found) == 1 and complaint in found[0]
+
+
+def test_what_is_compiled_again():
+    """All of what changed, of the rest one for each kernel and target."""
+    targets = resources.MACHINES
+    rows = [replace(ROW, specialisation=f"fp16; D={d}", target=target) for d in (8, 16) for target in targets]
+    jobs = [resources.Job(row, None, {}, {}, {}, {}) for row in rows]
+    assert len(resources.doubtful(jobs, rows)) == len(targets)
+    for change in ({"source": "abd"}, {"triton": "3.8.0"}, {"warps": 8}):
+        assert resources.doubtful(jobs, [replace(row, **change) for row in rows]) == jobs
+    found = resources.doubtful(jobs, [replace(rows[0], source="abd"), *rows[1:]])
+    assert len(found) == len(targets) + 1 and jobs[0] in found
+
+
+def test_the_table_of_families():
+    """Each family without tiles of its own was compiled, with the tiles that _tiles.py says; the worst is listed."""
+    from minit2v_kernels import _tiles
+
+    targets = {row["target"] for row in resources.read_families()}
+    assert targets <= set(resources.OTHERS) and all(_tiles.like(t) in resources.MACHINES for t in resources.OTHERS)
+    without = {name for name, family in _tiles.FAMILIES.items() if family.tiles != name and name != "sm_86"}
+    assert {name for name in without if any(t.startswith(name) for t in resources.OTHERS)} == without
+    rows = resources.by_kernel([ROW, replace(ROW, specialisation="x", spills=4, shared=2048, blocks=7)])
+    assert [(r["compiled"], r["spilling"], r["spills"], r["shared"], r["blocks"]) for r in rows] == [(2, 1, 4, 2048, 7)]
+
+
+@pytest.mark.parametrize("target, tiles, processors", [
+    ("sm_80", "sm_80", 108), ("sm_89", "sm_80", 142), ("sm_90", "sm_90", 132), ("sm_121", "sm_80", 132),
+    ("gfx942", "gfx942", 304), ("gfx1100", "gfx942", 96), ("gfx1201", "gfx942", 64), ("gfx90a", "gfx942", 132),
+    ("meta", "meta", 132), ("cpu", "cpu", 132),
+])  # fmt: skip
+def test_whose_tiles_a_gpu_gets(target, tiles, processors):
+    from minit2v_kernels import _tiles
+
+    assert (_tiles.like(target), _tiles.processors(target)) == (tiles, processors)
 
 
 def test_a_table_that_holds():
