@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minit2v import AnimateDiffPipeline, DDIMScheduler, TextToVideoSDPipeline, UNet3DConditionModel, UNetMotionModel
-from minit2v.training import checkpoints, validation
+from minit2v.training import checkpoints, result, start, validation
 from minit2v.training.recipe import Recipe, read_recipe
 from minit2v.training.trainer import Average, Piece, Trainer
 
@@ -142,10 +142,10 @@ def test_however_a_batch_is_cut_a_step_is_the_same(make, train, cls):
     for n in (1, 2, 4):
         trainer = make(out=f"run{n}", cls=cls, dtype=torch.float64, train=train, batch=4, accumulate=n, steps=2,
                        dropout=0.0, temporal_dropout=0.0)  # fmt: skip
-        losses = [trainer.step()["loss"] for _ in range(2)]
-        found.append((losses, weights(trainer)))
-    for losses, state in found[1:]:
-        assert losses == pytest.approx(found[0][0], rel=1e-12)
+        numbers = [step[name] for step in (trainer.step(), trainer.step()) for name in ("loss", "norm")]
+        found.append((numbers, weights(trainer)))
+    for numbers, state in found[1:]:
+        assert numbers == pytest.approx(found[0][0], rel=1e-11)
         for name, value in state.items():
             torch.testing.assert_close(value, found[0][1][name], rtol=0, atol=1e-10)
 
@@ -358,7 +358,7 @@ def start(out):
         return child
     tqdm.set_lock(threading.RLock())  # a child that is killed while it holds the shared one would stop all others
     try:
-        recipe = t.Recipe(data=("clips",), out=out, train="full", steps=8, batch=2, rate=1e-3, warmup=0, save_every=1,
+        recipe = t.Recipe(data=("clips",), out=out, train="full", steps=10, batch=2, rate=1e-3, warmup=0, save_every=1,
                           temporal_dropout=0.2, ema=0.9, validate_every=0, precision="float32")
         t.Trainer(t.make_pipe(_randomize), t.Clips(), recipe, say=lambda _: 0).run()
         os._exit(0)
@@ -369,20 +369,31 @@ def start(out):
 def ended(child):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
+def step(out):
+    return max(checkpoints.all_of(t.Path(out)), default=0)
+
+def wait_beyond(out, before):
+    deadline = time.monotonic() + 60
+    while step(out) <= before:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
 began = time.monotonic()
 assert ended(start({whole!r})) == 0
-seconds, rng, codes = time.monotonic() - began, random.Random(0), []
+seconds, rng, found = time.monotonic() - began, random.Random(0), []
 for _ in range(4):
-    child = start({killed!r})
-    time.sleep(rng.uniform(0.2, 0.8) * seconds)
-    os.kill(child, signal.SIGKILL)
-    codes.append(ended(child))
-codes.append(ended(start({killed!r})))
+    before = step({killed!r})
+    if before < 10:
+        child = start({killed!r})
+        wait_beyond({killed!r}, before)
+        time.sleep(rng.uniform(0, 0.06) * seconds)
+        os.kill(child, signal.SIGKILL)
+        found.append(ended(child))
+found.append(ended(start({killed!r})))
 child = start({asked!r})
-while not checkpoints.all_of(t.Path({asked!r})):
-    time.sleep(0.01)
+wait_beyond({asked!r}, 0)
 os.kill(child, signal.SIGTERM)
-print(*codes, ended(child))
+print(*found, ended(child))
 """
 
 
@@ -394,15 +405,15 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits(tmp_path):
                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert run.returncode == 0, run.stderr
     *kills, code, by_term = map(int, run.stdout.split())
-    assert -signal.SIGKILL in kills and code == 0, run.stderr  # it was killed, and went on
+    assert kills.count(-signal.SIGKILL) >= 2 and code == 0, run.stderr  # it was killed, and went on
     a, b = (checkpoints.load_state(checkpoints.newest(folder)) for folder in (whole, killed))
-    assert a.keys() == b.keys() and a["number/done"] == a["number/averaged"] == 8
+    assert a.keys() == b.keys() and a["number/done"] == a["number/averaged"] == 10
     assert {name.split("/")[0] for name in a} == {"trained", "average", "optimizer", "number"}
     assert not [name for name, x in a.items() if not torch.equal(x, b[name]) and name != "number/seconds"]
     assert not list(killed.glob(".*.ckpt"))  # nothing half-written is left
 
     assert by_term == -signal.SIGTERM  # which saves after the step in hand
-    assert 0 < checkpoints.load_state(checkpoints.newest(asked))["number/done"] < 8
+    assert 0 < checkpoints.load_state(checkpoints.newest(asked))["number/done"] < 10
 
 
 # The whole --------------------------------------------------------------------------------------------------------
@@ -435,6 +446,10 @@ def test_clips_in_a_folder_become_a_lora_that_loads(tmp_path, capsys):
     assert samples == ["step-000000.mp4", "step-000000.png", "step-000002.mp4", "step-000002.png"]
     assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 3
     assert len((tmp_path / "run" / "validation.csv").read_text().splitlines()) == 3
+    recipe = read_recipe(tmp_path / "run" / "run.json", {})
+    trainer = start.prepare(recipe, TextToVideoSDPipeline.from_pretrained("shapes"), say=lambda _: None)
+    with pytest.raises(ValueError, match="lora.safetensors makes other videos than the trained model"):
+        result.finish(trainer, lambda path: TextToVideoSDPipeline.from_pretrained("shapes"))  # it forgets the file
     assert cli.main(words) == 0  # the same command again has nothing to do
     assert "going on at step 2" in capsys.readouterr().err
     assert cli.main([*words, "--rank", "4"]) == 1

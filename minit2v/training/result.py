@@ -13,7 +13,7 @@ from .export import save_lora, save_model
 from .trainer import Trainer
 from .validation import sample, save_grid
 
-ALIKE = 2e-3  # the most by which a pixel of [0, 1] may differ on the average; in 16 bits ten times as much
+ALIKE = 1e-4  # the most by which a pixel of [0, 1] may differ on the average; in 16 bits ten times as much
 
 
 def export(trainer: Trainer) -> Path:
