@@ -140,9 +140,9 @@ def test_rates_are_functions_of_the_step():
 def test_however_a_batch_is_cut_a_step_is_the_same(make, train, cls):
     found = []
     for n in (1, 2, 4):
-        trainer = make(out=f"run{n}", cls=cls, dtype=torch.float64, train=train, batch=4, accumulate=n, steps=3,
+        trainer = make(out=f"run{n}", cls=cls, dtype=torch.float64, train=train, batch=4, accumulate=n, steps=2,
                        dropout=0.0, temporal_dropout=0.0)  # fmt: skip
-        losses = [trainer.step()["loss"] for _ in range(3)]
+        losses = [trainer.step()["loss"] for _ in range(2)]
         found.append((losses, weights(trainer)))
     for losses, state in found[1:]:
         assert losses == pytest.approx(found[0][0], rel=1e-12)
@@ -256,13 +256,13 @@ def test_the_average_begins_fast_and_ends_slow():
 # Learning ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("train, rate, most", [("full", 1e-2, 0.6), ("lora", 3e-2, 0.9), ("full", 0.0, 1.0)])
+@pytest.mark.parametrize("train, rate, most", [("full", 1e-2, 0.7), ("lora", 5e-2, 0.9), ("full", 0.0, 1.0)])
 def test_the_loss_of_one_clip_falls_and_at_rate_0_it_stays(make, train, rate, most):
-    trainer = make(Clips(1), train=train, rate=rate, steps=60, batch=4, ema=0.0, temporal_dropout=0.0,
+    trainer = make(Clips(1), train=train, rate=rate, steps=25, batch=2, ema=0.0, temporal_dropout=0.0,
                    validation_clips=1)  # fmt: skip
     fixed = validation.Validation(trainer)
     found = []
-    for steps in (0, 60):
+    for steps in (0, 25):
         for _ in range(steps):
             trainer.step()
         with trainer.sampling():

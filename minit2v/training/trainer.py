@@ -7,13 +7,15 @@ A batch is a function of the seed and the step alone, and so is all that is rand
 state, and a run that was killed goes on exactly as if it had not been.
 """
 
+import hashlib
 import math
-import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,7 +103,7 @@ class Trainer:
         say: Callable[[str], None] = print,
         resume_anyway: bool = False,
     ):
-        self.pipe, self.data, self.prior, self.world, self.say = pipe, data, prior, world or World(), say
+        self.pipe, self.data, self.prior, self.world, self._say = pipe, data, prior, world or World(), say
         self.unet = pipe.unet
         self.device = self.unet.device
         family = "UNetMotionModel" if isinstance(self.unet, UNetMotionModel) else "UNet3DConditionModel"
@@ -120,6 +122,8 @@ class Trainer:
             timesteps=recipe.timesteps, high_share=recipe.high_share,
         )  # fmt: skip
         pipe.scheduler = self.objective.scheduler_for(pipe.scheduler)
+        about = {"model": digest_of_some(self.unet), "data": getattr(data, "fingerprint", None),
+                 "prior": getattr(prior, "fingerprint", None)}  # fmt: skip
         self._prepare()
         self._spread()
         self.optimizer = make_optimizer(self.groups, recipe, self.device)
@@ -128,13 +132,17 @@ class Trainer:
         self.first = Average(self.parameters, 1.0) if recipe.prior_rows and recipe.prior_target == "model" else None
         self.done, self.seconds, self.bad, self.skipped = 0, 0.0, 0, 0
         self.scale, self.good = (2.0**16 if recipe.precision == "fp16" else 1.0), 0
-        about = {"data": getattr(data, "fingerprint", None), "prior": getattr(prior, "fingerprint", None)}
         self.world.from_first(lambda: checkpoints.claim(self.out, recipe, about, resume_anyway))
         if (path := self.world.from_first(lambda: checkpoints.newest(self.out))) is not None:
             self.load(path)
         self.log = Log(self.out, self.done) if self.world.is_first else None
         alone = self.world.is_first or is_sharded(self.unet)  # of sharded weights nobody has all
         self.validation = Validation(self) if recipe.validate_every and alone else None
+
+    def say(self, text: str) -> None:
+        """A line for people, above the progress bar."""
+        with tqdm.external_write_mode():
+            self._say(text)
 
     # What is trained -------------------------------------------------------------------------------------------------
 
@@ -410,7 +418,7 @@ class Trainer:
                 raise KeyboardInterrupt
             signal.raise_signal(came[0])
 
-    @property
+    @cached_property
     def prompts(self) -> list[str]:
         """Of samples: the recipe's, or the first two captions of the data."""
         captions: dict[str, None] = {}
@@ -488,7 +496,8 @@ class Trainer:
                 if kind == "optimizer":
                     name, _, key = key.rpartition("/")
                     p = parameters[name]
-                    self.optimizer.state[p][key] = x.to(p.device) if x.ndim or self.device.type != "cpu" else x.clone()
+                    is_count = not x.ndim and self.recipe.optimizer == "adamw8bit"
+                    self.optimizer.state[p][key] = int(x) if is_count else x.to(p.device)
             for name in NUMBERS:
                 setattr(self, name, type(getattr(self, name))(state[f"number/{name}"].item()))
             self.average.count = int(state["number/averaged"].item())
@@ -496,6 +505,14 @@ class Trainer:
             raise ValueError(f"{path} is no checkpoint of this run ({' '.join(str(error).split())})") from None
         if self.world.is_first:
             self.say(f"going on at step {self.done} from {path}")
+
+
+def digest_of_some(network: nn.Module) -> str:
+    """What tells a network from another at a glance: a hash of the first numbers of each of its tensors."""
+    total = hashlib.sha256()
+    for name, x in network.named_parameters():
+        total.update(f"{name} {tuple(x.shape)} {x.detach().flatten()[:32].double().tolist()}".encode())
+    return total.hexdigest()
 
 
 def joined(pieces: list[Piece]) -> list[Piece]:
@@ -524,7 +541,12 @@ def memory(device: torch.device) -> float:
     """The most memory that was taken so far, GiB: of the GPU, or of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 @contextmanager
