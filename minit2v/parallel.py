@@ -268,6 +268,24 @@ class World:
                 whole[name] = x.cpu()
         return whole
 
+    @torch.no_grad()
+    def make_whole(self, network: nn.Module) -> None:
+        """Give the first process all of a sharded network, as plain parameters, to be saved. It cannot run any more.
+
+        All processes must call it.
+        """
+        sharded = [module for module in network.modules() if is_sharded(module)]
+        for module in sharded:
+            module.reshard()  # type: ignore[operator]  # else `state_dict` would do it, and put the parts back
+        places = [(module, name) for module in network.modules() for name in module._parameters]
+        whole = self.gather({str(n): x for n, (module, name) in enumerate(places)
+                             if (x := getattr(module, name)) is not None})  # fmt: skip
+        for n, (module, name) in enumerate(places):
+            if str(n) in whole:
+                setattr(module, name, nn.Parameter(whole[str(n)], requires_grad=False))
+        for module in sharded:  # FSDP2 has given it a class made of FSDPModule and its own, whose name a file would get
+            module.__class__ = type(module).__mro__[2]
+
     # Checkpoints of sharded networks ---------------------------------------------------------------------------------
 
     def save_sharded(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:

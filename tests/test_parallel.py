@@ -371,11 +371,11 @@ def trained(tmp_path_factory):
     import torch.distributed.checkpoint
     import torch.distributed.fsdp  # noqa: F401 - once, and not in each child
 
-    kept = tmp_path_factory.mktemp("checkpoints")
+    kept, folders = tmp_path_factory.mktemp("checkpoints"), {}
 
     @cache
     def of(size):
-        folder = tmp_path_factory.mktemp(f"trained-{size}")
+        folders[size] = folder = tmp_path_factory.mktemp(f"trained-{size}")
 
         def run(world, loop, name, accumulate=1):
             norms = []
@@ -385,6 +385,12 @@ def trained(tmp_path_factory):
                     loop.save(kept / name.replace(" ", "-"))
             if weights := loop.result():
                 torch.save((norms, weights), folder / name)
+            if name == "full fsdp":
+                world.make_whole(loop.network)
+                if world.is_first:  # as if it had never been in parts
+                    assert type(loop.network) is UNet3DConditionModel
+                    assert not any(hasattr(x, "to_local") for x in loop.network.state_dict().values())
+                    loop.network.save_pretrained(folder / f"{name} saved")
 
         def work():
             with connected() as world:
@@ -401,6 +407,7 @@ def trained(tmp_path_factory):
             assert not any(processes.wait()), processes.said()
         return {tuple(path.name.split()): torch.load(path) for path in folder.iterdir() if path.is_file()}
 
+    of.folders = folders
     return of
 
 
@@ -424,6 +431,13 @@ def test_a_checkpoint_of_two_sharded_processes_goes_on_with_others(size, trained
     norms, weights = trained(size)["full", "continued"]
     assert len(norms) == STEPS - 2
     check_equal(weights, trained(1)["full", "plain"][1])
+
+
+def test_a_sharded_network_is_saved_as_any_other(trained):
+    _, weights = trained(2)["full", "fsdp"]
+    saved = UNet3DConditionModel.from_pretrained(trained.folders[2] / "full fsdp saved", dtype=torch.float64)
+    state = {name: x for name, x in saved.diffusers_state_dict().items()}
+    assert all(torch.equal(state[name], x) for name, x in weights.items() if "/" not in name) and len(state) > 100
 
 
 # ---------------------------------------------------------------------------------------------------------- the trainer
@@ -464,7 +478,7 @@ def run_trainer(world, folder, train, engine, killer=None):
         f"{name}/average": x for name, x in list(zip(names, trainer.average.values, strict=True))[::9]})  # fmt: skip
 
 
-TRAINED = [("full", "fsdp"), ("full", "ddp"), ("lora", "ddp"), ("motiondirector", "ddp")]
+TRAINED = [("temporal", "fsdp"), ("full", "ddp"), ("lora", "ddp"), ("motiondirector", "ddp")]
 
 
 @pytest.fixture(scope="module")
@@ -498,13 +512,13 @@ def test_the_trainer_of_two_processes_makes_the_weights_of_one(train, engine, by
 
 def test_the_trainer_goes_on_from_the_parts_of_others(by_trainer, tmp_path):
     """A checkpoint of two processes, which one takes up."""
-    shutil.copytree(by_trainer(2)[0] / "full-fsdp", tmp_path / "run")
+    shutil.copytree(by_trainer(2)[0] / "temporal-fsdp", tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "step-000004")
-    weights = run_trainer(parallel.World(), tmp_path / "run", "full", "fsdp")
-    check_equal(weights, by_trainer(1)[1]["full", "fsdp"])
+    weights = run_trainer(parallel.World(), tmp_path / "run", "temporal", "fsdp")
+    check_equal(weights, by_trainer(1)[1]["temporal", "fsdp"])
 
 
-@pytest.mark.parametrize("train,engine", [("full", "fsdp"), ("lora", "ddp")])
+@pytest.mark.parametrize("train,engine", [("temporal", "fsdp"), ("lora", "ddp")])
 def test_a_killed_worker_is_started_again_and_the_end_is_the_same_to_the_bit(train, engine, by_trainer, tmp_path):
     """torchrun's own agent, whose workers are forked."""
 

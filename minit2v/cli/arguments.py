@@ -111,7 +111,8 @@ def make_parser() -> Parser:
     restyle.add_argument("video", help="a video, a GIF, or a folder of images")
     for sub in (generate, restyle, animate):
         sub.add_argument("prompt", nargs="*", default=[], help="what to show; each prompt makes a file")
-        sub.add_argument("--prompts", metavar="FILE", help="a file with one prompt per line, - for standard input")
+        sub.add_argument("--prompts", metavar="FILE", help="a file with one prompt per line, - for standard input; "
+                         "with -o FOLDER what is there is not made again, and the processes of torchrun share it")
         if sub is not restyle:
             sub.add_argument("--replay", metavar="VIDEO", help="make this video again; options given here win")
             sub.add_argument("--trust", action="store_true", default=False,
@@ -154,7 +155,8 @@ def make_parser() -> Parser:
         sub.add_argument("--guidance-scale", type=_number(0, 1000), metavar="G", help="how close to the prompt")
         sub.add_argument("--scheduler", type=_scheduler, metavar="NAME", help="solver: `--scheduler help` lists them"
                          + "; on Stable Diffusion ddim, and all with linear betas" * (sub is animate))
-        sub.add_argument("--seed", type=_seed, metavar="N", help="of the noise, the same for each prompt; else drawn")
+        sub.add_argument("--seed", type=_seed, metavar="N", help="of the noise, the same for each prompt; else drawn, "
+                         "and 0 for --prompts with -o FOLDER")
         size = {generate: "the model's", restyle: "the video's"}.get(sub, "the video's or the model's")
         sub.add_argument("--height", type=_whole, metavar="PIXELS", help=f"if not {size}")
         sub.add_argument("--width", type=_whole, metavar="PIXELS", help=f"if not {size}")

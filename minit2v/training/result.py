@@ -5,8 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ..models.unet2d import UNet2DConditionModel
 from ..parallel import is_sharded
 from .export import save_lora, save_model
@@ -64,7 +62,7 @@ def finish(trainer: Trainer, reload: Callable[[Path], Any] | None = None) -> Pat
             mine = sample(trainer.pipe, prompts, trainer.recipe)
     with trainer.averaged():
         if is_sharded(trainer.unet):
-            make_whole(trainer)
+            trainer.world.make_whole(trainer.unet)
         path = export(trainer) if first else None
     if path is None or mine is None:
         return None
@@ -79,13 +77,3 @@ def finish(trainer: Trainer, reload: Callable[[Path], Any] | None = None) -> Pat
                              f"the average, and by at most {bound:g} if they are one model")  # fmt: skip
         trainer.say(f"loaded anew it makes the same videos: pixels differ by {difference:.1g} on the average")
     return path
-
-
-def make_whole(trainer: Trainer) -> None:
-    """Give the first process all of a network that was sharded, as plain parameters. It cannot run any more."""
-    places = [(module, name) for module in trainer.unet.modules() for name in module._parameters]
-    whole = trainer.world.gather({str(n): getattr(module, name) for n, (module, name) in enumerate(places)
-                                  if getattr(module, name) is not None})  # fmt: skip
-    for n, (module, name) in enumerate(places):
-        if str(n) in whole:
-            setattr(module, name, nn.Parameter(whole[str(n)], requires_grad=False))
