@@ -8,9 +8,10 @@
 
 48 new videos from prompts with the new word, before and after, each from its own seed, and `--old-seeds` videos of each
 of the 108 old combinations; 25 DPM-Solver steps, guidance 1.5. New: does the new motion show, or the new colour, and
-are the other words of the prompt right, too. Old: colour, shape, motion, and all three; before, they are what
-shapes_accuracy.py found from the same noise, whose results are read. The shares and all misses go into
-benchmarks/results/training_accuracy.json, one entry for each name (`--name`).
+are the other words of the prompt right, too; of misses, how many pixels the middle goes right and down, and the
+half-width grows. Old: colour, shape, motion, and all three; before, they are what shapes_accuracy.py found from the
+same noise, whose results are read. The shares and all misses go into benchmarks/results/training_accuracy.json, one
+entry for each name (`--name`).
 """
 
 import argparse
@@ -107,9 +108,13 @@ def make_videos(pipe: DiffusionPipeline, wanted: list[Combination], seeds: list[
 
 def measure_new(pipe: DiffusionPipeline, word: str, count: int) -> dict:
     wanted, seeds = new_prompts(word)[:count], list(range(FIRST_SEED, FIRST_SEED + count))
-    seen = [read(v, c) for v, c in zip(make_videos(pipe, wanted, seeds, word), wanted, strict=True)]
-    misses = [{"prompt": world.captions(*c)[0], "seed": seed, "seen": said}
-              for c, seed, (*right, said) in zip(wanted, seeds, seen, strict=True) if not all(right)]  # fmt: skip
+    videos = make_videos(pipe, wanted, seeds, word)
+    seen = [read(v, c) for v, c in zip(videos, wanted, strict=True)]
+    misses = []
+    for video, c, seed, (*right, said) in zip(videos, wanted, seeds, seen, strict=True):
+        if not all(right):
+            way = [round(d, 1) for d in world.travel(video) or ()]
+            misses.append({"prompt": world.captions(*c)[0], "seed": seed, "seen": said, "travel": way})
     return {"videos": count, word: sum(s[0] for s in seen) / count, "the_rest": sum(s[1] for s in seen) / count,
             "all": sum(s[0] and s[1] for s in seen) / count, "misses": misses}  # fmt: skip
 

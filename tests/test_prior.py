@@ -46,7 +46,7 @@ def make(tmp_path, randomize_):
 
 def losses(trainer: Trainer) -> torch.Tensor:
     """Of each row of the batch of step 0, the last two from the prior set."""
-    (piece,) = trainer.pieces(0)
+    (piece,) = trainer.batch(0)
     return trainer.backward(piece)
 
 
@@ -56,7 +56,7 @@ def test_what_the_model_said_is_the_target_of_prior_rows(make, options):
     before = losses(trainer)
     dropped = "temporal_dropout" in options
     assert (before[:2] > 0.1).all() and (dropped or (before[2:] < 1e-10).all())  # nothing pulls on what is right
-    (piece,) = trainer.pieces(0)
+    (piece,) = trainer.batch(0)
     latents, text = trainer.placed(piece)
     noisy, t, target, _ = trainer.objective.noised(latents, 0, piece.numbers)
     first = trainer.kept(noisy, t, text, target, piece.numbers)

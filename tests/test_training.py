@@ -4,11 +4,13 @@ import io
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from minit2v.training import animate, colours, shapes, world
+from minit2v.files.video import load_video
+from minit2v.training import animate, colours, draw, shapes, world
 
 
 def clips(per_combination: int, seed: int = 0) -> list[world.Clip]:
@@ -61,6 +63,22 @@ def test_the_other_three_diagonals_and_stills_are_not_diagonally():
     assert not world.reads_diagonally(torch.zeros(3, 16, 64, 64))
     growing = world.render([world.Clip("red", "circle", "diagonally", (20, 20, 6), (44, 44, 14))])[0]
     assert not world.reads_diagonally(growing)
+
+
+def test_drawn_files_are_exact_and_the_same_again(tmp_path):
+    draw.main(["crimson", "--out", str(tmp_path / "a"), "--clips", "1"])
+    names = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert len(names) == 36 and names[:2] == ["crimson-circle-down-0.gif", "crimson-circle-down-0.txt"]
+    for path in sorted((tmp_path / "a").glob("*.gif"))[::6]:
+        name = path.stem
+        clip = world.draw_clip(random.Random(f"0 {name}"), *name.split("-")[:3])
+        drawn = (world.render([clip])[0].permute(1, 2, 3, 0) * 255).round().byte()
+        assert all(torch.equal(torch.tensor(np.asarray(f)), d) for f, d in zip(load_video(path), drawn, strict=True))
+        assert path.with_suffix(".txt").read_text().strip() in world.captions(*name.split("-")[:3])
+    draw.main(["crimson", "--out", str(tmp_path / "b"), "--clips", "1"])
+    assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
+    draw.main(["old", "--out", str(tmp_path / "c"), "--clips", "1"])
+    assert len(list((tmp_path / "c").glob("*.gif"))) == len(world.TRAINED)
 
 
 def test_shapes_stay_in_the_picture():

@@ -1,7 +1,7 @@
 """What prior preservation keeps, and what it costs: `python docs/figures/draw_training.py`.
 
 Of the study (benchmarks/results/training_study.json) the course of two runs; of the committed recipe
-(training_accuracy.json) what it ended with.
+(training_accuracy.json) both stages.
 """
 
 import json
@@ -19,7 +19,8 @@ COLOURS = ("#e07b27", "#3b78b5")
 
 def main() -> None:
     study = json.loads((RESULTS / "training_study.json").read_text())
-    recipe = json.loads((RESULTS / "training_accuracy.json").read_text())["diagonally"]
+    results = json.loads((RESULTS / "training_accuracy.json").read_text())
+    stages = [results[name] for name in ("diagonally, 650 steps", "diagonally") if name in results]
     page = Figure(figsize=(9, 3.6), dpi=110, facecolor="white")
     for axes, kind, title in zip(page.subplots(1, 2, sharey=True), ("new", "old"), ("new motion", "old prompts"),
                                  strict=True):  # fmt: skip
@@ -27,8 +28,10 @@ def main() -> None:
         for run, colour in zip(study["runs"], COLOURS, strict=True):
             axes.plot([0, *run["minutes"]], [100 * n / count for n in (right, *run[kind])], "o-", color=colour, ms=4,
                       label=f"study: {run['name']}")  # fmt: skip
-        share = recipe["after"]["new"]["diagonally"] if kind == "new" else recipe["after"]["old"]["all"]
-        axes.plot([recipe["minutes_of_training"]], [100 * share], "D", color="#3c8f5c", ms=7,
+        key = "diagonally" if kind == "new" else "all"
+        ends = [stages[0]["before"], *(stage["after"] for stage in stages)]
+        minutes = [0, *(stage["minutes_of_training"] for stage in stages)]
+        axes.plot(minutes, [100 * end[kind][key] for end in ends], "D-", color="#3c8f5c", ms=5,
                   label="recipe: what the model said of old clips")  # fmt: skip
         axes.set(title=f"{title}: % of videos right", xlabel="minutes of training on one core", ylim=(0, 103))
         axes.spines[["top", "right"]].set_visible(False)

@@ -177,22 +177,32 @@ def read_new_colour(video: Tensor) -> str | None:
     return read_colour(video, (mask & seen[:, None, None]).float(), COLOURS | NEW_COLOURS)
 
 
-def reads_diagonally(video: Tensor) -> bool:
-    """video (c f h w) in [0, 1] -> does the middle go from the upper left to the lower right, as `NEW_MOTION` says?
+def travel(video: Tensor) -> tuple[float, float, float] | None:
+    """video (c f h w) in [0, 1] -> how far the middle goes over the whole clip, right and down, and how much it grows.
 
-    By straight-line fits of the centre over time: at least 10 pixels to the right and 10 down over the whole clip, half
-    of the least that is drawn of a motion, and neither more than twice the other (27 to 63 degrees). Fewer than half of
-    the frames with something in them: no. So is a size that changes by more than half of what growing is.
+    In pixels, by straight-line fits over time; the third is of the half-width. None: fewer than half of the frames show
+    something.
     """
     x, y, area = centres(video.float())
     seen = area >= 30
     if seen.sum() < FRAMES // 2:
-        return False
+        return None
     t = torch.arange(len(area)).float()[seen]
     t = t - t.mean()
-    dx, dy, dr = (
-        float((t * v[seen]).sum() / (t * t).sum()) * (len(area) - 1) for v in (x, y, area.sqrt() / 2)
-    )  # sqrt(area) / 2 is about the half-width: exact for a square
+    # sqrt(area) / 2 is about the half-width: exact for a square
+    dx, dy, dr = (float((t * v[seen]).sum() / (t * t).sum()) * (len(area) - 1) for v in (x, y, area.sqrt() / 2))
+    return dx, dy, dr
+
+
+def reads_diagonally(video: Tensor) -> bool:
+    """video (c f h w) in [0, 1] -> does the middle go from the upper left to the lower right, as `NEW_MOTION` says?
+
+    At least 10 pixels to the right and 10 down over the whole clip, neither more than twice the other (27 to 63
+    degrees), while the size changes by less than half of what growing is.
+    """
+    if (way := travel(video)) is None:
+        return False
+    dx, dy, dr = way
     return dx >= 10 and dy >= 10 and 0.5 <= dx / dy <= 2 and abs(dr) < 3.5
 
 
