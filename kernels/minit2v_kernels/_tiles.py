@@ -53,7 +53,7 @@ class Family(NamedTuple):
 # benchmarks/kernel_resources.py --families compiles them there: benchmarks/results/kernel_families.csv.
 FAMILIES = {
     "sm_80": Family("sm_80", 108, "A100"),
-    "sm_86": Family("sm_80", 84, "A40, RTX 30: the same matrix units; of its 99 KiB of shared memory the tiles take 64"),
+    "sm_86": Family("sm_80", 84, "A40, RTX 30: the same matrix units; of 99 KiB of shared memory the tiles take 64"),
     "sm_89": Family("sm_80", 142, "L4, L40S, RTX 40: as sm_86"),
     "sm_90": Family("sm_90", 132, "H100, H200: larger tiles, for 227 KiB of shared memory"),
     "sm_100": Family("sm_80", 148, "B200: what is right for any NVIDIA GPU; nobody has counted larger tiles there"),
