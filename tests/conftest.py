@@ -164,8 +164,6 @@ class _Forked:
             sys.stdout = sys.stderr = open(write, "w", buffering=1, encoding="utf-8")
             _default_signals()
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            # tqdm's own lock is shared with the parent, which would wait for ever if this child died while it holds it.
-            tqdm.set_lock(threading.RLock())
             code = 0
             try:
                 function()
