@@ -109,6 +109,10 @@ def test_options_of_a_file_and_of_the_command_line(tmp_path):
     assert recipe.data == (str(tmp_path / "clips"),)  # from the file, wherever one stands
     assert (recipe.rate, recipe.out, recipe.timesteps) == (2e-3, str(tmp_path / "other"), (100, 200))
     assert recipe.targets == ("both",)
+    file.write_text('out = "run"\nprior = "clips"\n[[data]]\npath = "clips"\nweight = 2.0')
+    recipe = read_recipe(file, {})
+    assert recipe.data == ({"path": str(tmp_path / "clips"), "weight": 2.0},)
+    assert recipe.prior == str(tmp_path / "clips") and recipe.prior_rows == 2
 
 
 def test_usual_values():
