@@ -6,7 +6,7 @@ The input has the authors' names, shapes and dtypes around a hole, and takes no 
 (twice 5.6 GB at a time, in --folder) and then removed. Anonymous memory (RssAnon of /proc/self/status) is what the
 process needs for itself; pages of mapped files, which the system takes back when it wants to, are counted apart.
 
-A pickle of before torch 1.6 is no zip archive and cannot be mapped: it is read as a whole, so that its size is added
+A pickle of before torch 1.6 is not a zip archive and cannot be mapped: it is read as a whole, so that its size is added
 to the limit. It is really written, all zeros, and its conversion takes 6 GB of memory; --skip-legacy leaves it out.
 """
 

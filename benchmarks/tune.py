@@ -38,7 +38,7 @@ CHOICES = {
 def search(start: Tile, cost: Callable[[Tile], float]) -> tuple[Tile, float, list[float]]:
     """(the best tile, its cost, the costs of all that were tried: the start's first), changing one number at a time.
 
-    cost: infinite where a tile is no choice.
+    cost: infinite where a tile is not a choice.
     """
     tried: dict[tuple[int, ...], float] = {}
 

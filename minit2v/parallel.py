@@ -323,7 +323,7 @@ class World:
             with _quiet():
                 checkpoint.load(tensors, checkpoint_id=folder)
         except Exception as error:  # a broken file breaks its reader anywhere
-            raise ValueError(f"{folder} is no whole checkpoint ({first_line(error)})") from error
+            raise ValueError(f"{folder} is not a whole checkpoint ({first_line(error)})") from error
         return tensors
 
 

@@ -18,7 +18,7 @@ from minit2v import MotionAdapter, UNet2DConditionModel, UNetMotionModel
 
 
 def load_oracle() -> ModuleType:
-    """The oracle as a module: tests/ is no package, so by its path."""
+    """The oracle as a module: tests/ is not a package, so by its path."""
     path = Path(__file__).parent / "oracles" / "animatediff.py"
     spec = importlib.util.spec_from_file_location("animatediff_oracle", path)
     assert spec is not None and spec.loader is not None

@@ -60,7 +60,7 @@ def test_the_configs_say_what_the_published_ones_say(published_config, published
 def test_a_whole_pipeline_loads_without_a_network(run, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = tmp_path / "ms"
-    folder.mkdir()  # empty: that is no obstacle
+    folder.mkdir()  # empty: that is not an obstacle
     code, out, err = run("damo-vilab/text-to-video-ms-1.7b", folder)
     assert code == 0 and out.split() == [str(folder)] and "no weights" in err and "11.0 GB are zeros" in err
     assert sum(512 * p.stat().st_blocks for p in folder.rglob("*")) < 4e6

@@ -256,7 +256,7 @@ def test_replay_refuses_what_holds_no_settings(run, model):
     fails(run("generate", "--replay", "other.mp4"), "no settings")
     fails(run("generate", "--replay", "text.mp4", "--trust"), "not a video")
     fails(run("generate", "--replay", "gone.mp4"), "gone.mp4: no such file")
-    fails(run("generate", "--replay", "bad.mp4"), "bad.mp4: what is stored in this file are no settings: .*'many'")
+    fails(run("generate", "--replay", "bad.mp4"), "bad.mp4: the settings stored in this file are not valid: .*'many'")
 
 
 # ------------------------------------------------------------------------------------------------- prompts and outputs
@@ -652,7 +652,7 @@ def test_animate_with_pictures_and_again(run, images, adapter, make_ip_adapter, 
     [
         (("--ip-adapter", "a.bin"), "--ip-adapter: it is shown which picture", 2),
         (("--image", "a.png"), "--image: it is shown by which adapter", 2),
-        (("--image", ":0.5"), "':0.5' is no PICTURE", 2),
+        (("--image", ":0.5"), "':0.5' is not a PICTURE", 2),
         (("--ip-adapter", "a", "--ip-adapter", "b", "--image", "c"), "1 --image for 2 --ip-adapter", 2),
         (("--ip-adapter", "a", "--image", "c:1", "--image", "d:0.5"), "count the same, give them one scale", 2),
         (("--ip-adapter", "a.bin", "--image", "gone.png"), "gone.png: no such file", 1),

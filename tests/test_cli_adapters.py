@@ -227,7 +227,7 @@ def test_a_lora_in_a_prompt_is_no_text(run, model, where):
     args = {"prompt": [tag], "list": ["--prompts", "list"], "negative": ["a cat", "--negative-prompt", tag]}[where]
     Path("list").write_text(f"a dog\n{tag}\n")
     fails(run("generate", *args, "--model", model, *FAST),
-          "<lora:add_detail:0.8> is no text here: a LoRA is given with --lora add_detail.safetensors:0.8", code=2)
+          "<lora:add_detail:0.8> is not text here: a LoRA is given with --lora add_detail.safetensors:0.8", code=2)
     assert adapters.check_prompt("a <toy>, x:y, <3") is None
     assert "--lora x.safetensors, and" in adapters.check_prompt("<LoRA:x>")
 
@@ -264,7 +264,7 @@ def test_an_embedding(run, model, files):
 def test_metadata_that_is_none(run, stored, model):
     about = {"minit2v": "generate", "prompt": "a cat", "model": str(model), **stored}
     export_to_video(np.zeros((2, 8, 8, 3), np.uint8), "bad.mp4", metadata=about)
-    fails(run("generate", "--replay", "bad.mp4", "--trust"), "bad.mp4: what is stored in this file are no settings|"
+    fails(run("generate", "--replay", "bad.mp4", "--trust"), "bad.mp4: the settings stored in this file are not valid|"
           "--lora x:many: there is no")  # fmt: skip
 
 

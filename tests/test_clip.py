@@ -108,7 +108,7 @@ def test_bad_ids_are_named(model, ids, message):
     "fields,message",
     [
         ({"hidden_act": "gelu_new"}, "'gelu' or 'quick_gelu', not 'gelu_new'"),
-        ({"num_attention_heads": 3}, "20 is no multiple of num_attention_heads=3"),
+        ({"num_attention_heads": 3}, "20 is not a multiple of num_attention_heads=3"),
         ({"use_attention_mask": True}, "only use_attention_mask=False is supported"),
         ({"hiden_size": 3}, "hiden_size.*hidden_size"),
     ],

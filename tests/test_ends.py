@@ -116,7 +116,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(run, monkeypatch):
     monkeypatch.setattr("minit2v.cli.videos._latents", None)
     for name in ("-", ".mp4", "", "d/.gif"):
         code, out, err = run("generate", "a cat", "-o", name)
-        assert code == 2 and "is no name" in err and err.count("\n") == 1, err
+        assert code == 2 and "is not a name" in err and err.count("\n") == 1, err
     for args in (["--fps", "0.0004"], ["--fps", "nan"], ["--fps", "1001"]):
         assert "must be a number from 0.01 to 1000" in run("generate", "a cat", *args)[2]
     code, out, err = run("generate", "a cat", "--fps", "101", "-o", "a.gif")
@@ -128,7 +128,7 @@ def test_what_encodes_is_looked_for_before_the_work(run, monkeypatch):
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "/bin/true")
     monkeypatch.setattr("minit2v.cli.loading.load", None)
     code, out, err = run("generate", "a cat", "-o", "a.mp4")
-    assert code == 1 and "/bin/true is no ffmpeg" in err and err.count("\n") == 1, err
+    assert code == 1 and "/bin/true is not ffmpeg" in err and err.count("\n") == 1, err
     monkeypatch.setattr("minit2v.cli.loading.load", lambda *_: (_ for _ in ()).throw(ValueError("loaded")))
     assert "error: loaded" in run("generate", "a cat", "-o", "a.gif")[2]  # which needs none
 
@@ -178,7 +178,7 @@ def test_settings_of_a_file_that_are_none_are_one_line(run):
                {"compat": "x"}, {"free_init": "yes"}, {"dtype": "\ud800"}, {"seed": 2**70}, {"kernels": "x=y"}]
     for settings in hostile:
         code, out, err = run("generate", "--replay", video("a.mp4", **settings))
-        assert code == 1 and not out and "a.mp4: what is stored in this file are no settings" in err, (settings, err)
+        assert code == 1 and not out and "a.mp4: the settings stored in this file are not valid" in err, (settings, err)
         assert err.count("\n") == 1 and "\x1b" not in err
     for settings in ({"versions": [1]}, {"versions": "x"}, {"device": "gpu"}):
         assert run("generate", "--replay", video("a.mp4", **settings), "-o", "b.mp4")[0] == 0

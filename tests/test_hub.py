@@ -926,7 +926,7 @@ def test_what_the_hub_refuses(hub, repository):
     hub.gated.clear()
     with pytest.raises(ValueError) as error:
         Tiny.from_pretrained("owner/na..me", subfolder="unet")
-    assert line(error).startswith("'owner/na..me' is no folder and no hub id: ")
+    assert line(error).startswith("'owner/na..me' is neither a folder nor a hub id: ")
     with pytest.raises(FileNotFoundError) as error:
         Tiny.from_pretrained("owner/name", subfolder="unte")
     assert line(error) == "owner/name/unte does not exist; the folders there: safety_checker, tokenizer, unet"

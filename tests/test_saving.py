@@ -166,7 +166,7 @@ def test_what_stands_in_the_way_is_found_before_anything_changes(tmp_path, monke
         save()
     assert (folder / "model_index.json").read_text() == "old" and not list(folder.rglob(".*"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=f"cannot write {tmp_path}/file/model: {tmp_path}/file is no folder"):
+    with pytest.raises(OSError, match=f"cannot write {tmp_path}/file/model: {tmp_path}/file is not a folder"):
         with filling(tmp_path / "file" / "model"):
             pass
 

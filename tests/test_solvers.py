@@ -121,7 +121,7 @@ def test_the_order_of_solvers_for_edm(name, order, measured):
 def test_solvers_on_the_table_of_timesteps(bench, measured):
     """Their grid is whole timesteps: DDIM is of first order, F-PNDM of second (its theorem), TCD without noise is DDIM.
 
-    Down to timestep 200: below, the noise is no smooth function of the timestep, and PNDM has no full order in any.
+    Down to timestep 200: below, the noise is not a smooth function of the timestep, and PNDM has no full order in any.
     """
 
     def error(name, n):

@@ -461,10 +461,10 @@ def test_other_trainers_toml(three, shapes, tmp_path):
 
 
 @pytest.mark.parametrize(("text", "said"), [
-    ("[[set]]\npath = 'a'\nweigth = 2", r"'weigth' is no setting of a set of files \(nearest: 'weight'\)"),
+    ("[[set]]\npath = 'a'\nweigth = 2", r"'weigth' is not a setting of a set of files \(nearest: 'weight'\)"),
     ("[[set]]\nprompt = 'a'", "a set has no path"),
     ("x = 1", "has no sets"),
-    ("[[set]", "is no TOML"),
+    ("[[set]", "is not TOML"),
     ("[[set]]\npath = 'a'\nfps = 8\nstride = 2", "give fps or stride, not both"),
     ("[[set]]\npath = 'a'\nclips = 'haed'", r"clips must be random, .* \(nearest: 'head'\)"),
     ("[[set]]\npath = 'a'\nrepeats = 0", "repeats must be a whole number of at least 1, not 0"),

@@ -483,7 +483,7 @@ def test_an_ffmpeg_that_is_too_old_is_named(tmp_path, monkeypatch):
 
 
 def test_what_is_no_ffmpeg_is_named(tmp_path, monkeypatch):
-    for name, said in (("true", "is no ffmpeg: unset IMAGEIO_FFMPEG_EXE"), ("gone", "gone cannot be started .No such")):
+    for name, said in (("true", "is not ffmpeg: unset IMAGEIO_FFMPEG"), ("gone", "gone cannot be started .No such")):
         (tmp_path / "true").write_text("#!/bin/sh\n"), (tmp_path / "true").chmod(0o755)
         monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / name))
         with pytest.raises(RuntimeError, match=said):

@@ -80,5 +80,5 @@ def unwrap(content: Any) -> Contents:
             tensors[f"{group}.{name}"] = value
     for name in tensors:
         if not isinstance(name, str):
-            raise ValueError(f"a tensor has the name {name!r}, which is no text")
+            raise ValueError(f"a tensor has the name {name!r}, which is not text")
     return Contents(tensors, tuple(path), ignored)

@@ -349,7 +349,7 @@ def _add_pipeline(
         return
     files = [f for f in sorted(Path(tokenizer).iterdir()) if f.suffix in (".json", ".txt")]
     if not {"vocab.json", "merges.txt"} <= {f.name for f in files} and "tokenizer.json" not in {f.name for f in files}:
-        raise ValueError(f"{tokenizer} is no tokenizer: neither vocab.json and merges.txt nor tokenizer.json")
+        raise ValueError(f"{tokenizer} is not a tokenizer: neither vocab.json and merges.txt nor tokenizer.json")
     work.copies |= {f"tokenizer/{f.name}": f for f in files}
 
 
@@ -384,7 +384,7 @@ def _to_authors(src: Path, opened: Opened, layout: str) -> Conversion:
             for name, source in sources.items():
                 kind, file = kinds[name], source.path.name
                 if layout == "single-file" != kind.layout.layout:
-                    raise ValueError(f"{kind.layout.title} is no single file: authors is its layout")
+                    raise ValueError(f"{kind.layout.title} is not a single file: authors is its layout")
                 work.plans[file] = rewritten(kind, source.header, source.nest)
                 work.sources[file] = {"": source}
                 work.notes += [f"{file}: {n!r} left out, {why}" for n, why in (source.ignored or {}).items()]

@@ -73,7 +73,7 @@ def open_path(src: Path, variant: str | None = None, mmap: bool = True) -> Opene
             opened.notes += notes
         return opened
     if variant is not None:
-        raise ValueError(f"{src} is no folder of diffusers: it has no variant {variant!r}")
+        raise ValueError(f"{src} is not a folder of diffusers: it has no variant {variant!r}")
     return _authors_files(src, mmap)
 
 
@@ -89,7 +89,7 @@ def check_parts(index: Config) -> None:
     """ValueError where the index names a part as none can be called: each is the name of a folder beside it."""
     for name in index:
         if not re.fullmatch(r"[\w-]+", name):
-            raise ValueError(f"{INDEX} names the part {name[:100]!r}, which is no name of a folder beside it")
+            raise ValueError(f"{INDEX} names the part {name[:100]!r}, which is not a name of a folder beside it")
 
 
 def is_authors_layout(path: str | Path) -> bool:

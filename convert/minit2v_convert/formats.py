@@ -265,7 +265,7 @@ def _single_file(kinds: Mapping[str, Kind], plans: Mapping[str, dict[str, Plan]]
     for component, kind in kinds.items():
         (name, plan), *_ = plans[component].items()
         if name not in SINGLE_FILE or kind.layout.title != SINGLE_FILE[name][2] or _is_open_clip(kind):
-            raise ValueError(f"{component or 'it'}: {kind.layout.title} ({kind.version}) is no part of a single file "
+            raise ValueError(f"{component or 'it'}: {kind.layout.title} ({kind.version}) is not part of a single file "
                              "of Stable Diffusion 1.x")  # fmt: skip
         fmt, prefix, _ = SINGLE_FILE[name]
         steps += _write(fmt, prefix, kind.parts[0], plan, component, True)

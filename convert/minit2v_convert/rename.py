@@ -70,7 +70,7 @@ def under(source: str, target: str, rules: Rules) -> list[tuple[str, str]]:
 
 
 def shown(text: object) -> str:
-    """For messages: line breaks, control characters and what is no character at all, escaped."""
+    """For messages: line breaks, control characters and what is not a character at all, escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 

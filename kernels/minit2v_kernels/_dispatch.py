@@ -127,7 +127,7 @@ def own(setting: str) -> dict[str, str]:
 
 
 def check_name(op: str, name: str) -> None:
-    """ValueError where the name is no registered one and not of the form package.module:function."""
+    """ValueError where the name is not a registered one and not of the form package.module:function."""
     if (op, name) in contenders or re.fullmatch(r"[\w.]+:\w+", name):
         return
     known = [*IMPLS, *(mine for of, mine in contenders if of == op and ":" not in mine)]

@@ -137,7 +137,7 @@ def read(path: Path) -> Table:
             for kernel, of_kernel in found.items() for target, of_target in of_kernel.items() for row in of_target
         ]  # fmt: skip
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no table of tiles: {type(error).__name__}: {error}") from None
+        raise ValueError(f"{path} is not a table of tiles: {type(error).__name__}: {error}") from None
     return dict(checked(path, *row) for row in rows)
 
 

@@ -149,11 +149,11 @@ def expect(
             raise ValueError(f"{op}: skip is {tuple(skip.shape)}, and x {tuple(x.shape)}")
         c += skip.shape[1]
     if groups < 1 or c % groups:
-        raise ValueError(f"{op}: {c} channels are no {groups} groups")
+        raise ValueError(f"{op}: {c} channels do not divide into {groups} groups")
     if weight.shape != (c,) or bias.shape != (c,):
         raise ValueError(f"{op}: {c} channels, weight {tuple(weight.shape)} and bias {tuple(bias.shape)}")
     if frames < 1 or n % frames:
-        raise ValueError(f"{op}: {n} entries are no videos of {frames} frames")
+        raise ValueError(f"{op}: {n} frames do not divide into videos of {frames} frames")
     if emb is not None and (emb.ndim != 2 or emb.shape[1] != x.shape[1] or not len(emb) or n % len(emb)):
         raise ValueError(f"{op}: emb is {tuple(emb.shape)}, which does not fit x {tuple(x.shape)}")
 
@@ -196,7 +196,7 @@ def kernels() -> SimpleNamespace:
 
     @triton.jit
     def load(X, SKIP, segment, row, rows, c, mask, T, C, C1, HAS_SKIP: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-        """Of torch.cat((x, skip), channels), which does not exist: what is no channel of x is left to the second load.
+        """Of torch.cat((x, skip), channels), which is never made: the second load takes the channels that x does not have.
 
         A choice between two pointers would be one load, but Triton 3.6 cannot compile it for AMD.
         """

@@ -73,7 +73,7 @@ SHOWN = 4  # tensors that a message lists
 
 
 class Refused(ValueError):
-    """A file that is no LoRA of these networks, also with strict=False."""
+    """A file that is not a LoRA of these networks, also with strict=False."""
 
 
 # ------------------------------------------------------------------------------------------------------------- networks
@@ -188,13 +188,13 @@ def _other(name: str) -> str:
 
 
 def read(header: Header, targets: Sequence[Target]) -> Reading:
-    """Where each tensor of a file belongs. Raises Refused, in one line, where it is no LoRA of these networks."""
+    """Where each tensor of a file belongs. Raises Refused, in one line, where it is not a LoRA of these networks."""
     for name in header:
         if what := _other(name):
             raise Refused(f"it is {what}, which is not read here ({name[:200]!r})")
     roles = {name: ending(name) for name in header}
     if not any(role in ("down", "up") for _, role, _ in roles.values()):
-        raise Refused(f"it is no LoRA: {_what(header)}")
+        raise Refused(f"it is not a LoRA: {_what(header)}")
     _refuse_strangers(header, roles, targets)
 
     layers: dict[str, dict[str, Layer]] = {t.component: {} for t in targets}
@@ -300,7 +300,7 @@ def _stray(stem: str, form: str, targets: Sequence[Target]) -> tuple[str, Callab
                         if ("." in n) == ("." in rest)), reverse=True)  # fmt: skip
         return nearest(names[0][0], [n for _, n in alike[:30]]) if names else ""
 
-    return f"is no layer of {' or '.join(t.title for t in found)}", near
+    return f"is not a layer of {' or '.join(t.title for t in found)}", near
 
 
 def _unfit(layer: Layer, header: Header, weight: Sequence[int], embedding: bool) -> str:
@@ -437,7 +437,7 @@ class Config(NamedTuple):
 
 
 def config_of(said: Mapping[str, Any], where: str) -> Config:
-    """Raises Refused where it asks for what is no plain LoRA, or says what is no number."""
+    """Raises Refused where it asks for what is not a plain LoRA, or says what is not a number."""
     for flag, what in (("use_dora", "a DoRA"), ("lora_bias", "a LoRA with biases"), ("fan_in_fan_out", "transposed")):
         if said.get(flag):
             raise Refused(f"{where}: {flag}: it is {what}, which is not read here")
@@ -452,7 +452,7 @@ def config_of(said: Mapping[str, Any], where: str) -> Config:
     for name, value in patterns.items():
         plain = str(name).removeprefix("^").replace("\\.", ".")
         if not re.fullmatch(r"[\w.]+", plain):
-            raise Refused(f"{where}: alpha_pattern has {str(name)[:100]!r}, which is no name of a layer")
+            raise Refused(f"{where}: alpha_pattern has {str(name)[:100]!r}, which is not a name of a layer")
         numbers[plain] = _number(value, f"{where}: alpha of {plain[:100]}")
     return Config(None if alpha is None else _number(alpha, f"{where}: lora_alpha"), numbers,
                   bool(said.get("use_rslora")))  # fmt: skip
@@ -476,7 +476,7 @@ def configs_of(metadata: Mapping[str, str]) -> dict[str, Config]:
     except (ValueError, RecursionError, TypeError):
         said = None
     if not isinstance(said, dict):
-        raise Refused(f"its {METADATA} is no JSON object")
+        raise Refused(f"its {METADATA} is not a JSON object")
     parts: dict[str, dict[str, Any]] = {}
     for name, value in said.items():
         component, _, rest = name.partition(".")

@@ -467,7 +467,7 @@ class IPAdapterMaskProcessor:
     def preprocess(self, image: Any, height: int | None = None, width: int | None = None) -> Tensor:
         """A picture, or a list of some -> (n 1 height width) of zeros and ones, in float32.
 
-        Resized to height and width, or to its own, less what is over multiples of 8. ValueError on what is no picture.
+        Resized to height and width, or to its own, less what is over multiples of 8. ValueError: it is not a picture.
         """
         images, masks = list(image) if isinstance(image, list | tuple) else [image], []
         for one in images:

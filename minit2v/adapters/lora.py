@@ -403,7 +403,7 @@ def _of_component(component: str, weight: Any) -> Any:
         return weight
     for name in weight:
         if name not in COMPONENTS:
-            raise ValueError(f"set_adapters: a weight for {name!r}, which is no network{nearest(name, COMPONENTS)}; "
+            raise ValueError(f"set_adapters: a weight for {name!r}, which is not a network{nearest(name, COMPONENTS)}; "
                              'they are {"unet": ..., "text_encoder": ...}')  # fmt: skip
     value = weight.get(component, 1.0)
     if component == "text_encoder" and isinstance(value, dict):
@@ -421,7 +421,8 @@ def weight_of(weight: Any, path: str, unet: Any) -> float:
         return _number(weight, "a weight")
     for part in weight:
         if part not in ("down", "mid", "up"):
-            raise ValueError(f"set_adapters: {part!r} is no part of a UNet{nearest(part, ('down', 'mid', 'up'))}; they "
+            near = nearest(part, ("down", "mid", "up"))
+            raise ValueError(f"set_adapters: {part!r} is not part of a UNet{near}; they "
                              "are down, mid and up")  # fmt: skip
     found = 1.0
     for part, value in weight.items():

@@ -109,7 +109,7 @@ def _set_rows(text_encoder: CLIPTextModel, table: Tensor) -> None:
 
 
 def describe(path: Path) -> list[str]:
-    """The lines that say what words a file holds; none where it is no embedding."""
+    """The lines that say what words a file holds; none where it is not an embedding."""
     if path.stat().st_size > LARGEST:
         return []
     try:
@@ -190,7 +190,7 @@ def find(path_or_id: str | Path, *, weight_name: str | None = None, subfolder: s
 
 
 def parse(content: Any) -> dict[str | None, Tensor]:
-    """{word: vectors (n d)} out of what a file holds. ValueError where that is no embedding."""
+    """{word: vectors (n d)} out of what a file holds. ValueError where that is not an embedding."""
     if isinstance(content, Tensor):
         return {None: _vectors("it", content)}
     if not isinstance(content, Mapping):
@@ -198,14 +198,14 @@ def parse(content: Any) -> dict[str | None, Tensor]:
     if "string_to_param" in content:
         return _parse_a1111(content)
     if odd := next((k for k in content if not isinstance(k, str)), None):
-        raise ValueError(f"it is no embedding: {quoted(odd)} is no word")
+        raise ValueError(f"it is not an embedding: {quoted(odd)} is not a word")
     if {"clip_l", "clip_g"} & content.keys():
         raise ValueError("it is an embedding of SDXL, for two text encoders (clip_l, clip_g): here is one; the part of "
                          'clip_l alone can be given, as the state dict {word: load_file(path)["clip_l"]}')  # fmt: skip
     if odd := next((k for k in content if k.endswith((".weight", ".bias", ".alpha"))), None):
-        raise ValueError(f"it is no embedding: it has {quoted(odd)}; LoRAs are loaded with load_lora_weights")
+        raise ValueError(f"it is not an embedding: it has {quoted(odd)}; LoRAs are loaded with load_lora_weights")
     if not content or len(content) > MOST_WORDS:
-        raise ValueError(f"it is no embedding: it has {len(content)} entries")
+        raise ValueError(f"it is not an embedding: it has {len(content)} entries")
     if content.keys() == {"emb_params"}:
         return {None: _vectors("'emb_params'", content["emb_params"])}
     return {word: _vectors(quoted(word), x) for word, x in content.items()}
@@ -218,7 +218,7 @@ def _parse_a1111(content: Mapping[str, Any]) -> dict[str | None, Tensor]:
     if isinstance(params, nn.ParameterDict):
         params = dict(params)
     if not isinstance(params, Mapping) or not params:
-        raise ValueError(f"it is no embedding: its string_to_param is {quoted(params)}")
+        raise ValueError(f"it is not an embedding: its string_to_param is {quoted(params)}")
     if odd := next((k for k, x in content.items() if isinstance(x, Tensor)), None):
         raise ValueError(f"beside string_to_param it has the tensor {quoted(odd)}, of which nothing is known")
     if len(params) == 1:

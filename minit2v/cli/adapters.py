@@ -67,7 +67,7 @@ def check_prompt(prompt: str) -> str | None:
     if (tag := TAG.search(prompt)) is None:
         return None
     weight = f":{tag[3]}" if tag[3] and _number(tag[3]) is not None else ""
-    return (f"{tag[0]} is no text here: a LoRA is given with --lora {tag[2] or 'FILE'}.safetensors{weight}, and taken "
+    return (f"{tag[0]} is not text here: a LoRA is given with --lora {tag[2] or 'FILE'}.safetensors{weight}, and taken "
             "out of the prompt")  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def _kernels(text: str) -> str:
 def _output(text: str) -> Path:
     path = Path(text)
     if not text or text == "-" or path.name.lower() in SUFFIXES:  # a variable without a value, or so
-        raise argparse.ArgumentTypeError(f"{text!r} is no name: give a file, such as video.mp4, or a folder")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name: give a file, such as video.mp4, or a folder")
     if path.suffix and path.suffix.lower() not in SUFFIXES and not path.is_dir() and not text.endswith(os.sep):
         raise argparse.ArgumentTypeError(f"{text}: a file must end in {', '.join(SUFFIXES)}; a folder in {os.sep}")
     return path
@@ -82,7 +82,7 @@ def _output(text: str) -> Path:
 def _page(text: str) -> Path:
     path = Path(text)
     if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is no name of a page: it must end in .html")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name of a page: it must end in .html")
     return path
 
 

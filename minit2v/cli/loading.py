@@ -99,7 +99,7 @@ def load(command: str, settings: dict[str, Any], video_frames: int | None) -> tu
             settings[name] = os.path.abspath(settings[name])  # to be found from other folders, too
     if not chosen:  # a name with fields says more than its class
         settings["scheduler"] = type(pipe.scheduler).__name__
-    # Which of several processes made a video is no setting of it.
+    # Which of several processes made a video is not a setting of it.
     settings |= {"device": device.type if process()[1] > 1 else str(device),
                  "kernels": os.environ.get("MINIT2V_KERNELS") or "auto"}
     return pipe, call

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 WINDOW = 16  # frames, where --loop or --window-overlap is given alone
-# All but `prompt_at`, which is no single word.
+# All but `prompt_at`, which is not a single word.
 OPTIONS = ("window", "window_overlap", "loop", "free_noise", "prompt_interpolation", "prompt_weights")
 
 
@@ -60,10 +60,10 @@ def prompt_of(line: str) -> tuple[str, dict[int, str]]:
 def read_texts(stored: Any) -> dict[int, str]:
     """{"24": text} of JSON -> {24: text}. ValueError where it is something else."""
     if not isinstance(stored, dict) or not stored:
-        raise ValueError("it is no object with texts")
+        raise ValueError("it is not an object with texts")
     for frame, text in stored.items():
         if not re.fullmatch(r"\d{1,9}", frame) or not isinstance(text, str):
-            raise ValueError(f"{frame!r}: {text!r:.40} is no frame with its text")
+            raise ValueError(f"{frame!r}: {text!r:.40} is not a frame with its text")
     return {int(frame): text for frame, text in stored.items()}
 
 

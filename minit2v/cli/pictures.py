@@ -23,7 +23,7 @@ def add_arguments(parser: Any) -> None:
 def _picture(text: str) -> str:
     where, scale = split(text)
     if not where:
-        raise argparse.ArgumentTypeError(f"{text!r} is no PICTURE[:SCALE]")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a PICTURE[:SCALE]")
     if where != text and Path(text).exists():
         raise argparse.ArgumentTypeError(f"{text!r}: a picture has this whole name: add a scale, {text}:1")
     return f"{where}:{scale:g}"

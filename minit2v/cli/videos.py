@@ -360,7 +360,7 @@ def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None, d
     try:
         lists = {k: adapters.words(k, stored.get(k, [])) for k in adapters.OPTIONS}
     except ValueError as e:
-        raise ValueError(f"{args.replay}: what is stored in this file are no settings: {e}") from None
+        raise ValueError(f"{args.replay}: the settings stored in this file are not valid: {e}") from None
     _check_trust(args, stored, given)
     words = [word for k in (*SETTINGS, *CUT) if stored.get(k) is not None and k not in adapters.OPTIONS
              for word in _options(k, stored[k])]
@@ -374,12 +374,12 @@ def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None, d
             again = make_parser().parse_args([command, *words, "--", *first, *prompts])
     except SystemExit:  # also of a scheduler named `help`, which lists them
         why = said.getvalue().strip().partition(": error: ")[2].rpartition("; see ")[0]
-        raise ValueError(f"{args.replay}: what is stored in this file are no settings: {why or 'help'}") from None
+        raise ValueError(f"{args.replay}: the settings stored in this file are not valid: {why or 'help'}") from None
     if "prompt_at" in stored and "prompt_at" not in given and not args.prompt and "prompts" not in args:
         try:
             again.prompt_at = long_videos.read_texts(stored["prompt_at"])
         except ValueError as e:
-            raise ValueError(f"{args.replay}: what is stored in this file are no settings: {e}") from None
+            raise ValueError(f"{args.replay}: the settings stored in this file are not valid: {e}") from None
     if "video" in given and "num_frames" in again:  # that of the video made of a text alone
         del again.num_frames
     for name, value in [*given.items(), *([("prompts", args.prompts)] if "prompts" in args else [])]:

@@ -62,7 +62,7 @@ def optimize(network: Any, *, graphs: bool = False, compile: bool = False) -> An
     """
     restore(network)
     if type(network) not in (*UNETS, AutoencoderKL):
-        logger.warning("%s is no class that the fast path knows: it runs as it is written.", type(network).__name__)
+        logger.warning("%s is not a class that the fast path knows: it runs as it is written.", type(network).__name__)
         return network
     if isinstance(network, AutoencoderKL):
         executors[network] = VAEExecutor(network, lay_out=True)

@@ -160,7 +160,7 @@ def _raise_refusal(error: Exception, repo: str, revision: str | None) -> None:
     if isinstance(error, errors.RevisionNotFoundError):
         raise FileNotFoundError(f"{repo} has no revision {revision!r}") from None
     if isinstance(error, errors.HFValidationError):
-        raise ValueError(f"{repo!r} is no folder and no hub id: {first_line(error)}") from None
+        raise ValueError(f"{repo!r} is neither a folder nor a hub id: {first_line(error)}") from None
 
 
 def _no_folder(label: str, there: Iterable[str]) -> FileNotFoundError:

@@ -41,7 +41,7 @@ def filling(folder: str | Path) -> Iterator[Path]:
             _put(new, folder)
         except OSError as error:
             if isinstance(error, FileExistsError | NotADirectoryError) and error.filename is not None:
-                raise OSError(f"cannot write {shown(folder)}: {shown(error.filename)} is no folder") from error
+                raise OSError(f"cannot write {shown(folder)}: {shown(error.filename)} is not a folder") from error
             raise OSError(str(error).replace(str(new), str(folder))) from error
         finally:
             shutil.rmtree(new, ignore_errors=True)

@@ -92,7 +92,7 @@ def _frame(x: Any, n: int) -> np.ndarray:
 
 
 def _frames(video: Any) -> tuple[np.ndarray, Iterator[np.ndarray]]:
-    """The first frame, and all of them, one after the other. What is no iterator is checked as a whole first."""
+    """The first frame, and all of them, one after the other. What is not an iterator is checked as a whole first."""
     frames = (_frame(x, n) for n, x in enumerate(video if isinstance(video, Iterator) else _one_video(video)))
     if not isinstance(video, Iterator):
         frames = iter(list(_same_size(frames)))
@@ -165,7 +165,7 @@ def _checked(program: str) -> str:
     except OSError as e:
         raise RuntimeError(f"{program} cannot be started ({e.strerror})") from e
     if not said.startswith("ffmpeg version"):
-        raise RuntimeError(f"{program} is no ffmpeg: unset IMAGEIO_FFMPEG_EXE, or pip install -U imageio-ffmpeg")
+        raise RuntimeError(f"{program} is not ffmpeg: unset IMAGEIO_FFMPEG_EXE, or pip install -U imageio-ffmpeg")
     version = re.match(r"ffmpeg version n?(\d+)\.", said)  # those built from its repository have no number
     if version and int(version[1]) < OLDEST_FFMPEG:
         raise RuntimeError(f"{program} is {shown(said.splitlines()[0][:60])}, and {OLDEST_FFMPEG}.0 is the oldest that "
@@ -380,7 +380,7 @@ def load_video(
     start, end: seconds; only frames that begin in between, and at `start`, are read. every: of these every n-th one,
     and the rate that belongs to that.
 
-    Raises FileNotFoundError, ValueError where the file is no video, damaged or larger than that, OSError where it
+    Raises FileNotFoundError, ValueError where the file is not a video, damaged or larger than that, OSError where it
     cannot be read or fetched.
     """
     cut = _check_part(start, end, every, max_pixels)
@@ -815,7 +815,7 @@ def _plain(low: float, high: float, near: float, declared: float | None) -> floa
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     """What `metadata=` of `export_to_video` or `export_to_gif` stored in the file; empty where there is nothing.
 
-    Raises FileNotFoundError, ValueError where the file is no video or damaged. What comes back is somebody's text.
+    Raises FileNotFoundError, ValueError where the file is not a video or damaged. What comes back is somebody's text.
     """
     path = Path(path)
     if not path.is_file():

@@ -50,7 +50,7 @@ def attention_maps(
     gives to `F.scaled_dot_product_attention`, with its mask. Blocks that are looked at run as they are written, the
     others as fast as always; after the `with` block, also after an error, all is as before.
 
-    Raises ValueError where no attention fits, TypeError on what is no plain network, RuntimeError where an attention
+    Raises ValueError where no attention fits, TypeError on what is not a plain network, RuntimeError where an attention
     does not call `F.scaled_dot_product_attention`, MemoryError before the maps grow over `limit`.
     """
     if not isinstance(network, nn.Module) or hasattr(network, "_orig_mod"):

@@ -64,7 +64,7 @@ class CLIPTextConfig:
             raise ValueError(f"hidden_act is {' or '.join(map(repr, ACTIVATIONS))}, not {self.hidden_act!r}")
         dim, heads = self.hidden_size, self.num_attention_heads
         if dim % heads:
-            raise ValueError(f"hidden_size={dim} is no multiple of num_attention_heads={heads}")
+            raise ValueError(f"hidden_size={dim} is not a multiple of num_attention_heads={heads}")
 
 
 class SelfAttention(nn.Module):

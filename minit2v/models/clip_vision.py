@@ -45,7 +45,7 @@ class CLIPVisionConfig:
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act is {' or '.join(map(repr, ACTIVATIONS))}, not {self.hidden_act!r}")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size={self.hidden_size} is no multiple of "
+            raise ValueError(f"hidden_size={self.hidden_size} is not a multiple of "
                              f"num_attention_heads={self.num_attention_heads}")  # fmt: skip
         if self.image_size < self.patch_size:
             raise ValueError(f"image_size={self.image_size} is less than one patch of {self.patch_size}")

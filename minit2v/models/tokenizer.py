@@ -191,7 +191,7 @@ class CLIPTokenizer:
         if not isinstance(word, str):
             raise TypeError(f"a word must be a str, not {type(word).__name__}")
         if not 1 <= len(word) <= LONGEST_WORD or word != word.strip() or not _is_unicode(word):
-            raise ValueError(f"{quoted(word)} is no word: it must have 1 to {LONGEST_WORD} characters, and no blanks "
+            raise ValueError(f"{quoted(word)} is not a word: it must have 1 to {LONGEST_WORD} characters and no blanks "
                              "around them")  # fmt: skip
         if count < 1:
             raise ValueError(f"a word stands for at least one vector, not {count}")
@@ -459,7 +459,7 @@ class CLIPTokenizer:
 
 
 def _check_table(path: Path, vocab: Any, merges: Any) -> None:
-    """ValueError where this is no vocabulary: symbols and their ids, each once from 0 on, and pairs of symbols."""
+    """ValueError where this is not a vocabulary: symbols and their ids, each once from 0 on, and pairs of symbols."""
     if not isinstance(vocab, dict) or any(type(n) is not int for n in vocab.values()):
         raise ValueError(f"{path}: a vocabulary gives each symbol a whole number")
     if sorted(vocab.values()) != list(range(len(vocab))):

@@ -361,7 +361,7 @@ def _take_masks(cross_attention_kwargs: Any) -> tuple[Any, Any]:
 
 
 def _in_step(what: Any, subfolder: Any, weight_name: Any) -> list[tuple[Any, Any, Any]]:
-    """A triple for each adapter: of lists one each, of what is no list, or of one, the same for all."""
+    """A triple for each adapter: of lists one each, of what is not a list, or of one, the same for all."""
     lists = [[*x] if isinstance(x, list | tuple) else [x] for x in (what, subfolder, weight_name)]
     count = max(map(len, lists))
     if not all(len(x) in (1, count) for x in lists):

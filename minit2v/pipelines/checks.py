@@ -62,7 +62,7 @@ def check_finite(name: str, x: Tensor) -> None:
 
 
 def check_latents(latents: Any, shape: tuple[int | str, ...]) -> None:
-    """Refuses what is no finite tensor (b c f h w) of these sizes, of which a letter stands for any but 0."""
+    """Refuses what is not a finite tensor (b c f h w) of these sizes, of which a letter stands for any but 0."""
     sizes = tuple(latents.shape) if isinstance(latents, Tensor) else ()
     fits = len(sizes) == len(shape) and all(
         n > 0 if isinstance(want, str) else n == want for n, want in zip(sizes, shape, strict=True)

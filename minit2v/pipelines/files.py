@@ -90,7 +90,7 @@ def component_dtypes(torch_dtype: Any, dtype: Any, names: Any) -> dict[str, torc
     dtypes = dict(dtype) if isinstance(dtype, dict) else {"default": dtype}
     for name in dtypes:
         if name not in names and name != "default":
-            raise ValueError(f"dtype for {name!r}, which is no component{nearest(name, [*names, 'default'])}")
+            raise ValueError(f"dtype for {name!r}, which is not a component{nearest(name, [*names, 'default'])}")
     default = dtypes.pop("default", None)
     return {name: one_dtype(dtypes.get(name, default)) for name in names}
 

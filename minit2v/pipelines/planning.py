@@ -67,7 +67,7 @@ def find_adapter(name: str) -> dict[str, Any]:
     else:
         config = hub.read_json(hub.local(name), "config.json")
     if config.get("_class_name") != "MotionAdapter":
-        raise ValueError(f"{name} is no motion adapter")
+        raise ValueError(f"{name} is not a motion adapter")
     return config
 
 

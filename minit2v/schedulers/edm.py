@@ -74,7 +74,7 @@ class _EDM(ExplodingScheduler):
 
     def _place(self, t: float) -> int | None:
         i = super()._place(t)
-        if i is None:  # c_noise is no training timestep
+        if i is None:  # c_noise is not a training timestep
             raise ValueError(f"{t:g} is not one of scheduler.timesteps")
         return i
 

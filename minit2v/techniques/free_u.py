@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class FreeU:
-    """The factors of the paper: 1 for the coarsest level, 2 for the next. Raises ValueError on what is no factor."""
+    """The factors of the paper: 1 for the coarsest level, 2 for the next. Raises ValueError on what is not a factor."""
 
     s1: float
     s2: float

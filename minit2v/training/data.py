@@ -597,7 +597,7 @@ def as_sources(given: Sequence[str | Path | Source | Mapping[str, Any]], default
             continue
         for name in (values := {**defaults, **own}):
             if name not in known:
-                raise ValueError(f"{shown(path)}: {name!r} is no setting of a set of files{nearest(name, known)}")
+                raise ValueError(f"{shown(path)}: {name!r} is not a setting of a set of files{nearest(name, known)}")
         found.append(Source(**values))
     if not found:
         raise ValueError("no data: name a folder, a list or a file")

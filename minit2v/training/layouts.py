@@ -83,7 +83,7 @@ def read_layout(path: str | Path, folder: str | Path | None = None) -> list[Entr
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"{shown(path)}: is no text in UTF-8") from None
+        raise ValueError(f"{shown(path)}: is not text in UTF-8") from None
     try:
         return list({".txt": _lines, ".csv": _csv, ".json": _json, ".jsonl": _jsonl}[ending](path, text, root))
     except (json.JSONDecodeError, RecursionError, csv.Error) as error:
@@ -131,7 +131,7 @@ def _beside(path: Path) -> Entry:
     try:
         return Entry(media, _texts(*(f.read_text(encoding="utf-8-sig") for f in found)))
     except UnicodeDecodeError:
-        return Entry(media, fault=f"its caption {found[0].name} is no text in UTF-8")
+        return Entry(media, fault=f"its caption {found[0].name} is not text in UTF-8")
 
 
 def _archive(path: Path) -> Iterator[Entry]:
@@ -262,7 +262,7 @@ def read_sets(path: Path) -> list[dict[str, Any]]:
     try:
         said = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{shown(path)}: is no TOML ({first_line(error)})") from None
+        raise ValueError(f"{shown(path)}: is not TOML ({first_line(error)})") from None
     tables = [name for name in TABLES if name in said]
     if len(tables) != 1 or not isinstance(said[tables[0]], list):
         raise ValueError(f"{shown(path)}: has no sets, each beginning with [[set]]")

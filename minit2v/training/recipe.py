@@ -301,7 +301,7 @@ def read_recipe(path: str | Path | None, options: Mapping[str, Any]) -> Recipe:
 
 
 def _beside(folder: Path, value: Any, new: bool) -> Any:
-    """A path that stands in a file, as seen from here; what is no file there is a hub id or a name, and stays."""
+    """A path that stands in a file, as seen from here; what is not a file there is a hub id or a name, and stays."""
     if isinstance(value, list):
         return [_beside(folder, v, new) for v in value]
     if isinstance(value, dict) and "path" in value:

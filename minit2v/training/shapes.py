@@ -99,7 +99,7 @@ class Run:
                 optimizer.load_state_dict(state["optimizer"])
                 self.step, self.spent = state["step"], state["seconds"]
             except (KeyError, TypeError, RuntimeError, ValueError) as error:
-                raise ValueError(f"{self.path} is no checkpoint of this stage ({first_line(error)}): remove it to "
+                raise ValueError(f"{self.path} is not a checkpoint of this stage ({first_line(error)}): remove it to "
                                  "begin anew") from None  # fmt: skip
         forget_later(self.log, self.step - 1)
         self.began = time.monotonic() - self.spent

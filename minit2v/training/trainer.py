@@ -363,7 +363,7 @@ class Trainer:
     def skip(self, loss: float, losses: Sequence[Tensor]) -> None:
         """Say what is not finite, and leave the weights alone. RuntimeError at the fifth time in a row.
 
-        In fp16 a gradient can be too large for the numbers: the scale of the loss is halved, and that is no fault.
+        In fp16 a gradient can be too large for the numbers: the scale of the loss is halved, and that is not a fault.
         """
         if math.isfinite(loss) and self.scale > 1:
             self.scale, self.good = self.scale / 2, 0
@@ -502,7 +502,7 @@ class Trainer:
                 setattr(self, name, type(getattr(self, name))(state[f"number/{name}"].item()))
             self.average.count = int(state["number/averaged"].item())
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} is no checkpoint of this run ({' '.join(str(error).split())})") from None
+            raise ValueError(f"{path} is not a checkpoint of this run ({' '.join(str(error).split())})") from None
         if self.world.is_first:
             self.say(f"going on at step {self.done} from {path}")
 

@@ -139,7 +139,7 @@ def test_modelscope_s_folder_in_another_dtype(video_model, tmp_path):
 
 def test_what_has_no_authors_file_says_so(single, video_model, tmp_path):
     convert(video_model, tmp_path / "o", "authors")
-    with pytest.raises(ValueError, match="ModelScope's UNetSD is no single file: authors is its layout"):
+    with pytest.raises(ValueError, match="ModelScope's UNetSD is not a single file: authors is its layout"):
         convert(tmp_path / "o" / "text2video_pytorch_model.pth", tmp_path / "x.safetensors", "single-file")
     generator = torch.Generator().manual_seed(0)
     motion = {n: torch.randn(s, generator=generator) for n, s in shapes.motion_adapter(SMALL_MOTION).items()}

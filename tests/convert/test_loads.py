@@ -40,7 +40,7 @@ def sparse(folder: Path, manifest: Manifest, dtype: str | None = None) -> Path:
 
 
 def private(path: str = "/proc/self/status") -> int:
-    """MiB of memory that is no page of a file."""
+    """MiB of memory that is not a page of a file."""
     line = next(line for line in Path(path).read_text().splitlines() if line.startswith("RssAnon"))
     return int(line.split()[1]) >> 10
 

@@ -25,7 +25,7 @@ from minit2v_convert.formats import Plan, from_diffusers, make, to_diffusers
 
 
 def load_oracle(name: str) -> ModuleType:
-    """The oracle as a module: tests/ is no package, so by its path."""
+    """The oracle as a module: tests/ is not a package, so by its path."""
     path = Path(__file__).parents[1] / "oracles" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"{name}_oracle", path)
     assert spec is not None and spec.loader is not None

@@ -197,7 +197,7 @@ def test_what_trainers_put_beside_weights_is_left_out_and_not_imported(tmp_path,
 
 @pytest.mark.parametrize("new", [True, False])
 def test_what_a_trainer_has_no_reason_to_put_there_is_refused(tmp_path, monkeypatch, lightning, new):
-    """Beside the names of trainers; and a trainer's object is no weight."""
+    """Beside the names of trainers; and a trainer's object is not a weight."""
     module = types.ModuleType("pytorch_lightning_")
     monkeypatch.setitem(sys.modules, "pytorch_lightning_", module)
     module.Evil = type("Evil", (), {"__module__": "pytorch_lightning_"})

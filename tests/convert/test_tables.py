@@ -283,7 +283,7 @@ def test_modelscope_s_three_files_and_a_folder(manifest):
     assert "keep the authors' file" in omitted["text_encoder"]
     with pytest.raises(ValueError, match="^it: open_clip_pytorch_model.bin cannot be made from"):
         from_diffusers({"": header_of(text_part)}, "authors")
-    with pytest.raises(ValueError, match="is no part of a single file"):
+    with pytest.raises(ValueError, match="is not part of a single file"):
         from_diffusers({"unet": header_of(unet_part)}, "single-file")
 
 
@@ -571,7 +571,7 @@ def test_dictionaries_around_tensors():
     ({"state_dict": {"a": 3}}, "'state_dict.a' is a int: nothing is known of it"),
     ({"epochs": 3}, r"'epochs' is a int: nothing is known of it \(nearest: 'epoch'\)"),
     ({"ip_adapter": {"a": 3}}, "'ip_adapter.a' is a int, not a tensor"),
-    ({3: torch.zeros(1)}, "a tensor has the name 3, which is no text"),
+    ({3: torch.zeros(1)}, "a tensor has the name 3, which is not text"),
 ])  # fmt: skip
 def test_other_contents_are_refused(content, message):
     with pytest.raises(ValueError, match=message):

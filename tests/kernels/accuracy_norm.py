@@ -304,10 +304,10 @@ def test_nothing_is_read_beyond_the_tensors(dtype, last):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"groups": 5}, "12 channels are no 5 groups"),
-    ({"groups": 0}, "12 channels are no 0 groups"),
-    ({"frames": 3}, "4 entries are no videos of 3 frames"),
-    ({"frames": 0}, "4 entries are no videos of 0 frames"),
+    ({"groups": 5}, "12 channels do not divide into 5 groups"),
+    ({"groups": 0}, "12 channels do not divide into 0 groups"),
+    ({"frames": 3}, "4 frames do not divide into videos of 3 frames"),
+    ({"frames": 0}, "4 frames do not divide into videos of 0 frames"),
     ({"emb": torch.zeros(3, 12)}, r"emb is \(3, 12\), which does not fit x \(4, 12, 5, 3\)"),
     ({"emb": torch.zeros(2, 11)}, "emb is"),
     ({"emb": torch.zeros(0, 12)}, "emb is"),

@@ -31,7 +31,7 @@ class Sizes(NamedTuple):
 
 
 def load(name: str) -> ModuleType:
-    """The oracle of that name beside this one: tests/ is no package, so by its path."""
+    """The oracle of that name beside this one: tests/ is not a package, so by its path."""
     spec = importlib.util.spec_from_file_location(f"{name}_oracle", Path(__file__).with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
