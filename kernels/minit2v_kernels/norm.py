@@ -196,7 +196,7 @@ def kernels() -> SimpleNamespace:
 
     @triton.jit
     def load(X, SKIP, segment, row, rows, c, mask, T, C, C1, HAS_SKIP: tl.constexpr, CHANNELS_LAST: tl.constexpr):
-        """Of torch.cat((x, skip), channels), which is never made: the second load takes the channels that x does not have.
+        """Of torch.cat((x, skip), channels), which does not exist: what is no channel of x is left to the second load.
 
         A choice between two pointers would be one load, but Triton 3.6 cannot compile it for AMD.
         """
