@@ -530,7 +530,7 @@ def make_optimizer(groups: list[dict[str, Any]], recipe: Recipe, device: torch.d
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError:
-            raise ValueError("optimizer 'adamw8bit' needs bitsandbytes: pip install bitsandbytes") from None
+            raise ValueError("optimizer 'adamw8bit' needs bitsandbytes: pip install 'minit2v[train-8bit]'") from None
         if device.type != "cuda":
             raise ValueError(f"optimizer 'adamw8bit' runs on CUDA, not on {device.type}")
         return AdamW8bit(groups, **values)
