@@ -147,7 +147,7 @@ class Trainer:
     # What is trained -------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        """Choose what is trained: `trained`, names and parameters; `loras`; `groups`, those of the optimizer.
+        """Choose what is trained: `trained`, names and parameters, and `loras`; make the network ready for it.
 
         Trained weights are float32 or wider, also where the network computes in 16 bits: small steps would be lost.
         Frozen ones take the precision where they are in no result; else the model would be saved with rounded weights.
@@ -215,7 +215,7 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One step of the optimizer on the batch of this step. Returns its loss, gradient norm and learning rate."""
         rng, _ = generators(self.recipe.seed, f"dropout {self.world.rank}", self.done)
-        torch.manual_seed(rng.getrandbits(60))
+        torch.manual_seed(rng.getrandbits(60))  # of dropout
         self.optimizer.zero_grad(set_to_none=True)
         self.pieces = self.batch(self.done)
         losses = []
