@@ -144,9 +144,11 @@ def test_figures_are_drawn(facts, kernel_facts, full, motion, tmp_path):
     import draw
     import draw_adapters
     import draw_attention
+    import draw_training
 
     drawn = [*draw.draw_all(tmp_path, full, motion), *kernel_facts.draw_all(tmp_path),
-             *draw_adapters.draw_all(tmp_path), draw_attention.draw_attention(tmp_path / "attention.png")]  # fmt: skip
+             *draw_adapters.draw_all(tmp_path), draw_attention.draw_attention(tmp_path / "attention.png"),
+             draw_training.draw_training(tmp_path / "forgetting.png")]  # fmt: skip
     by_benchmarks = {"solvers.png", "solvers_shapes.png"}
     assert {path.name for path in drawn} == {path.name for path in FIGURES.glob("*.png")} - by_benchmarks
     for path in drawn:
