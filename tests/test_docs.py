@@ -181,10 +181,12 @@ def test_figures_are_drawn(facts, kernel_facts, full, motion, tmp_path):
     import draw
     import draw_adapters
     import draw_attention
+    import draw_training
 
     drawn = [*draw.draw_all(tmp_path, full, motion), *kernel_facts.draw_all(tmp_path),
-             *draw_adapters.draw_all(tmp_path), draw_attention.draw_attention(tmp_path / "attention.png")]  # fmt: skip
-    elsewhere = {"solvers.png", "solvers_shapes.png", "forgetting.png",  # of results of benchmarks
+             *draw_adapters.draw_all(tmp_path), draw_attention.draw_attention(tmp_path / "attention.png"),
+             draw_training.draw_training(tmp_path / "forgetting.png")]  # fmt: skip
+    elsewhere = {"solvers.png", "solvers_shapes.png",  # by benchmarks
                  "explorer-light.png", "explorer-dark.png"}  # by docs/explorer/draw.py, with a Chromium  # fmt: skip
     assert {path.name for path in drawn} == {path.name for path in FIGURES.glob("*.png")} - elsewhere
     for path in drawn:

@@ -17,7 +17,7 @@ RESULTS = HERE.parent.parent / "benchmarks" / "results"
 COLOURS = ("#e07b27", "#3b78b5")
 
 
-def main() -> None:
+def draw_training(path: Path = HERE / "forgetting.png") -> Path:
     study = json.loads((RESULTS / "training_study.json").read_text())
     results = json.loads((RESULTS / "training_accuracy.json").read_text())
     stages = [results[name] for name in ("diagonally, 650 steps", "diagonally") if name in results]
@@ -38,8 +38,9 @@ def main() -> None:
         axes.grid(True, color="#dde3e8", linewidth=0.8)
     axes.legend(loc="lower right", fontsize=8)
     page.tight_layout()
-    page.savefig(HERE / "forgetting.png")
+    page.savefig(path)
+    return path
 
 
 if __name__ == "__main__":
-    main()
+    print(draw_training())
