@@ -574,5 +574,5 @@ def test_the_page_adds_a_solver_in_25_lines(measured):
         errors.append(measured.error(scheduler))
     assert math.log2(errors[0] / errors[1]) > 1.8
     table_rows = {row.name for row in NAMES}
-    listed = set(re.findall(r"`([a-z0-9+-]+)`", page[page.index("| name |") : page.index("Beside these")]))
+    listed = set(re.findall(r"`([a-z0-9+-]+)`", page[page.index("| name |") : page.index("There are three more")]))
     assert table_rows - listed <= {"dpm++-2m-sde-heun", "unipc-bh2"}
