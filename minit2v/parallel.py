@@ -334,7 +334,7 @@ def local(x: Tensor) -> Tensor:
 
 def is_sharded(network: nn.Module) -> bool:
     """Whether `World.shard` has changed it."""
-    if not distributed.is_available():
+    if not distributed.is_available() or not distributed.is_initialized():  # alone: FSDP2 takes seconds to import
         return False
     from torch.distributed.fsdp import FSDPModule
 

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,10 @@ def test_options_of_a_file_and_of_the_command_line(tmp_path):
     assert recipe.data == (str(tmp_path / "clips"),)  # from the file, wherever one stands
     assert (recipe.rate, recipe.out, recipe.timesteps) == (2e-3, str(tmp_path / "other"), (100, 200))
     assert recipe.targets == ("both",)
+    file.write_text('out = "run"\nprior = "clips"\n[[data]]\npath = "clips"\nweight = 2.0')
+    recipe = read_recipe(file, {})
+    assert recipe.data == ({"path": str(tmp_path / "clips"), "weight": 2.0},)
+    assert recipe.prior == str(tmp_path / "clips") and recipe.prior_rows == 2
 
 
 def test_usual_values():
@@ -337,6 +342,31 @@ def test_a_broken_checkpoint_gives_way_to_the_one_before(make, tmp_path):
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="is broken"):
         make(save_every=1, keep=2)
+
+
+def test_curves_go_to_tensorboard_where_it_is_installed(make, tmp_path, monkeypatch):
+    shown = []
+
+    class Writer:
+        def __init__(self, folder, purge_step=None):
+            shown.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            shown.append((name, step))
+
+        def flush(self): ...
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    make(log_every=2).run()
+    assert shown[0] == (str(tmp_path / "run" / "tensorboard"), None)
+    assert {("train/loss", 2), ("train/loss", 4), ("train/memory_gib", 4)} <= set(shown)
+    rows = (tmp_path / "run" / "log.csv").read_text().splitlines()
+    assert rows[0] == "step,minutes,loss,norm,rate,skipped,step_seconds,memory_gib" and len(rows) == 3
+
+
+def test_what_8_bits_need(make):
+    with pytest.raises(ValueError, match="needs bitsandbytes|runs on CUDA"):
+        make(optimizer="adamw8bit")
 
 
 # Kills ------------------------------------------------------------------------------------------------------------

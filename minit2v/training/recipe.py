@@ -282,7 +282,7 @@ def read_recipe(path: str | Path | None, options: Mapping[str, Any]) -> Recipe:
         for name in values:
             if name not in HINTS:
                 raise ValueError(f"{path}: there is no option {name!r}{nearest(name, [*HINTS])}")
-        for name in ("data", "out", "prior", "cache", "model", "adapter"):
+        for name in ("data", "out", "prior", "prior_prompts", "cache", "model", "adapter"):
             if name in values and path.suffix != ".json":
                 values[name] = _beside(path.parent, values[name], name in ("out", "cache"))
     try:
@@ -304,6 +304,8 @@ def _beside(folder: Path, value: Any, new: bool) -> Any:
     """A path that stands in a file, as seen from here; what is no file there is a hub id or a name, and stays."""
     if isinstance(value, list):
         return [_beside(folder, v, new) for v in value]
+    if isinstance(value, dict) and "path" in value:
+        return {**value, "path": _beside(folder, value["path"], new)}
     if not isinstance(value, str) or Path(value).expanduser().is_absolute():
         return value
     there = folder / value

@@ -147,7 +147,7 @@ class Trainer:
     # What is trained -------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        """Choose what is trained: `trained`, names and parameters; `loras`; `groups`, those of the optimizer.
+        """Choose what is trained: `trained`, names and parameters, and `loras`; make the network ready for it.
 
         Trained weights are float32 or wider, also where the network computes in 16 bits: small steps would be lost.
         Frozen ones take the precision where they are in no result; else the model would be saved with rounded weights.
@@ -215,7 +215,7 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One step of the optimizer on the batch of this step. Returns its loss, gradient norm and learning rate."""
         rng, _ = generators(self.recipe.seed, f"dropout {self.world.rank}", self.done)
-        torch.manual_seed(rng.getrandbits(60))
+        torch.manual_seed(rng.getrandbits(60))  # of dropout
         self.optimizer.zero_grad(set_to_none=True)
         self.pieces = self.batch(self.done)
         losses = []
@@ -530,7 +530,7 @@ def make_optimizer(groups: list[dict[str, Any]], recipe: Recipe, device: torch.d
         try:
             from bitsandbytes.optim import AdamW8bit
         except ImportError:
-            raise ValueError("optimizer 'adamw8bit' needs bitsandbytes: pip install bitsandbytes") from None
+            raise ValueError("optimizer 'adamw8bit' needs bitsandbytes: pip install 'minit2v[train-8bit]'") from None
         if device.type != "cuda":
             raise ValueError(f"optimizer 'adamw8bit' runs on CUDA, not on {device.type}")
         return AdamW8bit(groups, **values)
