@@ -1,7 +1,7 @@
 """What prior preservation keeps, and what it costs: `python docs/figures/draw_training.py`.
 
 Of the study (benchmarks/results/training_study.json) the course of two runs; of the committed recipe
-(training_accuracy.json) both stages.
+(training_accuracy.json) both stages. The study read motions by a script of its own, and had 18 and 24 videos.
 """
 
 import json
@@ -27,7 +27,7 @@ def draw_training(path: Path = HERE / "forgetting.png") -> Path:
         right, count = study["before"][kind]
         for run, colour in zip(study["runs"], COLOURS, strict=True):
             axes.plot([0, *run["minutes"]], [100 * n / count for n in (right, *run[kind])], "o-", color=colour, ms=4,
-                      label=f"study: {run['name']}")  # fmt: skip
+                      label=f"study, its own reader: {run['name']}")  # fmt: skip
         key = "diagonally" if kind == "new" else "all"
         ends = [stages[0]["before"], *(stage["after"] for stage in stages)]
         minutes = [0, *(stage["minutes_of_training"] for stage in stages)]
@@ -36,7 +36,7 @@ def draw_training(path: Path = HERE / "forgetting.png") -> Path:
         axes.set(title=f"{title}: % of videos right", xlabel="minutes of training on one core", ylim=(0, 103))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(True, color="#dde3e8", linewidth=0.8)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="lower right", fontsize=7)
     page.tight_layout()
     page.savefig(path)
     return path
