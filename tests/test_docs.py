@@ -30,6 +30,7 @@ def kernel_facts(facts):
     """draw_kernels.py, which stands on scripts of benchmarks/."""
     folder = str(ROOT / "benchmarks")
     sys.path.insert(0, folder)
+    sys.modules.pop("kernels", None)  # transformers looks for a package of that name, and may have found our folder
     try:
         import draw_kernels
 
