@@ -5,6 +5,7 @@ Gradio shows it. `Guard` stands before Gradio and lets through what this page ne
 
 import os
 import re
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -82,7 +83,7 @@ def serve(work: Work, host: str, port: int) -> Iterator[tuple[str, Callable[[], 
     guard = Middleware(Guard, work=work, hosts=(*LOCAL, host) if host in LOCAL else ())
     try:
         _, address, _ = page.queue(default_concurrency_limit=None).launch(
-            server_name=host, server_port=port, share=False, prevent_thread_lock=True, quiet=True, inbrowser=False,
+            server_name=host, server_port=port or _free_port(host), share=False, prevent_thread_lock=True, quiet=True, inbrowser=False,
             allowed_paths=[str(work.folder)], ssr_mode=False, pwa=False, mcp_server=False, footer_links=[],
             enable_monitoring=False, run_history=False, strict_cors=True, max_file_size="200mb", css=CSS,
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
@@ -94,6 +95,11 @@ def serve(work: Work, host: str, port: int) -> Iterator[tuple[str, Callable[[], 
             os.environ.pop("GRADIO_TEMP_DIR", None)
         else:
             os.environ["GRADIO_TEMP_DIR"] = before
+
+
+def _free_port(host: str) -> int:
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
+        return server.getsockname()[1]
 
 
 def lay_out(work: Work) -> gr.Blocks:
@@ -118,15 +124,15 @@ def lay_out(work: Work) -> gr.Blocks:
                 fields["adapter"] = gr.Dropdown([OWN, *offered["adapter"]], value=OWN, visible=False,
                                                 label="Motion adapter")  # fmt: skip
                 with gr.Row():
-                    fields["steps"] = gr.Number(label="Steps", precision=0, minimum=1, min_width=90, elem_id="steps")
-                    fields["guidance_scale"] = gr.Number(label="Guidance", minimum=0, min_width=90)
-                    fields["seed"] = gr.Number(label="Seed", precision=0, minimum=0, min_width=90, elem_id="seed")
+                    fields["steps"] = gr.Textbox(label="Steps", min_width=90, elem_id="steps")
+                    fields["guidance_scale"] = gr.Textbox(label="Guidance", min_width=90)
+                    fields["seed"] = gr.Textbox(label="Seed", min_width=90, elem_id="seed")
                 fields["scheduler"] = gr.Dropdown([OWN, *SOLVERS], value=OWN, label="Solver", allow_custom_value=True)
                 with gr.Row():
-                    fields["width"] = gr.Number(label="Width", precision=0, minimum=1, min_width=90)
-                    fields["height"] = gr.Number(label="Height", precision=0, minimum=1, min_width=90)
-                    fields["num_frames"] = gr.Number(label="Frames", precision=0, minimum=1, min_width=90)
-                    fields["fps"] = gr.Number(label="Frames per second", minimum=0.01, min_width=90)
+                    fields["width"] = gr.Textbox(label="Width", min_width=90)
+                    fields["height"] = gr.Textbox(label="Height", min_width=90)
+                    fields["num_frames"] = gr.Textbox(label="Frames", min_width=90)
+                    fields["fps"] = gr.Textbox(label="Frames per second", min_width=90)
                 weights = {("lora", name): gr.Slider(-1, 2, 0, step=0.05, label=f"LoRA {name}: weight, 0 is off")
                            for name in offered["lora"]}  # fmt: skip
                 weights |= {("motion_lora", name): gr.Slider(-1, 2, 0, step=0.05, visible=False,

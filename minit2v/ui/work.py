@@ -41,7 +41,6 @@ FIELDS = {
     "seed": COMMANDS, "height": COMMANDS, "width": COMMANDS, "fps": COMMANDS, "lora": COMMANDS,
     "motion_lora": ("animate",),
 }  # fmt: skip
-WHOLE = ("num_frames", "steps", "seed", "height", "width")
 # What a file says of where and how it was computed. The page decides that anew.
 OF_A_RUN = ("minit2v", "versions", "device", "dtype", "kernels", "video_sha256", "optimize")
 PREVIEWS, PREVIEW_FRAMES, SIDE = 8, 3, 128  # previews of a video, frames in each, pixels of a frame's side at least
@@ -145,7 +144,7 @@ class Work:
                     words += adapters.words(name, [{"path": path, "weight": float(weight)}]) if weight else []
                 continue
             self._check_offered(name, value)
-            words += videos.options(name, int(value) if name in WHOLE and float(value).is_integer() else value)
+            words += videos.options(name, value)
         if command == "animate" and video is not None:
             words.append(f"--video={video}")
         if command == "animate" and "adapter" in given and given.get("base") in (None, "shapes-image"):
