@@ -30,8 +30,7 @@ CLOSED = re.compile(r"/(proxy=|stream/|deep_link|runs|run-history|custom_compone
 CSS = """
 .gradio-container {max-width: 1200px !important; margin: auto}
 #state {min-height: 1.6em}
-#preview img, #video video {image-rendering: pixelated}
-#preview img {object-fit: contain; width: 100%}
+#preview img, #video video, #gallery video {image-rendering: pixelated; object-fit: contain}
 """
 
 
@@ -129,9 +128,9 @@ def lay_out(work: Work) -> gr.Blocks:
                     fields["seed"] = gr.Textbox(label="Seed", min_width=90, elem_id="seed")
                 fields["scheduler"] = gr.Dropdown([OWN, *SOLVERS], value=OWN, label="Solver", allow_custom_value=True)
                 with gr.Row():
-                    fields["width"] = gr.Textbox(label="Width", min_width=90)
-                    fields["height"] = gr.Textbox(label="Height", min_width=90)
-                    fields["num_frames"] = gr.Textbox(label="Frames", min_width=90)
+                    fields["width"] = gr.Textbox(label="Width", min_width=90, elem_id="width")
+                    fields["height"] = gr.Textbox(label="Height", min_width=90, elem_id="height")
+                    fields["num_frames"] = gr.Textbox(label="Frames", min_width=90, elem_id="num_frames")
                     fields["fps"] = gr.Textbox(label="Frames per second", min_width=90)
                 weights = {("lora", name): gr.Slider(-1, 2, 0, step=0.05, label=f"LoRA {name}: weight, 0 is off")
                            for name in offered["lora"]}  # fmt: skip
@@ -145,14 +144,14 @@ def lay_out(work: Work) -> gr.Blocks:
                     cancel = gr.Button("Cancel", elem_id="cancel")
                 state = gr.Markdown("", elem_id="state")
                 preview = gr.Image(label="Preview: what the model expects now", visible=False, interactive=False,
-                                   buttons=[], elem_id="preview", format="png")  # fmt: skip
+                                   buttons=[], elem_id="preview", format="png", height=190)  # fmt: skip
                 result = gr.Video(label="Video", interactive=False, autoplay=True, loop=True, elem_id="video",
-                                  buttons=["download"])  # fmt: skip
+                                  buttons=["download"], height=340)  # fmt: skip
                 about = gr.Markdown("", elem_id="about")
                 again = gr.Button("Again with these settings", interactive=False, elem_id="again")
-                upload = gr.File(label="Settings from a video file", file_types=["video", ".gif", ".mkv"], height=110,
+                upload = gr.File(label="Settings from a video file", file_types=["video", ".gif", ".mkv"], height=140,
                                  elem_id="upload")  # fmt: skip
-        gallery = gr.Gallery(label="Videos in the folder", columns=4, height=340, interactive=False, buttons=[],
+        gallery = gr.Gallery(label="Videos in the folder", columns=4, height=420, fit_columns=False, interactive=False, buttons=[],
                              allow_preview=False, elem_id="gallery", object_fit="contain")  # fmt: skip
         shown, chosen = gr.State([]), gr.State("")  # names in the gallery; the one that is chosen
         inputs = [*fields.values(), *weights.values()]
@@ -170,7 +169,8 @@ def lay_out(work: Work) -> gr.Blocks:
                     return gr.update(value=str(work.inside(form[name])) if form.get(name) else None)
                 own = OWN if name in ("adapter", "scheduler") else offered[name][0] if name in offered else None
                 own = 0.6 if name == "strength" else "" if isinstance(field, gr.Textbox) else own
-                return gr.update(value=form.get(name, own))
+                found = form.get(name, own)
+                return gr.update(value=f"{found:g}" if isinstance(found, float) and name != "strength" else found)
 
             loras = [gr.update(value=form.get(name, {}).get(path, 0)) for name, path in weights]
             return [*(value(name, field) for name, field in fields.items()), *loras]
@@ -179,9 +179,9 @@ def lay_out(work: Work) -> gr.Blocks:
             loras = [gr.update(visible=command in FIELDS[name]) for name, _ in weights]
             return [*(gr.update(visible=command in FIELDS.get(name, COMMANDS)) for name in fields), *loras]
 
-        def look() -> tuple[list[str], list[str]]:
-            names = [path.name for path in work.videos()]
-            return [str(work.folder / name) for name in names], names
+        def look() -> tuple[list[tuple[str, str]], list[str]]:
+            paths = work.videos()
+            return [(str(path), work.caption(path)) for path in paths], [path.name for path in paths]
 
         def run(*values: Any) -> Iterator[dict[Any, Any]]:
             began = {make: gr.update(interactive=False), preview: gr.update(value=None, visible=False)}

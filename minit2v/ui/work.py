@@ -89,6 +89,7 @@ class Work:
                         "base": ["shapes-image", *map(_found_again, bases)],
                         "adapter": list(map(_found_again, adapters)),
                         "lora": list(map(_found_again, loras)), "motion_lora": ["shapes-orbit"]}  # fmt: skip
+        self._captions: dict[tuple[str, int], str] = {}
         self._busy, self._cancel = threading.Lock(), threading.Event()
 
     # Videos ----------------------------------------------------------------------------------------------------------
@@ -166,7 +167,7 @@ class Work:
             raise ValueError(f"{name!r} is no file in {self.folder}")
         return path
 
-    def videos(self, most: int = 30) -> list[Path]:
+    def videos(self, most: int = 24) -> list[Path]:
         """The newest videos in the output folder, newest first. Links are left out."""
         found = []
         for path in self.folder.iterdir():
@@ -174,6 +175,16 @@ class Work:
                 if path.suffix.lower() in SUFFIXES and not path.is_symlink() and path.is_file():
                     found.append((path.stat().st_mtime_ns, path))
         return [path for _, path in sorted(found, reverse=True)[:most]]
+
+    def caption(self, path: Path) -> str:
+        """The settings of a video of the folder in one line, or its name where it has none."""
+        try:
+            key = path.name, path.stat().st_mtime_ns
+            if key not in self._captions:
+                self._captions[key] = describe(self.settings(path.name)[0])
+            return self._captions[key]
+        except (ValueError, OSError, RuntimeError):
+            return path.name
 
     def keep(self, upload: str) -> str:
         """Copies a video that the browser has sent, which the cache may lose, and returns its name in the folder.
@@ -244,8 +255,10 @@ class Work:
 def describe(stored: Mapping[str, Any]) -> str:
     """The settings of a form, in one line."""
     def shown(name: str, value: Any) -> str:
-        text = " ".join(f"{Path(k).name}:{v:g}" for k, v in value.items()) if isinstance(value, dict) else f"{value}"
-        return f"{name.replace('_', ' ')} {text}"
+        text = f"{value:g}" if isinstance(value, float) else f"{value}"
+        if isinstance(value, dict):
+            text = " ".join(f"{Path(k).name}:{v:g}" for k, v in value.items())
+        return text if name in ("command", "prompt") else f"{name.replace('_', ' ')} {text}"
 
     return ", ".join(shown(k, v) for k, v in stored.items() if v not in (None, "", {}))
 
