@@ -31,6 +31,11 @@ CSS = """
 .gradio-container {max-width: 1200px !important; margin: auto}
 #state {min-height: 1.6em}
 #preview img, #video video, #gallery video {image-rendering: pixelated; object-fit: contain}
+#gallery .grid-container {grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)) !important;
+                          gap: 12px; padding-top: 32px !important}
+#gallery .caption-label {position: static; max-width: 100%; white-space: normal; text-align: left; overflow: visible}
+#gallery .thumbnail-item {aspect-ratio: auto; height: auto; flex-direction: column}
+#gallery .thumbnail-item > svg {display: none}
 """
 
 
