@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -189,8 +190,12 @@ def address(work):
         asked.append(where)
         return real(self, where)
 
+    def look_up(host, *rest, **more):
+        asked.append((host,))
+        return lookup(host, *rest, **more)
+
     real, socket.socket.connect = socket.socket.connect, connect
-    lookup, socket.getaddrinfo = socket.getaddrinfo, lambda host, *a, **k: asked.append((host,)) or lookup(host, *a, **k)
+    lookup, socket.getaddrinfo = socket.getaddrinfo, look_up
     try:
         with serve(work, "127.0.0.1", 0) as (page, _):
             time.sleep(0.5)  # for threads that would call home
@@ -271,6 +276,15 @@ def test_without_gradio_one_line_says_what_to_install(monkeypatch, capsys, tmp_p
     assert capsys.readouterr().err == 'minit2v: error: minit2v ui needs Gradio: pip install "minit2v[ui]"\n'
     assert cli.main(["ui", "--port", "70000"]) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_serves_and_ends(forked, tmp_path, address):
+    child = forked(lambda: sys.exit(cli.main(["ui", "--port", "0", "-o", str(tmp_path / "videos"), "--device", "cpu"])))
+    there = child.said.readline().decode().strip()
+    assert there.startswith("http://127.0.0.1:") and ask(there)[0] == 200
+    os.kill(child.pid, signal.SIGINT)
+    code, said = child.wait()
+    assert code == 130 and f"videos are written to {tmp_path}/videos" in said and "Traceback" not in said
 
 
 STATE = "(document.querySelector('#state .prose') || document.querySelector('#state')).innerText.trim()"

@@ -11,7 +11,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "explorer"))
 from browser import Browser, find_chromium  # noqa: E402
 
-PROMPTS = ("a green triangle moving up", "a yellow circle shrinking", "a blue square growing", "a red circle moving right")
+PROMPTS = ("a green triangle moving up", "a yellow circle shrinking", "a blue square growing",
+           "a red circle moving right")  # fmt: skip
 
 
 def draw(path: Path) -> None:

@@ -1,7 +1,7 @@
 """The `minit2v` command: a file for each of its commands, what they share in arguments, loading, messages and ends.
 
-Nothing outside this folder imports it, except `minit2v/ui`, whose page runs the same commands. What needs torch is imported when its command runs, so that `minit2v --help`
-and a wrong option answer at once.
+Nothing outside this folder imports it, except `minit2v/ui`, whose page runs the same commands. What needs torch is
+imported when its command runs, so that `minit2v --help` and a wrong option answer at once.
 """
 
 from collections.abc import Sequence

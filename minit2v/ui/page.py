@@ -9,7 +9,6 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import unquote
 
 # Before Gradio is imported, which reads them: no telemetry, no look for newer versions.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -68,7 +67,6 @@ class Guard:
         name = re.search(r"/file[=/](.*)", path, re.DOTALL)
         if name is not None:
             try:
-                self.work.inside(unquote(name[1]))
                 self.work.inside(name[1])
             except (ValueError, OSError):
                 return False
@@ -87,13 +85,14 @@ def serve(work: Work, host: str, port: int) -> Iterator[tuple[str, Callable[[], 
     guard = Middleware(Guard, work=work, hosts=(*LOCAL, host) if host in LOCAL else ())
     try:
         _, address, _ = page.queue(default_concurrency_limit=None).launch(
-            server_name=host, server_port=port or _free_port(host), share=False, prevent_thread_lock=True, quiet=True, inbrowser=False,
-            allowed_paths=[str(work.folder)], ssr_mode=False, pwa=False, mcp_server=False, footer_links=[],
+            server_name=host, server_port=port or _free_port(host), share=False, prevent_thread_lock=True, quiet=True,
+            inbrowser=False, allowed_paths=[str(work.folder)], ssr_mode=False, pwa=False, mcp_server=False, footer_links=[],
             enable_monitoring=False, run_history=False, strict_cors=True, max_file_size="200mb", css=CSS,
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             app_kwargs={"middleware": [guard], "docs_url": None, "redoc_url": None})  # fmt: skip
         yield address, page.block_thread
     finally:
+        work.end()
         page.close(verbose=False)
         if before is None:
             os.environ.pop("GRADIO_TEMP_DIR", None)
@@ -156,8 +155,8 @@ def lay_out(work: Work) -> gr.Blocks:
                 again = gr.Button("Again with these settings", interactive=False, elem_id="again")
                 upload = gr.File(label="Settings from a video file", file_types=["video", ".gif", ".mkv"], height=140,
                                  elem_id="upload")  # fmt: skip
-        gallery = gr.Gallery(label="Videos in the folder", columns=4, height=420, fit_columns=False, interactive=False, buttons=[],
-                             allow_preview=False, elem_id="gallery", object_fit="contain")  # fmt: skip
+        gallery = gr.Gallery(label="Videos in the folder", columns=4, height=420, fit_columns=False, interactive=False,
+                             buttons=[], allow_preview=False, elem_id="gallery", object_fit="contain")  # fmt: skip
         shown, chosen = gr.State([]), gr.State("")  # names in the gallery; the one that is chosen
         inputs = [*fields.values(), *weights.values()]
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 from minit2v_convert.stream import beside
 
-from ..cli import adapters, videos
+from ..cli import adapters, batches, videos
 from ..cli.arguments import SUFFIXES
 from ..cli.messages import one_line
 from ..files import embedded
@@ -56,7 +56,7 @@ class Cancelled(BaseException):
 
 @dataclass(frozen=True)
 class Update:
-    """done, steps: how many steps are made, of how many. preview: some frames side by side, where there are new ones."""
+    """done, steps: how many steps are made, of how many. preview: frames side by side, where there are new ones."""
 
     done: int
     steps: int
@@ -85,6 +85,7 @@ class Work:
         self.folder, self.device = Path(os.path.realpath(folder)), device
         self.cache = self.folder / CACHE
         self.cache.mkdir(exist_ok=True)
+        batches.remove_left_over(self.folder)  # of a page that was killed
         self.offered = {"model": ["shapes", *map(_found_again, models)],
                         "base": ["shapes-image", *map(_found_again, bases)],
                         "adapter": list(map(_found_again, adapters)),
@@ -114,6 +115,11 @@ class Work:
         """Ends the video in the making, of which nothing is left. Whether there was one."""
         self._cancel.set()
         return self._busy.locked()
+
+    def end(self) -> None:
+        """Before the process ends: the video in the making is cancelled, and cleans up."""
+        if self.cancel() and self._busy.acquire(timeout=60):
+            self._busy.release()
 
     def _words(self, form: Form) -> list[str]:
         """The form as words of a command. ValueError where a value is not one of those offered, or no value at all."""
