@@ -92,7 +92,10 @@ def test_cancelled_and_remade(work, first):
     with pytest.raises(Cancelled):
         list(updates)
     assert not work.cancel()
-    assert sorted(p for p in work.folder.rglob("*")) == before
+    updates = work.make(FORM | {"steps": 500, "seed": 8})
+    next(updates)
+    work.end()
+    assert not work.cancel() and sorted(p for p in work.folder.rglob("*")) == before
     form, lost = work.settings(first[0].name)
     assert form == FORM and lost == []
     again = made(work, form)
@@ -197,7 +200,7 @@ def address(work):
     real, socket.socket.connect = socket.socket.connect, connect
     lookup, socket.getaddrinfo = socket.getaddrinfo, look_up
     try:
-        with serve(work, "127.0.0.1", 0) as (page, _):
+        with serve(work, "127.0.0.1", 0) as page:
             time.sleep(0.5)  # for threads that would call home
             socket.socket.connect, socket.getaddrinfo = real, lookup
             here = {"127.0.0.1", "localhost", b"127.0.0.1", None}

@@ -24,7 +24,7 @@ def draw(path: Path) -> None:
         for seed, prompt in enumerate(PROMPTS):
             for _ in work.make({"command": "generate", "prompt": prompt, "seed": seed, "steps": 20}):
                 pass
-        with serve(work, "127.0.0.1", 0) as (address, _), Browser(chromium, 1200, 1280) as window:
+        with serve(work, "127.0.0.1", 0) as address, Browser(chromium, 1200, 1280) as window:
             window.call("Page.navigate", url=address)
             window.wait("document.querySelectorAll('#gallery button').length > 3")
             window.click("#gallery button")

@@ -1,6 +1,7 @@
 """`minit2v ui`: a page to make videos on, served to this computer."""
 
 import argparse
+import time
 from importlib.util import find_spec
 
 from .ends import importing
@@ -17,8 +18,8 @@ def run(args: argparse.Namespace) -> int:
 
         find_device(args.device)
     work = Work(args.output, args.model, args.base, args.adapter, args.lora, args.device)
-    with serve(work, args.host, args.port) as (address, wait):
+    with serve(work, args.host, args.port) as address:
         tell(address)
         say(f"videos are written to {work.folder}; Ctrl-C ends the page")
-        wait()
-    return 0
+        while True:
+            time.sleep(3600)

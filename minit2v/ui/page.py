@@ -6,7 +6,7 @@ Gradio shows it. `Guard` stands before Gradio and lets through what this page ne
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,8 +74,8 @@ class Guard:
 
 
 @contextmanager
-def serve(work: Work, host: str, port: int) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Opens the page, and gives its address and a function that waits for Ctrl-C. Afterwards it is closed.
+def serve(work: Work, host: str, port: int) -> Iterator[str]:
+    """Opens the page, and gives its address. Afterwards it is closed.
 
     port: 0 takes a free one. OSError where it is taken.
     """
@@ -86,11 +86,11 @@ def serve(work: Work, host: str, port: int) -> Iterator[tuple[str, Callable[[], 
     try:
         _, address, _ = page.queue(default_concurrency_limit=None).launch(
             server_name=host, server_port=port or _free_port(host), share=False, prevent_thread_lock=True, quiet=True,
-            inbrowser=False, allowed_paths=[str(work.folder)], ssr_mode=False, pwa=False, mcp_server=False, footer_links=[],
-            enable_monitoring=False, run_history=False, strict_cors=True, max_file_size="200mb", css=CSS,
+            inbrowser=False, allowed_paths=[str(work.folder)], ssr_mode=False, pwa=False, mcp_server=False,
+            footer_links=[], enable_monitoring=False, run_history=False, strict_cors=True, max_file_size="200mb", css=CSS,
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             app_kwargs={"middleware": [guard], "docs_url": None, "redoc_url": None})  # fmt: skip
-        yield address, page.block_thread
+        yield address
     finally:
         work.end()
         page.close(verbose=False)
