@@ -78,7 +78,7 @@ def test_the_preview_comes_close_to_the_video(work, first):
         assert update.preview.size == (3 * 128, 128)
         strip = np.asarray(update.preview.resize((3 * 32, 32), 0), float)
         error = np.abs(np.concatenate(list(frames), axis=1) - strip).mean()
-        assert error < (40, 20)[update.done - 1]
+        assert error < 3  # of 255; the noisy latents are 10 to 13 away
 
 
 def test_cancelled_and_remade(work, first):
