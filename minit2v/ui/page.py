@@ -35,7 +35,8 @@ CSS = """
 #gallery .caption-label {position: static; max-width: 100%; white-space: normal; text-align: left; overflow: visible}
 #gallery .thumbnail-item {aspect-ratio: auto; height: auto; flex-direction: column}
 #gallery .thumbnail-item > svg {display: none}
-#source button[aria-label="Trim video to selection"] {display: none} /* it would fetch a program from another server */
+/* Trimming would fetch a program from another server. */
+#source button[aria-label="Trim video to selection"] {display: none}
 """
 
 
