@@ -89,7 +89,8 @@ def serve(work: Work, host: str, port: int) -> Iterator[str]:
         _, address, _ = page.queue(default_concurrency_limit=None).launch(
             server_name=host, server_port=port or _free_port(host), share=False, prevent_thread_lock=True, quiet=True,
             inbrowser=False, allowed_paths=[str(work.folder)], ssr_mode=False, pwa=False, mcp_server=False,
-            footer_links=[], enable_monitoring=False, run_history=False, strict_cors=True, max_file_size="200mb", css=CSS,
+            footer_links=[], enable_monitoring=False, run_history=False, strict_cors=True, max_file_size="200mb",
+            css=CSS,
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
             app_kwargs={"middleware": [guard], "docs_url": None, "redoc_url": None})  # fmt: skip
         yield address
