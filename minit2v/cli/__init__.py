@@ -1,7 +1,7 @@
 """The `minit2v` command: a file for each of its commands, what they share in arguments, loading, messages and ends.
 
-Nothing outside this folder imports it. What needs torch is imported when its command runs, so that `minit2v --help`
-and a wrong option answer at once.
+Nothing outside this folder imports it, except `minit2v/ui`, whose page runs the same commands. What needs torch is
+imported when its command runs, so that `minit2v --help` and a wrong option answer at once.
 """
 
 from collections.abc import Sequence
@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     from .plan import run
                 elif args.command == "trace":
                     from .trace import run
+                elif args.command == "ui":
+                    from .ui import run
                 elif args.command == "bisect":
                     from .bisect import run
                 elif args.command == "train":

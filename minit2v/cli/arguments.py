@@ -79,6 +79,12 @@ def _output(text: str) -> Path:
     return path
 
 
+def _port(text: str) -> int:
+    if not re.fullmatch(r"\d{1,5}", text) or int(text) >= 2**16:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 65535, not {text!r}")
+    return int(text)
+
+
 def _page(text: str) -> Path:
     path = Path(text)
     if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
@@ -291,7 +297,24 @@ def make_parser() -> Parser:
     trace.add_argument("--device", metavar="NAME", help="where to compute this run: auto, cpu, cuda, ... "
                        "(default: auto)")
 
-    for sub in (generate, restyle, animate, inspect, convert, blank, plan, bisect, learn, trace):
+    ui = commands.add_parser("ui", help="open a web page to make videos on this computer")
+    ui.add_argument("--model", action="append", default=[], metavar="MODEL",
+                    help="offer this model too: a folder, a file or a hub id; can be repeated")
+    ui.add_argument("--base", action="append", default=[], metavar="MODEL",
+                    help="offer this image model for animate; can be repeated")
+    ui.add_argument("--adapter", action="append", default=[], metavar="MODEL",
+                    help="offer this motion adapter for the image models; can be repeated")
+    ui.add_argument("--lora", action="append", default=[], metavar="FILE", help="offer this LoRA; can be repeated")
+    ui.add_argument("--device", default="auto", metavar="NAME",
+                    help="where to compute: auto, cpu, cuda, ... (default: auto)")
+    ui.add_argument("-o", "--output", type=Path, default=Path("minit2v-videos"), metavar="FOLDER",
+                    help="the only folder that the page reads and writes (default: minit2v-videos)")
+    ui.add_argument("--host", default="127.0.0.1", metavar="ADDRESS",
+                    help="the address to listen on (default: 127.0.0.1, which only this computer can reach)")
+    ui.add_argument("--port", type=_port, default=7860, metavar="N",
+                    help="the port to listen on; 0 takes a free one (default: 7860)")
+
+    for sub in (generate, restyle, animate, inspect, convert, blank, plan, bisect, learn, trace, ui):
         sub.add_argument("--debug", action="store_true", default=False, help="show the traceback of an error")
         sub.set_defaults(usage_error=sub.error)  # for what is wrong together: points to the command's own help
     return parser

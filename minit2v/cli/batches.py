@@ -41,7 +41,7 @@ class Batch:
         self.rank, self.size = process()
         self.own = range(self.rank, len(entries), self.size)
         self.seconds: list[float] = []
-        _remove_left_over(folder)
+        remove_left_over(folder)
         places = self._places()
         self.todo = [(n, places[n][0]) for n in self.own if not places[n][1]]
         self.there = [places[n][0] for n in self.own if places[n][1]]
@@ -189,7 +189,7 @@ def _time(seconds: float) -> str:
     return f"{count:.0f} {unit}"
 
 
-def _remove_left_over(folder: Path) -> None:
+def remove_left_over(folder: Path) -> None:
     """What a process had in hand when it was killed."""
     for path in (*folder.glob(".minit2v-*"), *folder.glob(".report-*.json")):
         with suppress(OSError):

@@ -11,10 +11,11 @@ import secrets
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from .. import __version__
 from ..files import embedded
@@ -45,7 +46,23 @@ DIGESTS = tuple(f"{name}_sha256" for name in pictures.OPTIONS)  # stored beside 
 DECODED_AT_ONCE = 8  # frames: what the VAE's last layers need would otherwise grow with the video
 
 
-def run(args: argparse.Namespace) -> int:
+class Watch(Protocol):
+    """Who follows a video while it is made, and may end it with an exception."""
+
+    def begin(self, pipe: Any, call: dict[str, Any]) -> None:
+        """Before the first step. call: the arguments of the pipeline's call."""
+
+    def step(self, pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> None:
+        """After each step: the pipeline's `callback_on_step_end`."""
+
+    def frames(self, frames: Iterator[Any]) -> Iterator[Any]:
+        """The decoded frames on their way into the file."""
+
+    def made(self, path: Path) -> None:
+        """The file is whole."""
+
+
+def run(args: argparse.Namespace, watch: Watch | None = None) -> int:
     """The exit code: 1 where some prompts failed."""
     digest, before = None, {}
     if "replay" in args:
@@ -112,6 +129,9 @@ def run(args: argparse.Namespace) -> int:
     if any(path.suffix.lower() != ".gif" for path in paths):
         find_ffmpeg()
     pipe, call = load(args.command, settings, len(video) if video else None)
+    if watch is not None:
+        watch.begin(pipe, call)
+        call["callback_on_step_end"] = watch.step
     pictures.say_changes(settings, before)
     adapters.say_changes(settings, before)
     if "embedding" in settings:
@@ -138,8 +158,9 @@ def run(args: argparse.Namespace) -> int:
             start = time.monotonic()
             latents = _latents(pipe, call, long_videos.texts_of(prompt, at), settings["seed"], video)
             frames = pipe.stream_frames(latents, DECODED_AT_ONCE)
+            frames = frames if watch is None else watch.frames(frames)
             path = _write(frames, path, settings["fps"], about(prompt, at), path == output, sound)
-            tell_path(path)
+            tell_path(path) if watch is None else watch.made(path)
             height, width = (n * pipe.vae_scale_factor for n in latents.shape[3:])
             seconds, what = time.monotonic() - start, f"{latents.shape[2]} frames of {width}x{height}"
             if batch:
@@ -330,7 +351,17 @@ def _find_sound(source: dict[str, Any], fps: float, of_video: float | None) -> t
     return source["video"], source.get("from", 0.0)
 
 
-def _options(name: str, value: Any) -> list[str]:
+def parse(words: list[str]) -> argparse.Namespace:
+    """The arguments of a command. ValueError, in place of an end of the process, where they are none."""
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
+            return make_parser().parse_args(words)
+    except SystemExit:  # also of a scheduler named `help`, which lists them
+        why = said.getvalue().strip().partition(": error: ")[2].rpartition("; see ")[0]
+        raise ValueError(why or "help") from None
+
+
+def options(name: str, value: Any) -> list[str]:
     option = name.replace("_", "-")
     if isinstance(value, bool):
         return [f"--{'' if value else 'no-'}{option}"]
@@ -363,18 +394,16 @@ def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None, d
         raise ValueError(f"{args.replay}: the settings stored in this file are not valid: {e}") from None
     _check_trust(args, stored, given)
     words = [word for k in (*SETTINGS, *CUT) if stored.get(k) is not None and k not in adapters.OPTIONS
-             for word in _options(k, stored[k])]
+             for word in options(k, stored[k])]
     words += [word for k in adapters.OPTIONS for word in lists[k]]
     prompts = args.prompt or ([] if "prompts" in args else [stored["prompt"]])
     if source is not None and command == "animate":
         words.append(f"--video={source}")
     first = [str(source)] if command == "restyle" else []
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
-            again = make_parser().parse_args([command, *words, "--", *first, *prompts])
-    except SystemExit:  # also of a scheduler named `help`, which lists them
-        why = said.getvalue().strip().partition(": error: ")[2].rpartition("; see ")[0]
-        raise ValueError(f"{args.replay}: the settings stored in this file are not valid: {why or 'help'}") from None
+        again = parse([command, *words, "--", *first, *prompts])
+    except ValueError as e:
+        raise ValueError(f"{args.replay}: the settings stored in this file are not valid: {e}") from None
     if "prompt_at" in stored and "prompt_at" not in given and not args.prompt and "prompts" not in args:
         try:
             again.prompt_at = long_videos.read_texts(stored["prompt_at"])
