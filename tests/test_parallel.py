@@ -48,7 +48,8 @@ class Processes:
                 for name in ("SIGINT", "SIGTERM", "SIGALRM"):
                     signal.signal(getattr(signal, name), signal.SIG_DFL)
                 sys.stdout = sys.stderr = log.open("w", buffering=1)
-                faulthandler.dump_traceback_later(seconds - 3, file=sys.stderr)  # where it hangs
+                # Says where it hangs. Not by dump_traceback_later: a child would wait for the thread of pytest's own.
+                faulthandler.register(signal.SIGALRM, file=sys.stderr, chain=True)
                 os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), **environment)
                 torch.set_num_threads(1)
                 tqdm.set_lock(threading.RLock())  # its own is shared with the parent: a killed child may hold it
