@@ -313,8 +313,8 @@ REFUSED = {
     "diffusion transformer": {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (4, 1536)},
     "Wan": {"diffusion_model.blocks.0.self_attn.q.lora_A.weight": (4, 1536)},
     "Stable Diffusion 2.x": {f"{STEM[:-10]}_attn2_to_k.lora_down.weight": (4, 1024)},
-    "no LoRA: it is VAE": {"decoder.conv_in.weight": (512, 4, 3, 3)},
-    "no LoRA: there are no tensors": {},
+    "not a LoRA: it is VAE": {"decoder.conv_in.weight": (512, 4, 3, 3)},
+    "not a LoRA: there are no tensors": {},
     "several adapters: a, b": {f"unet.conv_in.lora_A.{x}.weight": (4, 4, 3, 3) for x in "ab"},
     "of two forms": {"unet.conv_in.lora_A.weight": (4, 4, 3, 3), "unet.conv_in.lora_B.weight": (32, 4, 1, 1),
                      "lora_unet_conv_out.lora_down.weight": (4, 32, 3, 3),
@@ -324,7 +324,7 @@ REFUSED = {
     "no up factor": {"unet.conv_in.lora_A.weight": (4, 4, 3, 3)},
     "not \\[4, 4, 3, 3\\]": {"unet.conv_in.lora_A.weight": (4, 5, 3, 3), "unet.conv_in.lora_B.weight": (32, 4, 1, 1)},
     "rank 0": {"unet.conv_in.lora_A.weight": (0, 4, 3, 3), "unet.conv_in.lora_B.weight": (32, 0, 1, 1)},
-    "no layer.*nearest: '(conv_in|conv\\.in)'": {"unet.conv_inn.lora_A.weight": (4, 4, 3, 3)},
+    "not a layer.*nearest: '(conv_in|conv\\.in)'": {"unet.conv_inn.lora_A.weight": (4, 4, 3, 3)},
     "nothing of text_encoder_3": {"text_encoder_3.x.lora_A.weight": (4, 4)},
 }  # fmt: skip
 
@@ -360,7 +360,7 @@ CONFIGS = {
     "use_dora": {"use_dora": True},
     "LORA is read": {"peft_type": "LOHA"},
     "lora_alpha must be a number": {"lora_alpha": "x"},
-    "no name of a layer": {"lora_alpha": 1, "alpha_pattern": {"(a+)+$": 3}},
+    "not a name of a layer": {"lora_alpha": 1, "alpha_pattern": {"(a+)+$": 3}},
     "names and numbers": {"alpha_pattern": [1]},
 }
 
@@ -531,7 +531,7 @@ def test_names(motion):
     (lambda p: p.set_adapters("a", True), "finite number"),
     (lambda p: p.set_adapters("a", {"unett": 1}), "'unett', which is not a network \\(nearest: 'unet'\\)"),
     (lambda p: p.set_adapters("a", {"text_encoder": {"down": 1}}), "has no blocks"),
-    (lambda p: p.set_adapters("a", {"unet": {"dwon": 1}}), "'dwon' is not a part.*nearest: 'down'"),
+    (lambda p: p.set_adapters("a", {"unet": {"dwon": 1}}), "'dwon' is not part.*nearest: 'down'"),
     (lambda p: p.set_adapters("a", {"unet": {"down": {"block_7": 1}}}), "no 'block_7'.*its blocks are block_0"),
     (lambda p: p.set_adapters("a", {"unet": {"up": {"block_1": [1, 2, 3]}}}), "has 2 transformers, and 3 weights"),
     (lambda p: p.delete_adapters("c"), "no LoRA 'c'"),
