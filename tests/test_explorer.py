@@ -157,7 +157,8 @@ def test_counts_of_the_published_models_are_those_of_the_table():
         parsed = check_page(text, traced.networks)
         unet = parsed.nodes["unet"]
         assert unet["flops"] == pytest.approx(pinned[0], rel=1e-3) and unet["parameters"] == pinned[1]
-        assert pinned[2] < unet["seconds"][0] < 1.5 * pinned[2]  # at least the floor of fused operations
+        # At least the floor of fused operations: the table has it for 790 TFLOP/s and 4.3 TB/s, the page by data sheet.
+        assert 790 / 989 * pinned[2] < unet["seconds"][0] < 1.5 * 4.3 / 4.8 * pinned[2]
         traced.title = draw.PAGES[name][0]
         now = Page(page.make_page(traced))
         assert parsed.nodes == now.nodes, "run docs/explorer/draw.py"

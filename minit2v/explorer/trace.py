@@ -47,7 +47,7 @@ class Device(NamedTuple):
 
 
 DEVICES = (
-    Device("H200", 790e12, 4.3e12, "measured ceilings"),
+    Device("H200", 989e12, 4.8e12, "data sheet"),
     Device("RTX 4090", 165e12, 1.008e12, "data sheet"),
     Device("T4", 65e12, 0.32e12, "data sheet"),
 )
