@@ -188,7 +188,7 @@ def test_figures_are_drawn(facts, kernel_facts, full, motion, tmp_path):
              *draw_adapters.draw_all(tmp_path), draw_attention.draw_attention(tmp_path / "attention.png"),
              draw_training.draw_training(tmp_path / "forgetting.png")]  # fmt: skip
     elsewhere = {"solvers.png", "solvers_shapes.png",  # by benchmarks
-                 "explorer-light.png", "explorer-dark.png",  # by docs/explorer/draw.py, with a Chromium
+                 "explorer-light.png", "explorer-dark.png",  # by docs/explorer/draw_explorer.py, with a Chromium
                  "ui.png"}  # by docs/figures/draw_ui.py, with a Chromium and Gradio  # fmt: skip
     assert {path.name for path in drawn} == {path.name for path in FIGURES.glob("*.png")} - elsewhere
     for path in drawn:

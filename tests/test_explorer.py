@@ -28,7 +28,7 @@ from minit2v_convert.convert import convert
 DOCS = Path(__file__).parents[1] / "docs" / "explorer"
 sys.path.insert(0, str(DOCS))
 import browser as chromium  # noqa: E402
-import draw  # noqa: E402
+import draw_explorer as draw  # noqa: E402
 
 sys.path.remove(str(DOCS))
 CHROMIUM = chromium.find_chromium()
@@ -161,9 +161,9 @@ def test_counts_of_the_published_models_are_those_of_the_table():
         assert 790 / 989 * pinned[2] < unet["seconds"][0] < 1.5 * 4.3 / 4.8 * pinned[2]
         traced.title = draw.PAGES[name][0]
         now = Page(page.make_page(traced))
-        assert parsed.nodes == now.nodes, "run docs/explorer/draw.py"
+        assert parsed.nodes == now.nodes, "run docs/explorer/draw_explorer.py"
         for committed, source in zip(parsed.data["sources"], now.data["sources"], strict=True):
-            assert tree(committed) == tree(source), "the code has changed: run docs/explorer/draw.py"
+            assert tree(committed) == tree(source), "the code has changed: run docs/explorer/draw_explorer.py"
 
 
 def tree(source: dict) -> tuple:

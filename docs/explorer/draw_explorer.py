@@ -1,7 +1,7 @@
 """Makes the pages of docs/explorer, and with a Chromium the screenshots in docs/figures.
 
-    python docs/explorer/draw.py                 the pages
-    python docs/explorer/draw.py --screenshots   and the screenshots
+    python docs/explorer/draw_explorer.py                 the pages
+    python docs/explorer/draw_explorer.py --screenshots   and the screenshots
 """
 
 import sys
