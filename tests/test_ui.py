@@ -300,14 +300,15 @@ def put(window: chromium.Browser, field: str, text: str) -> None:
 
 
 def test_in_a_browser(work, address):
+    if not os.environ.get("MINIT2V_NEEDS_CHROMIUM"):  # a busy machine takes minutes to draw the page
+        pytest.skip("with MINIT2V_NEEDS_CHROMIUM=1 alone")
     if (program := chromium.find_chromium()) is None:
-        if os.environ.get("MINIT2V_NEEDS_CHROMIUM"):
-            pytest.fail("no Chromium is installed here")
-        pytest.skip("no Chromium is installed here")
+        pytest.fail("no Chromium is installed here")
     count = len(work.videos())
     with chromium.Browser(program, 1280, 1100) as window:
         window.call("Page.navigate", url=address)
-        window.wait("document.querySelectorAll('#gallery button').length > 0")
+        window.wait("document.querySelector('#make') !== null")
+        time.sleep(1)  # Gradio loses a click while it starts
         for name, text in {"prompt": "a red circle", "steps": "2", "seed": "5", "width": "32", "height": "32",
                            "num_frames": "4"}.items():  # fmt: skip
             put(window, name, text)

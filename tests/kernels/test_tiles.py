@@ -77,8 +77,8 @@ ROW = {"sizes": {"m": 512, "n": 64, "k": 64, "itemsize": 2}, "tile": {"BLOCK_M":
 
 
 @pytest.mark.parametrize("text, said", [
-    ("[", "no table of tiles: JSONDecodeError"),
-    ("[]", "no table of tiles"),
+    ("[", "not a table of tiles: JSONDecodeError"),
+    ("[]", "not a table of tiles"),
     (json.dumps({"geglo": {"sm_90": [ROW]}}), "no kernel 'geglo'; did you mean 'geglu'"),
     (json.dumps({"geglu": {"sm_90": [{"sizes": {}}]}}), "KeyError: 'tile'"),
     (json.dumps({"geglu": {"sm_90": [{**ROW, "sizes": {"m": 1}}]}}), "the sizes must be m, n, k, itemsize"),
