@@ -35,8 +35,7 @@ class Forgotten(list):
 @contextmanager
 def recorded(impl: str) -> Iterator[None]:
     """The ops as references, or as kernels that allocate what they would and do not run."""
-    with kernels(impl), _dispatch.record():
-        _dispatch.recorded = Forgotten()
+    with kernels(impl), _dispatch.record(launches=Forgotten()):
         yield
 
 

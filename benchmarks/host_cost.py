@@ -171,9 +171,8 @@ def summary(calls: list[list[float]]) -> dict[str, Any]:
 def measure(work: Workload, rounds: int) -> dict[str, Any]:
     """All of it, for one step."""
     with ExitStack() as stack:
-        for context in (kernels("triton"), _dispatch.record("sm_90"), layouts_of_cuda(), torch.no_grad()):
+        for context in (kernels("triton"), _dispatch.record("sm_90", Forgotten()), layouts_of_cuda(), torch.no_grad()):
             stack.enter_context(context)
-        _dispatch.recorded = Forgotten()
         executor, call = prepare(work)
         gc.disable()
         try:

@@ -105,7 +105,6 @@ def moved(launch: Any) -> int:
 def lines() -> list[Line]:
     """A line for every launch of every call."""
     table = {row.key: row for row in kernel_resources.read()}
-    os.environ["MINIT2V_KERNELS"] = "triton"
     found = []
     for work in kernel_shapes.WORKLOADS.values():
         shapes = [s for s in kernel_shapes.unique(kernel_shapes.unet_calls(work)) if hasattr(minit2v_kernels, s.op)]

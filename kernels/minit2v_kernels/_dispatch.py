@@ -270,14 +270,14 @@ def recording() -> Recording | None:
 
 
 @contextmanager
-def record(target: str | None = None) -> Iterator[list[Launch]]:
+def record(target: str | None = None, launches: list[Launch] | None = None) -> Iterator[list[Launch]]:
     """Ops that this thread calls in here with impl="triton" list their launches and run none: also on `meta` tensors.
 
     This is how the kernels are compiled ahead of time for exactly what the models ask of them. target: the device
-    family for which they choose their tiles ("sm_90"); without one `meta` gets tiles that fit any.
+    family for which they choose their tiles ("sm_90"); without one `meta` gets tiles that fit any. launches: the list.
     """
     thread = threading.get_ident()
-    before, recordings[thread] = recordings.get(thread), Recording([], target)
+    before, recordings[thread] = recordings.get(thread), Recording([] if launches is None else launches, target)
     try:
         yield recordings[thread].launches
     finally:
