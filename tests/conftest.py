@@ -357,3 +357,14 @@ def make_adapter_folder() -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="module")
+def trained_folders(tmp_path_factory, make_official_folder, make_adapter_folder) -> dict[str, Path]:
+    """Small models of both families for tests of what is trained: t2v, and sd15 with the motion adapter v2."""
+    folder = tmp_path_factory.mktemp("trained")
+    return {
+        "t2v": make_official_folder(folder / "ms", small=True),
+        "sd15": make_official_folder(folder / "sd15", repo="sd15", small=True),
+        "v2": make_adapter_folder(folder, "v1-5-2"),
+    }

@@ -391,13 +391,8 @@ def frames(pipe):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory, make_official_folder, make_adapter_folder):
-    folder = tmp_path_factory.mktemp("trained")
-    return {
-        "t2v": make_official_folder(folder / "ms", small=True),
-        "sd15": make_official_folder(folder / "sd15", repo="sd15", small=True),
-        "v2": make_adapter_folder(folder, "v1-5-2"),
-    }
+def folders(trained_folders):
+    return trained_folders
 
 
 def open_pipe(folders, family):

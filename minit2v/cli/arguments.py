@@ -200,7 +200,7 @@ def make_parser() -> Parser:
         sub.add_argument("-o", "--output", type=_output, metavar="PATH",
 
                          help=f"a file ({', '.join(SUFFIXES)}), which is replaced; or a folder, in which nothing is "
-                         f"replaced")
+                         "replaced")
 
     inspect = commands.add_parser("inspect", help="show what is in a model, without loading its weights")
     inspect.add_argument("model", help=f"a folder, a file of weights, a hub id, {' or '.join(embedded.NAMES)}")

@@ -23,13 +23,8 @@ BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory, make_official_folder, make_adapter_folder):
-    folder = tmp_path_factory.mktemp("trained")
-    return {
-        "t2v": make_official_folder(folder / "ms", small=True),
-        "sd15": make_official_folder(folder / "sd15", repo="sd15", small=True),
-        "v2": make_adapter_folder(folder, "v1-5-2"),
-    }
+def folders(trained_folders):
+    return trained_folders
 
 
 def open_both(folders, family):
