@@ -1,17 +1,24 @@
-"""How long are the sentences of README and docs? Prints the mean of each page, and the longest ten.
+"""How long are the sentences that people read? Prints the mean of each page or module, and the longest ten.
 
     python docs/sentences.py                 # README.md and docs/*.md
     python docs/sentences.py docs/memory.md  # one page, with its longest ten
+    python docs/sentences.py --code          # docstrings, comments and error messages of the three packages
+    python docs/sentences.py minit2v/hub.py  # those of one module
 
-Code, tables, headings, formulas and figures are no sentences. A link counts as its text, `code` as one word.
+Code, tables, headings, formulas and figures do not count. A link counts as its text, `code` as one word.
 """
 
+import ast
+import inspect
 import re
 import sys
+import tokenize
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+MODULES = [path for name in ("minit2v", "kernels", "convert") for path in sorted((ROOT / name).rglob("*.py"))]
 
 
 def paragraphs(page: str) -> list[str]:
@@ -44,24 +51,74 @@ def sentences(page: str) -> list[str]:
     return found
 
 
+def texts(module: Path) -> Iterator[str]:
+    """The docstrings, comments and error messages of a Python file, each as a Markdown page."""
+    tree = ast.parse(module.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield _page(ast.get_docstring(node) or "")
+        elif isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+            yield " ".join(_said(node.exc.args[0]).split())
+    last, lines = 0, []
+    with module.open("rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            comment = token.string.lstrip("# ")
+            if token.type != tokenize.COMMENT or re.match(r"(fmt|type|noqa|ruff|pyright|!)", comment) or "---" in comment:
+                continue
+            own = token.line.lstrip().startswith("#")
+            if lines and not (own and token.start[0] == last + 1):
+                yield " ".join(lines)
+                lines = []
+            lines, last = [*lines, comment], token.start[0] if own else -1
+    yield " ".join(lines)
+
+
+def _page(docstring: str) -> str:
+    """A docstring as Markdown: each `argument: what it is` is a paragraph; indented text after a blank line is code."""
+    lines, blank, code = [], True, False
+    for line in inspect.cleandoc(docstring).splitlines():
+        code = line.startswith("  ") and (blank or code)
+        blank = not line.strip()
+        begins = re.match(r"[`*\w\[\], ]{1,40}(\([^)]*\))?: ", line)
+        lines += ["", line] if begins else [f"    {line}" if code else line.strip()]
+    return "\n".join(lines)
+
+
+def _said(node: ast.expr) -> str:
+    """The text of a message; a value that is filled in counts as one word."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(_said(part) for part in node.values)
+    if isinstance(node, ast.BinOp):
+        return _said(node.left) + _said(node.right)
+    return " value " if isinstance(node, ast.FormattedValue) else ""
+
+
+def sentences_of(path: Path) -> list[str]:
+    if path.suffix == ".py":
+        return [s for text in texts(path) for s in sentences(text)]
+    return sentences(path.read_text())
+
+
 def words(sentence: str) -> int:
     return len(re.findall(r"[\w’'./×%-]*\w[\w’'./×%-]*", sentence))
 
 
-def mean(page: str) -> float:
-    counts = [words(s) for s in sentences(page)]
-    return sum(counts) / max(1, len(counts))
+def mean(found: list[str]) -> float:
+    return sum(words(s) for s in found) / max(1, len(found))
 
 
 def main() -> None:
-    pages = [Path(p).resolve() for p in sys.argv[1:]] or PAGES
+    named = [Path(p).resolve() for p in sys.argv[1:] if p != "--code"]
+    pages = named or (MODULES if "--code" in sys.argv else PAGES)
     longest = []
     for page in pages:
-        text = page.read_text()
-        print(f"{mean(text):5.1f} words a sentence  {page.relative_to(ROOT)}")
-        longest += [(words(s), page.name, s) for s in sentences(text)]
-    print(f"{sum(n for n, *_ in longest) / max(1, len(longest)):5.1f} words a sentence in all. The longest:")
-    for n, name, sentence in sorted(longest, reverse=True)[:10]:
+        found = sentences_of(page)
+        print(f"{mean(found):5.1f} words a sentence  {page.relative_to(ROOT)}")
+        longest += [(words(s), page.name, s) for s in found]
+    print(f"{mean([s for *_, s in longest]):5.1f} words a sentence in all. The longest:")
+    for n, name, sentence in sorted(longest, reverse=True)[: 10 if len(pages) > 1 else 25]:
         print(f"{n:4d}  {name}: {sentence}")
 
 
