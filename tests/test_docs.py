@@ -205,7 +205,6 @@ def test_sentences_are_short():
         sys.path.pop(0)
     page = "# A heading\n\nOne two. `x y` is\nthree [a b](c).\n\n| a | table |\n\n- Last\n"
     assert [sentences.words(s) for s in sentences.sentences(page)] == [2, 5, 1]
-    texts = {page.relative_to(ROOT).as_posix(): page.read_text() for page in sentences.PAGES}
-    assert {name: mean for name, text in texts.items() if (mean := sentences.mean(text)) > 17} == {}
-    found = [(name, s) for name, text in texts.items() for s in sentences.sentences(text)]
-    assert [(name, s) for name, s in found if sentences.words(s) > 30] == []
+    found = {page.relative_to(ROOT).as_posix(): sentences.sentences_of(page) for page in sentences.PAGES}
+    assert {name: mean for name, texts in found.items() if (mean := sentences.mean(texts)) > 17} == {}
+    assert [(name, s) for name, texts in found.items() for s in texts if sentences.words(s) > 30] == []
