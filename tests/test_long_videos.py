@@ -357,6 +357,20 @@ def test_with_free_init(shapes):
     assert make(shapes, num_frames=9).isfinite().all()
 
 
+def test_techniques_stay_on_in_a_pipeline_made_of_another(pipe):
+    pipe.enable_context_windows(4, overlap=1)
+    pipe.enable_free_init(num_iters=2)
+    pipe.enable_free_noise(4, 3)
+    want = make(pipe, num_frames=9)
+    other = type(pipe).from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    assert other.context_windows_enabled and other.free_init_enabled and other.free_noise_enabled
+    assert torch.equal(make(other, num_frames=9), want)
+    other.disable_context_windows()
+    other.disable_free_init()
+    assert pipe.context_windows_enabled and pipe.free_init_enabled
+
+
 def test_memory_does_not_grow(shapes, monkeypatch):
     """Live tensor bytes of a step in a window of 16: 128 frames against 32."""
     before = set(sys.modules)

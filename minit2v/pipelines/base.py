@@ -386,7 +386,8 @@ class DiffusionPipeline:
                   dtype: torch.dtype | None = None, **overrides: Any) -> Self:
         """A pipeline of this class around the same components: no copy, and no cast where no dtype is given.
 
-        The scheduler alone is a copy, so that the two pipelines may run at the same time.
+        The scheduler alone is a copy, so that the two pipelines may run at the same time. Techniques that are on, such
+        as FreeInit, context windows and offloading, are on in the new pipeline, too.
         """
         if not isinstance(pipe, DiffusionPipeline):
             raise TypeError(f"from_pipe() takes a pipeline of minit2v, not a {type(pipe).__name__}")
@@ -401,7 +402,8 @@ class DiffusionPipeline:
         if "scheduler" not in overrides:
             known["scheduler"] = copy.deepcopy(pipe.scheduler)
         new = cls(**known | overrides)
-        for name in ("_offload", "_offload_text", "_sequential_guidance", "_narrow"):
+        for name in ("_offload", "_offload_text", "_sequential_guidance", "_narrow", "_free_init", "_context_windows",
+                     "_free_noise_of_loop"):  # fmt: skip
             setattr(new, name, getattr(pipe, name))
         new._progress = dict(pipe._progress)
         return new.to(dtype=dtype or torch_dtype)
