@@ -645,8 +645,8 @@ def test_what_is_no_picture_is_refused_before_any_work(pipe, folder):
         (torch.zeros(3, 8, 8), r"prepared for the image encoder, .*\(3, 28, 28\), not \(3, 8, 8\)"),
         (torch.zeros(3, 28, 28, dtype=torch.uint8), "not .3, 28, 28. of torch.uint8"),
         (nan, "a tensor holds NaN or infinity"),
-        (Image.new("I;16", (9, 9)), "mode I;16 has no 8 bits: load_image"),
-        (Image.new("F", (9, 9)), "mode F has no 8 bits"),
+        (Image.new("I;16", (9, 9)), "mode I;16 does not have 8 bits: load_image"),
+        (Image.new("F", (9, 9)), "mode F does not have 8 bits"),
         (Image.new("RGB", (1, 3000)), "1x3000 is a line"),
         (Unusual(), "."),
     ):

@@ -227,7 +227,7 @@ def test_layers_that_are_wrapped_run_and_are_not_saved(folder):
     assert torch.allclose(wrapped, exact, atol=1e-4)
     before = marks(folder)
     for save in (pipe.save_pretrained, pipe.unet.save_pretrained):
-        with pytest.raises(ValueError, match="has 3 tensors that its config does not make.*base_"):
+        with pytest.raises(ValueError, match="has 3 tensors that its config does not describe.*base_"):
             save(folder)
     assert marks(folder) == before
 
