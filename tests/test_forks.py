@@ -246,7 +246,7 @@ def test_an_image_model_becomes_a_fork(motion_folder):
     image.extra = nn.Linear(3, 3)
     with pytest.raises(ValueError) as error:
         UNetMotionModel.from_unet2d(image)
-    one_line(error, "Image has tensors for which UNetMotionModel has no place: extra.weight, extra.bias")
+    one_line(error, "Image has tensors that UNetMotionModel does not have: extra.weight, extra.bias")
 
 
 def test_a_single_file(folder, caplog):
