@@ -332,7 +332,7 @@ def test_what_cannot_begin_again_is_refused_before_any_work():
     text = torch.zeros(1, 1, 1)
     rest = (2, text, None, 1.0, 0.0, None, StepCallbacks())
     pipe.scheduler.set_timesteps(4)
-    with pytest.raises(ValueError, match="noise that was added, which noisy latents do not tell"):
+    with pytest.raises(ValueError, match="know the added noise, which noisy latents do not tell"):
         pipe.denoise(x, pipe.scheduler.timesteps[2:], *rest, NoisedVideo(0.5))
     pipe.scheduler.set_timesteps(timesteps=[800, 300])
     with pytest.raises(ValueError, match="leave out timesteps and sigmas"):
