@@ -138,7 +138,7 @@ def test_bad_prompts_are_named(small, texts, error, message):
 
 
 def test_a_length_without_room_is_an_error(small):
-    with raises(ValueError, match="max_length=1"):
+    with raises(ValueError, match="max_length must be at least 2.*not 1"):
         small("a", max_length=1)
     with raises(ValueError, match="model_max_length must be at least 2.*not 0"):
         CLIPTokenizer.train(["a"], 514, model_max_length=0)
