@@ -481,7 +481,7 @@ def test_eta_and_noise_are_checked():
     scheduler, x = make(DDIMScheduler), torch.ones(1, 2)
     scheduler.set_timesteps(10)
     for eta in (-0.5, 1.5):
-        with pytest.raises(ValueError, match=f"eta must lie between 0 and 1, not {eta}"):
+        with pytest.raises(ValueError, match=f"eta must be between 0 and 1, not {eta}"):
             scheduler.step(x, 900, x, eta=eta)
     with pytest.raises(ValueError, match="variance_noise or generator"):
         scheduler.step(x, 900, x, eta=0.5, variance_noise=x, generator=torch.Generator())
