@@ -285,5 +285,5 @@ def test_a_model_of_peft_says_how_it_is_saved(folder):
     PeftModel.__module__ = "peft.peft_model"
     pipe = TextToVideoSDPipeline.from_pretrained(folder)
     pipe.unet = PeftModel(pipe.unet)
-    with pytest.raises(TypeError, match=r"unet: a PeftModel of peft is around it.*merge_and_unload\(\)"):
+    with pytest.raises(TypeError, match=r"unet: peft's PeftModel wraps it.*merge_and_unload\(\)"):
         pipe.save_pretrained(folder)

@@ -154,7 +154,7 @@ def test_a_text_encoder_of_fewer_words_needs_its_own_tokenizer(tmp_path, make_of
     folder = make_official_folder(tmp_path / "sd", "sd15", small=True, unet=GROUPS)
     convert(folder, tmp_path / "sd.safetensors", to="single-file")
     adapter = MotionAdapter(block_out_channels=(32, 64), motion_norm_num_groups=32)
-    with pytest.raises(ValueError, match=r"no tokenizer, and its text encoder knows [\d,]+ ids, fewer than"):
+    with pytest.raises(ValueError, match=r"no tokenizer, and its text encoder has [\d,]+ ids, fewer than"):
         AnimateDiffPipeline.from_single_file(tmp_path / "sd.safetensors", motion_adapter=adapter, vae=None)
 
 

@@ -405,7 +405,7 @@ def test_bar_callbacks_and_texts(monkeypatch):
         (dict(method="butterwort"), "method must be one of .*nearest: 'butterworth'"),
         (dict(order=0), "order must be above 0"),
         (dict(order=math.nan), "order must be a finite number"),
-        (dict(spatial_stop_frequency=1.5), r"spatial_stop_frequency must lie in \[0, 1\], not 1.5"),
+        (dict(spatial_stop_frequency=1.5), r"spatial_stop_frequency must be in \[0, 1\], not 1.5"),
         (dict(temporal_stop_frequency="low"), "temporal_stop_frequency must be a finite number"),
         (dict(generator=7), "generator must be a torch.Generator or a list of them, not 7"),
         (dict(noise="scale"), "noise must be one of scaled, published, not 'scale'"),

@@ -317,7 +317,7 @@ class Scheduler:
         scheduler of diffusers has.
         """
         if not isinstance(config, Mapping):
-            raise TypeError(f"from_config needs a config, not a {type(config).__name__}: load folders with from_pretrained")
+            raise TypeError(f"from_config needs a config, not a {type(config).__name__}: for a folder: from_pretrained")
         cls._check_fields(overrides)
         own = cls.field_defaults()
         unset = config.get("_use_default_values", ())

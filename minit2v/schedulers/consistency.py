@@ -38,8 +38,8 @@ class _Consistency(Scheduler):
             trained = original_inference_steps if original_inference_steps is not None else c.original_inference_steps
             origin = self._origin(trained, total, strength, overridden)
             if trained > total or n > len(origin):
-                raise ValueError(f"num_inference_steps is {n}, but the distillation has {len(origin)} timesteps: lower "
-                                 f"it, or raise original_inference_steps (to {total} at most) or strength")  # fmt: skip
+                raise ValueError(f"num_inference_steps is {n}, but the distillation has {len(origin)} timesteps: "
+                                 f"lower it, or raise original_inference_steps (to {total} at most) or strength")
             grid = origin[::-1][np.floor(np.linspace(0, len(origin), n, endpoint=False)).astype(int)].tolist()
         self._check_first(grid[0])
         self.num_inference_steps = len(grid)

@@ -712,7 +712,7 @@ def test_a_pipeline_out_of_a_single_file(tmp_path, make_official_folder):
     assert sorted(tmp_path.iterdir()) == before
     assert all(torch.equal(made[0], x) for x in made[1:]) and made[0].std() > 0
 
-    with pytest.raises(ValueError, match="is an image model, to which AnimateDiffPipeline adds motion"):
+    with pytest.raises(ValueError, match="is an image model, and AnimateDiffPipeline needs motion modules"):
         AnimateDiffPipeline.from_single_file(path)
     with pytest.raises(TypeError, match="no argument 'tokeniser'.*tokenizer"):
         AnimateDiffPipeline.from_single_file(path, tokeniser=None)
