@@ -636,7 +636,7 @@ def test_class_and_overrides(folder):
         ({"vae": [None, None]}, "'vae' was None when this was saved: give it as vae=..."),
         ({"unet": ["null", None]}, "'unet' was None"),
         ({"unet": ["diffusers"]}, r"'unet' should be \[library, class\]"),
-        ({"_class_name": "StableDiffusionPipeline"}, "names the unknown pipeline 'StableDiffusionPipeline'.*call from_pre"),
+        ({"_class_name": "StableDiffusionPipeline"}, "unknown pipeline 'StableDiffusionPipeline'.*call from_pre"),
         ({"vae": ...}, "no 'vae'"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
