@@ -298,10 +298,10 @@ def test_a_grid_of_the_callers_own(v2v, clip):
     v2v(clip, "a cat", **AGAIN, sigmas=[10.0, 3.0, 1.0, 0.0], strength=1.0)
     assert v2v.scheduler.sigmas.tolist() == [10, 3, 1, 0]
     at_work(v2v)
-    with pytest.raises(ValueError, match="timesteps and sigmas are two ways"):
+    with pytest.raises(ValueError, match="timesteps and sigmas exclude each other"):
         v2v(clip, "a cat", **AGAIN, timesteps=[9, 8], sigmas=[2.0, 0.0])
     v2v.scheduler = DDIMScheduler(**DDIM)
-    with pytest.raises(ValueError, match="DDIMScheduler lays its own grid: it takes no sigmas"):
+    with pytest.raises(ValueError, match="DDIMScheduler does not support sigmas"):
         v2v(clip, "a cat", **AGAIN, sigmas=[2.0, 0.0])
 
 

@@ -164,7 +164,7 @@ def test_attention_in_windows():
 
 @pytest.mark.parametrize("arguments,message", [
     (dict(context_length=0), "context_length must be a whole number"),
-    (dict(context_length=17), "context_length 17 is too long: the motion modules know 16 positions"),
+    (dict(context_length=17), "context_length 17 is too long: the motion modules have 16 positions"),
     (dict(context_length=4, context_stride=5), "context_stride must be at most context_length 4, not 5"),
     (dict(weighting_scheme="overlap_linear"), "weighting_scheme must be one of flat, pyramid"),
     (dict(noise_type="shuffle"), "noise_type must be one of"),
@@ -313,7 +313,7 @@ def test_a_text_for_each_frame(pipe):
     assert torch.equal(given, make(pipe, texts, negative_prompt="green", num_frames=8))
     arc = make(pipe, texts, num_frames=8, prompt_interpolation="spherical")
     assert not torch.equal(arc, make(pipe, texts, num_frames=8))
-    with pytest.raises(ValueError, match="prompt_embeds has texts for 8 frames, and the video has 6"):
+    with pytest.raises(ValueError, match="prompt_embeds has texts for 8 frames, but the video has 6"):
         make(pipe, None, prompt_embeds=text, negative_prompt_embeds=negative, num_frames=6)
     with pytest.raises(ValueError, match="prompt_interpolation must be one of linear, spherical"):
         make(pipe, texts, num_frames=8, prompt_interpolation="sperical")

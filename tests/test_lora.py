@@ -739,7 +739,7 @@ def test_one_scale_at_a_time(two):
                                                     callback_on_step_end=meanwhile))  # fmt: skip
     thread.start()
     thread.join()
-    assert len(errors) == 2 and "in the middle of a call" in errors[0]
+    assert len(errors) == 2 and "another call uses this" in errors[0]
     frames(other)
 
 

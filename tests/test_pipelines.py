@@ -216,7 +216,7 @@ def test_keys_and_values_of_the_text_are_made_once(pipe, change, shown, times, m
 def test_optimize_and_restore(pipe, v2v):
     want, state = pipe("a cat", **FAST, generator=seeded(0)).frames, pipe.unet.state_dict()
     places = {name: (value.stride(), value.clone()) for name, value in state.items()}
-    with pytest.raises(ValueError, match="graphs=True: a CUDA graph needs the UNet on CUDA, and it is on cpu"):
+    with pytest.raises(ValueError, match="graphs=True: a CUDA graph needs the UNet on CUDA, but it is on cpu"):
         pipe.optimize(graphs=True)
     assert pipe.unet.state_dict()["conv_in.weight"].data_ptr() == state["conv_in.weight"].data_ptr()
     assert pipe.optimize() is pipe and fast.runner(v2v.unet).executor is fast.runner(pipe.unet).executor
@@ -595,7 +595,7 @@ def test_from_pipe_shares(pipe):
         VideoToVideoSDPipeline.from_pipe(pipe, schedular=scheduler)
     back = TextToVideoSDPipeline.from_pipe(other)
     assert type(back) is TextToVideoSDPipeline and back.unet is pipe.unet
-    with pytest.raises(TypeError, match="takes a pipeline of minit2v, not a dict"):
+    with pytest.raises(TypeError, match="needs a pipeline of minit2v, not a dict"):
         VideoToVideoSDPipeline.from_pipe(pipe.components)
 
 

@@ -301,8 +301,8 @@ def test_a_word_is_logged(pipe, caplog):
     (a1111(vectors(2), extra=vectors(2)), None, "beside string_to_param it has the tensor 'extra'"),
     ({"<a>": vectors(), "<b>": vectors()}, "<c>", "there are 2 words .*, and token= names 1"),
     ({"<a>": vectors(), "<b>": vectors()}, ["<c>", "<c>"], "names a word twice"),
-    ([vectors(), vectors()], ["<c>"], "there are 2 embeddings, and token= is of 1"),
-    ([vectors(), vectors()], "<c>", "there are 2 embeddings, and token= is of 1"),
+    ([vectors(), vectors()], ["<c>"], "there are 2 embeddings, but token= has 1"),
+    ([vectors(), vectors()], "<c>", "there are 2 embeddings, but token= has 1"),
     ([vectors(), vectors(2, 7)], ["<c>", "<d>"], "'<d>' have 7 numbers"),
     ([vectors(), vectors()], ["<c>", "<c>"], "the word '<c>' was added before"),
 ])  # fmt: skip
