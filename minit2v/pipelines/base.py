@@ -422,8 +422,7 @@ class DiffusionPipeline:
         with _running_lock:
             if any(mine & theirs or used & own for own, theirs in _running):
                 raise RuntimeError(f"another call uses this {type(self).__name__}, its scheduler, or its networks "
-                                   "(which are offloaded, or have a LoRA scale for the call): make a pipeline for each "
-                                   "thread, with "
+                                   "(offloaded, or with a LoRA scale): make one for each thread, with "
                                    f"{type(self).__name__}.from_pipe(pipe)")  # fmt: skip
             _running.append(call)
         self._interrupt, self._lora_scale = False, 1.0
