@@ -2,8 +2,8 @@
 
 With lambda = log(alpha / sigma), the linear part of the equation has an exact solution. What remains is the integral
 of a prediction f (of x_0 or of the noise) times an exponential. See Lu et al., arXiv:2206.00927, proposition
-3.1, arXiv:2211.01095, equation 13, and Xue et al., arXiv:2309.05019, equation 9. A polynomial through known values of f gives
-the weights.
+3.1, arXiv:2211.01095, equation 13, and Xue et al., arXiv:2309.05019, equation 9.
+A polynomial through known values of f gives the weights.
 """
 
 import math
