@@ -246,7 +246,7 @@ def test_learned_tokens_of_older_folders(published):
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     assert tokenizer.encode("cat <TOY>") == [516, 513, 518, 517] and tokenizer.vocab_size == 519
     (folder / "added_tokens.json").write_text(json.dumps({"<toy>": 600}))
-    with raises(ValueError, match="'<toy>' the id 600.*518"):
+    with raises(ValueError, match="'<toy>' has the id 600.*518"):
         CLIPTokenizer.from_pretrained(folder)
 
 
