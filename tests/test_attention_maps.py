@@ -183,7 +183,8 @@ def test_motion_modules(randomize_):
 def test_refusals(unet, args):
     for arguments, error, message in [
         (("temporal",), ValueError, "no kind 'temporal'"),
-        (("text", "nowhere.*"), ValueError, "no attention layer .* 'nowhere.*'; for example, there is 'down.0"),
+        (("text", "nowhere.*"), ValueError,
+         "of kind text has a name that matches 'nowhere.*'; for example, there is 'down.0"),
     ]:
         with pytest.raises(error, match=message.replace("*", ".")), attention_maps(unet, *arguments):
             pass
