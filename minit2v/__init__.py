@@ -1,13 +1,13 @@
-"""Text-to-video UNets by hand: ModelScope, Zeroscope and what they need, in plain PyTorch.
+"""Text-to-video UNets in plain PyTorch: ModelScope, Zeroscope, AnimateDiff, and all that they need.
 
-Each name is imported when it is first used: `import minit2v` costs next to nothing.
+Each name is imported when it is first used, so that `import minit2v` is fast.
 """
 
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:  # the same list twice: here for type checkers, below for Python (a test compares them)
+if TYPE_CHECKING:  # this list is for type checkers, the one below is for Python; a test compares them
     from .adapters.ip_adapter import IPAdapterMaskProcessor as IPAdapterMaskProcessor
     from .models.attention_maps import attention_maps as attention_maps
     from .models.clip import CLIPTextModel as CLIPTextModel

@@ -1,4 +1,4 @@
-"""`python -m minit2v` is `minit2v`."""
+"""`python -m minit2v` runs the command `minit2v`."""
 
 import sys
 

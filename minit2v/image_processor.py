@@ -1,4 +1,4 @@
-"""What the published snippets import from diffusers' module of this name."""
+"""Names that published examples import from diffusers' module of the same name."""
 
 from minit2v.adapters.ip_adapter import IPAdapterMaskProcessor
 

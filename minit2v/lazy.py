@@ -8,10 +8,10 @@ from typing import Any
 
 
 def lazily(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a module with these names: {name: the module in minit2v that has it}.
+    """`__getattr__` and `__dir__` for a module. names: {name: the module in minit2v that has it}.
 
-    Modules of a package are imported by their names, too. Another name is an AttributeError (an ImportError where it
-    is imported) in a line that says which is the nearest.
+    The modules of a package are also found. Any other name is an AttributeError, or an ImportError in an import
+    statement. The message names the nearest known name.
     """
 
     def get(name: str) -> Any:
@@ -25,7 +25,7 @@ def lazily(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any]
                 return import_module(f"{package}.{name}")
             from minit2v_convert.rename import nearest
 
-            # `from minit2v import Name` looks here first, and would hide what an AttributeError says.
+            # `from minit2v import Name` also calls this, and would hide the message of an AttributeError.
             imported = sys._getframe(1).f_code.co_name == "_handle_fromlist"
             kind = ImportError if imported else AttributeError
             raise kind(f"{package} has no {name!r}{nearest(name, list(names))}", name=name)

@@ -1,9 +1,10 @@
-"""Several processes that train one network: `torchrun --nproc-per-node N`, on one machine or several.
+"""Several processes train one network: `torchrun --nproc-per-node N`, on one machine or several.
 
-Every process takes its rows of a global batch, and all do the same step. Gradients are the sum over the processes,
-so a loss is summed over the rows and divided by the global batch; then any number of processes makes the same step.
+Every process takes its rows of a global batch, and all make the same step. Gradients are summed over the processes.
+So a loss is summed over the rows and divided by the size of the global batch. Then the step does not depend on the
+number of processes.
 
-    world = parallel.world()                                     # one process, where torchrun has not started us
+    world = parallel.world()                                     # one process, if torchrun did not start this one
     network = world.replicate(unet)                              # or world.shard(unet): a part of the weights on each
     for k, piece in enumerate(pieces):                           # of world.share(batch)
         with world.accumulating(network, last=k == len(pieces) - 1):
@@ -29,21 +30,21 @@ from torch import Tensor, distributed, nn
 
 from minit2v_convert.stream import first_line
 
-PATIENCE = 1800.0  # seconds that a process waits for the others, if nothing else is said
-WEEK = 7 * 24 * 3600.0  # where they may have much to do
+PATIENCE = 1800.0  # seconds that a process waits for the others, by default
+WEEK = 7 * 24 * 3600.0  # seconds; for waits during which the others may work for long
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def of_environment() -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this machine) as torchrun has set them; (0, 1, 0) where it has not."""
+    """(rank, number of processes, rank on this machine) as torchrun sets them. (0, 1, 0) without torchrun."""
     found = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
     return tuple(map(int, found)) if all(map(str.isdecimal, found)) else (0, 1, 0)  # type: ignore[return-value]
 
 
 def own_device(device: torch.device) -> torch.device:
-    """Of several processes on a machine each takes the accelerator of its local rank, if `device` names none.
+    """The device of this process. If `device` has no index, it is the accelerator with the process's local rank.
 
-    ValueError where there are fewer accelerators than processes.
+    Raises ValueError if there are fewer accelerators than processes.
     """
     _, size, local = of_environment()
     if size == 1 or device.type == "cpu":
@@ -59,10 +60,11 @@ def own_device(device: torch.device) -> torch.device:
 
 
 def world(device: torch.device | str | None = None, patience: float = PATIENCE) -> "World":
-    """The processes that torchrun has started, connected: by NCCL on CUDA, by gloo on CPUs.
+    """Connects the processes that torchrun has started: with NCCL on CUDA, with gloo on CPUs.
 
-    device: of this process; None: the accelerator of its local rank, or the CPU. patience: seconds that a process
-    waits for the others before it fails.
+    device: of this process. None is the accelerator of its local rank, or the CPU.
+    patience: seconds that a process waits for the others before it fails.
+    Raises ValueError if there are fewer accelerators than processes, and RuntimeError if a process does not come.
     """
     rank, size, _ = of_environment()
     if device is None:
@@ -81,10 +83,10 @@ def world(device: torch.device | str | None = None, patience: float = PATIENCE) 
 
 
 def _agree(store: distributed.Store, rank: int, size: int, patience: float) -> str:
-    """A word of the first process that all others have got from it.
+    """A random word of the first process, which all others receive.
 
-    After a restart torchrun's store still holds the addresses of processes that were killed, and who reads them before
-    they are written anew waits for a dead one. So all keys of this start begin with a word that is new.
+    After a restart, torchrun's store still has the addresses of killed processes. A process that reads an old address
+    would wait for ever. So all keys of this start begin with the new word.
     """
     me = secrets.token_hex(8)
     if rank:
@@ -96,7 +98,7 @@ def _agree(store: distributed.Store, rank: int, size: int, patience: float) -> s
     while left := [n for n in range(1, size) if not store.check([f"minit2v {me} {n}"])]:
         if time.monotonic() > end:
             missing = ", ".join(str(n + 1) for n in left)
-            raise RuntimeError(f"of {size} processes these did not come within {patience:g} seconds: {missing}")
+            raise RuntimeError(f"these of {size} processes did not connect within {patience:g} seconds: {missing}")
         for n in left:
             if store.check([f"minit2v {n}"]) and (asked := store.get(f"minit2v {n}").decode()) not in answered:
                 store.set(f"minit2v answers {asked}", me)
@@ -107,7 +109,7 @@ def _agree(store: distributed.Store, rank: int, size: int, patience: float) -> s
 
 @dataclass(frozen=True)
 class World:
-    """All processes as one of them sees them. Alone, it does nothing where others would be asked."""
+    """All processes, as one of them sees them. With a single process, its methods do not communicate."""
 
     rank: int = 0
     size: int = 1
@@ -116,20 +118,20 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes files and messages for all."""
+        """Whether this process writes the files and messages for all processes."""
         return self.rank == 0
 
     def share(self, rows: Sequence[Any]) -> list[Any]:
-        """This process's rows of a global batch. ValueError where they cannot be shared evenly."""
+        """This process's rows of a global batch. Raises ValueError if they cannot be shared evenly."""
         if len(rows) % self.size:
-            raise ValueError(f"a batch of {len(rows)} cannot be shared by {self.size} processes: it must be a multiple")
+            raise ValueError(f"the batch must be a multiple of the {self.size} processes, not {len(rows)}")
         count = len(rows) // self.size
         return list(rows[self.rank * count : (self.rank + 1) * count])
 
-    # Waiting and telling ---------------------------------------------------------------------------------------------
+    # Synchronisation and messages ------------------------------------------------------------------------------------
 
     def barrier(self, name: str, timeout: float = PATIENCE) -> None:
-        """Wait for all processes. RuntimeError, with this name and who is missing, after `timeout` seconds."""
+        """Waits for all processes. Raises RuntimeError after `timeout` seconds, with `name` and the missing ones."""
         if self.size == 1:
             return
         try:
@@ -148,7 +150,7 @@ class World:
         return total.tolist()
 
     def from_first(self, make: Callable[[], Any]) -> Any:
-        """What the first process gets from `make`; the others do not call it. An error of the first is one of all."""
+        """The result of `make`, which only the first process calls. Its error is raised in all processes."""
         if self.size == 1:
             return make()
         found: list[Any] = [None, None]
@@ -163,17 +165,17 @@ class World:
         return found[0]
 
     def close(self) -> None:
-        """Leave the others: all must be done."""
+        """Disconnects from the other processes. All must have finished."""
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
     # The network -----------------------------------------------------------------------------------------------------
 
     def replicate(self, network: nn.Module, unused: bool = False) -> nn.Module:
-        """The whole network on every process, gradients summed while backward runs (DDP, arXiv:2006.15704).
+        """Data parallelism (DDP, arXiv:2006.15704): every process has the whole network. Backward sums the gradients.
 
-        It wraps `network`, whose parameters become those of the first process. unused: some parameters take no part in
-        some steps.
+        The result wraps `network`. Its parameters become those of the first process.
+        unused: True if some steps do not use all parameters.
         """
         if self.size == 1:
             return network
@@ -182,11 +184,12 @@ class World:
                                                    find_unused_parameters=unused)
 
     def shard(self, network: nn.Module, precision: str = "float32", offload: bool = False) -> nn.Module:
-        """A part of every weight, gradient and optimizer state on each process (FSDP2): each block, and the rest.
+        """Sharding (FSDP2): each process has a part of every weight, gradient and optimizer state. Returns the network.
 
-        The network itself changes: its parameters become DTensors, so an optimizer must be made behind it. precision:
-        "bf16" or "fp16" computes in that, with weights, gradients and their sums in float32. offload: parts wait in
-        the CPU's memory. Returns the network.
+        The network is changed: its parameters become DTensors. So create the optimizer afterwards. Blocks are gathered
+        one by one.
+        precision: "bf16" or "fp16" computes in this dtype. Weights, gradients and their sums stay in float32.
+        offload: keep the parts in the CPU's memory while they are not used.
         """
         if not distributed.is_initialized():
             return network
@@ -197,7 +200,7 @@ class World:
         policy = MixedPrecisionPolicy(dtype, torch.float32) if dtype else MixedPrecisionPolicy()
         how = {"mesh": init_device_mesh(self.device.type, (self.size,)), "mp_policy": policy,
                "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}  # fmt: skip
-        # It warns of views that somebody could write to; the networks change nothing in place.
+        # FSDP2 warns about views that could be changed in place. The networks do not do that.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         for block in network.blocks():  # type: ignore[operator]
             fully_shard(block, **how)
@@ -205,7 +208,7 @@ class World:
 
     @contextmanager
     def accumulating(self, network: nn.Module, last: bool) -> Iterator[None]:
-        """Around forward and backward of a piece of the batch: gradients travel with the last piece alone."""
+        """A context for forward and backward of one piece of the batch. Only the last piece sends gradients."""
         if isinstance(network, nn.parallel.DistributedDataParallel) and not last:
             with network.no_sync():
                 yield
@@ -215,15 +218,16 @@ class World:
         yield
 
     def backward(self, loss: Tensor, network: nn.Module) -> None:
-        """Add gradients whose sum over the processes is that of the global batch: DDP and FSDP take their mean."""
+        """Runs backward, so that gradients become those of the global batch. It undoes the mean of DDP and FSDP."""
         averages = isinstance(network, nn.parallel.DistributedDataParallel) or is_sharded(network)
         (loss * self.size if averages else loss).backward()
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[nn.Parameter] | nn.Module) -> None:
-        """Sum the gradients over the processes in one message. Nothing is done for a network that did it in backward.
+        """Sums the gradients over the processes in one message. DDP and FSDP networks did it in backward already.
 
-        For few parameters (LoRAs), and for those that not every step uses: one that got a gradient nowhere has none.
+        This suits few parameters (LoRAs), also if a step does not use all of them. A parameter without a gradient on
+        all processes keeps none.
         """
         if isinstance(parameters, nn.Module):
             if isinstance(parameters, nn.parallel.DistributedDataParallel) or is_sharded(parameters):
@@ -244,11 +248,11 @@ class World:
 
     @torch.no_grad()
     def clip(self, parameters: Iterable[nn.Parameter], most: float) -> float:
-        """Scale all gradients so that their norm is at most `most`; returns the norm before. Also of sharded ones."""
+        """Scales all gradients so that their norm is at most `most`. Returns the norm before. Also for sharded ones."""
         parameters = [p for p in parameters if p.grad is not None]
         if not any(hasattr(p, "to_local") for p in parameters):
             return float(nn.utils.clip_grad_norm_(parameters, most))
-        gradients = [local(p.grad) for p in parameters]  # each number is on one process
+        gradients = [local(p.grad) for p in parameters]  # each number is on exactly one process
         square = torch.stack(torch._foreach_norm(gradients)).square().sum()
         distributed.all_reduce(square)
         norm = square.sqrt()
@@ -256,7 +260,7 @@ class World:
         return float(norm)
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The whole tensors on the CPU of the first process, one after the other; an empty dict on the others.
+        """The whole tensors, on the CPU of the first process. The other processes get an empty dict.
 
         All processes must call it, with the same names in the same order.
         """
@@ -270,31 +274,31 @@ class World:
 
     @torch.no_grad()
     def make_whole(self, network: nn.Module) -> None:
-        """Give the first process all of a sharded network, as plain parameters, to be saved. It cannot run any more.
+        """Gives the first process the whole of a sharded network, to save it. The network cannot run any more.
 
         All processes must call it.
         """
         sharded = [module for module in network.modules() if is_sharded(module)]
         for module in sharded:
-            module.reshard()  # type: ignore[operator]  # else `state_dict` would do it, and put the parts back
+            module.reshard()  # type: ignore[operator]  # otherwise `state_dict` would restore the parts
         places = [(module, name) for module in network.modules() for name in module._parameters]
         whole = self.gather({str(n): x for n, (module, name) in enumerate(places)
                              if (x := getattr(module, name)) is not None})  # fmt: skip
         for n, (module, name) in enumerate(places):
             if str(n) in whole:
                 setattr(module, name, nn.Parameter(whole[str(n)], requires_grad=False))
-        for module in sharded:  # FSDP2 has given it a class made of FSDPModule and its own, whose name a file would get
+        for module in sharded:  # undo FSDP2's change of the class, because its name is written into files
             module.__class__ = type(module).__mro__[2]
 
     # Checkpoints of sharded networks ---------------------------------------------------------------------------------
 
     def save_sharded(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Each process writes its part of the tensors. `folder` appears whole, also where one is killed meanwhile."""
+        """Each process writes its part of the tensors. `folder` appears complete or not at all."""
         from torch.distributed import checkpoint
 
         part = folder.with_name(f"{folder.name}.part")
         if self.is_first:
-            shutil.rmtree(part, ignore_errors=True)  # of a save that was killed
+            shutil.rmtree(part, ignore_errors=True)  # left by a killed process
             part.mkdir(parents=True)
         self.barrier(f"saving {folder.name}")
         with _quiet():
@@ -307,9 +311,11 @@ class World:
         self.barrier(f"name of {folder.name}")
 
     def load_sharded(self, folder: Path, like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
-        """The tensors that any number of processes has saved, spread as `like(name)` is; None: whole on each.
+        """Loads what `save_sharded` has saved, with any number of processes.
 
-        ValueError where the folder is not whole. It must be one's own: PyTorch reads the list of tensors with pickle.
+        Each tensor is sharded like the tensor `like(name)`. If that is None, every process has the whole tensor.
+        Raises ValueError if the folder is not complete. Load only your own folders, because PyTorch reads the list of
+        tensors with pickle.
         """
         from torch.distributed import checkpoint
 
@@ -322,19 +328,19 @@ class World:
                 tensors[name] = torch.zeros_like(near, dtype=dtype) if fits else torch.zeros(about.size, dtype=dtype)
             with _quiet():
                 checkpoint.load(tensors, checkpoint_id=folder)
-        except Exception as error:  # a broken file breaks its reader anywhere
-            raise ValueError(f"{folder} is not a whole checkpoint ({first_line(error)})") from error
+        except Exception as error:  # a broken file can cause any error
+            raise ValueError(f"{folder} is not a complete checkpoint ({first_line(error)})") from error
         return tensors
 
 
 def local(x: Tensor) -> Tensor:
-    """Of a sharded tensor the part that is here; writing to it changes the tensor. Others as they are."""
+    """This process's part of a sharded tensor, as a view. Other tensors are returned unchanged."""
     return x.to_local() if hasattr(x, "to_local") else x  # type: ignore[operator]  # DTensor: a second to import
 
 
 def is_sharded(network: nn.Module) -> bool:
-    """Whether `World.shard` has changed it."""
-    if not distributed.is_available() or not distributed.is_initialized():  # alone: FSDP2 takes seconds to import
+    """Whether `World.shard` has sharded the network."""
+    if not distributed.is_available() or not distributed.is_initialized():  # FSDP2's import takes seconds
         return False
     from torch.distributed.fsdp import FSDPModule
 
@@ -343,14 +349,14 @@ def is_sharded(network: nn.Module) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without PyTorch's words on a single process, which is what was asked for."""
+    """Without PyTorch's warning about a single process, which may be intended."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is (disabled|unavailable).*")
         yield
 
 
 def sync(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the system can (Windows cannot)."""
+    """Flushes the names in a folder to the disk, if the system can do this (Windows cannot)."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

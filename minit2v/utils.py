@@ -1,4 +1,4 @@
-"""The helpers under the path that snippets for diffusers import them from."""
+"""Helpers that published examples import from diffusers' module of the same name."""
 
 from minit2v.files.video import export_to_gif, export_to_video, load_image, load_video
 

@@ -183,17 +183,18 @@ def test_motion_modules(randomize_):
 def test_refusals(unet, args):
     for arguments, error, message in [
         (("temporal",), ValueError, "no kind 'temporal'"),
-        (("text", "nowhere.*"), ValueError, "no attention of text is named like 'nowhere.*'; there is 'down.0"),
+        (("text", "nowhere.*"), ValueError,
+         "of kind text has a name that matches 'nowhere.*'; for example, there is 'down.0"),
     ]:
         with pytest.raises(error, match=message.replace("*", ".")), attention_maps(unet, *arguments):
             pass
-    with pytest.raises(TypeError, match="not into a dict"), attention_maps({}):
+    with pytest.raises(TypeError, match="needs a plain network, not a dict"), attention_maps({}):
         pass
     compiled = torch.nn.Module()
     compiled._orig_mod = unet
     with pytest.raises(TypeError, match="give the network that was compiled"), attention_maps(compiled):
         pass
-    with torch.no_grad(), pytest.raises(MemoryError, match="over the limit"), attention_maps(unet, limit=3000):
+    with torch.no_grad(), pytest.raises(MemoryError, match="more than the limit"), attention_maps(unet, limit=3000):
         unet(*args)
     assert untouched(unet)
     unet.down[0].blocks[0].temporal.block.attn2.forward = lambda x: x

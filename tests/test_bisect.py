@@ -139,5 +139,5 @@ def test_errors_are_one_line(args, said, capsys, monkeypatch):
 
 def test_another_kind_of_folder(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "X", "unet": ["diffusers", "UNetSpatioTemporal"]}')
-    with pytest.raises(ValueError, match="no UNet of this package: its index names UNetSpatioTemporal"):
+    with pytest.raises(ValueError, match="no UNet of this package: its model_index.json names UNetSpatioTemporal"):
         bisect.load(str(tmp_path), torch.float32, torch.device("cpu"))

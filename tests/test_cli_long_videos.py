@@ -79,7 +79,7 @@ def test_weighted_words(run):
 
 @pytest.mark.parametrize("args,said", [
     (["--window", 4, "--window-overlap", 4], "--window-overlap 4 must be less than --window 4"),
-    (["--prompt-at", 9, "b", "--num-frames", 8], "there is no frame 9 among 8"),
+    (["--prompt-at", 9, "b", "--num-frames", 8], "there is no frame 9, only 0 to 7"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_one_line(run, args, said):
     code, lines = run("generate", TEXT, *FAST, *args, "-o", "a.mp4")

@@ -83,7 +83,7 @@ def test_clip_skip_is_the_model_without_its_last_layers(model, skip):
 
 @mark.parametrize("skip", [-1, 4, 1.0, True, "1"])
 def test_a_clip_skip_out_of_range_is_an_error(model, skip):
-    with raises(ValueError, match=r"clip_skip must be None or one of 0 \.\.\. 3"):
+    with raises(ValueError, match=r"clip_skip must be None or from 0 to 3"):
         model(tokens(1, 4), clip_skip=skip)
 
 
@@ -108,7 +108,7 @@ def test_bad_ids_are_named(model, ids, message):
     "fields,message",
     [
         ({"hidden_act": "gelu_new"}, "'gelu' or 'quick_gelu', not 'gelu_new'"),
-        ({"num_attention_heads": 3}, "20 is not a multiple of num_attention_heads=3"),
+        ({"num_attention_heads": 3}, "a multiple of num_attention_heads=3, not 20"),
         ({"use_attention_mask": True}, "only use_attention_mask=False is supported"),
         ({"hiden_size": 3}, "hiden_size.*hidden_size"),
     ],

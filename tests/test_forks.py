@@ -246,7 +246,7 @@ def test_an_image_model_becomes_a_fork(motion_folder):
     image.extra = nn.Linear(3, 3)
     with pytest.raises(ValueError) as error:
         UNetMotionModel.from_unet2d(image)
-    one_line(error, "Image has tensors for which UNetMotionModel has no place: extra.weight, extra.bias")
+    one_line(error, "Image has tensors that UNetMotionModel does not have: extra.weight, extra.bias")
 
 
 def test_a_single_file(folder, caplog):
@@ -310,9 +310,9 @@ def test_a_class_given_loads_the_component(folder, tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"unet": AutoencoderKL}, "unet=AutoencoderKL: TextToVideoSDPipeline takes UNet3DConditionModel"),
-        ({"unet": UNetMotionModel}, "unet=UNetMotionModel: .* takes UNet3DConditionModel"),
-        ({"scheduler": CLIPTokenizer}, "scheduler=CLIPTokenizer: .* takes a scheduler"),
+        ({"unet": AutoencoderKL}, "unet=AutoencoderKL: TextToVideoSDPipeline needs UNet3DConditionModel"),
+        ({"unet": UNetMotionModel}, "unet=UNetMotionModel: .* needs UNet3DConditionModel"),
+        ({"scheduler": CLIPTokenizer}, "scheduler=CLIPTokenizer: .* needs a scheduler"),
         ({"vae": int}, "vae=int: .*no from_pretrained"),
         ({"vea": MyVAE}, "TextToVideoSDPipeline.from_pretrained.. has no argument 'vea' .nearest: 'vae'."),
     ],
@@ -327,7 +327,7 @@ def test_a_class_where_an_object_belongs(folder):
     pipe = DiffusionPipeline.from_pretrained(folder)
     with pytest.raises(TypeError) as error:
         TextToVideoSDPipeline.from_pipe(pipe, unet=MyUNet)
-    one_line(error, "unet must be a component, not the class MyUNet")
+    one_line(error, "unet must be an object, not the class MyUNet")
 
 
 def test_nothing_is_imported_because_a_file_names_it(folder, tmp_path, monkeypatch):

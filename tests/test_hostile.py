@@ -142,7 +142,7 @@ def test_the_merges_of_a_tokenizer_cannot_be_lost(capsys, copy, whole):
     for lost in ("", "#version: 0.2\n", "\n".join(text.splitlines()[:-1]), "\n".join(text.splitlines()[:2])):
         merges.write_text(lost)
         line, code, said = refused(capsys, copy, whole, "tokenizer")
-        assert "merges do not make" in line and code == 1 and "merges" in said[0], (line, said)
+        assert "merges are missing" in line and code == 1 and "merges" in said[0], (line, said)
     merges.write_text(text)
     CLIPTokenizer.from_pretrained(copy / "tokenizer")
     CLIPTokenizer.clip().save_pretrained(copy / "clip")
@@ -159,8 +159,8 @@ def test_inspect_reads_what_another_file_wins_over(capsys, copy):
     merges, vocab, index, config = files
     words = json.loads(files[vocab])
     for path, text, says in (
-        (merges, "", "merges do not make .* .tokenizer.json is read in its place."),
-        (vocab, "{}", "broken|merges do not make|do not fit"),
+        (merges, "", "merges are missing, .* .tokenizer.json is read in its place."),
+        (vocab, "{}", "broken|merges are missing|do not fit"),
         (vocab, json.dumps(words | {"a": words["b"], "b": words["a"]}), "another vocabulary than tokenizer.json"),
         (index, json.dumps(json.loads(files[index]) | {"_minit2v": []}), "_minit2v must be an object, not "),
         (index, json.dumps(json.loads(files[index]) | {"_minit2v": {"compat": "x"}}), "compat must be None or"),

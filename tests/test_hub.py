@@ -173,7 +173,7 @@ def test_dtype_in_both_spellings(given, dtype):
 
 
 def test_dtypes_that_are_none():
-    with pytest.raises(ValueError, match="torch_dtype=float16 and dtype=float32 are one argument"):
+    with pytest.raises(ValueError, match="torch_dtype=float16 and dtype=float32 are the same argument"):
         one_dtype("float16", "float32")
     for wrong in ("flaot16", torch.int8, torch.float8_e4m3fn, 16):
         with pytest.raises(ValueError, match="dtype must be one of float32, .*, not "):

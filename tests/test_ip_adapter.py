@@ -419,7 +419,7 @@ def test_places_that_lead_nowhere(pipe, folder, tmp_path):
         ((file_of(folder), None, "other.bin"), ValueError, "is a file: weight_name 'other.bin'"),
         ((3,), TypeError, "a folder, a file, a hub id or a dictionary, not a int"),
         (("https://example.com/ip.bin",), ValueError, "of addresses only those of files on huggingface.co"),
-        (([folder] * 3, None, [name] * 2), ValueError, "3 places, 1 subfolders and 2 weight_names do not belong"),
+        (([folder] * 3, None, [name] * 2), ValueError, "3 paths, 1 subfolders and 2 weight_names do not belong"),
     ):
         refused(lambda call=call: pipe.load_ip_adapter(*call), error, match=says)
     assert pipe.unet.image_projections is None and pipe.image_encoder is None
@@ -645,8 +645,8 @@ def test_what_is_no_picture_is_refused_before_any_work(pipe, folder):
         (torch.zeros(3, 8, 8), r"prepared for the image encoder, .*\(3, 28, 28\), not \(3, 8, 8\)"),
         (torch.zeros(3, 28, 28, dtype=torch.uint8), "not .3, 28, 28. of torch.uint8"),
         (nan, "a tensor holds NaN or infinity"),
-        (Image.new("I;16", (9, 9)), "mode I;16 has no 8 bits: load_image"),
-        (Image.new("F", (9, 9)), "mode F has no 8 bits"),
+        (Image.new("I;16", (9, 9)), "mode I;16 does not have 8 bits: load_image"),
+        (Image.new("F", (9, 9)), "mode F does not have 8 bits"),
         (Image.new("RGB", (1, 3000)), "1x3000 is a line"),
         (Unusual(), "."),
     ):
@@ -676,7 +676,7 @@ def test_embeds_that_do_not_fit(pipe, folder, guided):
         ([torch.zeros(n, 20)], r"not \(.*20\)"),
         ([torch.zeros(n, 0, 20)], "not"),
         ([torch.zeros(n, 1, 1, 17, 20)], "not"),
-        ([torch.zeros(n, 4, 1, 20)], "pictures for 4 frames, and the video has 3"),
+        ([torch.zeros(n, 4, 1, 20)], "pictures for 4 frames, but the video has 3"),
         ([good.long()], "torch.int64"),
         ([good + math.nan], "hold NaN or infinity"),
         ([good - math.inf], "hold NaN or infinity"),
@@ -704,7 +704,7 @@ def test_masks_that_do_not_fit(pipe, folder):
         call = dict(cross_attention_kwargs={"ip_adapter_masks": given})
         refused(lambda call=call: video(pipe, ip_adapter_image=picture(), **call), match=says)
     kwargs = {"ip_adapter_masks": [mask]}
-    refused(lambda: video(pipe, cross_attention_kwargs=kwargs), match="there are no pictures to be masked")
+    refused(lambda: video(pipe, cross_attention_kwargs=kwargs), match="there are no pictures to mask")
     kwargs["scales"] = 1
     refused(lambda: video(pipe, ip_adapter_image=picture(), cross_attention_kwargs=kwargs), match="scales")
     assert kwargs.keys() == {"ip_adapter_masks", "scales"}

@@ -143,7 +143,7 @@ def test_noise_of_one_window():
     assert torch.equal(settings.stretch(noise, 20, [seed(0), seed(1)]), alone)
     repeated = FreeNoise(8, 3, noise_type="repeat_context").stretch(noise, 20, None)
     assert torch.equal(repeated, noise[:, :, [i % 8 for i in range(20)]])
-    with pytest.raises(ValueError, match="latents for 20 frames are needed, not for 8"):
+    with pytest.raises(ValueError, match="latents must have 20 frames, not 8"):
         FreeNoise(8, 3, noise_type="random").stretch(noise[:, :, :8], 20, None)
 
 
@@ -164,8 +164,8 @@ def test_attention_in_windows():
 
 @pytest.mark.parametrize("arguments,message", [
     (dict(context_length=0), "context_length must be a whole number"),
-    (dict(context_length=17), "context_length 17 is too long: the motion modules know 16 positions"),
-    (dict(context_length=4, context_stride=5), "context_stride 5 leaves frames out: a window has 4"),
+    (dict(context_length=17), "context_length 17 is too long: the motion modules have 16 positions"),
+    (dict(context_length=4, context_stride=5), "context_stride must be at most context_length 4, not 5"),
     (dict(weighting_scheme="overlap_linear"), "weighting_scheme must be one of flat, pyramid"),
     (dict(noise_type="shuffle"), "noise_type must be one of"),
     (dict(prompt_interpolation_callback="linear"), "must be a function"),
@@ -199,8 +199,8 @@ def test_states_between_two_texts():
     ({}, "prompt is an empty dictionary"),
     ({-1: "a"}, "a frame must be a whole number from 0, not -1"),
     ({"0": "a"}, "a frame must be a whole number from 0, not '0'"),
-    ({8: "a"}, "there is no frame 8 among 8, which count from 0"),
-    ({0: None}, "at frame 0 there must be a text, not None"),
+    ({8: "a"}, "there is no frame 8, only 0 to 7"),
+    ({0: None}, "frame 0 must have a text, not None"),
 ])  # fmt: skip
 def test_texts_that_do_not_fit(prompts, message, shapes):
     with pytest.raises(ValueError, match=message):
@@ -313,7 +313,7 @@ def test_a_text_for_each_frame(pipe):
     assert torch.equal(given, make(pipe, texts, negative_prompt="green", num_frames=8))
     arc = make(pipe, texts, num_frames=8, prompt_interpolation="spherical")
     assert not torch.equal(arc, make(pipe, texts, num_frames=8))
-    with pytest.raises(ValueError, match="prompt_embeds has texts for 8 frames, and the video has 6"):
+    with pytest.raises(ValueError, match="prompt_embeds has texts for 8 frames, but the video has 6"):
         make(pipe, None, prompt_embeds=text, negative_prompt_embeds=negative, num_frames=6)
     with pytest.raises(ValueError, match="prompt_interpolation must be one of linear, spherical"):
         make(pipe, texts, num_frames=8, prompt_interpolation="sperical")

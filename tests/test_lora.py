@@ -739,7 +739,7 @@ def test_one_scale_at_a_time(two):
                                                     callback_on_step_end=meanwhile))  # fmt: skip
     thread.start()
     thread.join()
-    assert len(errors) == 2 and "in the middle of a call" in errors[0]
+    assert len(errors) == 2 and "another call uses this" in errors[0]
     frames(other)
 
 
@@ -830,9 +830,9 @@ def test_several_are_saved_by_their_names(two, tmp_path):
 
 
 def test_a_pipeline_is_saved_with_what_is_fused_alone(two, tmp_path):
-    with pytest.raises(ValueError, match="has a LoRA beside its weights.*fuse_lora"):
+    with pytest.raises(ValueError, match="has a LoRA that is not fused.*fuse_lora"):
         two.save_pretrained(tmp_path / "x")
-    with pytest.raises(ValueError, match="has a LoRA beside its weights"):
+    with pytest.raises(ValueError, match="has a LoRA that is not fused"):
         two.text_encoder.save_pretrained(tmp_path / "x")
     assert not (tmp_path / "x").exists()
     two.fuse_lora()
@@ -926,9 +926,9 @@ def test_motion_modules_that_have_a_lora_stay(motion, tmp_path):
     motion.load_lora_weights(state, "a")
     with pytest.raises(ValueError, match="'a' changes the motion modules"):
         motion.unet.load_motion_modules(adapter)
-    with pytest.raises(ValueError, match="has a LoRA beside its weights"):
+    with pytest.raises(ValueError, match="has a LoRA that is not fused"):
         motion.unet.save_motion_modules(tmp_path / "x")
-    with pytest.raises(ValueError, match="has a LoRA beside its weights"):
+    with pytest.raises(ValueError, match="has a LoRA that is not fused"):
         UNetMotionModel.from_unet2d(UNet2DConditionModel(**small_image(motion.unet)), motion.unet.motion_adapter())
 
 

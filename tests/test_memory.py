@@ -313,7 +313,7 @@ def test_wrong_arguments_change_nothing(pipe):
         (lambda: pipe.enable_group_offload("cpu", offload_to_disk_path="x"), "need no copy on disk"),
         (lambda: pipe.enable_group_offload("cpu", exclude_modules="unett"), "no 'unett' .nearest: 'unet'"),
         (lambda: pipe.enable_narrow_weights("int4"), "store must be one of fp8, int8"),
-        (lambda: pipe.plan("1MB"), "does not fit into 0.00 GiB: the least is"),
+        (lambda: pipe.plan("1MB"), "does not fit into 0.00 GiB: the least memory is"),
         (lambda: pipe.plan("1GB", num_frames=0), "num_frames"),
     ]:
         with pytest.raises(ValueError, match=message):

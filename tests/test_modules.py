@@ -360,7 +360,7 @@ def test_a_compiled_unet_in_a_pipeline(pipe, tmp_path, einops_in_graph):
     assert all(torch.equal(x, state[name]) for name, x in again.unet.state_dict().items())
     with torch.no_grad():
         unet.conv_out.bias.fill_(torch.nan)
-    with pytest.raises(FloatingPointError, match="its parameter 'conv_out.bias' holds some"):
+    with pytest.raises(FloatingPointError, match="its parameter 'conv_out.bias' contains some"):
         sample(pipe)
 
 

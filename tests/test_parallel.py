@@ -563,7 +563,7 @@ def test_what_the_processes_tell_each_other(tmp_path):
     def work():
         with connected() as world:
             assert world.share(range(6)) == [[0, 1, 2], [3, 4, 5]][world.rank]
-            with pytest.raises(ValueError, match="a batch of 5 cannot be shared by 2 processes: it must be a multiple"):
+            with pytest.raises(ValueError, match="the batch must be a multiple of the 2 processes, not 5"):
                 world.share(range(5))
             assert world.sum([1.5, world.rank]) == [3.0, 1.0]
             assert world.from_first(lambda: f"of {world.rank}") == "of 0"
@@ -607,5 +607,5 @@ def test_checkpoints_that_are_not_whole(tmp_path):
     found = world.load_sharded(tmp_path / "step-1", lambda name: None)
     assert found["a"].tolist() == [0, 1, 2] and found["b/c"].item() == 2.5
     (tmp_path / "step-1" / ".metadata").unlink()
-    with pytest.raises(ValueError, match="step-1 is not a whole checkpoint"):
+    with pytest.raises(ValueError, match="step-1 is not a complete checkpoint"):
         world.load_sharded(tmp_path / "step-1", lambda name: None)

@@ -216,7 +216,7 @@ def test_keys_and_values_of_the_text_are_made_once(pipe, change, shown, times, m
 def test_optimize_and_restore(pipe, v2v):
     want, state = pipe("a cat", **FAST, generator=seeded(0)).frames, pipe.unet.state_dict()
     places = {name: (value.stride(), value.clone()) for name, value in state.items()}
-    with pytest.raises(ValueError, match="graphs=True: a CUDA graph needs the UNet on CUDA, and it is on cpu"):
+    with pytest.raises(ValueError, match="graphs=True: a CUDA graph needs the UNet on CUDA, but it is on cpu"):
         pipe.optimize(graphs=True)
     assert pipe.unet.state_dict()["conv_in.weight"].data_ptr() == state["conv_in.weight"].data_ptr()
     assert pipe.optimize() is pipe and fast.runner(v2v.unet).executor is fast.runner(pipe.unet).executor
@@ -391,7 +391,7 @@ def test_long_videos_are_encoded_in_chunks(v2v):
         (dict(latents=torch.zeros(1, 4, 3, 8, 8)), ValueError, r"latents must be \(1, 4, 3, 8, 12\)"),
         (dict(latents=torch.full((1, 4, 3, 8, 12), torch.inf)), ValueError, "latents"),
         (dict(latents=[1]), ValueError, r"latents must be \(1, 4, 3, 8, 12\).* not a list"),
-        (dict(eta=-0.5), ValueError, r"eta must lie in \[0, 1\], not -0.5"),
+        (dict(eta=-0.5), ValueError, r"eta must be in \[0, 1\], not -0.5"),
         (dict(eta=float("nan")), ValueError, "eta"),
         (dict(eta="0.5"), ValueError, "eta must be a finite number, not '0.5'"),
         (dict(callback=3), TypeError, "callback must be a function"),
@@ -446,10 +446,10 @@ def test_refused_videos(v2v, video, says):
         (dict(strength=float("nan")), ValueError, "strength"),
         (dict(strength="0.5"), ValueError, "strength must be a finite number, not '0.5'"),
         (dict(strength=None), ValueError, "strength"),
-        (dict(eta=2), ValueError, r"eta must lie in \[0, 1\]"),
+        (dict(eta=2), ValueError, r"eta must be in \[0, 1\]"),
         (dict(video=None, latents=np.zeros((1, 4, 3, 8, 12))), ValueError, r"\(b, 4, f, h, w\).* not a ndarray"),
         (dict(video=None, latents=torch.zeros(1, 4, 0, 8, 12)), ValueError, r"\(b, 4, f, h, w\)"),
-        (dict(video=torch.full((3, 4, 8, 12), torch.nan)), ValueError, "video holds NaN"),
+        (dict(video=torch.full((3, 4, 8, 12), torch.nan)), ValueError, "video contains NaN"),
         (dict(num_frames=8), TypeError, "the video has its number"),
         (dict(height=17), ValueError, "height must be a multiple"),
         (dict(generator=[torch.Generator()] * 2), ValueError, "2 generators for 1 videos"),
@@ -467,7 +467,7 @@ def test_refused_v2v_calls(v2v, clip, call, error, says):
         (3, TypeError, "returned a int, not a dictionary"),
         ({"latent": torch.zeros(1)}, ValueError, r"returned \['latent'\]"),
         ({"latents": torch.zeros(3)}, ValueError, r"latents must be \(1, 4, 3, 8, 12\).* not \(3,\)"),
-        ({"latents": torch.full((1, 4, 3, 8, 12), torch.nan)}, ValueError, "latents holds NaN"),
+        ({"latents": torch.full((1, 4, 3, 8, 12), torch.nan)}, ValueError, "latents contains NaN"),
     ],
     ids=["no dictionary", "unknown", "shape", "nan"],
 )
@@ -595,7 +595,7 @@ def test_from_pipe_shares(pipe):
         VideoToVideoSDPipeline.from_pipe(pipe, schedular=scheduler)
     back = TextToVideoSDPipeline.from_pipe(other)
     assert type(back) is TextToVideoSDPipeline and back.unet is pipe.unet
-    with pytest.raises(TypeError, match="takes a pipeline of minit2v, not a dict"):
+    with pytest.raises(TypeError, match="needs a pipeline of minit2v, not a dict"):
         VideoToVideoSDPipeline.from_pipe(pipe.components)
 
 
@@ -631,12 +631,12 @@ def test_class_and_overrides(folder):
     [
         ({"_class_name": "TextToVideoPipeline"}, "'TextToVideoPipeline'.*nearest: 'TextToVideoSDPipeline'"),
         ({"unett": ["diffusers", "UNet3DConditionModel"]}, "'unett'.*nearest: 'unet'"),
-        ({"unet": ["diffusers", "UNet2DConditionModel"]}, "UNet2DConditionModel.*takes UNet3DConditionModel"),
+        ({"unet": ["diffusers", "UNet2DConditionModel"]}, "UNet2DConditionModel.*needs UNet3DConditionModel"),
         ({"scheduler": ["diffusers", "DDIMSchedule"]}, "'DDIMSchedule'.*nearest: 'DDIMScheduler'"),
-        ({"vae": [None, None]}, "'vae' was None when this was saved; give it as vae=..."),
+        ({"vae": [None, None]}, "'vae' was None when this was saved: give it as vae=..."),
         ({"unet": ["null", None]}, "'unet' was None"),
         ({"unet": ["diffusers"]}, r"'unet' should be \[library, class\]"),
-        ({"_class_name": "StableDiffusionPipeline"}, "'StableDiffusionPipeline', which is not here.*call from_pre"),
+        ({"_class_name": "StableDiffusionPipeline"}, "unknown pipeline 'StableDiffusionPipeline'.*call from_pre"),
         ({"vae": ...}, "no 'vae'"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",

@@ -227,7 +227,7 @@ def test_layers_that_are_wrapped_run_and_are_not_saved(folder):
     assert torch.allclose(wrapped, exact, atol=1e-4)
     before = marks(folder)
     for save in (pipe.save_pretrained, pipe.unet.save_pretrained):
-        with pytest.raises(ValueError, match="has 3 tensors that its config does not make.*base_"):
+        with pytest.raises(ValueError, match="has 3 tensors that its config does not describe.*base_"):
             save(folder)
     assert marks(folder) == before
 
@@ -285,5 +285,5 @@ def test_a_model_of_peft_says_how_it_is_saved(folder):
     PeftModel.__module__ = "peft.peft_model"
     pipe = TextToVideoSDPipeline.from_pretrained(folder)
     pipe.unet = PeftModel(pipe.unet)
-    with pytest.raises(TypeError, match=r"unet: a PeftModel of peft is around it.*merge_and_unload\(\)"):
+    with pytest.raises(TypeError, match=r"unet: peft's PeftModel wraps it.*merge_and_unload\(\)"):
         pipe.save_pretrained(folder)

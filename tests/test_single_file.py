@@ -154,7 +154,7 @@ def test_a_text_encoder_of_fewer_words_needs_its_own_tokenizer(tmp_path, make_of
     folder = make_official_folder(tmp_path / "sd", "sd15", small=True, unet=GROUPS)
     convert(folder, tmp_path / "sd.safetensors", to="single-file")
     adapter = MotionAdapter(block_out_channels=(32, 64), motion_norm_num_groups=32)
-    with pytest.raises(ValueError, match=r"no tokenizer, and its text encoder knows [\d,]+ ids, fewer than"):
+    with pytest.raises(ValueError, match=r"no tokenizer, and its text encoder has [\d,]+ ids, fewer than"):
         AnimateDiffPipeline.from_single_file(tmp_path / "sd.safetensors", motion_adapter=adapter, vae=None)
 
 
@@ -162,7 +162,7 @@ def test_a_vae_of_other_latents_is_refused_before_the_steps(tmp_path, make_offic
     pipe = TextToVideoSDPipeline.from_pretrained(make_official_folder(tmp_path / "ms", small=True))
     pipe.vae = AutoencoderKL(latent_channels=8, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
                              down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
-    with pytest.raises(ValueError, match="the VAE's latents have 8 channels, and the UNet's 4"):
+    with pytest.raises(ValueError, match="the VAE's latents have 8 channels, the UNet's 4"):
         pipe("a cat", num_frames=2, num_inference_steps=1, height=16, width=16)
 
 

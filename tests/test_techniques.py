@@ -332,7 +332,7 @@ def test_what_cannot_begin_again_is_refused_before_any_work():
     text = torch.zeros(1, 1, 1)
     rest = (2, text, None, 1.0, 0.0, None, StepCallbacks())
     pipe.scheduler.set_timesteps(4)
-    with pytest.raises(ValueError, match="noise that was added, which noisy latents do not tell"):
+    with pytest.raises(ValueError, match="know the added noise, which noisy latents do not tell"):
         pipe.denoise(x, pipe.scheduler.timesteps[2:], *rest, NoisedVideo(0.5))
     pipe.scheduler.set_timesteps(timesteps=[800, 300])
     with pytest.raises(ValueError, match="leave out timesteps and sigmas"):
@@ -405,7 +405,7 @@ def test_bar_callbacks_and_texts(monkeypatch):
         (dict(method="butterwort"), "method must be one of .*nearest: 'butterworth'"),
         (dict(order=0), "order must be above 0"),
         (dict(order=math.nan), "order must be a finite number"),
-        (dict(spatial_stop_frequency=1.5), r"spatial_stop_frequency must lie in \[0, 1\], not 1.5"),
+        (dict(spatial_stop_frequency=1.5), r"spatial_stop_frequency must be in \[0, 1\], not 1.5"),
         (dict(temporal_stop_frequency="low"), "temporal_stop_frequency must be a finite number"),
         (dict(generator=7), "generator must be a torch.Generator or a list of them, not 7"),
         (dict(noise="scale"), "noise must be one of scaled, published, not 'scale'"),

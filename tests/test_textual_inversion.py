@@ -182,7 +182,7 @@ def test_a_word_counts_as_many_tokens_and_is_cut_with_a_warning(pipe):
     pipe.load_textual_inversion(vectors(40), token="<toy>")
     ids = pipe.tokenizer("<toy> a")
     assert (ids >= 518).sum() == 40
-    with pytest.warns(UserWarning, match="the prompt has 82 tokens and 77 are read; cut off: '<toy>_35"):
+    with pytest.warns(UserWarning, match="the prompt has 82 tokens, but only 77 are read. Cut off: '<toy>_35"):
         ids = pipe.tokenizer("<toy><toy>")
     assert ids.shape == (1, 77) and ids[0, -1] == pipe.tokenizer.eos_token_id
 
@@ -213,7 +213,7 @@ def test_unloading_takes_all_vectors_and_leaves_the_others_right(pipe):
     assert list(pipe.tokenizer.words) == ["<a>", "<c>"] and len(pipe.text_encoder.tokens.weight) == 518 + 4
     assert torch.equal(rows(pipe, "<c>"), vectors(2, seed=2))
     assert all(torch.equal(video(pipe, w), alone[w]) for w in alone)
-    with pytest.raises(ValueError, match="there is no word '<b>' .nearest: '<"):
+    with pytest.raises(ValueError, match="the word '<b>' was not added .nearest: '<"):
         pipe.unload_textual_inversion(["<a>", "<b>"])
     assert list(pipe.tokenizer.words) == ["<a>", "<c>"]
     pipe.unload_textual_inversion(["<c>", "<a>"])
@@ -276,12 +276,12 @@ def test_a_word_is_logged(pipe, caplog):
     ({"emb_params": vectors(2)}, None, "no word: give one as token="),
     (vectors(2), "a", "'a' is a piece of the vocabulary"),
     (a1111(vectors(2)), "!", "'!' is a piece of the vocabulary"),
-    ({"<a>": vectors(), "<A>": vectors()}, None, "there is a word '<a>' already"),
-    ({"<a>": vectors(2), "<a>_2": vectors()}, None, "'<a>_2' and '<a>', which is there, would be read as one"),
-    ({"<a>_1": vectors(), "<a>": vectors()}, None, "'<a>' and '<a>_1', which is there, would be read as one"),
-    ({"<a>_1": vectors(), "<a>": vectors(2)}, None, "'<a>' and '<a>_1', which is there, would be read as one"),
+    ({"<a>": vectors(), "<A>": vectors()}, None, "the word '<a>' was added before"),
+    ({"<a>": vectors(2), "<a>_2": vectors()}, None, "could not tell the word '<a>_2' from '<a>', which was added"),
+    ({"<a>_1": vectors(), "<a>": vectors()}, None, "could not tell the word '<a>' from '<a>_1', which was added"),
+    ({"<a>_1": vectors(), "<a>": vectors(2)}, None, "could not tell the word '<a>' from '<a>_1', which was added"),
     ({"<a>": vectors(), "": vectors()}, None, "'' is not a word"),
-    ({" a ": vectors()}, None, "no blanks around"),
+    ({" a ": vectors()}, None, "no space at its ends"),
     ({"\ud800": vectors()}, None, "is not a word"),
     ({"x" * 201: vectors()}, None, "is not a word"),
     ({"wow!": vectors()}, None, "would not be found in a prompt"),
@@ -301,10 +301,10 @@ def test_a_word_is_logged(pipe, caplog):
     (a1111(vectors(2), extra=vectors(2)), None, "beside string_to_param it has the tensor 'extra'"),
     ({"<a>": vectors(), "<b>": vectors()}, "<c>", "there are 2 words .*, and token= names 1"),
     ({"<a>": vectors(), "<b>": vectors()}, ["<c>", "<c>"], "names a word twice"),
-    ([vectors(), vectors()], ["<c>"], "there are 2 embeddings, and token= is of 1"),
-    ([vectors(), vectors()], "<c>", "there are 2 embeddings, and token= is of 1"),
+    ([vectors(), vectors()], ["<c>"], "there are 2 embeddings, but token= has 1"),
+    ([vectors(), vectors()], "<c>", "there are 2 embeddings, but token= has 1"),
     ([vectors(), vectors(2, 7)], ["<c>", "<d>"], "'<d>' have 7 numbers"),
-    ([vectors(), vectors()], ["<c>", "<c>"], "there is a word '<c>' already"),
+    ([vectors(), vectors()], ["<c>", "<c>"], "the word '<c>' was added before"),
 ])  # fmt: skip
 def test_refused_and_nothing_has_changed(pipe, content, token, why):
     pipe.load_textual_inversion(vectors(1), token="<old>")

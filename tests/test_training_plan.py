@@ -134,7 +134,7 @@ def test_kinds_of_training():
         (["--train", "lora", "--targets", "temporla"], "nearest: 'temporal'"),
         (["--train", "full", "--targets", "temporal"], "targets belongs to train 'lora'"),
         (["--train", "lora", "--rank", "1000"], "rank 1000 is larger than"),
-        (["--train", "lora", "--adapter", "shapes-motion"], "goes into a UNet2DConditionModel"),
+        (["--train", "lora", "--adapter", "shapes-motion"], "needs a UNet2DConditionModel"),
         (["--train", "image", "--num-frames", "4"], "one frame at a time"),
         (["--train", "lora", "--dtype", "float16"], "--dtype goes without --train"),
         (["--rank", "4"], "--rank goes with --train"),

@@ -32,10 +32,10 @@ def inputs(b: int = 2, h: int = 5, w: int = 3):
         ({"cross_atention_dim": 12}, "cross_atention_dim.*nearest: 'cross_attention_dim'"),
         ({"use_linear_projection": True}, "only use_linear_projection=False"),  # Stable Diffusion 2
         ({"attention_head_dim": (2, 4)}, "attention_head_dim must be int"),
-        ({"attention_head_dim": 3}, "attention_head_dim is the number of heads, and must divide .* not 3"),
+        ({"attention_head_dim": 3}, "attention_head_dim is the number of heads: it must divide .* not 3"),
         ({"addition_embed_type": "text_time"}, "only addition_embed_type=None"),  # Stable Diffusion XL
         ({"transformer_layers_per_block": 2}, "only transformer_layers_per_block=1"),
-        ({"down_block_types": ("CrossAttnDownBlock3D", "DownBlock2D")}, "down_block_types must be one of DownBlock2D"),
+        ({"down_block_types": ("CrossAttnDownBlock3D", "DownBlock2D")}, "down_block_types must be DownBlock2D"),
         ({"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}, "up_block_types must mirror"),
         ({"layers_per_block": (1, 2, 1)}, r"layers_per_block must be .* each of the 2 levels, not \(1, 2, 1\)"),
         ({"layers_per_block": (1, 0)}, "layers_per_block must be at least 1"),

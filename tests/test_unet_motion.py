@@ -153,10 +153,10 @@ def test_saved_whole_and_loaded(image, make_adapter, tmp_path):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"block_out_channels": (16, 64)}, r"block_out_channels \(16, 64\), not \(16, 32\)"),
-        ({"block_out_channels": (16, 32, 32)}, "block_out_channels"),
-        ({"motion_layers_per_block": 2}, r"layers_per_block \(2, 2\), not \(1, 1\)"),
-        ({"motion_norm_num_groups": 4}, "norm_num_groups 4, not 8"),
+        ({"block_out_channels": (16, 64)}, r"its block_out_channels is \(16, 64\), the UNet's \(16, 32\)"),
+        ({"block_out_channels": (16, 32, 32)}, "its block_out_channels"),
+        ({"motion_layers_per_block": 2}, r"its layers_per_block is \(2, 2\), the UNet's \(1, 1\)"),
+        ({"motion_norm_num_groups": 4}, "its norm_num_groups is 4, the UNet's 8"),
     ],
 )
 def test_adapters_that_do_not_fit(image, unet, fields, message):
@@ -337,7 +337,7 @@ def test_published_fields_with_one_value_are_accepted():
     "x, t, context, message",
     [
         ((2, 4, 5, 3), 1, (2, 7, 12), r"x must be \(batch, 4 channels, frames, height, width\), not \(2, 4, 5, 3\)"),
-        ((2, 4, 33, 5, 3), 1, (2, 7, 12), "x has 33 frames, and the motion modules know 32 positions"),
+        ((2, 4, 33, 5, 3), 1, (2, 7, 12), "x has 33 frames, but the motion modules have only 32 positions"),
         ((2, 4, 3, 5, 3), 1, (2, 2, 7, 12), r"\(batch 2, frames 3, tokens, width 12\), not \(2, 2, 7, 12\)"),
         ((2, 4, 3, 5, 3), 1, (6, 7, 12), r"context must be .* not \(6, 7, 12\)"),
     ],

@@ -145,8 +145,8 @@ def test_null_fields_of_newer_configs_are_accepted():
         (lambda vae: vae.decode(normal(1, 4, 4, 4), chunk_size=0), "chunk_size must be at least 1, not 0"),
         (lambda vae: vae.encode(normal(1, 3, 8, 8), chunk_size=-1), "chunk_size must be at least 1, not -1"),
         (lambda vae: vae.enable_tiling(3), "tile_size must be at least 4 pixels, not 3"),
-        (lambda vae: vae.enable_tiling(overlap=1.0), "overlap is a fraction .* not 1.0"),
-        (lambda vae: vae.enable_tiling(overlap=-0.1), "overlap is a fraction .* not -0.1"),
+        (lambda vae: vae.enable_tiling(overlap=1.0), "overlap must be a fraction .* not 1.0"),
+        (lambda vae: vae.enable_tiling(overlap=-0.1), "overlap must be a fraction .* not -0.1"),
     ],
 )
 def test_bad_input_gets_one_clear_line(vae, call, message):

@@ -1,14 +1,14 @@
-"""The fast path: the networks of minit2v/models once more, the same parameters and numbers, run for speed.
+"""The fast path: the networks of minit2v/models with the same parameters and results, but with faster operations.
 
-What belongs here: one function for each module, the operations they choose from, CUDA graphs, and `bisect`, which
-finds the kernel that is to blame. A network that is called directly runs as it is written; pipelines call its runner.
+Here are one function for each module, the operations that they use, CUDA graphs, and `bisect`, which finds a faulty
+kernel. A network that is called directly runs as it is written. Pipelines call its runner.
 
-    runner(unet)(x, t, context)         as unet(x, t, context); this is what a pipeline calls
-    optimize(unet, graphs=True)         also move weights in memory for speed; on CUDA, launch predictions as graphs
-    restore(unet)                       run it as it is written, every weight where it was, to the last bit
+    runner(unet)(x, t, context)         as unet(x, t, context); pipelines call this
+    optimize(unet, graphs=True)         also rearranges weights in memory; on CUDA, launches predictions as CUDA graphs
+    restore(unet)                       turns the fast path off, and puts every weight back where it was
 
-What the fast path does not know runs as it is written: a subclass, a layer that something wraps, a module with a hook;
-and everything where gradients are wanted, under autocast, and while torch.compile or torch.export trace.
+Some things run as they are written in minit2v/models: subclasses, layers inside a wrapper, and modules with hooks. The
+whole network does so if gradients are needed, under autocast, and while torch.compile or torch.export trace it.
 """
 
 import logging
@@ -23,13 +23,13 @@ from .executor import UNETS, Executor, UNetExecutor, UNetRunner, VAEExecutor
 
 logger = logging.getLogger(__name__)
 
-executors: "WeakKeyDictionary[nn.Module, Executor | None]" = WeakKeyDictionary()  # None: restored, to run as written
+executors: "WeakKeyDictionary[nn.Module, Executor | None]" = WeakKeyDictionary()  # None: restored, no fast path
 
 
 def runner(network: Any) -> Any:
-    """What computes as the network does, faster where it can, for one run: to be called as it is.
+    """A callable with the arguments and the result of the network, and faster. Make a new one for each run.
 
-    The network itself for a class that the fast path does not know, after `restore`, and with MINIT2V_OPTIMIZE=0.
+    It is the network itself if the fast path does not know its class, after `restore`, or with MINIT2V_OPTIMIZE=0.
     """
     known = type(network) in (*UNETS, AutoencoderKL)
     if not known or not is_on():
@@ -45,7 +45,7 @@ def runner(network: Any) -> Any:
 
 
 def is_on() -> bool:
-    """What $MINIT2V_OPTIMIZE says: 1, the default, or 0. ValueError on anything else."""
+    """Whether $MINIT2V_OPTIMIZE is 1, the default. Raises ValueError if it is neither 0 nor 1."""
     setting = os.environ.get("MINIT2V_OPTIMIZE") or "1"
     if setting not in ("0", "1"):
         raise ValueError(f"MINIT2V_OPTIMIZE must be 0 or 1, not {setting!r}")
@@ -53,16 +53,16 @@ def is_on() -> bool:
 
 
 def optimize(network: Any, *, graphs: bool = False, compile: bool = False) -> Any:
-    """Lay the network's weights out for speed, once or anew. Returns its `runner`.
+    """Rearranges the network's weights in memory for speed. Returns its `runner`.
 
-    graphs: launch a UNet's predictions on CUDA as CUDA graphs; their memory stays taken until `restore`.
-    compile: torch.compile each block of a UNet as it is written, at its first call.
-    After `.to()`, `load_state_dict` and whatever else changes the weights, they are laid out again by themselves. A
-    copy of the network comes without all this. A subclass runs as it is written, and a warning says so.
+    graphs: on CUDA, launch a UNet's predictions as CUDA graphs. Their memory stays in use until `restore`.
+    compile: compile each block of a UNet with torch.compile at its first call, instead of the fast path.
+    After changes of the weights, for example by `.to()` or `load_state_dict`, they are rearranged automatically. A copy
+    of the network is not optimized. A subclass runs as it is written, and a warning says so.
     """
     restore(network)
     if type(network) not in (*UNETS, AutoencoderKL):
-        logger.warning("%s is not a class that the fast path knows: it runs as it is written.", type(network).__name__)
+        logger.warning("The fast path does not know the class %s: it runs as it is written.", type(network).__name__)
         return network
     if isinstance(network, AutoencoderKL):
         executors[network] = VAEExecutor(network, lay_out=True)
@@ -73,7 +73,7 @@ def optimize(network: Any, *, graphs: bool = False, compile: bool = False) -> An
 
 
 def restore(network: Any) -> None:
-    """Run the network as it is written from now on, its weights in the memory layouts of before `optimize`."""
+    """Turns the fast path off for the network. Its weights get the memory layouts of before `optimize`."""
     if (executor := executors.get(network)) is not None:
         executor.undo()
     executors[network] = None

@@ -1,10 +1,10 @@
-"""`minit2v bisect`: which kernel is to blame? One prediction of a UNet, with each op in turn as its Triton kernel.
+"""`minit2v bisect`: which kernel is wrong? It makes one prediction of a UNet for each op, with this op as a kernel.
 
-Functions of the user's own take their turn after the shipped kernels, each in the place of its op.
+First come the Triton kernels of this package, then the user's own functions.
 
-The errors are distances to the same prediction of the plain network in float64, relative and over all numbers. The fast
-path without kernels has one, too, in the same dtype, and is the measure: a kernel may round in other places, and may
-not be further away than that explains.
+An error is the relative distance to the prediction of the plain network in float64, over all numbers. The fast path
+without kernels has an error, too, in the same dtype. It is the reference: a kernel may round differently, so its error
+may be a little larger, but not much.
 """
 
 import importlib
@@ -24,32 +24,32 @@ from ..models.unet2d import UNet2DConditionModel
 from ..pipelines.files import CLASSES, read_index
 from . import runner
 
-SLACK = 1.5  # times PyTorch's error: on a random input two ways of rounding differ by less
+SLACK = 1.5  # the highest ratio to PyTorch's error; other rounding changes the error by less
 FACTOR = 8  # pixels per latent, in every published model
 TOKENS = 77
 
 
 @dataclass(frozen=True)
 class Found:
-    """What one run showed."""
+    """The result of one run."""
 
-    ops: str  # those that ran as kernels; "op=name" for a function of the user's own
-    launches: int  # of kernels; of an own function, its calls; 0: the network has no place for the op
-    error: float  # relative, to float64
+    ops: str  # the ops that ran as kernels; "op=name" for a function of the user
+    launches: int  # of kernels, or calls of the user's function; 0: the network does not use the op
+    error: float  # relative, compared with float64
     good: bool
 
 
 def load(path: str, dtype: torch.dtype, device: torch.device) -> UNet:
-    """The UNet of a pipeline's folder or hub id."""
+    """The UNet of a pipeline's folder or hub id. Raises ValueError if it is not a UNet of this package."""
     name = (read_index(path, None, {}).get("unet") or [None])[-1]
     cls = getattr(importlib.import_module(f"minit2v.{CLASSES[name]}"), name) if name in CLASSES else None
     if cls is None or not issubclass(cls, UNet):
-        raise ValueError(f"{path} has no UNet of this package: its index names {name}")
+        raise ValueError(f"{path} has no UNet of this package: its model_index.json names {name}")
     return cls.from_pretrained(path, subfolder="unet", dtype=dtype).to(device)
 
 
 def inputs(unet: UNet, frames: int, height: int, width: int) -> tuple[Tensor, int, Tensor]:
-    """Noise and a text as the UNet is used to them, for two videos, as under guidance; height and width in pixels."""
+    """Random inputs (x, t, context) for two videos, as with guidance. height, width: in pixels."""
     generator = torch.Generator().manual_seed(0)
     axes = [frames] if not isinstance(unet, UNet2DConditionModel) else []
     x = torch.randn(2, unet.config.in_channels, *axes, height // FACTOR, width // FACTOR, generator=generator)
@@ -59,21 +59,23 @@ def inputs(unet: UNet, frames: int, height: int, width: int) -> tuple[Tensor, in
 
 @torch.no_grad()
 def bisect(unet: UNet, x: Tensor, t: int, context: Tensor, setting: str = "") -> Iterator[Found]:
-    """First PyTorch, then each op by itself as a kernel, then all of them, then the own functions in `setting`.
+    """Runs first PyTorch, then each op alone as a kernel, then all of them, then the user's functions in `setting`.
 
-    setting: as $MINIT2V_KERNELS. ValueError where no kernel can run.
+    x (2 c f h w), context (2 l d). setting: as in $MINIT2V_KERNELS.
+    Raises ValueError if the fast path is off.
     """
     dtype, run = unet.dtype, runner(unet)
     if run is unet:
-        raise ValueError("kernels run on the fast path alone, which MINIT2V_OPTIMIZE=0 or `restore` has turned off")
+        raise ValueError("kernels run only on the fast path, which is off: set MINIT2V_OPTIMIZE=1, and do not call "
+                         "restore()")  # fmt: skip
     want = unet.double()(x.double(), t, context.double())
-    unet.to(dtype)  # and back, which loses nothing
+    unet.to(dtype)  # back from float64, without loss
     with kernels("torch"):
         plain = distance(run(x, t, context), want)
     yield Found("", 0, plain, plain < float("inf"))
     for ops, shipped in [*((op, f"torch,{op}=triton") for op in PROVEN), ("all", "triton")]:
         with kernels(shipped):
-            with record() as launches:  # what would be launched
+            with record() as launches:  # record the kernels without running them
                 run(x, t, context)
             error = distance(run(x, t, context), want) if launches else plain
         yield Found(ops, len(launches), error, error <= SLACK * plain < float("inf"))
@@ -91,7 +93,7 @@ def bisect(unet: UNet, x: Tensor, t: int, context: Tensor, setting: str = "") ->
 
 
 def distance(y: Tensor, want: Tensor) -> float:
-    """|y - want| / |want|; infinite where y is not finite."""
+    """|y - want| / |want|. It is infinite if y has NaN or infinity."""
     return ((y.double() - want).norm() / want.norm()).nan_to_num(nan=float("inf")).item()
 
 
@@ -109,7 +111,7 @@ def kernels(setting: str) -> Iterator[None]:
 
 
 def lines(found: Iterator[Found]) -> Iterator[tuple[str, bool]]:
-    """The table's rows, each with whether it is good news."""
+    """The rows of the table, each with whether it is free of errors."""
     yield f"{'as kernels':20}{'launches':>10}{'error':>12}", True
     for f in found:
         verdict = "" if not f.ops else "ok" if f.good else "WRONG"

@@ -1,8 +1,8 @@
-"""Float32 on a CPU: convolutions and products in the form that PyTorch's two libraries, oneDNN and MKL, are fast at.
+"""Float32 on a CPU: convolutions and matrix products in the forms that oneDNN and MKL, PyTorch's libraries, run fast.
 
-Measured on one Intel and two AMD processors (benchmarks/results/cpu_fast_path.json). MKL uses AVX-512 on Intel's
-processors only: on AMD's with AVX-512, oneDNN's products take half of MKL's time. Everywhere else MKL is as fast, and
-its products are worth more than oneDNN's convolutions, which rearrange their weights at every call.
+It was measured on one Intel and two AMD processors (benchmarks/results/cpu_fast_path.json). MKL uses AVX-512 only on
+Intel's processors. On AMD's with AVX-512, oneDNN's products take half of MKL's time. On all others MKL's products are
+as fast as oneDNN's. There they also beat oneDNN's convolutions, which rearrange their weights at every call.
 """
 
 import platform
@@ -19,34 +19,34 @@ from .ops import OWN, Ops
 
 
 def is_intel() -> bool:
-    """Whether the processor is one of Intel's."""
+    """Whether the processor is from Intel."""
     cpuinfo = Path("/proc/cpuinfo")
     vendor = cpuinfo.read_text(errors="replace") if cpuinfo.is_file() else platform.processor()
     return "GenuineIntel" in vendor
 
 
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
-# Whether MKL's products are the fastest thing here.
+# Whether MKL's matrix products are the fastest operation on this processor.
 PRODUCTS = CAPABILITY == "AVX2" or (CAPABILITY == "AVX512" and is_intel())
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-KEPT = 0.3  # of a network's weights: what copies in another form may take
+KEPT = 0.3  # transformed copies may take this share of the bytes of a network's weights
 Form = Callable[[Tensor], Tensor]  # weight (o i 3 3) -> Winograd's form of it
-CHUNK = 1_000_000  # numbers that Winograd's method works on at a time: they fit into the caches
+CHUNK = 1_000_000  # Winograd's method works on this many numbers at a time, which fit into the caches
 
 
 class CPUOps(Ops):
     def __init__(self, x: Tensor, network: nn.Module, impl: str | None = None):
         super().__init__(x, impl)
         self.room = KEPT * sum(p.nbytes for p in network.parameters())
-        # Transformed weights, by module and form, with the version and fingerprint of the weight that they are of.
+        # (module, form) -> transformed weight, with version and fingerprint of the original weight.
         self.kept: dict[tuple[nn.Conv2d, Form], tuple[Tensor, int, tuple[int, float]]] = {}
 
     def kept_bytes(self) -> int:
-        """What the copies of weights take."""
+        """The bytes of the transformed weights."""
         return sum(transformed.nbytes for transformed, *_ in self.kept.values())
 
     def check_kept(self) -> None:
-        """Drop the copies whose weights were changed by way of `.data`, which nobody counts."""
+        """Drops transformed weights whose originals were changed through `.data`, which PyTorch does not count."""
         self.kept = {key: kept for key, kept in self.kept.items() if kept[2] == fingerprint(key[0].weight)}
 
     def image_layout(self, x: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class CPUOps(Ops):
     def geglu(self, m: nn.Linear, x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]
         if not PRODUCTS or rows <= 64:
-            # Of few rows by many columns oneDNN makes the faster product, whatever the processor.
+            # For few rows and many columns, oneDNN is faster on every processor.
             value, gate = linear(x, m.weight, m.bias, onednn=True).chunk(2, dim=-1)
             return F.gelu(gate).mul_(value)
         of_value, of_gate = m.weight.chunk(2)
@@ -91,9 +91,9 @@ class CPUOps(Ops):
                     return winograd(self.channels_last(x), transformed, bias)
             if rows <= 64 * m.stride[0] * m.stride[1]:
                 return unfolded(x, m.weight, bias, m.stride, m.padding)
-        # Else weights, which are stored with the input channels outside, are rearranged at every call: at the coarse
-        # levels that takes as long as the convolution itself.
-        large = rows >= 2 * c  # 2: measured, on widths of 160 to 1280
+        # oneDNN rearranges the weights for channels-last input at every call. At the coarse levels this takes as long
+        # as the convolution itself.
+        large = rows >= 2 * c  # 2 was measured with 160 to 1280 channels
         return m._conv_forward(self.channels_last(x) if large else x.contiguous(), m.weight, bias)
 
     def temporal_conv(self, m: nn.Conv3d, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -104,20 +104,20 @@ class CPUOps(Ops):
         return y if residual is None else y.add_(residual)
 
     def double_and_conv(self, m: nn.Conv2d, x: Tensor) -> Tensor:
-        if not is_3x3(m) or x.shape[0] * x.shape[2] * x.shape[3] < 256:  # the sums must be worth their while
+        if not is_3x3(m) or x.shape[0] * x.shape[2] * x.shape[3] < 256:  # too small to gain time
             return super().double_and_conv(m, x)
         if PRODUCTS:
             transformed = self.transformed(m, transform_for_doubled)
             transformed = transform_for_doubled(m.weight) if transformed is None else transformed
             return winograd_of_doubled(self.channels_last(x), transformed, m.bias)
-        # Doubling is a transposed convolution with a 2x2 kernel of ones, so the two in one are a transposed convolution
-        # whose 4x4 kernel is the 3x3 one, flipped, summed over 2x2 windows: 16 products for 4 pixels instead of 36.
+        # Doubling is a transposed convolution with a 2x2 kernel of ones. Together the two are a transposed convolution.
+        # Its 4x4 kernel is the flipped 3x3 kernel, summed over 2x2 windows. So 4 pixels need 16 products, not 36.
         windows = m.weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
         kernel = torch.einsum("ya,xb,oiab->ioyx", windows, windows, m.weight)
         return F.conv_transpose2d(self.channels_last(x), kernel, m.bias, stride=2, padding=1)
 
     def transformed(self, m: nn.Conv2d, form: Form) -> Tensor | None:
-        """The weight in Winograd's form, kept where there is room."""
+        """The weight in Winograd's form, or None if it exceeds the limit for copies."""
         kept = self.kept.get((m, form))
         if kept is not None and kept[1] == m.weight._version:
             return kept[0]
@@ -131,7 +131,7 @@ class CPUOps(Ops):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool | None = None) -> Tensor:
-    """onednn: whether its product is taken; by default where MKL's are not the fastest."""
+    """A linear layer. onednn: whether to use oneDNN's product; by default if MKL's is not the fastest."""
     onednn = not PRODUCTS if onednn is None else onednn
     if not onednn or not ONEDNN:
         return F.linear(x, weight, bias)
@@ -139,19 +139,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool | None =
 
 
 def is_common(m: nn.Conv2d) -> bool:
-    """Whether it has one group, no gaps in its kernel, and zeros around the image."""
+    """Whether it has one group, no dilation, and zero padding."""
     return m.dilation == (1, 1) and m.groups == 1 and m.padding_mode == "zeros" and not isinstance(m.padding, str)
 
 
 def is_3x3(m: nn.Conv2d) -> bool:
-    """Whether it is a common convolution over 3x3 pixels that keeps the size."""
+    """Whether it is a common 3x3 convolution that keeps height and width."""
     return is_common(m) and m.kernel_size == (3, 3) and m.stride == (1, 1) and m.padding == (1, 1)
 
 
 def unfolded(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]
 ) -> Tensor:
-    """A convolution of few pixels (n c h w) as one product, with the weight (o c kh kw) as it lies in memory."""
+    """A convolution of few pixels x (n c h w) as one matrix product. The weight (o c kh kw) is not rearranged."""
     windows = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
     windows = windows.unfold(2, weight.shape[2], stride[0]).unfold(3, weight.shape[3], stride[1])  # n c h w kh kw
     n, _, h, w = windows.shape[:4]
@@ -160,15 +160,15 @@ def unfolded(
 
 
 def fingerprint(x: Tensor) -> tuple[int, float]:
-    """Two numbers that change with x: the sum of its bits, and a sum that minds their order."""
+    """Two numbers that change with x: the sum of its bits, and a sum that depends on their order."""
     flat = x.detach().flatten()
     return int(flat.view(torch.int32).sum(dtype=torch.int64)), float(flat @ torch.linspace(-1, 1, len(flat)))
 
 
 # ---------------------------------------------------------------------------------------------------------- Winograd
 #
-# Four neighbouring results of a 3x3 convolution from 16 products instead of 36: F(2x2, 3x3) of Lavin and Gray 2015,
-# arXiv:1509.09308. Y = A' [(G w G') * (B' x B)] A; the products are matrix products over the channels.
+# It computes 2x2 results of a 3x3 convolution with 16 products, not 36: F(2x2, 3x3) of Lavin and Gray 2015,
+# arXiv:1509.09308. Y = A' [(G w G') * (B' x B)] A. The products are matrix products over the channels.
 
 G = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 
@@ -191,14 +191,17 @@ def winograd_of_doubled(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
 def in_pieces(
     x: Tensor, weight: Tensor, bias: Tensor | None, tiles: Callable[..., None], read: int, written: int
 ) -> Tensor:
-    """The tiles of x, as many at a time as fit into the caches; each reads and writes so many pixels each way."""
+    """Runs `tiles` over x, as many tiles at a time as fit into the caches.
+
+    read, written: height and width in pixels of a tile's part of the input and of the output.
+    """
     n, c, h, w = x.shape
     products, _, o = weight.shape
     h, w = h // read, w // read  # tiles
     padded = x.new_zeros((n, read * h + 2, read * w + 2, c))
     padded[:, 1:-1, 1:-1].copy_(x.permute(0, 2, 3, 1))
     y = x.new_empty((n, written * h, written * w, o))
-    row = products * w * max(c, o)  # numbers that a row of tiles of one frame takes on the way
+    row = products * w * max(c, o)  # intermediate numbers of one row of tiles of one frame
     frames = max(1, CHUNK // (row * h))
     rows = max(1, min(h, CHUNK // row))
     for i in range(0, n, frames):
@@ -236,8 +239,8 @@ def tiles(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     torch.sub(rows[:, 1] - rows[:, 2], rows[:, 3], out=y[:, 1])
 
 
-# Of an image whose every pixel was doubled each way, the four rows that two results read hold three different ones:
-# of the four differences above, one is zero and one the pixel twice. 9 products are left for four results.
+# If every pixel of an image was doubled in height and width, two results read only three different rows. Then one of
+# the four differences above is zero, and another is twice the pixel. So 2x2 results need only 9 products.
 
 T = torch.tensor([[1.0, 0, 0], [1, 1, 1], [0, 0, 1]])
 
@@ -248,7 +251,7 @@ def transform_for_doubled(weight: Tensor) -> Tensor:
 
 
 def tiles_of_doubled(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """x (m r+2 s+2 c), before the doubling -> y (m 2r 2s o)."""
+    """x (m r+2 s+2 c), not doubled -> y (m 2r 2s o)."""
     m, height, width, c = x.shape
     r, s, o = height - 2, width - 2, weight.shape[2]
     rows = x.new_empty((3, m, r, width, c))

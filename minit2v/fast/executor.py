@@ -1,4 +1,4 @@
-"""Who runs a network fast: an executor for each network, which notices whatever is changed and gives way to it."""
+"""The executor of a network runs it on the fast path. It notices changes of the network, and adapts to them."""
 
 import threading
 import weakref
@@ -28,7 +28,7 @@ from .modules import PARTS, Run
 from .ops import Ops
 
 UNETS = (UNet3DConditionModel, UNet2DConditionModel, UNetMotionModel)
-# The methods of the classes that modules.py stands for, as they are written.
+# The original methods of the classes that modules.py replaces.
 WRITTEN = [
     (cls, name, method)
     for cls in (*PARTS, *UNETS, UNet, AutoencoderKL)
@@ -38,17 +38,17 @@ WRITTEN = [
 
 
 class Executor:
-    """Runs one network: what is exactly as written in minit2v/models by minit2v/fast/modules.py, the rest as it is.
+    """Runs one network. Modules that are exactly as in minit2v/models run by minit2v/fast/modules.py, others unchanged.
 
-    lay_out: whether weights may be moved in memory, which `undo` takes back to the last bit.
+    lay_out: whether weights may be rearranged in memory. `undo` puts them back.
     """
 
     def __init__(self, network: nn.Module, lay_out: bool = False):
-        self._network = weakref.ref(network)  # weak: what is dropped is freed at once
+        self._network = weakref.ref(network)  # weak, so that a deleted network is freed at once
         self.places = Places(network) if lay_out else None
         self.lock = threading.RLock()
         self.state: State | None = None
-        self.plans = 0  # how many were made
+        self.plans = 0  # number of plans so far
         self.launched = "eager"  # or "graph"
 
     @property
@@ -56,7 +56,7 @@ class Executor:
         return self._network()
 
     def applies(self, x: Tensor) -> bool:
-        """Whether the network may be run in this way, now and on x: no gradients, no autocast, nothing traced."""
+        """Whether the fast path can run the network on x now: no gradients, no autocast, no tracing."""
         network = self.network
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_autocast(x.device.type):
             return False
@@ -70,7 +70,7 @@ class Executor:
         return not (hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
 
     def refresh(self) -> None:
-        """Plan anew where the network's modules, weights or hooks are not those of the last plan."""
+        """Makes a new plan if the network's modules, weights or hooks have changed since the last one."""
         with self.lock:
             if self.state is None or not self.state.holds():
                 self.renew()
@@ -80,12 +80,12 @@ class Executor:
     @torch.inference_mode(False)
     @torch.no_grad()
     def renew(self) -> None:
-        """Choose how to run the modules that are there now."""
+        """Makes a plan: how to run the present modules."""
         if self.places is not None:
             self.lay_out()
         self.known = frozenset(m for m in self.network.modules() if is_known(m))
         self.ops = self.choose_ops(next(self.network.parameters()))
-        if is_streamed(self.network):  # whose weights are not in one place to be read together, nor to be kept twice
+        if is_streamed(self.network):  # offloaded weights cannot be fused or copied
             self.ops.room = 0
             return
         for m in self.known:
@@ -95,14 +95,14 @@ class Executor:
                     self.ops.together[m] = weight
 
     def choose_ops(self, weight: Tensor) -> Ops:
-        """weight: any of the network's."""
+        """The operations for this device and dtype. weight: any weight of the network."""
         ops = Ops(weight, launched=self.launched)
         on_cpu = weight.is_cpu and weight.dtype == torch.float32
-        # A kernel that was asked for runs, in the interpreter.
+        # If the user has chosen kernels, they run (in Triton's interpreter).
         return CPUOps(weight, self.network) if on_cpu and not ops.kernels else ops
 
     def lay_out(self) -> None:
-        """q, k and v of each attention together; on CUDA, convolutions in channels-last memory."""
+        """Puts q, k and v of each attention into one tensor. On CUDA, convolutions get channels-last weights."""
         for m in self.network.modules():
             if isinstance(m, modules.Attention) and is_known(m):
                 lay_together([m.to_q.weight, m.to_k.weight, m.to_v.weight])
@@ -114,7 +114,7 @@ class Executor:
         return True
 
     def undo(self) -> None:
-        """Every weight where it was."""
+        """Puts every weight back where it was."""
         if self.places is not None:
             self.places.put_back(self.network.named_parameters())
 
@@ -124,10 +124,10 @@ def is_autocast(device: str) -> bool:
 
 
 class State:
-    """What a plan depends on: the modules, where every weight is, who is touched, which kernels are asked for."""
+    """What a plan depends on: the modules, the addresses of the weights, the hooks, and the chosen kernels."""
 
     def __init__(self, network: nn.Module):
-        self.modules = list(network.modules())[1:]  # not the network, which is to be freed when it is dropped
+        self.modules = list(network.modules())[1:]  # without the network, so that it can be freed
         self.types = list(map(type, self.modules))
         self.own = [m.__dict__ for m in (network, *self.modules)]
         self.children = list(chain.from_iterable(d["_modules"].values() for d in self.own))
@@ -147,7 +147,7 @@ class State:
         return [*map(len, self.hooks), *("forward" in d for d in self.own)]
 
     def holds(self) -> bool:
-        """Whether all is as it was. A thousand modules take about half a millisecond."""
+        """Whether nothing has changed. This takes about half a millisecond for a thousand modules."""
         children = chain.from_iterable(d["_modules"].values() for d in self.own)
         return (
             self.setting == _dispatch.setting()
@@ -161,23 +161,23 @@ class State:
 
 
 def is_touched(m: nn.Module) -> bool:
-    """Whether somebody wants to see, or change, what goes in and out of the module."""
+    """Whether the module has hooks, so that its inputs and outputs may be read or changed."""
     return bool(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__)
 
 
 def is_overridden(m: nn.Module) -> bool:
-    """Whether a method of its class was replaced on this one module."""
+    """Whether a method was replaced on this one module."""
     return any(hasattr(type(m), name) and callable(value) for name, value in m.__dict__.items())
 
 
 def is_altered(m: nn.Module) -> bool:
-    """Whether it is touched otherwise than by what brings its weights, which modules.py knows of."""
+    """Whether it has other hooks than those of offloading, which modules.py knows."""
     hooks = chain(m._forward_hooks.values(), m._forward_pre_hooks.values())
     return "forward" in m.__dict__ or any(not isinstance(h, Bring) or isinstance(h, BringLayer) for h in hooks)
 
 
 def is_known(m: nn.Module) -> bool:
-    """Whether the module is exactly as written, with all that its function in modules.py reads for itself."""
+    """Whether the module, and all parts that its function in modules.py reads, are exactly as written."""
     parts = PARTS.get(type(m))
     if parts is None or is_altered(m):
         return False
@@ -191,7 +191,7 @@ def is_known(m: nn.Module) -> bool:
 
 
 def is_usual(m: nn.Module) -> bool:
-    """Whether the layers inside have the sizes and biases that the module's function counts on."""
+    """Whether the layers inside have the sizes and biases that the module's function needs."""
     if isinstance(m, modules.TemporalConv):
         return all(
             c.kernel_size == (3, 1, 1) and c.stride == c.dilation == (1, 1, 1) and c.padding == (1, 0, 0)
@@ -205,7 +205,7 @@ def is_usual(m: nn.Module) -> bool:
 
 
 def named(m: nn.Module, name: str) -> Iterator[nn.Module | None]:
-    """The part of that name; of "blocks.*" all of a list."""
+    """The part with this name. "blocks.*" gives all parts of a list."""
     first, _, rest = name.partition(".")
     part = m._modules.get(first)
     if not rest:
@@ -217,7 +217,7 @@ def named(m: nn.Module, name: str) -> Iterator[nn.Module | None]:
 
 
 class UNetExecutor(Executor):
-    """Predicts as the UNet does."""
+    """The executor of a UNet."""
 
     def __init__(self, network: UNet, lay_out: bool = False, graphs: bool = False, compile: bool = False):
         super().__init__(network, lay_out)
@@ -230,7 +230,7 @@ class UNetExecutor(Executor):
         unet = self.network
         one = not isinstance(t, Tensor) or t.numel() == 1
         t, flat = unet.check(x, t, context)
-        t = t[:1] if one else t  # one timestep for all videos is projected once
+        t = t[:1] if one else t  # one timestep for all videos is embedded once
         self.refresh()
         of_text = texts.of(self, context, flat)
         if self.graphs is None or not can_capture(x) or any(map(is_touched, self.state.modules)):
@@ -247,13 +247,13 @@ class UNetExecutor(Executor):
         return self.graphs.run(key, run, [x, t, *parts, *chain.from_iterable(of_text.values())])
 
     def run(self, x: Tensor, t: Tensor, context: Tensor | Prompt, texts: dict[nn.Module, tuple[Tensor, ...]]) -> Tensor:
-        """x (b c f h w), t (1,) or (b,), context (b l d) or ((b f) l d), all checked."""
+        """x (b c f h w), t (1,) or (b,), context (b l d) or ((b f) l d). Their shapes have been checked."""
         run = Run(self.ops, self.known, x.shape[2], context=context, texts=texts, compiled=self.compiled)
         modules.times_of(run, self.network, t, self.times)
         run.emb = run.emb.expand(len(x), -1).repeat_interleave(run.f, dim=0)
         if not self.compiled:
             return modules.unet(run, self.network, x)
-        # Blocks are one piece of code, of which PyTorch compiles 8 variants and then gives up.
+        # All blocks share their code, and PyTorch compiles only 8 variants of a function by default.
         with torch._dynamo.config.patch(cache_size_limit=2 * len(self.compiled)):
             return modules.unet(run, self.network, x)
 
@@ -263,7 +263,7 @@ class UNetExecutor(Executor):
         self.image_attentions = [m for m in unet.modules() if isinstance(m, ImageAttention)]
         self.compiled: dict[nn.Module, Any] = {}
         if self.compile:
-            # PyTorch's compiler looks for hooks once, when it compiles: blocks with some are left to run as written.
+            # PyTorch's compiler would ignore later changes of hooks. So blocks with hooks are not compiled.
             free = [block for block in unet.blocks() if not any(map(is_touched, block.modules()))]
             self.compiled = {block: torch.compile(block, dynamic=False) for block in free}
             self.known -= self.compiled.keys()
@@ -288,12 +288,12 @@ class UNetExecutor(Executor):
 
 
 def of_times(parts: list[Any]) -> list[list[nn.Parameter]]:
-    """What all ResBlocks have for the timestep: weights, biases, and the biases of their first convolutions."""
+    """The parameters of all ResBlocks for the timestep: weights, biases, and biases of their first convolutions."""
     return [[p.emb.weight for p in parts], [p.emb.bias for p in parts], [p.conv1.bias for p in parts]]
 
 
 class Texts:
-    """Keys and values of a text, computed once as long as it is the same tensor and nobody writes into it."""
+    """Cached keys and values of a text. They are valid as long as the text is the same unchanged tensor."""
 
     def __init__(self) -> None:
         self.last: tuple[Any, list[int], dict[nn.Module, tuple[Tensor, ...]]] | None = None
@@ -301,7 +301,7 @@ class Texts:
     def of(
         self, executor: UNetExecutor, context: Tensor | Prompt, flat: Tensor | Prompt
     ) -> dict[nn.Module, tuple[Tensor, ...]]:
-        """context, and the same as (n l d) -> for each attention to the text its keys and values (n l h d)."""
+        """Keys and values (n l h d) for each cross-attention. context: the key of the cache. flat: it as (n l d)."""
         uncounted = any(x.is_inference() for x in tensors_of(context))
         if not uncounted and self.last is not None and self.last[0]() is context:
             if self.last[1] == versions(executor, context, self.last[2]):
@@ -316,7 +316,7 @@ def tensors_of(context: Tensor | Prompt) -> list[Tensor]:
 
 
 def versions(executor: UNetExecutor, context: Tensor | Prompt, attentions: Iterable[Any]) -> list[int]:
-    """How often the text and the weights that read it were written into; inference tensors do not count that."""
+    """How often the text, and the weights that read it, were changed in place. Inference tensors do not count it."""
     of_text = [p for m in attentions for p in (m.to_k.weight, m.to_v.weight)]
     of_images = [to.weight for m in executor.image_attentions for to in (*m.to_k_ip, *m.to_v_ip)]
     weights = (p for p in (*of_text, *of_images) if not p.is_inference())
@@ -324,10 +324,10 @@ def versions(executor: UNetExecutor, context: Tensor | Prompt, attentions: Itera
 
 
 class UNetRunner:
-    """A UNet's executor for one run, the steps of which have the same texts. Called as the UNet.
+    """Runs a UNet's executor for one video, whose steps all have the same text. It is called like the UNet.
 
-    Keys and values of a text are made once. They are made anew when the text or the weights that read it are changed,
-    except by way of `.data`, which PyTorch does not count: make another runner after that.
+    Keys and values of the text are computed once. They are computed again if the text or the weights that read it
+    change. Changes through `.data` are not noticed, because PyTorch does not count them. Make a new runner after them.
     """
 
     def __init__(self, executor: UNetExecutor):
@@ -339,13 +339,13 @@ class UNetRunner:
             return unet(x, t, context)
         if isinstance(unet, UNet2DConditionModel):
             if x.ndim != 4:
-                return unet(x, t, context)  # which says what is wrong
+                return unet(x, t, context)  # it raises the error
             return self.executor.predict(x[:, :, None], t, context, self.texts)[:, :, 0]
         return self.executor.predict(x, t, context, self.texts)
 
 
 class VAEExecutor(Executor):
-    """Encodes and decodes as the VAE does."""
+    """The executor of a VAE."""
 
     @property
     def config(self) -> Any:

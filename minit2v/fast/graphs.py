@@ -1,4 +1,4 @@
-"""CUDA graphs: the thousand kernels of a prediction, recorded once and launched together.
+"""CUDA graphs: the thousand kernels of a prediction are recorded once, and then launched together.
 
 https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 """
@@ -10,22 +10,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-MOST_GRAPHS = 4  # of one network: a new shape of its input takes one, and the oldest gives way
+MOST_GRAPHS = 4  # per network; each shape of the input needs one, and the oldest is removed
 
 
 class Capture(NamedTuple):
     graph: Any  # torch.cuda.CUDAGraph
-    stream: Any  # torch.cuda.Stream, on which it was captured
-    y: Tensor  # where the result is after graph.replay()
+    stream: Any  # torch.cuda.Stream on which it was captured
+    y: Tensor  # the result after graph.replay()
 
 
 class Graph:
-    """A prediction of one shape, its kernels captured: called again, it copies its inputs to where they read them."""
+    """The captured kernels of a prediction for one shape. A call copies the inputs into the graph's own tensors."""
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(self, run: Callable[..., Tensor], inputs: Sequence[Tensor], other: Capture | None):
-        # Tensors of its own, where they will stay: an inference tensor could not be written to outside of its mode.
+        # The graph needs its own tensors with fixed addresses. Inference tensors cannot always be written to.
         self.inputs = [torch.empty_like(v).copy_(v) for v in inputs]
         self.captured = capture(lambda: run(*self.inputs), inputs[0].device, other)
 
@@ -33,11 +33,11 @@ class Graph:
         for own, value in zip(self.inputs, inputs, strict=True):
             own.copy_(value)
         self.captured.graph.replay()
-        return self.captured.y.clone()  # the next call writes to y
+        return self.captured.y.clone()  # because the next call overwrites y
 
 
 class Graphs:
-    """The graphs of one network, by the shapes of their inputs. They share memory: one runs at a time."""
+    """The graphs of one network, by the shapes of their inputs. They share memory, so only one runs at a time."""
 
     def __init__(self) -> None:
         self.graphs: dict[Any, Graph] = {}
@@ -48,7 +48,7 @@ class Graphs:
         key = (*((v.shape, v.dtype, v.device) for v in inputs), key)
         with self.lock:
             if self.done is not None:
-                self.done.wait()  # this stream for that of the call before
+                self.done.wait()  # wait for the call before, which may be on another stream
             if key not in self.graphs:
                 if len(self.graphs) == MOST_GRAPHS:
                     del self.graphs[next(iter(self.graphs))]
@@ -69,28 +69,28 @@ def can_capture(x: Tensor) -> bool:
     return x.is_cuda and not torch.cuda.is_current_stream_capturing()
 
 
-capturing = threading.Lock()  # PyTorch: one capture at a time in a process
+capturing = threading.Lock()  # PyTorch allows one capture at a time in a process
 
 
 def capture(run: Callable[[], Tensor], device: torch.device, other: Capture | None) -> Capture:
-    """The CUDA work of `run`, to be replayed. It shares the memory of `other`, which never runs at the same time."""
+    """Captures the CUDA work of `run`. It shares the memory of `other`, so they must not run at the same time."""
     with capturing, torch.cuda.device(device):
-        # First without a graph, on a stream of its own: kernels are compiled, plans and workspaces made, and none of
-        # that may happen while capturing.
+        # The first run is without a graph, on another stream. It compiles kernels and allocates workspaces, which is
+        # not allowed during capture.
         now, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(now)
         with torch.cuda.stream(aside):
             for _ in range(3):
                 run()
         now.wait_stream(aside)
-        # Not on `aside`, whose workspaces lie outside of the graph's memory, nor on the stream that PyTorch has for all
-        # captures, which is of the device of the first. What other threads do meanwhile is theirs.
+        # The capture needs a new stream. Workspaces of `aside` are outside of the graph's memory, and PyTorch's default
+        # stream for captures may be on another device. "thread_local": other threads may use CUDA meanwhile.
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream() if other is None else other.stream
         pool = None if other is None else other.graph.pool()
         try:
             with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
                 y = run()
         except BaseException:
-            torch.cuda.set_stream(now)  # which a failed capture leaves undone
+            torch.cuda.set_stream(now)  # a failed capture does not restore it
             raise
     return Capture(graph, stream, y)

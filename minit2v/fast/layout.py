@@ -1,4 +1,4 @@
-"""Weights that are used together, laid together in memory: each stays what it was by name, as a view of one tensor."""
+"""Puts weights that are used together into one tensor. Each keeps its name, and becomes a view of that tensor."""
 
 from collections.abc import Iterable, Sequence
 
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 
 def lay_together(parameters: Sequence[nn.Parameter]) -> Tensor | None:
-    """Parameters (n_i ...) -> one tensor (sum of n_i, ...), of which they are views from now on.
+    """Parameters (n_i ...) -> one tensor (sum of n_i, ...). From now on the parameters are views of it.
 
-    None where they do not fit together: other dtypes, devices, sizes; one that is another's, or that is computed. Where
-    they lie so already, nothing is moved.
+    The result is None if they do not fit together: different dtypes, devices or sizes, a shared parameter, or a
+    subclass of Parameter. If they are views of one tensor already, nothing is moved.
     """
     if (together := laid_together(parameters)) is not None:
         return together
@@ -25,7 +25,7 @@ def lay_together(parameters: Sequence[nn.Parameter]) -> Tensor | None:
 
 
 def laid_together(parameters: Sequence[Tensor]) -> Tensor | None:
-    """The one tensor of which the parameters are consecutive views; None where they are not."""
+    """The tensor of which the parameters are consecutive views, or None."""
     first = parameters[0]
     place, memory = first.storage_offset(), first.untyped_storage().data_ptr()
     for p in parameters:
@@ -37,7 +37,7 @@ def laid_together(parameters: Sequence[Tensor]) -> Tensor | None:
 
 
 class Places:
-    """Where every parameter of a network lay, to put it back."""
+    """Remembers the address and layout of every parameter of a network, to restore them."""
 
     def __init__(self, network: nn.Module):
         self.before = {name: (p.data_ptr(), p.stride()) for name, p in network.named_parameters()}
@@ -45,7 +45,7 @@ class Places:
     @torch.inference_mode(False)
     @torch.no_grad()
     def put_back(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Memory of its own for each that has moved, in the layout of before; the same numbers to the last bit."""
+        """Each parameter that was moved gets its own memory again, in the original layout, with the same numbers."""
         for name, p in parameters:
             place, stride = self.before.get(name, (0, p.stride()))
             shares = p.untyped_storage().nbytes() != p.nbytes

@@ -1,12 +1,12 @@
-"""The networks' modules again, one function each, written for speed: the same parameters, the same numbers to rounding.
+"""The modules of the networks as functions, written for speed. Results are the same, except for rounding.
 
-Read minit2v/models first: that is the specification, and every function here stands for a `forward` there. What makes
-them faster: tokens are views of channels-last memory; q, k and v come out of one product; a norm takes its SiLU, the
-timestep or the residual along; keys and values of the text exist once per run; sums go into memory that nobody else
-sees. Nothing here writes into what a module returned to somebody else.
+Read minit2v/models first. It is the specification: every function here replaces a `forward` there. It is faster for
+these reasons. Tokens are views of channels-last memory. q, k and v come from one matrix product. Norms are fused with
+SiLU, the timestep embedding or the residual. Keys and values of the text are computed once per run. Sums overwrite
+temporary tensors, but never a tensor that other code may see.
 
-`run.knows(m)` is checked first: a module that is not exactly as written there (a subclass, an adapter around a layer, a
-hook) is called as it is.
+Each function is used only if `run.knows(m)`. Other modules are called normally: subclasses, layers with an adapter,
+modules with hooks.
 """
 
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ from ..models.unet import UNet
 from .ops import Ops
 
 GROUP_NORM, LAYER_NORM, LINEAR, CONV = (nn.GroupNorm,), (nn.LayerNorm,), (nn.Linear,), (nn.Conv2d,)
-# The classes that the functions below know, each with the parts that it reads for itself and their exact classes.
+# The classes that the functions below know: the parts that each function reads, and their exact classes.
 PARTS: dict[type, dict[str, tuple[type, ...]]] = {
     nn.Conv2d: {},
     nn.Linear: {},
@@ -79,17 +79,17 @@ PARTS: dict[type, dict[str, tuple[type, ...]]] = {
 
 @dataclass
 class Run:
-    """What the functions share in one prediction."""
+    """The values that all functions share in one prediction."""
 
     ops: Ops
-    known: frozenset[nn.Module]  # the modules that are as written
+    known: frozenset[nn.Module]  # the modules that are exactly as written
     f: int = 1
-    emb: Tensor | None = None  # ((b f) d), of the timestep
+    emb: Tensor | None = None  # timestep embedding ((b f) d)
     context: Tensor | Prompt | None = None  # (b l d) or ((b f) l d)
-    times: dict[nn.Module, Tensor] = field(default_factory=dict)  # of a ResBlock, what it adds for the timestep: (m c)
-    # Of an attn2: keys, values of the text (b l h d), and of each adapter's pictures (m i t c).
+    times: dict[nn.Module, Tensor] = field(default_factory=dict)  # ResBlock -> what it adds for the timestep (m c)
+    # Cross-attention (attn2) -> keys, values of the text (b l h d), then those of each adapter's pictures (m i t c).
     texts: dict[nn.Module, tuple[Tensor, ...]] = field(default_factory=dict)
-    compiled: dict[nn.Module, Any] = field(default_factory=dict)  # blocks that torch.compile has taken
+    compiled: dict[nn.Module, Any] = field(default_factory=dict)  # compiled blocks
 
     def knows(self, m: nn.Module | None) -> bool:
         return m in self.known
@@ -131,7 +131,7 @@ def unet(run: Run, m: UNet, x: Tensor) -> Tensor:
 
 
 def block(run: Run, m: nn.Module, x: Tensor, skip: Tensor | None) -> Tensor:
-    """x ((b f) c h w), skip ((b f) c2 h w), which belongs behind it in the channels -> ((b f) c_out h w)."""
+    """x ((b f) c h w) and skip ((b f) c2 h w), concatenated along the channels -> ((b f) c_out h w)."""
     if not run.knows(m):
         m = run.compiled.get(m, m)
         return m(x if skip is None else torch.cat((x, skip), dim=1), run.emb, run.context, run.f)
@@ -140,7 +140,7 @@ def block(run: Run, m: nn.Module, x: Tensor, skip: Tensor | None) -> Tensor:
 
 
 def block_as_known(run: Run, m: Any, x: Tensor, skip: Tensor | None) -> Tensor:
-    """`block`, of one whose weights are there."""
+    """`block` for a block that is not offloaded, or whose weights are on the device now."""
     if type(m) is unet3d.Block:
         x = temporal_conv(run, m.temporal_conv, res_block(run, m.res, x, skip, 1))
         if m.attention:
@@ -153,7 +153,7 @@ def block_as_known(run: Run, m: Any, x: Tensor, skip: Tensor | None) -> Tensor:
 
 
 def res_block(run: Run, m: ResBlock, x: Tensor, skip: Tensor | None, span: int) -> Tensor:
-    """The norm reads x and skip where they lie; the timestep comes with the first convolution's bias in it."""
+    """The norm kernel reads x and skip without concatenating them. conv1's bias is added with the timestep."""
     ops = run.ops
     if skip is not None and not (ops.reads_skip and run.knows(m) and type(m.skip) is nn.Conv2d):
         x, skip = torch.cat((x, skip), dim=1), None
@@ -177,8 +177,8 @@ def res_block(run: Run, m: ResBlock, x: Tensor, skip: Tensor | None, span: int) 
 def temporal_conv(run: Run, m: TemporalConv, x: Tensor) -> Tensor:
     if not run.knows(m):
         return m(x, run.f)
-    # The batch is split off last: a view of a batch of 1 made in another order has a stride for it by which PyTorch no
-    # longer knows the layout.
+    # The batch axis is split off last. In another order, the stride of a batch of 1 would hide the channels-last
+    # layout from PyTorch.
     video = run.ops.channels_last(x).flatten(2).unflatten(0, (-1, run.f)).transpose(1, 2)  # b c f (h w)
     h = video
     for k, (norm, conv3d) in enumerate(zip(m.norms, m.convs, strict=True)):
@@ -214,7 +214,7 @@ def motion_module(run: Run, m: MotionModule, x: Tensor) -> Tensor:
 
 
 def across_frames(run: Run, m: TemporalTransformer | MotionModule, blocks: Any, x: Tensor, span: int) -> Tensor:
-    """x ((b f) c h w) -> ((b f) c h w); b f (h w) c is a view of channels-last memory."""
+    """x ((b f) c h w) -> ((b f) c h w). The tokens (b f (h w) c) are a view of channels-last memory."""
     ops = run.ops
     x = ops.channels_last(x)
     h = ops.linear(m.proj_in, to_tokens(ops.group_norm(m.norm, x, span)).unflatten(0, (-1, run.f)))
@@ -233,7 +233,7 @@ def across_frames(run: Run, m: TemporalTransformer | MotionModule, blocks: Any, 
 
 
 def attend_frames(run: Run, m: FrameTransformerBlock, h: Tensor) -> Tensor:
-    """h (b f p d), the frames of a window, after both attentions."""
+    """h (b f p d) -> (b f p d): both attention layers of the block, over all frames of h."""
     positions = positions_of(m, h.shape[1])
     y = frame_attention(run, m.attn1, run.ops.layer_norm(m.norm1, h, positions))
     h, y = run.ops.add_layer_norm(m.norm2, y, h, positions)
@@ -241,19 +241,19 @@ def attend_frames(run: Run, m: FrameTransformerBlock, h: Tensor) -> Tensor:
 
 
 def positions_of(m: FrameTransformerBlock, f: int) -> Tensor | None:
-    """(f d) of numbered frames."""
+    """The position encoding (f d), or None."""
     return m.positions[0, :f] if isinstance(m, NumberedFrameTransformerBlock) else None
 
 
 def attention(run: Run, m: Attention, x: Tensor) -> Tensor:
-    """x (n l d) looks at itself -> (n l d)."""
+    """Self-attention: x (n l d) -> (n l d)."""
     q, k, v = (y.transpose(1, 2) for y in run.ops.queries_keys_values(m, x))  # n h l d
     y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
     return run.ops.linear(m.to_out, y.flatten(-2))
 
 
 def text_attention(run: Run, m: Any, x: Tensor) -> Tensor:
-    """x (n p d) looks at the run's texts. A text's queries stand in one row: its keys and values exist once."""
+    """Cross-attention of x (n p d) to the text. All frames of a text form one axis, so keys and values exist once."""
     k, v, *of_images = run.texts[m]
     q = run.ops.linear(m.to_q, x).reshape(len(k), -1, *k.shape[-2:])
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
@@ -264,7 +264,7 @@ def text_attention(run: Run, m: Any, x: Tensor) -> Tensor:
 
 
 def frame_attention(run: Run, m: FrameAttention, x: Tensor) -> Tensor:
-    """x (b f p d) -> (b f p d): no pixel moves."""
+    """x (b f p d) -> (b f p d), without moving pixels in memory."""
     q, k, v = run.ops.queries_keys_values(m, x)
     return run.ops.linear(m.to_out, run.ops.frame_attention(q, k, v).flatten(-2))
 
@@ -303,9 +303,10 @@ def to_image(x: Tensor, h: int) -> Tensor:
 
 
 def times_of(run: Run, m: UNet, t: Tensor, together: tuple[Tensor, Tensor, Tensor] | None) -> None:
-    """t (m,) -> what every ResBlock adds for it, with its first convolution's bias; and `run.emb` for the others.
+    """t (m,) -> `run.times`: what every ResBlock adds for the timestep, with the bias of its first convolution.
 
-    together: the weights, the biases and the convolutions' biases of all ResBlocks in one, where they lie so.
+    It also sets `run.emb` for modules that are called normally.
+    together: weights, biases and convolutions' biases of all ResBlocks, each as one tensor, if they are fused.
     """
     run.emb = m.time_mlp(timestep_embedding(t, m.config.block_out_channels[0]).to(m.dtype))
     emb = F.silu(run.emb)
@@ -319,9 +320,9 @@ def times_of(run: Run, m: UNet, t: Tensor, together: tuple[Tensor, Tensor, Tenso
 
 
 def texts_of(run: Run, m: UNet, context: Tensor | Prompt) -> dict[nn.Module, tuple[Tensor, ...]]:
-    """context (n l d) -> keys and values (n l h d) of every attention to the text: they depend on neither x nor t.
+    """context (n l d) -> keys and values (n l h d) for every cross-attention. They depend neither on x nor on t.
 
-    Of a Prompt also those of the pictures, as in `Run.texts`.
+    A Prompt also gives keys and values of its pictures, as in `Run.texts`.
     """
     texts: dict[nn.Module, tuple[Tensor, ...]] = {}
     context, images = (context.text, context.images) if isinstance(context, Prompt) else (context, [])

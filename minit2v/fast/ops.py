@@ -1,6 +1,6 @@
-"""How each operation is done on one device in one dtype: PyTorch, or a kernel of minit2v_kernels.
+"""The operations for one device and one dtype: PyTorch's, or kernels of minit2v_kernels.
 
-The choice is made once, when `Ops` is made for a network, and not at every call.
+The choice is made once, when `Ops` is created for a network, and not at every call.
 """
 
 from collections.abc import Callable
@@ -19,19 +19,19 @@ from minit2v_kernels.norm import group_norm_silu_ref, run_group_norm_silu
 
 from ..models.layers import Attention
 
-OWN = object()  # a convolution's own bias
+OWN = object()  # stands for the convolution's own bias
 
 
 class Ops:
-    """On an accelerator, and wherever nothing better is known: channels-last memory, one op after the other."""
+    """The default operations, for GPUs and others: channels-last memory, one operation after the other."""
 
     def __init__(self, x: Tensor, impl: str | None = None, launched: str = "eager"):
-        """x: any weight of the network. Which kernels run is said by impl, or $MINIT2V_KERNELS; see `_dispatch.pick`.
+        """x: any weight of the network. impl: chooses the kernels, as $MINIT2V_KERNELS does; see `_dispatch.pick`.
 
-        launched: "eager", or "graph" where predictions are launched as CUDA graphs.
+        launched: "eager", or "graph" if predictions are launched as CUDA graphs.
         """
-        self.together: dict[Attention, Tensor] = {}  # weights of q, k and v that lie together (3 h d, c)
-        self.room = 0.0  # bytes that copies of weights in another form may take
+        self.together: dict[Attention, Tensor] = {}  # fused weights of q, k and v (3 h d, c)
+        self.room = 0.0  # the most bytes for transformed copies of weights
         chosen = {op: _dispatch.pick(op, impl, x, launched=launched) for op in _dispatch.OPS}
         self.kernels = [op for op, picked in chosen.items() if picked != "torch"]
 
@@ -45,48 +45,48 @@ class Ops:
         self._temporal_conv = either("temporal_conv", run_temporal_conv, temporal_conv_ref)
         self._geglu = either("geglu", run_geglu, geglu_ref)
         self._attention = either("temporal_attention", run_temporal_attention, attend_frames)
-        # Whether the norm takes these along in its own pass over memory.
+        # Whether the norm is fused with the skip connection and the timestep embedding.
         self.reads_skip = self.reads_emb = chosen["group_norm_silu"] != "torch"
-        # PyTorch's attention across frames moves nothing if q, k and v are three tensors. The kernel can read one.
+        # PyTorch's attention across frames needs no copy if q, k and v are three tensors. The kernel can read one.
         self.reads_fused = chosen["temporal_attention"] != "torch"
 
     def kept_bytes(self) -> int:
-        """What copies of weights in another form take."""
+        """The bytes of transformed copies of weights."""
         return 0
 
     def check_kept(self) -> None:
-        """Drop copies whose weights were changed without notice."""
+        """Drops copies whose original weights were changed without PyTorch's notice."""
 
     def channels_last(self, x: Tensor) -> Tensor:
-        """x (n c h w) in channels-last memory, in which tokens are views."""
+        """x (n c h w) in channels-last memory, so that tokens (n (h w) c) are views."""
         return x.contiguous(memory_format=torch.channels_last)
 
     def image_layout(self, x: Tensor) -> Tensor:
-        """x (n c h w) in the memory in which the VAE's layers are fast. PyTorch's GroupNorm on CUDA would copy."""
+        """x (n c h w) in the memory layout that is fast for the VAE. PyTorch's GroupNorm on CUDA needs contiguous x."""
         return self.channels_last(x) if self.reads_skip else x
 
     def group_norm(
         self, m: nn.GroupNorm, x: Tensor, span: int, *, silu: bool = False, skip: Tensor | None = None,
         emb: Tensor | None = None,
     ) -> Tensor:
-        """x ((n span) c *spatial), with skip behind it in the channels and emb (m c) added -> the norm, and SiLU."""
+        """x ((n span) c *spatial), concatenated with skip, plus emb (m c) -> GroupNorm, and SiLU if `silu`."""
         return self._group_norm(x, m.weight, m.bias, m.num_groups, m.eps, silu, span, skip, emb)
 
     def layer_norm(self, m: nn.LayerNorm, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        """x (b f ... d), positions (f d) -> the norm, plus positions."""
+        """x (b f ... d), positions (f d) -> LayerNorm(x) + positions."""
         return self._layer_norm(x, m.weight, m.bias, m.eps, positions)
 
     def add_layer_norm(
         self, m: nn.LayerNorm, x: Tensor, residual: Tensor, positions: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x, which is given away, and residual (b f ... d) -> (x + residual, its norm plus positions)."""
+        """y = x + residual (b f ... d) -> (y, LayerNorm(y) + positions). x is overwritten."""
         return self._add_layer_norm(x, residual, m.weight, m.bias, m.eps, positions)
 
     def linear(self, m: nn.Linear, x: Tensor) -> Tensor:
         return F.linear(x, m.weight, m.bias)
 
     def geglu(self, m: nn.Linear, x: Tensor) -> Tensor:
-        """x (... d) -> value * gelu(gate), the halves of m's output (... d_out / 2)."""
+        """x (... d) -> value * gelu(gate) (... d_out / 2). value and gate are the halves of m(x)."""
         return self._geglu(x, m.weight, m.bias)
 
     def queries_keys_values(self, m: Attention, x: Tensor) -> tuple[Tensor, ...]:
@@ -97,26 +97,26 @@ class Ops:
         return F.linear(x, weight).unflatten(-1, (3, m.heads, -1)).unbind(-3)
 
     def frame_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v (b f p h d) -> (b f p h d), contiguous."""
+        """q, k, v (b f p h d) -> attention across frames (b f p h d), contiguous."""
         return self._attention(q, k, v, False, q.shape[1])
 
     def conv(self, m: nn.Conv2d, x: Tensor, bias: Any = OWN) -> Tensor:
-        """x (n c h w) -> (n c_out ...); another bias (c_out) in place of m's, or None."""
+        """x (n c h w) -> m(x) (n c_out ...). bias: another bias (c_out) instead of m's, or None."""
         return m._conv_forward(x, m.weight, m.bias if bias is OWN else bias)
 
     def double_and_conv(self, m: nn.Conv2d, x: Tensor) -> Tensor:
-        """Every pixel of x (n c h w) doubled in height and width, then m, of 3x3 -> (n c_out 2h 2w)."""
+        """x (n c h w) -> nearest-neighbour interpolation to 2h, 2w, then the 3x3 convolution (n c_out 2h 2w)."""
         return self.conv(m, F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
     def temporal_conv(self, m: nn.Conv3d, x: Tensor, residual: Tensor | None) -> Tensor:
-        """x, residual (b c f p) in channels-last memory -> m along f, plus the residual."""
+        """x, residual (b c f p) in channels-last memory -> convolution along f, plus the residual."""
         return self._temporal_conv(x, m.weight, m.bias, residual)
 
 
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, positions: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The kernel's definition, with the sum in x's memory: fresh memory costs as much as the sum."""
+    """The same as the kernel. The sum overwrites x, because new memory would cost as much time as the sum."""
     x = x.add_(residual)
     return x, layer_norm_ref(x, weight, bias, eps, positions)
 

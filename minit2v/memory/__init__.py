@@ -1,8 +1,9 @@
-"""How much memory a video takes, and how it takes less: counting without a device, plans, weights that come and go.
+"""How much memory a video needs, and how it needs less: counting without a GPU, plans, offloading of weights.
 
-    live.py     counts the bytes of all tensors that are alive, on `meta` or in a real run
-    stream.py   brings a network's weights to where it computes, block by block, and takes them away again
-    plan.py     the peak of every part of the work, with and without each technique, and the fastest plan that fits
+    live.py      counts the bytes of all tensors that are alive, on `meta` or in a real run
+    stream.py    offloading: moves a network's weights to the device block by block, and away again
+    plan.py      the peak memory of every part of the work, with each technique, and the fastest plan that fits
+    training.py  the same for a training step
 
-An ordinary call passes through none of this. docs/memory.md has the numbers.
+An ordinary call does not run this code. docs/memory.md has the numbers.
 """

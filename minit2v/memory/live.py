@@ -1,8 +1,8 @@
-"""Counts the bytes that are alive while networks run: on `meta`, where nothing is computed, or in a real run.
+"""Counts the bytes of tensors while networks run: on `meta`, where nothing is computed, or in a real run.
 
-Every tensor that PyTorch makes is counted from its birth to its death. What an allocator adds to that (rounding,
-fragments, cuDNN's workspaces, CUDA's own 0.5 GB) is not. Attention is counted as what it reads and returns, as in all
-of PyTorch's fused backends.
+Every tensor that PyTorch creates counts until it is freed. What the allocator adds does not count (rounding, fragments,
+cuDNN's workspaces, 0.5 GB of CUDA itself). Attention counts as its inputs and its result, as in all of PyTorch's fused
+backends.
 """
 
 import weakref
@@ -20,10 +20,10 @@ GIB = 2**30
 
 
 class Live(TorchDispatchMode):
-    """The bytes of all storages made under it that are alive, and the most there ever were.
+    """Counts the bytes of all storages created in this context: `now` and at the `peak`.
 
-    known: tensors that were there before. limit: torch.OutOfMemoryError where more would be alive; what lies on `meta`
-    then takes nothing.
+    known: tensors that existed before and do not count.
+    limit: more bytes than this raise torch.OutOfMemoryError. With a limit, tensors on `meta` do not count.
     """
 
     def __init__(self, known: Iterable[Tensor] = (), limit: int | None = None):
@@ -41,10 +41,10 @@ class Live(TorchDispatchMode):
 
     def born(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self.known:  # a view, or changed in place
+        if key in self.known:  # a view, or a change in place
             return
         if self.limit is not None and self.now + size > self.limit:
-            raise torch.OutOfMemoryError(f"no room for {size} bytes: {self.now} of {self.limit} are taken")
+            raise torch.OutOfMemoryError(f"{size} bytes do not fit: {self.now} of {self.limit} are in use")
         self.known.add(key)
         self.now += size
         self.peak = max(self.peak, self.now)
@@ -56,10 +56,11 @@ class Live(TorchDispatchMode):
 
 
 class OnMeta(TorchFunctionMode):
-    """Makes `meta` behave as a device does: in attention, in the memory layout of convolutions, where values are asked.
+    """Makes `meta` behave like a real device: in attention, in the memory layout of convolutions, for values.
 
-    PyTorch would take attention apart there and store all pairs of pixels, and convolve into contiguous memory. device:
-    "cuda" or "cpu", where alone GroupNorm reads channels-last memory without a copy.
+    On `meta`, PyTorch would store the attention of all pairs of pixels, and convolutions would return contiguous
+    memory.
+    device: "cuda" or "cpu". Only on a CPU, GroupNorm reads channels-last memory without a copy.
     """
 
     def __init__(self, device: str = "cuda"):
@@ -92,7 +93,7 @@ VALUES: dict[Any, Any] = {Tensor.__bool__: True, Tensor.__int__: 0, Tensor.__flo
 def convolved(
     x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, *others: Any
 ) -> Tensor | None:
-    """On `meta`, what a convolution of or with channels-last memory returns: channels-last. None for all others."""
+    """The result on `meta` of a convolution with a channels-last input or weight: channels-last. Otherwise None."""
     if all(t.is_contiguous() or not t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight)):
         return None
     steps, edges = (v if isinstance(v, tuple) else (v, v) for v in (stride, padding))
@@ -102,12 +103,12 @@ def convolved(
 
 
 def peak(network: nn.Module, call: Callable[[], Any]) -> int:
-    """Bytes at the peak of a call on `meta`, beyond the network's own."""
+    """Bytes at the peak of a call on `meta`, without the network's weights."""
     return peak_beside([network], call)
 
 
 def peak_beside(networks: Iterable[nn.Module], call: Callable[[], Any], device: str = "cuda") -> int:
-    """Bytes at the peak of a call on `meta`, as if on `device`, beyond the networks' own."""
+    """Bytes at the peak of a call on `meta`, as if on `device`, without the networks' weights."""
     known = [value for network in networks for value in (*network.parameters(), *network.buffers())]
     with torch.no_grad(), OnMeta(device), Live(known) as live:
         call()

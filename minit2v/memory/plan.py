@@ -1,11 +1,11 @@
-"""Will it fit? The peak of every part of the work, counted on `meta`, and the fastest set of techniques that fits.
+"""Does a video fit into memory? Counts the peak of every part of the work, and finds the fastest plan that fits.
 
-    planner = planner_of_model("ms-1.7b", Video(64, 256, 256))       of pipelines/planning.py; no weights are needed
+    planner = planner_of_model("ms-1.7b", Video(64, 256, 256))       in pipelines/planning.py; needs no weights
     planner.peaks(Techniques())                                      bytes: text encoder, UNet step, VAE
     planner.choose(8 * GIB)                                          the fastest plan that fits
 
-What is counted is in live.py. Which plan is the fastest is an estimate, of bytes that are moved over links of assumed
-speeds: it orders plans, and tells no time.
+live.py says what is counted. Which plan is the fastest is an estimate: bytes that must be moved, divided by assumed
+speeds. It only orders the plans, and does not predict times.
 """
 
 import math
@@ -29,24 +29,24 @@ from .live import GIB, peak_beside, size
 from .stream import room, split, stored_bytes
 
 OFFLOADS = (None, "model", "group", "sequential")
-PIECES = 8  # of a feed-forward's frames
-TEXT = 77  # tokens, where no text encoder says otherwise
+PIECES = 8  # into which forward chunking cuts the frames
+TEXT = 77  # tokens of a prompt, if there is no text encoder
 STEPS = 50
-# Bytes per second, assumed: from pinned memory to a device, from ordinary memory layer by layer, within the device.
+# Assumed speeds in bytes per second: from pinned memory to a GPU, from ordinary memory layer by layer, within the GPU.
 PINNED, PAGED, DEVICE = 25e9, 4e9, 2e12
 
 
 class Video(NamedTuple):
-    """What is to be made."""
+    """The video to make, and how. Height and width are in pixels."""
 
     frames: int
     height: int
     width: int
     videos: int = 1
     guidance: bool = True
-    window: int | None = None  # frames that the UNet sees at a time, if not all
-    chunk: int | None = None  # frames that the VAE decodes at a time, if not all
-    encodes: bool = False  # whether it begins with a video
+    window: int | None = None  # frames that the UNet sees at a time; None: all
+    chunk: int | None = None  # frames that the VAE decodes at a time; None: all
+    encodes: bool = False  # whether the input is a video
 
     def __str__(self) -> str:
         many = f"{self.videos} times " if self.videos > 1 else ""
@@ -55,7 +55,7 @@ class Video(NamedTuple):
 
 @dataclass(frozen=True)
 class Techniques:
-    """What makes a pipeline need less memory. Each is off by default; `DiffusionPipeline.plan` turns them on."""
+    """Techniques that reduce a pipeline's memory. Each is off by default. `DiffusionPipeline.plan` turns them on."""
 
     offload_text: bool = False
     vae_slicing: bool = False
@@ -70,7 +70,7 @@ class Techniques:
         return not self.vae_tiling and self.store is None
 
     def calls(self, chunk: int = 1) -> list[str]:
-        """How to say it in Python."""
+        """The calls in Python that turn these techniques on."""
         found = {"model": ["pipe.enable_model_cpu_offload()"], "sequential": ["pipe.enable_sequential_cpu_offload()"],
                  "group": ["pipe.enable_group_offload(use_stream=True)"], None: []}[self.offload]  # fmt: skip
         if self.offload_text:
@@ -94,11 +94,11 @@ class Techniques:
 
 
 class Plan(NamedTuple):
-    """A set of techniques, and what the work then needs."""
+    """A set of techniques, and the memory that the work needs with them."""
 
     techniques: Techniques
     peaks: Mapping[str, int]  # bytes, by part of the work
-    chunk: int  # frames of a feed-forward's piece
+    chunk: int  # frames at a time in forward chunking
 
     @property
     def peak(self) -> int:
@@ -109,7 +109,7 @@ class Plan(NamedTuple):
         return self.techniques.calls(self.chunk)
 
     def __str__(self) -> str:
-        calls = "; ".join(self.calls) or "nothing need be done"
+        calls = "; ".join(self.calls) or "no call is needed"
         return f"{gib(self.peak)} with {self.techniques}: {calls}"
 
 
@@ -118,7 +118,7 @@ def gib(n: float) -> str:
 
 
 def parse_memory(text: str | float) -> int:
-    """Bytes: "8GiB", "8 GB", "500MB", or a number of bytes. ValueError on anything else."""
+    """The number of bytes of "8GiB", "8 GB", "500MB" or a number. Raises ValueError for anything else."""
     if isinstance(text, int | float) and not isinstance(text, bool) and math.isfinite(text) and text > 0:
         return int(text)
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(i?)b?\s*", str(text).lower())
@@ -128,12 +128,12 @@ def parse_memory(text: str | float) -> int:
 
 
 class Planner:
-    """Counts what a pipeline's networks need for a video. Every count is made once."""
+    """Counts the memory that a pipeline's networks need for a video. It keeps its counts."""
 
     def __init__(self, networks: Mapping[str, nn.Module], video: Video, device: str = "cuda", pipeline: Any = None):
-        """networks: text_encoder, unet and vae on `meta`, in their dtypes; one may be missing.
+        """networks: text_encoder, unet and vae on `meta`, with their dtypes. Some may be missing.
 
-        pipeline: its class, where there is a VAE.
+        device: "cuda" or "cpu". pipeline: the class of the pipeline; it is needed if there is a VAE.
         """
         self.networks, self.video, self.device = dict(networks), video, device
         self.pipeline = pipeline
@@ -149,7 +149,7 @@ class Planner:
                 fast.executors[network] = kind(network, device)
 
     def peaks(self, how: Techniques = Techniques()) -> dict[str, int]:
-        """Bytes at the peak of each part of the work, weights and what is made beside them."""
+        """Bytes at the peak of each part of the work: weights and activations."""
         parts = {}
         for part, name in (("text encoder", "text_encoder"), ("UNet step", "unet"), ("VAE", "vae")):
             if name in self.networks:
@@ -160,12 +160,12 @@ class Planner:
         return Plan(how, self.peaks(how), self.chunk)
 
     def beside(self, how: Techniques, name: str) -> int:
-        """What is made beside the weights."""
+        """Bytes of activations at the peak of a network, in addition to weights."""
         if name == "text_encoder":
             return self.once(name, self.run_text)
         if name == "unet":
             sequential = how.sequential_guidance and self.video.guidance
-            kept = how.offload not in ("group", "sequential") and how.store is None  # forms of the weights, on a CPU
+            kept = how.offload not in ("group", "sequential") and how.store is None  # transformed weights on a CPU
             key = name, sequential, how.forward_chunking, kept, how.offload == "sequential"
             return self.once(key, lambda: self.run_unet(sequential, how.forward_chunking, kept, key[-1]))
         key = name, how.vae_slicing, how.vae_tiling, how.offload == "sequential"
@@ -181,7 +181,7 @@ class Planner:
         return self.networks["text_encoder"](ids)
 
     def run_unet(self, sequential: bool, chunking: bool, kept: bool, written: bool) -> Tensor:
-        """A step of the denoising loop, of one window."""
+        """One step of the denoising loop, for one window of frames."""
         from ..pipelines.guidance import OneByOne
 
         unet, v = self.networks["unet"], self.video
@@ -210,10 +210,10 @@ class Planner:
         finally:
             unet.set_chunking(before)
             if isinstance(executor, Executor):
-                executor.state = None  # and with it the forms of weights that were kept
+                executor.state = None  # this also frees transformed weights
 
     def run_vae(self, slicing: bool, tiling: bool, written: bool) -> Tensor:
-        """The end of a call, and where it begins with a video the beginning, whichever needs more."""
+        """Decodes a video, as at the end of a call. If the input is a video, encodes it first."""
         from ..pipelines import source
 
         vae, v = self.networks["vae"], self.video
@@ -244,7 +244,7 @@ class Planner:
                     fast.executors[vae] = executor
 
     def resident(self, how: Techniques, now: str) -> int:
-        """Bytes of weights that are where the work is done, while this network computes."""
+        """Bytes of all weights that are on the device while the network `now` computes."""
         total = 0
         for name, weight in self.weights.items():
             network = self.networks[name]
@@ -271,7 +271,7 @@ class Planner:
     # Choosing --------------------------------------------------------------------------------------------------------
 
     def cost(self, how: Techniques) -> float:
-        """Seconds that the techniques are estimated to add to a call of 50 steps."""
+        """An estimate of the seconds that the techniques add to a call of 50 steps."""
         w = {name: float(self.weights.get(name, 0)) for name in ("text_encoder", "unet", "vae")}
         narrow = 0.5 if how.store is not None else 1.0
         cost = {
@@ -286,7 +286,7 @@ class Planner:
         return cost + (how.store is not None) * STEPS * (2 * w["unet"] / DEVICE + 2e-3) + (how.store == "fp8") * 1e-6
 
     def possible(self) -> Iterator[Techniques]:
-        """Every set of techniques that makes sense, the fastest first; those that change the numbers at the end."""
+        """Every useful set of techniques, the fastest first. Sets that change the result come at the end."""
         offloads = OFFLOADS if self.device == "cuda" else (None, "group", "sequential")
         stores = (None, "int8", "fp8") if "unet" in self.networks else (None,)
         bits = (False, True)
@@ -300,16 +300,16 @@ class Planner:
         return iter(sorted(found, key=lambda how: (not how.exact, self.cost(how))))
 
     def choose(self, memory: str | float) -> Plan | None:
-        """The fastest plan that fits into so many bytes; None where there is none."""
+        """The fastest plan that fits into `memory` (see `parse_memory`), or None."""
         most = parse_memory(memory)
         return next((plan for plan in map(self.plan, self.possible()) if plan.peak <= most), None)
 
     def least(self) -> Plan:
-        """The exact plan that needs the least."""
+        """The plan that needs the least memory, of those that do not change the result."""
         return min((self.plan(how) for how in self.possible() if how.exact and how.vae_slicing), key=lambda p: p.peak)
 
     def rows(self) -> list[tuple[str, dict[str, int]]]:
-        """(technique, peaks), first of none, then of each alone."""
+        """(technique, peaks): first without techniques, then with each one alone."""
         alone = [Techniques(), Techniques(offload_text=True), Techniques(vae_slicing=True), Techniques(vae_tiling=True),
                  Techniques(forward_chunking=True), Techniques(sequential_guidance=True),
                  *(Techniques(offload=o) for o in OFFLOADS if o and (o != "model" or self.device == "cuda")),
@@ -326,7 +326,7 @@ class Counted(Executor):
         self.device, self.keeps = device, True
 
     def choose_ops(self, weight: Tensor) -> Ops:
-        # Kernels need less: this is what holds without them. Where a proven kernel runs, the count is too high.
+        # The count is for PyTorch's operations. With kernels, less memory is needed.
         ops: Ops = Ops(weight, "torch")
         if self.device == "cpu" and weight.dtype == torch.float32:
             ops = CPUOps(weight, self.network, "torch")
@@ -354,7 +354,7 @@ def on_meta(cls: Any, config: Any, dtype: torch.dtype) -> Any:
 
 
 def twin(network: Any) -> Any:
-    """A network of the same class, config and settings on `meta`."""
+    """A network on `meta` with the same class, config and settings."""
     with torch.device("meta"), Weightless():
         made = type(network).from_config(network.config).to(network.dtype).eval()
     for name in ("slicing", "tiling", "free_u"):
@@ -365,12 +365,12 @@ def twin(network: Any) -> Any:
     if getattr(network, "free_noise", None) is not None:
         made.set_free_noise(network.free_noise)
     if fast.executors.get(network, made) is None:
-        fast.executors[made] = None  # restored: it runs as it is written
+        fast.executors[made] = None  # no fast path, as after `restore`
     return made
 
 
 def planner_of(pipe: Any, video: Video, device: str | None = None) -> Planner:
-    """Of a pipeline's own networks, as they are set."""
+    """A planner for a pipeline's networks with their present settings."""
     names = ("text_encoder", "unet", "vae")
     networks = {name: twin(unwrapped(getattr(pipe, name))) for name in names if getattr(pipe, name) is not None}
     return Planner(networks, video, device or ("cpu" if pipe._execution_device.type == "cpu" else "cuda"), type(pipe))

@@ -1,16 +1,16 @@
-"""A network's weights come to where it computes, block by block, and go again: what is there at a time is two blocks.
+"""Offloading: the weights of a network are on the device only while they are used, two blocks at a time.
 
-    stream(unet, device)                    weights stay on the CPU, or in their mapped files
-    stream(unet, device, units="leaf")      layer by layer: least memory, and slow
-    stream(unet, store="int8")              kept in 8 bits where it computes, and widened block by block
+    stream(unet, device)                    weights stay on the CPU, or in their memory-mapped files
+    stream(unet, device, units="leaf")      layer by layer: the least memory, but slow
+    stream(unet, store="int8")              weights stay on the CPU in 8 bits, and are widened block by block
     unstream(unet)                          as before, to the last bit
 
-A parameter stays what it is, with the same numbers, on the CPU; while its block computes, its data are a copy. So
-saving, adapters and changes by hand see and change the parameters as ever, and what they change is copied anew. On CUDA
-the next block is copied on a stream of its own while a block computes, from pinned memory. On a CPU, weights that are
-mapped from a file are let go after use: only what is read again has to come from the disk again.
+The parameters stay on the CPU with the same numbers. While a block computes, their `data` are copies on the device. So
+saving, adapters and changes by hand work as usual, and a changed parameter is copied again. On CUDA the next block is
+copied from pinned memory, on another CUDA stream, while a block computes. On a CPU, the pages of memory-mapped weights
+are freed after use. The system reads them from the disk again if it has to.
 
-The blocks come in by hooks on the modules, which run in the network as it is written, and also in the fast path.
+Hooks on the modules bring the blocks to the device. They run in the plain network and in the fast path.
 """
 
 import ctypes
@@ -33,18 +33,21 @@ logger = logging.getLogger(__name__)
 
 UNITS = ("block", "leaf")
 STORES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
-ALIGNED = 256  # bytes: what CUDA's kernels like
-SMALL = 2**12  # numbers: smaller parameters stay as they are in 8-bit storage
+ALIGNED = 256  # bytes; CUDA's kernels are faster with aligned tensors
+SMALL = 2**12  # parameters with fewer numbers are not stored in 8 bits
 
 streams: "WeakKeyDictionary[nn.Module, Stream]" = WeakKeyDictionary()
 
 
 def find_units(network: nn.Module, units: str = "block", per_unit: int = 1) -> list[list[nn.Module]]:
-    """What comes and goes together, in the order in which x passes: modules that hold all that they read."""
+    """Groups of modules that are offloaded together, in the order in which x passes them.
+
+    Raises ValueError if units are blocks and the network is not a UNet.
+    """
     if units == "leaf":
         return [[m] for m in network.modules() if not any(m.children()) and any(True for _ in m.parameters())]
     if not isinstance(network, UNet):
-        raise ValueError(f"a {type(network).__name__} has no blocks that come and go: units must be 'leaf'")
+        raise ValueError(f"a {type(network).__name__} cannot be offloaded block by block: units must be 'leaf'")
     blocks: list[nn.Module] = [] if network.temporal_in is None else [network.temporal_in]
     for part in (*network.down, network.mid, *network.up):
         blocks += part if isinstance(part, nn.ModuleList) else [*part.blocks]
@@ -54,7 +57,7 @@ def find_units(network: nn.Module, units: str = "block", per_unit: int = 1) -> l
 
 
 def staying(network: nn.Module) -> set[int]:
-    """The ids of parameters that the fast path reads outside of their blocks: of the timestep, and of the text."""
+    """The ids of parameters that the fast path reads outside of their blocks: those for timestep and text."""
     if not isinstance(network, UNet):
         return set()
     found = []
@@ -69,7 +72,7 @@ def staying(network: nn.Module) -> set[int]:
 
 
 def split(network: nn.Module, units: str = "block", per_unit: int = 1) -> tuple[list[Tensor], list[list[nn.Parameter]]]:
-    """(what stays where it computes, what comes with each unit): together all parameters and buffers, each once."""
+    """(what stays on the device, what comes with each unit): together all parameters and buffers, each once."""
     seen = staying(network) if units == "block" else set()
     groups: list[list[nn.Parameter]] = []
     for unit in find_units(network, units, per_unit):
@@ -84,12 +87,12 @@ def split(network: nn.Module, units: str = "block", per_unit: int = 1) -> tuple[
 
 
 def room(group: Sequence[Tensor]) -> int:
-    """Bytes of a buffer for all of them."""
+    """Bytes of a buffer for all these tensors."""
     return sum(-(-p.numel() * p.element_size() // ALIGNED) * ALIGNED for p in group)
 
 
 def stored_bytes(p: Tensor) -> int:
-    """Bytes of a parameter that is kept in 8 bits, with a scale for each row."""
+    """Bytes of a parameter in 8-bit storage, with one scale for each row."""
     return p.numel() + 4 * len(p) if is_stored(p) else p.nbytes
 
 
@@ -98,7 +101,7 @@ def is_stored(p: Tensor) -> bool:
 
 
 class Narrow:
-    """A parameter in 8 bits: a scale for each row (its largest number is the format's), and the rounded rest."""
+    """A parameter in 8 bits: p = scale * values, rounded. Each row has its own scale, from its largest number."""
 
     def __init__(self, p: Tensor, store: str, device: torch.device):
         wide = p.detach().to(device, torch.float32)
@@ -114,12 +117,12 @@ class Narrow:
 
 
 class Unit:
-    """Parameters that come together, into a part of a buffer."""
+    """Parameters that are copied to the device together, into one buffer."""
 
     def __init__(self, owner: "Stream", modules: list[nn.Module], parameters: list[nn.Parameter]):
         self.owner, self.modules, self.parameters = owner, modules, parameters
-        self.homes: list[Tensor] | None = None  # where the data are while the unit is in, to go back to
-        self.ready: tuple[list[Any], list[Tensor], Any] | None = None  # what was copied of what, ahead of its time
+        self.homes: list[Tensor] | None = None  # the original data, while the unit is on the device
+        self.ready: tuple[list[Any], list[Tensor], Any] | None = None  # (state, copies, event) of a copy made early
         self.inside = 0
         self.narrow: dict[nn.Parameter, tuple[Any, Narrow]] = {}
 
@@ -127,7 +130,7 @@ class Unit:
         return [mark(p) for p in self.parameters]
 
     def copy(self, buffer: Tensor) -> list[Tensor]:
-        """The parameters' numbers in the buffer, each in the memory layout that it has."""
+        """Copies the parameters into the buffer. Each keeps its memory layout."""
         views, at = [], 0
         for p in self.parameters:
             n = p.numel() * p.element_size()
@@ -144,7 +147,7 @@ class Unit:
         return views
 
     def stored(self, p: nn.Parameter) -> Narrow:
-        """p in 8 bits, made anew where somebody has changed p."""
+        """p in 8 bits. It is computed again if p has changed."""
         known = self.narrow.get(p)
         if known is None or known[0] != mark(p):
             where = self.owner.device if self.owner.resident else torch.device("cpu")
@@ -155,13 +158,13 @@ class Unit:
 
 
 def mark(p: nn.Parameter) -> tuple[Any, ...]:
-    """What changes with a parameter's numbers, as far as PyTorch counts that."""
+    """A value that changes when the parameter changes, as far as PyTorch counts changes."""
     data = p.data
     return data.data_ptr(), None if p.is_inference() else p._version, p.dtype, p.shape, p.stride()
 
 
 class Bring:
-    """A hook that brings a unit in or takes it away. The fast path knows it, and goes through the same door."""
+    """A hook that brings a unit to the device or takes it away. The fast path knows and calls it, too."""
 
     def __init__(self, unit: Unit | None, enters: bool):
         self.unit, self.enters = unit, enters
@@ -169,24 +172,24 @@ class Bring:
     def __call__(self, *_: Any) -> None:
         if self.unit is not None:
             if self.enters and torch.is_grad_enabled() and any(p.requires_grad for p in self.unit.parameters):
-                raise RuntimeError("weights that come and go have no gradients: run under torch.no_grad(), or first "
-                                   "disable offloading")  # fmt: skip
+                raise RuntimeError("offloaded weights cannot have gradients: run under torch.no_grad(), or disable "
+                                   "offloading first")  # fmt: skip
             (self.unit.owner.enter if self.enters else self.unit.owner.leave)(self.unit)
 
     def __deepcopy__(self, memo: Any) -> "Bring":
-        return Bring(None, self.enters)  # a copy of a network comes without it
+        return Bring(None, self.enters)  # a copy of a network is not offloaded
 
     def __reduce__(self) -> Any:
         return Bring, (None, self.enters)
 
 
 class BringLayer(Bring):
-    """On a single layer, which the fast path then calls as it is."""
+    """The hook of a single layer. The fast path calls such a layer as a module."""
 
 
 @contextmanager
 def held(m: nn.Module) -> Iterator[None]:
-    """While the fast path runs a module's own function: what its hooks would have brought."""
+    """Runs the hooks of a module around a function of the fast path that replaces it."""
     if not m._forward_pre_hooks:
         yield
         return
@@ -200,7 +203,7 @@ def held(m: nn.Module) -> Iterator[None]:
 
 
 class Stream:
-    """One network's weights in motion."""
+    """The offloading of one network."""
 
     @torch.no_grad()
     def __init__(
@@ -221,10 +224,10 @@ class Stream:
         cuda = device.type == "cuda"
         self.side = torch.cuda.Stream(device) if cuda and side else None
         stay, groups = split(network, units, per_unit)
-        # The same ones however they come and go; other networks than UNets have none.
+        # The stored parameters do not depend on `units`. Only UNets have some.
         blocks = split(network)[1] if store is not None else []
         self.narrow = {id(p) for group in blocks for p in group if is_stored(p)}
-        self.places = {p: (p.device, p.data) for p in network.parameters()}  # where to put it back
+        self.places = {p: (p.device, p.data) for p in network.parameters()}  # (device, data) to restore
         self.buffers_at = {b: b.device for b in network.buffers()}
         self.pinned: dict[nn.Parameter, tuple[Any, Tensor]] = {}
         modules = find_units(network, units, per_unit)
@@ -255,7 +258,7 @@ class Stream:
                 ]
 
     def buffer(self, n: int, unit: Unit) -> Tensor:
-        """The n-th of two, made at the first use, and anew where the unit has grown (into another dtype)."""
+        """The n-th of two buffers. It grows if the unit has grown (with another dtype)."""
         self.size = max(self.size, room(unit.parameters))
         while len(self.buffers) <= n:
             self.buffers.append(torch.empty(0, dtype=torch.uint8, device=self.device))
@@ -266,7 +269,7 @@ class Stream:
     @torch.inference_mode(False)
     @torch.no_grad()
     def enter(self, unit: Unit) -> None:
-        """Bring the unit in, if it is not, and begin to copy the next."""
+        """Brings the unit to the device, and begins to copy the next one."""
         unit.inside += 1
         if unit.inside > 1:
             return
@@ -277,7 +280,7 @@ class Stream:
                 views = ready[1]
                 torch.cuda.current_stream(self.device).wait_event(ready[2])
             elif self.side is not None:
-                torch.cuda.current_stream(self.device).wait_stream(self.side)  # which may still write there
+                torch.cuda.current_stream(self.device).wait_stream(self.side)  # it may still write to the buffer
                 views = unit.copy(self.buffer(n % 2, unit))
             else:
                 views = unit.copy(self.buffer(0, unit))
@@ -291,7 +294,7 @@ class Stream:
             raise
 
     def begin(self, unit: Unit, n: int) -> None:
-        """Copy a unit on the side, into the buffer in which the one before the last is done; on a CPU, read ahead."""
+        """Copies a unit early: on CUDA on the other stream, into the free buffer; on a CPU, reads files ahead."""
         if self.side is None:
             if self.device.type == "cpu" and self.store is None:
                 advise(unit.parameters, mmap.MADV_WILLNEED if hasattr(mmap, "MADV_WILLNEED") else None)
@@ -307,7 +310,7 @@ class Stream:
         unit.ready = state, views, done
 
     def leave(self, unit: Unit) -> None:
-        """Take the unit away: every parameter is again what it was. Nothing that a user put there meanwhile is lost."""
+        """Takes the unit away from the device: every parameter gets its original data again."""
         unit.inside = max(0, unit.inside - 1)
         if unit.inside or unit.homes is None:
             return
@@ -318,7 +321,7 @@ class Stream:
             let_go(homes)
 
     def close(self) -> None:
-        """Everything as it was before, to the last bit, with what was changed meanwhile."""
+        """Restores the network to the last bit. Changes that were made meanwhile are kept."""
         for hook in self.hooks:
             hook.remove()
         for unit in self.order:
@@ -328,7 +331,7 @@ class Stream:
             for p, (device, data) in self.places.items():
                 before = self.pinned.get(p)
                 if before is not None and before[0] == mark(p) and data.device == device and data.device.type == "cpu":
-                    p.data = data  # nobody has changed it
+                    p.data = data  # it has not changed
                 elif before is not None and p.data.is_pinned() and device.type == "cpu":
                     p.data = torch.empty_strided(p.shape, p.stride(), dtype=p.dtype).copy_(p.data)
                 elif p.device != device:
@@ -349,11 +352,14 @@ def stream(
     store: str | None = None,
     resident: bool = False,
 ) -> None:
-    """Bring the network's weights to `device`, that of the network by default, only while they are used.
+    """Keeps the network's weights on `device` only while they are used. A second call replaces the first.
 
-    units: "block", or "leaf" for single layers. per_unit: blocks that come together. side: on CUDA, copy the next
-    while one computes; pin: from pinned memory. store: None, "fp8" (e4m3) or "int8": kept in 8 bits and widened.
-    resident: the 8-bit weights stay on the device. A second call replaces the first. ValueError on what is unknown.
+    device: the device that computes, by default the network's.
+    units: "block", or "leaf" for single layers. per_unit: number of blocks that are copied together.
+    side: on CUDA, copy the next blocks while one computes. pin: on CUDA, keep the weights in pinned memory.
+    store: "fp8" (e4m3) or "int8" keeps the weights in 8 bits; None in their dtype.
+    resident: keep the 8-bit weights on the device.
+    Raises ValueError if an argument has an unknown value, or if arguments contradict each other.
     """
     for name, value, known in (("units", units, UNITS), ("store", store, (None, *STORES))):
         if value not in known:
@@ -364,16 +370,16 @@ def stream(
     if not isinstance(per_unit, int) or per_unit < 1:
         raise ValueError(f"per_unit must be a positive integer, not {per_unit!r}")
     if resident and store is None:
-        raise ValueError("resident=True keeps 8-bit weights on the device: give store")
+        raise ValueError('resident=True is for 8-bit weights: give store="int8" or "fp8"')
     if store is not None and not isinstance(network, UNet):
-        raise ValueError(f"only UNets are kept in 8 bits, not a {type(network).__name__}")
+        raise ValueError(f"only UNets can be stored in 8 bits, not a {type(network).__name__}")
     device = torch.device(device) if device is not None else next(network.parameters()).device
     unstream(network)
     streams[network] = Stream(network, device, units, per_unit, side, pin, store, resident)
 
 
 def unstream(network: nn.Module) -> None:
-    """Every weight where it was before `stream`, with the same numbers, and those that were changed meanwhile."""
+    """Ends the offloading of a network. All weights are where they were before `stream`, with later changes."""
     if (found := streams.pop(network, None)) is not None:
         found.close()
 
@@ -384,16 +390,16 @@ def is_streamed(network: Any) -> bool:
 
 # ------------------------------------------------------------------------------------------------------- mapped files
 
-PAGEOUT = 21  # MADV_PAGEOUT of Linux 5.4: nothing is lost by it, also not what was written into a private page
+PAGEOUT = 21  # MADV_PAGEOUT of Linux 5.4; it loses no data, not even changed private pages
 
 
 def let_go(tensors: Sequence[Tensor]) -> None:
-    """Give the pages of mapped files back to the system, where it has a call for that. They are read again on use."""
+    """Frees the pages of memory-mapped files, if the system has a call for that. They are read again when used."""
     advise(tensors, PAGEOUT if sys.platform.startswith("linux") else None)
 
 
 def advise(tensors: Sequence[Tensor], what: int | None) -> None:
-    """Tell the system what becomes of the pages of those that are mapped from files; None: it has no word for it."""
+    """Calls madvise(what) for tensors that are memory-mapped from files. None: the system has no such call."""
     if what is None or not sys.platform.startswith("linux"):
         return
     libc, spans = ctypes.CDLL(None), mapped_spans()
@@ -405,7 +411,7 @@ def advise(tensors: Sequence[Tensor], what: int | None) -> None:
 
 
 def mapped_spans() -> list[tuple[int, int]]:
-    """The addresses of this process that are mapped from files, without those that run."""
+    """The address ranges of this process that are mapped from files, without program code."""
     spans = []
     with open("/proc/self/maps") as lines:
         for line in lines:

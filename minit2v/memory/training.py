@@ -1,12 +1,12 @@
-"""Will training fit? What a training step keeps at its peak, counted on `meta`, and the fastest way that fits.
+"""Does training fit into memory? Counts the peak of a training step on `meta`, and finds the fastest method that fits.
 
     planner = training_planner_of_model("ms-1.7b", "lora", frames=16, height=256, width=256)   of training/planning.py
     planner.plan(Method(checkpointing=True))                                                   bytes, by kind
     planner.choose("24GiB")                                                                    the fastest that fits
 
-A whole step runs on `meta`: forward, loss, backward. The bytes of all tensors are counted from birth to death, as in
-live.py. The optimizer's states and the moving average are arithmetic. So is what sharding adds: no process runs here.
-Text states and latents come from the cache: text encoder and VAE are not on the device.
+A whole step runs on `meta`: forward, loss, backward. The bytes of all tensors are counted as in live.py. The states of
+the optimizer, the moving average and the costs of sharding are calculated from the number of parameters. Text states
+and latents come from a cache, so text encoder and VAE do not count.
 """
 
 from collections import Counter
@@ -29,7 +29,7 @@ KINDS = ("frozen weights", "trained weights", "gradients", "optimizer", "EMA", "
 
 
 class Clips(NamedTuple):
-    """What a process computes in a step."""
+    """The clips that one process uses in one step. Height and width are in pixels."""
 
     frames: int
     height: int  # in pixels
@@ -43,16 +43,16 @@ class Clips(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """How the same training is done with less memory."""
+    """How a training step saves memory."""
 
-    precision: str = "bf16"  # frozen matrices in it, and autocast; trained weights are float32 always
+    precision: str = "bf16"  # of autocast and of frozen matrices; trained weights are always float32
     checkpointing: bool = False
-    accumulate: int = 1  # pieces in which a process computes its clips
-    eight_bits: bool = False  # the optimizer's states
-    shard: bool = False  # weights, gradients and optimizer over the processes
+    accumulate: int = 1  # number of pieces in which a process computes its clips
+    eight_bits: bool = False  # 8-bit states of the optimizer
+    shard: bool = False  # spread weights, gradients and optimizer states over the processes
 
     def options(self) -> list[str]:
-        """How to say it to `minit2v train`."""
+        """The options of `minit2v train` for this method."""
         found = ["--precision", self.precision]
         found += ["--checkpointing"] * self.checkpointing
         found += ["--accumulate", str(self.accumulate)] if self.accumulate > 1 else []
@@ -65,10 +65,10 @@ class Method:
 
 
 class TrainingPlan(NamedTuple):
-    """A method, and what is alive at the peak of a step."""
+    """A method, and the memory at the peak of a step."""
 
     method: Method
-    kinds: Mapping[str, int]  # bytes, by KINDS; those that are nothing are left out
+    kinds: Mapping[str, int]  # kind (see KINDS) -> bytes; without kinds of 0 bytes
 
     @property
     def peak(self) -> int:
@@ -79,29 +79,30 @@ class TrainingPlan(NamedTuple):
 
 
 def binary(size: float) -> str:
-    """Bytes, for people."""
+    """A number of bytes in MiB or GiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
 
 
 class TrainingPlanner:
-    """Counts what training a UNet takes. Every count is made once."""
+    """Counts the memory for training a UNet. It keeps its counts."""
 
     def __init__(
         self, unet: Any, trained: Iterable[Tensor], clips: Clips, *, tokens: int = TEXT, factor: int = 8,
         ema: bool = False, processes: int = 1, device: str = "cuda",
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
-        """unet: on `meta`, in training mode, and what is trained in it has `requires_grad`.
+        """unet: on `meta`, in training mode. Its trained parameters have `requires_grad`.
 
-        trained: all parameters that the optimizer has. factor: pixels of a latent. ema: a moving average of the trained
-        weights, on the device. around: what a step is made in.
+        trained: all parameters of the optimizer. factor: pixels per latent in height and width.
+        ema: whether a moving average of the trained weights is on the device.
+        around: makes the context in which a step runs.
         """
         self.unet, self.trained, self.clips = unet, list(trained), clips
         self.tokens, self.factor, self.around = tokens, factor, around
         self.ema, self.processes, self.device = ema, processes, device
         self.counts: dict[Any, Counter[str]] = {}
         if not self.trained:
-            raise ValueError("nothing is trained")
+            raise ValueError("no parameter is trained: give at least one")
 
     def frozen(self) -> list[Tensor]:
         mine = {id(p) for p in self.trained}
@@ -123,14 +124,14 @@ class TrainingPlanner:
         return TrainingPlan(method, {name: kinds[name] for name in KINDS if kinds[name]})
 
     def set_dtypes(self, precision: str) -> None:
-        """As `Trainer` does it: frozen matrices in the precision, all else in float32. On `meta` nothing is moved."""
+        """As in `Trainer`: frozen matrices get the precision, all others float32. On `meta` this costs nothing."""
         mine = {id(p) for p in self.trained}
         for p in self.unet.parameters():
             p.data = p.data.to(PRECISIONS[precision] if p.ndim > 1 and id(p) not in mine else torch.float32)
 
     def step(self, method: Method) -> Counter[str]:
-        """What a step makes: bytes at its peak, by kind."""
-        keep = method.accumulate > 1 or self.processes > 1  # DDP's gradients lie in buckets that stay
+        """The bytes at the peak of a step by kind, without weights and optimizer states."""
+        keep = method.accumulate > 1 or self.processes > 1  # DDP keeps its buckets of gradients
         key = method.precision, method.checkpointing, method.accumulate, method.shard, keep
         if key not in self.counts:
             known = [*self.frozen(), *self.trained]
@@ -155,9 +156,9 @@ class TrainingPlanner:
         return F.mse_loss(prediction.float(), target)
 
     def gathered(self, method: Method) -> int:
-        """Bytes of what FSDP2 has whole at a time: two blocks, what is in none, and gradients of a block.
+        """The bytes that FSDP2 gathers at a time: two blocks, all weights outside of blocks, gradients of a block.
 
-        The weights are gathered in the precision; the gradients, also in float32, to be summed.
+        Weights are gathered in the precision. Gradients are also there in float32, for their sum.
         """
         width = PRECISIONS[method.precision].itemsize
         blocks = [[*block.parameters()] for block in self.unet.blocks()]
@@ -171,19 +172,19 @@ class TrainingPlanner:
     # Choosing ---------------------------------------------------------------------------------------------------------
 
     def possible(self) -> Iterator[Method]:
-        """Every method, the fastest first, and float32 not among them: a step in it takes longer and needs more."""
+        """Every method in bf16, the fastest first. float32 is left out, because it is slower and needs more memory."""
         bits = (False, True)
         pieces = [n for n in range(1, self.clips.clips + 1) if self.clips.clips % n == 0]
         found = [
             Method("bf16", checkpointing, n, eight, shard) for checkpointing, n, eight, shard
             in product(bits, pieces, bits, bits if self.processes > 1 else (False,)) if not (eight and shard)
         ]  # fmt: skip
-        # Checkpointing costs a fourth forward beside three, pieces some launches; 8 bits change the numbers.
+        # Checkpointing adds a third to the work of a step, pieces add kernel launches. 8 bits change the result.
         return iter(sorted(found, key=lambda m: 1.0 * m.checkpointing + 0.1 * (m.accumulate > 1) + 0.01 * m.accumulate
                            + 0.3 * m.eight_bits + 0.3 * m.shard))  # fmt: skip
 
     def choose(self, memory: str | float) -> TrainingPlan | None:
-        """The fastest plan that fits into so many bytes; None where there is none."""
+        """The fastest plan that fits into `memory` (see `parse_memory`), or None."""
         most = parse_memory(memory)
         return next((plan for plan in map(self.plan, self.possible()) if plan.peak <= most), None)
 
@@ -193,7 +194,7 @@ class TrainingPlanner:
                    key=lambda plan: plan.peak)  # fmt: skip
 
     def rows(self, accumulate: int = 1) -> list[TrainingPlan]:
-        """In float32, in bf16, and with each technique."""
+        """Plans in float32, in bf16, and with each technique."""
         found = [Method(precision, checkpointing, accumulate) for precision in ("float32", "bf16")
                  for checkpointing in (False, True)]  # fmt: skip
         found.append(Method("bf16", True, accumulate, eight_bits=True))
@@ -210,8 +211,8 @@ def step_peak(
 ) -> Counter[str]:
     """Bytes at the peak of forward and backward on `meta`, as if on `device`: gradients, copies, activations.
 
-    known: what is there before. dtype: of autocast, if not float32. keep: gradients are there from the beginning.
-    drop: a gradient goes as soon as it is there.
+    known: tensors that exist before and do not count. dtype: of autocast; float32 means no autocast.
+    keep: gradients exist from the beginning. drop: a gradient is freed as soon as it is computed.
     """
     live = Kinds(known)
     mode = TrainedOnMeta(device, dtype if dtype != torch.float32 else None, live)
@@ -231,9 +232,9 @@ def step_peak(
                     live.tag(p.grad, "gradients")
                 handles.append(p.register_post_accumulate_grad_hook(arrived))
             value = loss()
-            mode.keeps = False  # autocast ends with the forward, and in a checkpoint's with the block
+            mode.keeps = False  # autocast ends with the forward pass, in a checkpoint with the block
             mode.copies.clear()
-            # Not value.backward(): that turns function modes off, and checkpoints run forwards in it.
+            # value.backward() would turn function modes off, but checkpoints run forward passes in it.
             _engine_run_backward((value,), (torch.ones_like(value),), False, False, (), allow_unreachable=True,
                                  accumulate_grad=True)
     finally:
@@ -245,7 +246,7 @@ def step_peak(
 
 
 class Kinds(Live):
-    """Live, and of which kinds the bytes are that were alive at the peak."""
+    """Live that also counts the bytes at the peak by kind."""
 
     def __init__(self, known: Iterable[Tensor] = ()):
         super().__init__(known)
@@ -273,7 +274,7 @@ class Kinds(Live):
 
 
 class TrainedOnMeta(OnMeta):
-    """OnMeta with gradients, and with autocast, which PyTorch has not for `meta`."""
+    """OnMeta with gradients and with autocast, which PyTorch does not have for `meta`."""
 
     def __init__(self, device: str, autocast: torch.dtype | None, live: Kinds):
         super().__init__(device)
@@ -290,7 +291,7 @@ class TrainedOnMeta(OnMeta):
             return FusedAttention.apply(*args[:3])
         if function is F.dropout and self.device == "cuda":
             return dropped(*args, **kwargs)
-        if function in (torch.conv2d, F.conv2d, F.group_norm, torch.group_norm):  # PyTorch's own have gradients
+        if function in (torch.conv2d, F.conv2d, F.group_norm, torch.group_norm):  # these have gradients in PyTorch
             return function(*args, **kwargs)
         return super().__torch_function__(function, types, args, kwargs)
 
@@ -301,14 +302,14 @@ class TrainedOnMeta(OnMeta):
             return x
         if not (x.is_leaf and x.requires_grad and x.dtype == torch.float32):
             return x.to(dtype)
-        if (copy := self.copies.get(id(x))) is None:  # of a trained weight: once for the whole forward
+        if (copy := self.copies.get(id(x))) is None:  # autocast copies a trained weight once per forward pass
             self.live.tag(copy := x.to(dtype), "copies")
             if self.keeps:
                 self.copies[id(x)] = copy
         return copy
 
 
-# What autocast runs in its dtype, and what in float32: of its lists, what these networks call.
+# The operations of these networks that autocast runs in its dtype, and those that it runs in float32.
 LOWERED = {F.linear, F.conv2d, torch.conv2d, F.conv3d, torch.conv3d, torch.matmul, Tensor.matmul, torch.bmm,
            F.scaled_dot_product_attention}  # fmt: skip
 WIDENED: dict[str, set[Any]] = {
@@ -318,7 +319,7 @@ WIDENED: dict[str, set[Any]] = {
 
 
 class FusedAttention(torch.autograd.Function):
-    """What all of PyTorch's fused backends keep: q, k, v, the result, and a number for each row."""
+    """Attention that keeps what PyTorch's fused backends keep: q, k, v, the result, and one number for each row."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -334,5 +335,5 @@ class FusedAttention(torch.autograd.Function):
 
 
 def dropped(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """Dropout as on CUDA, which keeps a byte for each number, and not a number."""
+    """Dropout as on CUDA, which keeps one byte for each number."""
     return torch.native_dropout(x, p, True)[0] if training and p else x

@@ -1,5 +1,5 @@
-"""The networks, each with its config, in plain PyTorch: equations, and nothing that only speed or files need.
+"""The networks, each with its config, in plain PyTorch. Code that only speed or files need is elsewhere.
 
-What loads, saves and configures them is `network`. Read the others in this order: layers, blocks, unet, unet3d, unet2d,
+`network` loads, saves and configures them. Read the others in this order: layers, blocks, unet, unet3d, unet2d,
 unet_motion, vae, clip.
 """

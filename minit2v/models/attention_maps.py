@@ -1,4 +1,4 @@
-"""What attention looks at: the softmax of chosen attentions, collected while a network runs."""
+"""Attention maps: the softmax of chosen attention layers, collected while a network runs."""
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from .image_prompt import ImageAttention
 from .layers import FrameTransformerBlock, TransformerBlock
 
 Kind = Literal["spatial", "text", "frames"]
-Maps = dict[str, list[Tensor]]  # name of an attention -> its map, call by call
+Maps = dict[str, list[Tensor]]  # name of an attention layer -> its maps, one for each call
 
 
 @contextmanager
@@ -29,33 +29,37 @@ def attention_maps(
     average_heads: bool = True,
     limit: int = 2**30,
 ) -> Iterator[Maps]:
-    """Collects softmax(q k^T / sqrt(d)) of a UNet's attentions while the `with` block runs, also inside a pipeline.
+    """Collects softmax(q k^T / sqrt(d)) of a UNet's attention layers while the `with` block runs.
 
         with attention_maps(pipe.unet, "text", "up.*", calls={0, 24}) as maps:
             pipe(prompt)
-        maps["up.1.blocks.0.spatial.block.attn2"][0]    # of the first of these calls, a step of the pipeline each
+        maps["up.1.blocks.0.spatial.block.attn2"][0]    # call 0: the first step of the pipeline
 
-    kinds: "spatial", the pixels of a frame look at each other; "text", they look at the text; "frames", each pixel
-    looks at itself in all frames. names: patterns (`*`, `?`, `[...]`) of `network.named_modules()`, of which one must
-    fit. calls: which calls of an attention are kept, counted from 0, all where None. limit: bytes that all maps may
-    take. Shapes, with a last axis that sums to 1:
+    kinds: which layers. "spatial": the pixels of a frame attend to each other. "text": the pixels attend to the text.
+    "frames": each pixel attends to itself in all frames.
+    names: patterns (`*`, `?`, `[...]`) for the names in `network.named_modules()`. One of them must match.
+    calls: which calls of a layer are kept, counted from 0. None keeps all. In a pipeline, one step is one call.
+    average_heads: keep the mean over the heads.
+    limit: the bytes that all maps together may take.
+
+    The last axis of a map sums to 1. The axis h is missing if `average_heads` is true. The shapes are:
 
         spatial    ((b f) h p p)     b f images, h heads, p pixels, row by row
-        text       (b h (f p) l)     the queries of a text stand in one row, frame by frame; l tokens
-                   ((b f) h p l)     where there is a text for each frame
+        text       (b h (f p) l)     the pixels of all frames as one axis, frame by frame; l tokens
+                   ((b f) h p l)     if there is a text for each frame
         frames     ((b p) h f f)
 
-    Without h where `average_heads`. Under guidance the first half of b is for the negative text. A map is float32 (of
-    float64, float64), on the CPU, without gradients. The numbers are those that the attention itself uses: what it
-    gives to `F.scaled_dot_product_attention`, with its mask. Blocks that are looked at run as they are written, the
-    others as fast as always; after the `with` block, also after an error, all is as before.
+    With guidance, the first half of b belongs to the negative prompt. Maps are float32 (float64 for a float64 network),
+    on the CPU, without gradients. They are computed from the arguments that the layer itself gives to
+    `F.scaled_dot_product_attention`, mask included. Blocks with a watched layer run without the fast path. The other
+    blocks keep it. After the `with` block all is as before, also after an error.
 
-    Raises ValueError where no attention fits, TypeError on what is not a plain network, RuntimeError where an attention
-    does not call `F.scaled_dot_product_attention`, MemoryError before the maps grow over `limit`.
+    Raises ValueError if no layer matches, and TypeError if `network` is not a plain network. Raises RuntimeError if a
+    layer does not call `F.scaled_dot_product_attention`, and MemoryError before the maps exceed `limit`.
     """
     if not isinstance(network, nn.Module) or hasattr(network, "_orig_mod"):
         hint = ": give the network that was compiled" if hasattr(network, "_orig_mod") else ""
-        raise TypeError(f"attention_maps looks into a plain network, not into a {type(network).__name__}{hint}")
+        raise TypeError(f"attention_maps needs a plain network, not a {type(network).__name__}{hint}")
     kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     for kind in kinds:
         if kind not in get_args(Kind):
@@ -64,8 +68,9 @@ def attention_maps(
     there = dict(attentions(network, kinds))
     chosen = {name: m for name, m in there.items() if any(fnmatchcase(name, pattern) for pattern in patterns)}
     if not chosen:
-        example = f"; there is {next(iter(there))!r}" if there else ""
-        raise ValueError(f"no attention of {', '.join(kinds)} is named like {', '.join(map(repr, patterns))}{example}")
+        example = f"; for example, there is {next(iter(there))!r}" if there else ""
+        raise ValueError(f"no attention layer of kind {', '.join(kinds)} has a name that matches "
+                         f"{', '.join(map(repr, patterns))}{example}")  # fmt: skip
 
     watch, hooks = Watch(calls, average_heads, limit), []
     try:
@@ -80,7 +85,7 @@ def attention_maps(
 
 
 def attentions(network: nn.Module, kinds: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of every attention of these kinds, which its place says: it may be of any class."""
+    """(name, module) of every attention layer of these kinds. Its place in a block tells the kind, not its class."""
     for name, m in network.named_modules():
         of: dict[str, str] = {}
         if isinstance(m, TransformerBlock):
@@ -91,29 +96,29 @@ def attentions(network: nn.Module, kinds: Sequence[str]) -> Iterator[tuple[str, 
 
 
 class Watch(TorchFunctionMode):
-    """Sees what an attention that is open gives to PyTorch, and keeps its softmax."""
+    """Sees the arguments that a watched layer gives to PyTorch's attention, and keeps the softmax."""
 
     def __init__(self, calls: Container[int] | None, average_heads: bool, limit: int):
         super().__init__()
         self.calls, self.average_heads, self.limit = calls, average_heads, limit
         self.maps: Maps = {}
-        self.count: dict[str, int] = {}  # calls of an attention that have begun
-        self.open: str | None = None  # the attention that is being computed
-        self.seen = False  # whether it has called PyTorch's
+        self.count: dict[str, int] = {}  # finished calls of each layer
+        self.open: str | None = None  # the layer that is running now
+        self.seen = False  # whether it has called PyTorch's attention
         self.once = False  # whether only its first call counts
         self.bytes = 0
 
     def hooks_of(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def before(m: nn.Module, args: Any) -> None:
             self.open, self.seen = name, False
-            self.once = isinstance(m, ImageAttention)  # which looks at the text first, and then at pictures
+            self.once = isinstance(m, ImageAttention)  # it attends to the text first, and then to pictures
 
         def after(m: nn.Module, args: Any, y: Any) -> None:
             seen, self.open = self.seen, None
             self.count[name] = self.count.get(name, 0) + 1
-            if y is not None and not seen:  # None: it raised
-                raise RuntimeError(f"{name}, a {type(m).__name__}, does not call F.scaled_dot_product_attention: its "
-                                   "weights cannot be seen")  # fmt: skip
+            if y is not None and not seen:  # y is None after an error
+                raise RuntimeError(f"{name}, a {type(m).__name__}, does not call F.scaled_dot_product_attention. "
+                                   "attention_maps cannot see its weights: leave it out of names=")  # fmt: skip
 
         return before, after
 
@@ -138,9 +143,9 @@ class Watch(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> None:
-        """Append the softmax of query (n h q d) and key (n h k d), one n after the other: (n h q k) or (n q k)."""
+        """Append the softmax for query (n h q d) and key (n h k d): (n h q k) or (n q k). One n at a time."""
         if query.ndim != 4:
-            raise RuntimeError(f"{name}: attention_maps knows queries (n heads length d), not {tuple(query.shape)}")
+            raise RuntimeError(f"{name}: attention_maps needs queries (n heads length d), not {tuple(query.shape)}")
         n, h, rows, d = query.shape
         if enable_gqa:
             key = key.repeat_interleave(h // key.shape[1], dim=1)
@@ -149,8 +154,8 @@ class Watch(TorchFunctionMode):
         kept = torch.empty(shape, dtype=dtype, device="meta")
         self.bytes += kept.nbytes
         if self.bytes > self.limit:
-            raise MemoryError(f"attention_maps: {name} would bring the maps to {self.bytes / 2**30:.3g} GiB, over the "
-                              f"limit of {self.limit / 2**30:.3g}: choose fewer kinds, names or calls, or another "
+            raise MemoryError(f"attention_maps: with {name} the maps need {self.bytes / 2**30:.3g} GiB, more than the "
+                              f"limit of {self.limit / 2**30:.3g} GiB: choose fewer kinds, names or calls, or a higher "
                               "limit")  # fmt: skip
         kept = torch.empty(shape, dtype=dtype, device="cpu")
         mask = torch.zeros((), dtype=dtype, device=query.device)

@@ -1,6 +1,7 @@
-"""The blocks of the UNets. Between them x is ((b f) c h w): all frames of all videos as one batch of images.
+"""The blocks of the UNets. Between them x is ((b f) c h w): all frames of all videos are one batch of images.
 
-Each block says who is its batch. In space a frame is by itself; in time, a pixel.
+A spatial layer treats each frame by itself. A temporal layer treats each pixel by itself.
+b videos, f frames, c channels, h w height and width, n = b f images, l text tokens, d width of a vector.
 """
 
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from .layers import FrameTransformerBlock, NumberedFrameTransformerBlock, Transf
 
 
 class ResBlock(nn.Module):
-    """GroupNorm, SiLU, convolution, twice; the timestep is added in between, and x at the end."""
+    """Twice GroupNorm, SiLU, convolution. The timestep embedding is added in between, and x at the end."""
 
     def __init__(self, c_in: int, c_out: int, emb_dim: int, groups: int):
         super().__init__()
@@ -23,7 +24,7 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor, span: int = 1) -> Tensor:
-        """x ((b f) c h w), emb ((b f) d) of the timestep -> ((b f) c_out h w); norms over `span` frames together."""
+        """x ((b f) c h w), timestep embedding emb ((b f) d) -> ((b f) c_out h w). The norms span `span` frames."""
         h = self.conv1(F.silu(group_norm(self.norm1, x, span)))
         h = h + self.emb(F.silu(emb))[:, :, None, None]
         h = self.conv2(F.silu(group_norm(self.norm2, h, span)))
@@ -31,10 +32,11 @@ class ResBlock(nn.Module):
 
 
 class TemporalConv(nn.Module):
-    """GroupNorm, SiLU, convolution along time only, four times; then x is added.
+    """Four times GroupNorm, SiLU, convolution along time only. At the end x is added.
 
-    Statistics of the norms span the video. The last convolution is zero at initialisation, so it starts as identity.
-    dropout: the share of the inputs of all convolutions but the first that is dropped in training mode.
+    The statistics of the norms span the video. The last convolution is initialised to zero, so the block starts as
+    the identity.
+    dropout: the probability of dropout before the last three convolutions, in training mode.
     """
 
     def __init__(self, c: int, groups: int, dropout: float = 0.0):
@@ -54,7 +56,7 @@ class TemporalConv(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """The pixels of one frame look at each other, then at the text."""
+    """The pixels of one frame attend to each other, then to the text."""
 
     def __init__(self, c: int, heads: int, head_dim: int, context_dim: int, groups: int):
         super().__init__()
@@ -64,14 +66,14 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(heads * head_dim, c)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x ((b f) c h w), context (m l d), one text for each b f / m frames -> ((b f) c h w)."""
+        """x ((b f) c h w), context (m l d) -> ((b f) c h w). Each of the m texts serves b f / m frames in a row."""
         h = self.proj_in(rearrange(self.norm(x), "n c h w -> n (h w) c"))
         h = self.proj_out(self.block(h, context))
         return x + rearrange(h, "n (h w) c -> n c h w", h=x.shape[2])
 
 
 class TemporalTransformer(nn.Module):
-    """Each pixel looks at itself in all frames, twice. Statistics of the norm span the video."""
+    """Each pixel attends to itself in all frames, twice. The statistics of the norm span the video."""
 
     def __init__(self, c: int, heads: int, head_dim: int, groups: int):
         super().__init__()
@@ -88,10 +90,10 @@ class TemporalTransformer(nn.Module):
 
 
 class MotionModule(nn.Module):
-    """AnimateDiff's layer (Guo et al. 2023, arXiv:2307.04725): each pixel looks at itself in all frames.
+    """AnimateDiff's temporal layer (Guo et al. 2023, arXiv:2307.04725): each pixel attends to itself in all frames.
 
-    Unlike in TemporalTransformer the frames are numbered, and the last projection is zero at initialisation: put into
-    an image model, it changes nothing until it is trained.
+    It differs from TemporalTransformer in two points. The frames have a position encoding. The last projection is
+    initialised to zero, so that an untrained module does not change the image model.
     """
 
     def __init__(self, c: int, heads: int, layers: int, groups: int, max_frames: int):
@@ -104,7 +106,7 @@ class MotionModule(nn.Module):
         self.proj_out = nn.Linear(c, c)
         nn.init.zeros_(self.proj_out.weight)
         nn.init.zeros_(self.proj_out.bias)
-        self.norm_over_video = False  # as in diffusers; the authors' norm spans one frame
+        self.norm_over_video = False  # the authors normalise each frame; diffusers, the whole video
 
     def forward(self, x: Tensor, f: int) -> Tensor:
         """x ((b f) c h w) -> ((b f) c h w)."""
@@ -116,7 +118,7 @@ class MotionModule(nn.Module):
 
 
 class Upsample(nn.Conv2d):
-    """Nearest neighbour to a given size, then a 3x3 convolution."""
+    """Nearest-neighbour interpolation to a given size, then a 3x3 convolution."""
 
     def __init__(self, c: int):
         super().__init__(c, c, 3, padding=1)

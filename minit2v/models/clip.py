@@ -1,14 +1,14 @@
 """The text encoder of CLIP (Radford et al. 2021, arXiv:2103.00020): a causal transformer over the prompt's tokens.
 
-One class for both encoders that are published with video models:
+b prompts, l tokens, d width of a vector, n heads. One class serves both encoders that video models are published with:
 
 | | act | layers | width | heads | published with |
 |---|---|---|---|---|---|
 | OpenCLIP ViT-H/14 | gelu | 23 (of 24) | 1024 | 16 | ModelScope, Zeroscope (the defaults here) |
 | CLIP ViT-L/14 | quick_gelu | 12 | 768 | 12 | Stable Diffusion 1.5, AnimateDiff |
 
-ModelScope reads the last but one of OpenCLIP's layers, through the final norm; its published files leave the last
-layer out.
+ModelScope uses the output of OpenCLIP's second-to-last layer, followed by the final norm. Its published files do not
+contain the last layer.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from .network import Network
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x sigmoid(1.702 x): the approximation of GELU that OpenAI's weights were trained with."""
+    """x sigmoid(1.702 x): an approximation of GELU. OpenAI's weights were trained with it."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -35,7 +35,7 @@ ACTIVATIONS = {"gelu": F.gelu, "quick_gelu": quick_gelu}
 
 @dataclass(frozen=True)
 class CLIPTextConfig:
-    """The fields of a `text_encoder/config.json`; the defaults are ModelScope's."""
+    """The fields of a `text_encoder/config.json`. The defaults are ModelScope's."""
 
     vocab_size: int = 49408
     hidden_size: int = 1024
@@ -46,29 +46,29 @@ class CLIPTextConfig:
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-5
 
-    # The encoder sees the padding, and so does the UNet: no published text-to-video model masks it.
+    # The encoder and the UNet see the padding tokens, because no published text-to-video model masks them.
     FIXED: ClassVar[dict[str, Any]] = {"use_attention_mask": False}
     IGNORED: ClassVar[dict[str, str]] = {
-        "projection_dim": "the width of CLIP's joint space with images, which this encoder does not enter",
+        "projection_dim": "the width of CLIP's joint space of texts and images, which this encoder does not use",
         "attention_dropout": "in training only, 0 in every published file",
         "dropout": "in training only, 0 in every published file",
-        "initializer_range": "the random start of a training from scratch",
-        "initializer_factor": "the random start of a training from scratch",
-        "bos_token_id": "0 in the published files, which is wrong: the tokenizer knows",
-        "eos_token_id": "2 in the published files, which is wrong: the tokenizer knows",
-        "pad_token_id": "1 in the published files, which is wrong: the tokenizer knows",
+        "initializer_range": "the initial weights of a training from scratch",
+        "initializer_factor": "the initial weights of a training from scratch",
+        "bos_token_id": "0 in the published files, which is wrong: the tokenizer has the right one",
+        "eos_token_id": "2 in the published files, which is wrong: the tokenizer has the right one",
+        "pad_token_id": "1 in the published files, which is wrong: the tokenizer has the right one",
     }
 
     def __post_init__(self):
         if self.hidden_act not in ACTIVATIONS:
-            raise ValueError(f"hidden_act is {' or '.join(map(repr, ACTIVATIONS))}, not {self.hidden_act!r}")
+            raise ValueError(f"hidden_act must be {' or '.join(map(repr, ACTIVATIONS))}, not {self.hidden_act!r}")
         dim, heads = self.hidden_size, self.num_attention_heads
         if dim % heads:
-            raise ValueError(f"hidden_size={dim} is not a multiple of num_attention_heads={heads}")
+            raise ValueError(f"hidden_size must be a multiple of num_attention_heads={heads}, not {dim}")
 
 
 class SelfAttention(nn.Module):
-    """Every token sees all; `causal`: itself and those before it."""
+    """Every token attends to all tokens. With `causal` it attends only to itself and to earlier ones."""
 
     def __init__(self, dim: int, heads: int, causal: bool):
         super().__init__()
@@ -100,7 +100,7 @@ class FeedForward(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """A pre-norm transformer layer: each half adds to the stream what it reads from a normalised copy."""
+    """A pre-norm transformer layer: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
     def __init__(self, config: Any, causal: bool = True):
         super().__init__()
@@ -117,7 +117,7 @@ class EncoderLayer(nn.Module):
 
 
 class CLIPTextModel(Network):
-    """Token ids to one vector per token, the `context` of the UNet's cross-attention."""
+    """Turns token ids into one vector per token. They are the `context` of the UNet's cross-attention."""
 
     Config = CLIPTextConfig
     config: CLIPTextConfig
@@ -132,14 +132,15 @@ class CLIPTextModel(Network):
         self.positions = nn.Embedding(c.max_position_embeddings, c.hidden_size)
         self.layers = nn.ModuleList([EncoderLayer(c) for _ in range(c.num_hidden_layers)])
         self.norm_out = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
-        for embedding in (self.tokens, self.positions):  # CLIP's start; PyTorch's is 50 times as wide
+        for embedding in (self.tokens, self.positions):  # CLIP's initialisation; PyTorch's is 50 times as wide
             nn.init.normal_(embedding.weight, std=0.02)
 
     def forward(self, ids: Tensor, clip_skip: int | None = None) -> Tensor:
-        """ids (b l) -> (b l d), after the final norm. `clip_skip` leaves out that many of the last layers.
+        """ids (b l) -> (b l d), after the final norm.
 
-        Raises ValueError on more tokens than positions, on ids outside the vocabulary and on a `clip_skip` that is
-        not in 0 ... number of layers.
+        clip_skip: how many of the last layers are left out. None leaves out none.
+        Raises ValueError if there are more tokens than positions, or if an id is outside the vocabulary. Also raises it
+        if `clip_skip` is below 0 or above the number of layers.
         """
         self._check(ids, clip_skip)
         x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
@@ -154,12 +155,12 @@ class CLIPTextModel(Network):
             raise ValueError(f"ids must be an integer tensor (batch, tokens), not {what}")
         if ids.shape[1] > c.max_position_embeddings:
             raise ValueError(f"{ids.shape[1]} tokens, but the text encoder has {c.max_position_embeddings} positions")
-        traced = torch.compiler.is_compiling()  # which cannot look at values
+        traced = torch.compiler.is_compiling()  # then values are not known
         if not traced and ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < c.vocab_size):
             raise ValueError(
-                f"token ids {int(ids.min())} ... {int(ids.max())} are not in the text encoder's vocabulary of "
-                f"{c.vocab_size}: is this its tokenizer?"
+                f"token ids {int(ids.min())} ... {int(ids.max())} are not all in the text encoder's vocabulary of "
+                f"{c.vocab_size}: use the tokenizer that belongs to this text encoder"
             )
         whole = isinstance(clip_skip, Integral) and not isinstance(clip_skip, bool)
         if clip_skip is not None and not (whole and 0 <= clip_skip <= len(self.layers)):
-            raise ValueError(f"clip_skip must be None or one of 0 ... {len(self.layers)}, not {clip_skip!r}")
+            raise ValueError(f"clip_skip must be None or from 0 to {len(self.layers)}, not {clip_skip!r}")

@@ -1,9 +1,10 @@
-"""IP-Adapter (Ye et al. 2023, arXiv:2308.06721): a UNet that was trained with texts takes pictures as well.
+"""IP-Adapter (Ye et al. 2023, arXiv:2308.06721): a UNet that was trained with texts also accepts pictures.
 
-    features of a picture, by CLIP  ->  a few tokens, as wide as the text's        one of the three projections below
-    every attention to the text     y = attn(q, k, v) + scale * attn(q, k_ip, v_ip)             `ImageAttention`
+    CLIP's features of a picture  ->  a few tokens, as wide as the text's         one of the three projections below
+    every cross-attention             y = attn(q, k, v) + scale * attn(q, k_ip, v_ip)           `ImageAttention`
 
-Keys and values of the tokens have weights of their own, the queries are the text's. Nothing else of the UNet changes.
+Keys and values of the pictures have their own weights. The queries are shared with the text. The rest of the UNet does
+not change.
 b batch, f frames, i pictures, t tokens of a picture, l tokens of a text, d their width, h heads, p pixels.
 """
 
@@ -17,30 +18,31 @@ from torch import Tensor, nn
 from ..techniques.context_windows import of_windows
 from .layers import Attention
 
-Scale = float | tuple[float, ...]  # of all pictures of an adapter, or of each: those that have masks
-Masks = dict[int, Tensor]  # for each number p of pixels that a level of the U has: (i p)
+Scale = float | tuple[float, ...]  # one for all pictures of an adapter; or one for each picture, if they have masks
+Masks = dict[int, Tensor]  # for each level of the UNet: its number of pixels p -> mask (i p)
 
 
 class Prompt:
-    """A text and pictures: what a UNet that has IP-Adapters takes as its `context`, in the place of a text alone.
+    """The `context` of a UNet that has IP-Adapters: a text together with pictures.
 
-    text (b l d), or (b f l d) with one for each frame; images, for each adapter: tokens (b i t d), or (b f i t d);
-    masks, for each adapter: None, or where each picture is to be seen.
+    text: (b l d), or (b f l d) with one text for each frame.
+    images: for each adapter the tokens (b i t d), or (b f i t d) with pictures for each frame.
+    masks: for each adapter None, or masks that say where in the frame each picture acts.
     """
 
     def __init__(self, text: Tensor, images: Sequence[Tensor], masks: Sequence[Masks | None] | None = None):
         self.text, self.images = text, list(images)
         self.masks = list(masks) if masks is not None else [None] * len(self.images)
-        self.frames = 0  # b f, in a prompt that `flat` has made
+        self.frames = 0  # b f; set by `flat`
 
     def __len__(self) -> int:
-        """How many texts there are: between blocks, each is for as many frames as the next."""
+        """The number of texts. In a prompt made by `flat`, every text serves the same number of frames."""
         return len(self.text)
 
     def flat(self, text: Tensor, b: int, f: int, d: int) -> "Prompt":
-        """With `text` (n l d) of the same, and images (m i t d): of both as many as there are videos, or frames.
+        """The prompt with `text` (n l d) and images (m i t d) for the blocks. n and m are b or b f.
 
-        Raises ValueError where the tokens are not those of b videos of f frames, d wide.
+        Raises ValueError if the tokens of the pictures do not have the shape for b videos of f frames and width d.
         """
         images = []
         for x in self.images:
@@ -55,16 +57,16 @@ class Prompt:
 
     @property
     def by_frame(self) -> bool:
-        """Whether there is a text, or a picture, for each frame."""
+        """Whether each frame has its own text or its own pictures."""
         return self.text.ndim == 4 or any(x.ndim == 5 for x in self.images)
 
     def in_windows(self, windows: list[list[int]]) -> "Prompt":
-        """The same for these frames of the video, one window behind the other in the batch."""
+        """The prompt for these windows of frames. The windows become one batch, one after the other."""
         images = [of_windows(x, x.ndim == 5, windows) for x in self.images]
         return Prompt(of_windows(self.text, self.text.ndim == 4, windows), images, self.masks)
 
     def chunk(self, n: int) -> list["Prompt"]:
-        """Of so many equal parts of the batch."""
+        """The prompt split into n equal parts of the batch."""
         parts = zip(self.text.chunk(n), *(x.chunk(n) for x in self.images), strict=True)
         return [Prompt(text, images, self.masks) for text, *images in parts]
 
@@ -72,7 +74,7 @@ class Prompt:
         return [self.text, *self.images, *(m for masks in self.masks if masks is not None for m in masks.values())]
 
     def of(self, tensors: Sequence[Tensor]) -> "Prompt":
-        """The same of other tensors, in the order of `tensors()`."""
+        """A prompt of the same form with other tensors, in the order of `tensors()`."""
         text, *rest = tensors
         images, rest = rest[: len(self.images)], iter(rest[len(self.images) :])
         masks = [None if m is None else {p: next(rest) for p in m} for m in self.masks]
@@ -82,9 +84,10 @@ class Prompt:
 
 
 class ImageAttention(Attention):
-    """Attention to a text and, by the same queries, to the pictures of each adapter, times the adapter's scale.
+    """Cross-attention to a text, and with the same queries to the pictures of each adapter, times its scale.
 
-    It takes the place of an Attention and has its layers. A context that is a text alone is looked at as before.
+    It replaces an Attention and takes over its layers. If the context is only a text, the result is that of the
+    Attention.
     """
 
     def __init__(self, attention: Attention, to_k_ip: Sequence[nn.Linear], to_v_ip: Sequence[nn.Linear]):
@@ -92,12 +95,12 @@ class ImageAttention(Attention):
         self.heads = attention.heads
         self.to_q, self.to_k, self.to_v, self.to_out = (
             attention.to_q, attention.to_k, attention.to_v, attention.to_out)  # fmt: skip
-        self.to_k_ip, self.to_v_ip = nn.ModuleList(to_k_ip), nn.ModuleList(to_v_ip)  # of each adapter
+        self.to_k_ip, self.to_v_ip = nn.ModuleList(to_k_ip), nn.ModuleList(to_v_ip)  # one for each adapter
         self.scales: tuple[Scale, ...] = (1.0,) * len(to_k_ip)
         self.train(attention.training)
 
     def forward(self, x: Tensor, context: Tensor | Prompt) -> Tensor:  # type: ignore[override]
-        """x (n l d) looks at context, n texts (n m c) or a flat Prompt of them -> (n l d)."""
+        """x (n l d) attends to context, texts (n m c) or a Prompt made by `flat` -> (n l d)."""
         if isinstance(context, Tensor):
             return super().forward(x, context)
         q, k, v = self.to_q(x), self.to_k(context.text), self.to_v(context.text)
@@ -107,19 +110,20 @@ class ImageAttention(Attention):
         return self.to_out(rearrange(self.look(y, q, pairs, context), "n h l d -> n l (h d)"))
 
     def look(self, y: Tensor, q: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], context: Prompt) -> Tensor:
-        """y, q (n h l d), keys and values (m i t c) of each adapter -> y and what q finds in the pictures (n h l d).
+        """y plus, for each adapter, scale * attention of q to its pictures.
 
-        l is a frame's pixels after the other's; of pictures there are as many as of texts, or some for each frame.
+        y, q (n h l d), `pairs` with keys and values (m i t c) for each adapter -> (n h l d). The axis l holds the
+        pixels of all frames of a text, frame by frame. m is n, or a multiple of n if pictures belong to frames.
         """
         for (k, v), scale, masks in zip(pairs, self.scales, context.masks, strict=True):
             if not any(scale if isinstance(scale, tuple) else [scale]):
                 continue
             own = rearrange(q, "n h (g l) d -> (n g) h l d", g=len(k) // len(q))
             k, v = (rearrange(x, "m i t (h d) -> i m h t d", h=self.heads) for x in (k, v))
-            if masks is None:  # the tokens of all pictures stand in one row
+            if masks is None:  # the queries attend to the tokens of all pictures together
                 k, v = (rearrange(x, "i m h t d -> m h (i t) d") for x in (k, v))
                 found = scale * F.scaled_dot_product_attention(own, k, v)
-            else:  # every picture is looked at by itself
+            else:  # the queries attend to each picture separately
                 mask = masks[own.shape[2] * len(own) // context.frames]
                 mask = repeat(mask.to(q.dtype), "i p -> i (f p) 1", f=own.shape[2] // mask.shape[1])
                 each = scale if isinstance(scale, tuple) else (scale,) * len(k)
@@ -129,7 +133,7 @@ class ImageAttention(Attention):
         return y
 
     def plain(self) -> Attention:
-        """The same without adapters."""
+        """The Attention without the adapters."""
         attention = Attention.__new__(Attention)
         nn.Module.__init__(attention)
         attention.heads = self.heads
@@ -138,13 +142,13 @@ class ImageAttention(Attention):
         return attention.train(self.training)
 
 
-# What makes tokens of a picture's features ---------------------------------------------------------------------------
+# Projections from CLIP's features of a picture to tokens -------------------------------------------------------------
 
 
 class ImageProjection(nn.Module):
-    """Of the vector of a whole picture: as many tokens as its one layer makes, normalised."""
+    """One linear layer and a norm: CLIP's vector of the whole picture becomes a few tokens."""
 
-    reads_states = False  # but CLIP's vector of the whole picture
+    reads_states = False  # it reads CLIP's vector of the whole picture
 
     def __init__(self, features: int, tokens: int, dim: int):
         super().__init__()
@@ -158,7 +162,7 @@ class ImageProjection(nn.Module):
 
 
 class FullProjection(nn.Module):
-    """Of each of CLIP's states a token: a layer, GELU, a layer, and a norm. For pictures of faces."""
+    """Each of CLIP's hidden states becomes a token: linear layer, GELU, linear layer, norm. For pictures of faces."""
 
     reads_states = True
 
@@ -175,7 +179,7 @@ class FullProjection(nn.Module):
 
 
 class ResamplerAttention(nn.Module):
-    """What is learned looks at CLIP's states, and at itself."""
+    """Cross-attention of learned tokens (`latents`) to CLIP's hidden states and to themselves."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -186,7 +190,7 @@ class ResamplerAttention(nn.Module):
         self.to_out = nn.Linear(64 * heads, dim, bias=False)
 
     def forward(self, latents: Tensor, x: Tensor) -> Tensor:
-        """latents (n t d) look at x (n l d) and at latents -> (n t d)."""
+        """latents (n t d) attend to x (n l d) and to latents -> (n t d)."""
         x, latents = self.norm1(x), self.norm2(latents)
         k, v = self.to_kv(torch.cat([x, latents], dim=1)).chunk(2, dim=-1)
         q, k, v = (rearrange(y, "n l (h d) -> n h l d", h=self.heads) for y in (self.to_q(latents), k, v))
@@ -194,9 +198,9 @@ class ResamplerAttention(nn.Module):
 
 
 class Resampler(nn.Module):
-    """Of all of CLIP's states a few tokens, which learned ones gather layer by layer (the "plus" adapters).
+    """The "plus" adapters: a few learned tokens collect information from CLIP's hidden states, layer by layer.
 
-    As in Flamingo (Alayrac et al. 2022, arXiv:2204.14198, section 2.2).
+    It is the Perceiver Resampler of Flamingo (Alayrac et al. 2022, arXiv:2204.14198, section 2.2).
     """
 
     reads_states = True

@@ -1,7 +1,7 @@
-"""The layers every network here is made of: plain PyTorch, equation by equation.
+"""The layers that every network here is made of: plain PyTorch, equation by equation.
 
-b videos, f frames, p pixels of a frame, l text tokens, m texts, h heads, d width of a vector, of a head where h stands
-beside it; n stands for whatever is batch.
+b videos, f frames, p pixels of a frame, l text tokens, m texts, h heads, n batch (of any kind), c width of a text
+token. d is the width of a vector; in a shape that also has h, it is the width of a head.
 """
 
 import math
@@ -15,10 +15,10 @@ from ..techniques.free_noise import FreeNoise
 
 
 def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """t (n,) -> (n dim), dim even: cosines, then sines, at dim / 2 frequencies from 1 down towards 1 / max_period.
+    """t (n,) -> (n dim), dim even: cosines, then sines, of t times dim / 2 frequencies.
 
-    In float32, and in this order of operations, which is the reference's: at t = 999 one rounding of a frequency
-    moves a cosine by 6e-5.
+    The frequencies fall from 1 towards 1 / max_period. dtype and order of the operations are the reference's: at
+    t = 999 one rounding of a frequency changes a cosine by 6e-5.
     """
     steps = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
     frequencies = torch.exp(-math.log(max_period) * steps / (dim // 2))
@@ -27,11 +27,12 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10_000.0) -> Ten
 
 
 def sinusoids(count: int, dim: int) -> Tensor:
-    """(count dim): sines at even places, cosines at odd ones, of position * 10,000^(-i / dim), i even.
+    """Position encoding (count dim): sines at even places and cosines at odd places of position * 10,000^(-i / dim).
 
-    Vaswani et al. 2017, section 3.5. Not `timestep_embedding`: other order, other frequencies.
+    i is even, from 0 to dim - 2 (Vaswani et al. 2017, section 3.5). `timestep_embedding` has another order and other
+    frequencies.
     """
-    # On the CPU also where a network is built on `meta`: sines of no numbers would make PyTorch import its compiler.
+    # It is computed on the CPU, because sines on the device `meta` would make PyTorch import its compiler.
     steps = torch.arange(0, dim, 2, dtype=torch.float64, device="cpu")
     angles = torch.arange(count, dtype=torch.float64, device="cpu")[:, None] * 10_000.0 ** (-steps / dim)
     table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
@@ -39,7 +40,7 @@ def sinusoids(count: int, dim: int) -> Tensor:
 
 
 def group_norm(norm: nn.GroupNorm, x: Tensor, f: int) -> Tensor:
-    """x ((n f) c h w) -> norm(x), with statistics over f frames together: 1, or those of a whole video."""
+    """x ((n f) c h w) -> norm(x), with statistics over f frames together. f is 1, or all frames of a video."""
     return rearrange(norm(rearrange(x, "(n f) c h w -> n c f h w", f=f)), "n c f h w -> (n f) c h w")
 
 
@@ -56,7 +57,7 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(inner, dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x (n p d) attends to context (n l c), which is x itself in self-attention -> (n p d)."""
+        """x (n p d) attends to context (n l c) -> (n p d). In self-attention, context is x itself."""
         q = rearrange(self.to_q(x), "n p (h d) -> n h p d", h=self.heads)
         k, v = (rearrange(to(context), "n l (h d) -> n h l d", h=self.heads) for to in (self.to_k, self.to_v))
         y = F.scaled_dot_product_attention(q, k, v)
@@ -75,13 +76,13 @@ class FrameAttention(Attention):
 
 
 class FeedForward(nn.Module):
-    """Linear, GEGLU (Shazeer 2020, arXiv:2002.05202), Linear; hidden width 4 * dim."""
+    """Linear, GEGLU (Shazeer 2020, arXiv:2002.05202), Linear. The hidden width is 4 * dim."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.proj_in = nn.Linear(dim, 8 * dim)
         self.proj_out = nn.Linear(4 * dim, dim)
-        self.chunking: tuple[int, int] | None = None  # (size, axis): run in pieces, to need less memory
+        self.chunking: tuple[int, int] | None = None  # (size, axis) of the pieces; saves memory
 
     def forward(self, x: Tensor) -> Tensor:
         """x (... d) -> (... d)."""
@@ -95,7 +96,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention to x itself, attention to the text, feed-forward: each of a LayerNorm of x, each added to x."""
+    """Self-attention, cross-attention to the text, feed-forward. Each reads a LayerNorm of x and is added to x."""
 
     def __init__(self, dim: int, heads: int, head_dim: int, context_dim: int):
         super().__init__()
@@ -104,16 +105,16 @@ class TransformerBlock(nn.Module):
         self.norm3, self.ff = nn.LayerNorm(dim), FeedForward(dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """x (n p d), context (m l c), a text for each g = n / m images of x -> (n p d)."""
+        """x (n p d), context (m l c) -> (n p d). Each text serves g = n / m images of x in a row."""
         y = self.norm1(x)
         x = x + self.attn1(y, y)
-        y = rearrange(self.norm2(x), "(m g) p d -> m (g p) d", m=len(context))  # keys and values once for each text
+        y = rearrange(self.norm2(x), "(m g) p d -> m (g p) d", m=len(context))  # one set of keys and values per text
         x = x + rearrange(self.attn2(y, context), "m (g p) d -> (m g) p d", p=x.shape[1])
         return x + self.ff(self.norm3(x))
 
 
 class FrameTransformerBlock(nn.Module):
-    """Attention across the frames, the same again, feed-forward: each of a LayerNorm of x, each added to x."""
+    """Attention across the frames, twice, then feed-forward. Each reads a LayerNorm of x and is added to x."""
 
     def __init__(self, dim: int, heads: int, head_dim: int):
         super().__init__()
@@ -129,7 +130,7 @@ class FrameTransformerBlock(nn.Module):
 
 
 class NumberedFrameTransformerBlock(FrameTransformerBlock):
-    """The same for frames that are numbered: sinusoids of their positions are added to what both attentions see."""
+    """FrameTransformerBlock with a position encoding: it is added to the input of both attention layers."""
 
     def __init__(self, dim: int, heads: int, head_dim: int, positions: int):
         super().__init__(dim, heads, head_dim)
@@ -146,7 +147,7 @@ class NumberedFrameTransformerBlock(FrameTransformerBlock):
         return x + self.ff(self.norm3(x))
 
     def in_windows(self, x: Tensor, free_noise: FreeNoise) -> Tensor:
-        """x (b f p d) -> (b f p d), each attention seeing the frames of a window, which are numbered from 0."""
+        """x (b f p d) -> (b f p d). Attention sees one window of frames at a time, with positions from 0."""
 
         def attend(x: Tensor) -> Tensor:
             positions = self.positions[0, : x.shape[1], None]

@@ -1,4 +1,4 @@
-"""What all networks share: a config, strict loading, saving under diffusers' names."""
+"""The base class of all networks: config, strict loading, saving under diffusers' names."""
 
 import inspect
 import logging
@@ -32,22 +32,24 @@ class Network(nn.Module):
     Config: ClassVar[type]
     config: Any  # in every class: an object of its Config
     layout: ClassVar[Layout]
-    weights_name: ClassVar[str] = "diffusion_pytorch_model"  # "model": the file names are transformers'
-    # What a config.json says about itself; None: diffusers' `_class_name`.
+    weights_name: ClassVar[str] = "diffusion_pytorch_model"  # "model" for transformers' file names
+    # The first fields of config.json. None means diffusers' `_class_name` and `_diffusers_version`.
     head: ClassVar[dict[str, Any] | None] = None
 
     def __init__(self, config: Any = None, *, compat: str | None = None, **fields: Any):
-        """`config`, or the fields of a config.json as keywords. compat: as in `set_compat`.
+        """`config` is a Config object. Keywords are fields of a config.json, and win over it.
 
-        Raises ValueError on a field that does not exist.
+        compat: a mode, see `set_compat`.
+        Raises ValueError if a field does not exist, has a wrong value, or if `config` belongs to another network.
         """
         super().__init__()
         if config is not None and not self._is_config(config):
-            raise ValueError(f"config must be a {self.Config.__name__}; a dict goes through from_config")
+            raise ValueError(f"config must be a {self.Config.__name__}, not a {type(config).__name__}: "
+                             "from_config takes a dict")  # fmt: skip
         values = {f.name: getattr(config, f.name) for f in dataclass_fields(config)} if config is not None else {}
         whole = not fields and isinstance(config, self.Config)
         self.config = config if whole else make_config(self.Config, {**values, **fields})
-        self.explicit = frozenset(fields)  # passed in code: `set_compat` leaves them alone
+        self.explicit = frozenset(fields)  # passed in code, so `set_compat` does not change them
         self.compat: str | None = None
         self.set_compat(compat)
 
@@ -59,37 +61,38 @@ class Network(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    if not TYPE_CHECKING:  # a type checker would believe that there is every name
+    if not TYPE_CHECKING:  # otherwise a type checker would accept every name
 
         def __getattr__(self, name: str) -> Any:
             try:
                 return super().__getattr__(name)
             except AttributeError:
-                if name.startswith("_") or hasattr(type(self), name):  # a property whose own error says more
+                if name.startswith("_") or hasattr(type(self), name):  # the error of a property says more
                     raise
                 near = nearest(name, [n for n in dir(self) if not n.startswith("_")])
                 raise AttributeError(f"{type(self).__name__} has no {name!r}{near}", name=name) from None
 
     def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
-        say_unneeded("enable_xformers_memory_efficient_attention", "PyTorch's own attention takes as little memory")
+        say_unneeded("enable_xformers_memory_efficient_attention", "PyTorch's own attention needs as little memory")
 
     def disable_xformers_memory_efficient_attention(self) -> None:
         say_unneeded("disable_xformers_memory_efficient_attention", "xformers is never used")
 
     def fuse_qkv_projections(self) -> None:
-        say_unneeded("fuse_qkv_projections", "the pipeline's optimize() lays q, k and v together")
+        say_unneeded("fuse_qkv_projections", "the pipeline's optimize() fuses q, k and v")
 
     def unfuse_qkv_projections(self) -> None:
-        say_unneeded("unfuse_qkv_projections", "the pipeline's restore() takes the weights back to where they were")
+        say_unneeded("unfuse_qkv_projections", "the pipeline's restore() undoes what optimize() did")
 
     def set_compat(self, compat: str | None) -> Self:
-        """Set the fields in which we deviate as this mode has them (compat.py), except those passed in code.
+        """Set the fields in which this package deviates from diffusers to the values of a mode (see compat.py).
 
-        None changes nothing. Raises ValueError on an unknown mode.
+        Fields that were passed in code keep their values. None changes nothing.
+        Raises ValueError if the mode is unknown.
         """
         if compat is not None:
             forced: dict[str, Any] = {}
-            for name in self.class_names():  # a class of the user's own deviates as the one that it is made from
+            for name in self.class_names():  # a user's subclass deviates like its base class
                 forced |= compat_fields(name, compat)
             self.config = replace(self.config, **{n: v for n, v in forced.items() if n not in self.explicit})
             self.compat = compat
@@ -97,22 +100,30 @@ class Network(nn.Module):
 
     @classmethod
     def class_names(cls) -> list[str]:
-        """The names under which files may speak of this class: its own, and those of the networks that it extends."""
+        """The class names that a file may have for this class: its own and those of its base networks."""
         return [c.__name__ for c in cls.__mro__ if issubclass(c, Network)]
 
     @classmethod
     def _is_config(cls, config: Any) -> bool:
-        """Whether this is a Config of the class, or of one that it extends."""
+        """Whether this is a Config of the class or of one of its base classes."""
         return isinstance(config, tuple(c.Config for c in cls.__mro__ if "Config" in vars(c)))
 
     def diffusers_state_dict(self) -> dict[str, Tensor]:
-        """The parameters under diffusers' names (CLIP's: transformers'); those that it does not know under our own."""
+        """The parameters under diffusers' names (CLIP: transformers' names).
+
+        Parameters that diffusers does not have keep our names.
+        """
         state = self.state_dict()
         return self.layout.to_diffusers(state, self.layout.own(state))
 
     @classmethod
     def from_config(cls, config: Any, *, compat: str | None = None, **overrides: Any) -> Self:
-        """A network with random weights from a config.json's content or a Config, with some fields changed."""
+        """A network with random weights.
+
+        config: the content of a config.json as a dict, or a Config. Other keywords change fields of it.
+        compat: a mode, see `set_compat`.
+        Raises ValueError if the config belongs to another class, or if a field is unknown or wrong.
+        """
         if cls._is_config(config):
             return cls(config, compat=compat, **overrides)
         if not isinstance(config, Mapping):
@@ -125,7 +136,7 @@ class Network(nn.Module):
         if reserved := [name for name in ("self", "config", "compat") if name in config]:
             raise ValueError(f"{cls.Config.__name__} has no field {reserved[0]!r}")
         if class_name not in cls.class_names():
-            wanted = f"the config is that of a {str(class_name)[:100]}, not of a {cls.__name__}"
+            wanted = f"the config belongs to a {str(class_name)[:100]}, not to a {cls.__name__}"
             raise ValueError(f"{wanted}: load it with the class {str(class_name)[:100]}")
         try:
             network = cls(**{**config, **overrides})
@@ -155,17 +166,21 @@ class Network(nn.Module):
         mmap: bool = True,
         **config_overrides: Any,
     ) -> Self:
-        """The network of a local folder or a hub id, ready to run (`eval`).
+        """Loads a network from a local folder or a hub id. It is ready to run (in `eval` mode).
 
-        variant: "fp16" reads the files with that infix. torch_dtype or dtype: what the weights are cast to, float32 if
-        not given; where the file has it already they stay memory-mapped. compat: as in `set_compat`. strict: False lets
-        parameters that the file lacks keep their initialisation, and logs their names; the network is then first made
-        with all its initial values, which takes its memory once more. Other keywords change fields of the config.
-        A subclass reads the files of the classes that it extends: fields of its own have their defaults then.
-        mmap: False copies the weights into memory, so that nobody who writes to the files later changes them.
-        A file in place of the folder is read as by `from_single_file`, and so is a folder of ModelScope's files.
-        Raises FileNotFoundError on what is missing, ValueError on weights that do not fit, TypeError on an unknown
-        argument, in one line each.
+        path_or_id: a single file and a folder of ModelScope's original files work, too, as with `from_single_file`.
+        variant: "fp16" reads the files with that infix.
+        torch_dtype: the dtype of the weights, float32 by default. `dtype` is another name for it. Weights that have
+        this dtype in the file stay memory-mapped.
+        compat: a mode, see `set_compat`.
+        strict: with False, parameters that the file lacks keep their initial values, and their names are logged. The
+        network then needs twice its memory while it is loaded.
+        mmap: with False, the weights are copied into memory. Later changes of the files do not affect them then.
+        Other keywords change fields of the config. A subclass reads the files of its base classes. Fields that only the
+        subclass has keep their defaults then.
+
+        Raises FileNotFoundError if something is missing, ValueError if the weights do not fit, and TypeError if an
+        argument is unknown.
         """
         cls._check_fields("from_pretrained", config_overrides)
         dtype = one_dtype(torch_dtype, dtype)
@@ -173,7 +188,8 @@ class Network(nn.Module):
                            cache_dir=cache_dir, force_download=force_download)
         if subfolder is None and is_authors_layout(path_or_id):
             if variant is not None:
-                raise ValueError(f"{path_or_id} is in the authors' layout: it has no variant {variant!r}")
+                raise ValueError(f"{path_or_id} is a checkpoint in the authors' layout, which has no variants: "
+                                 f"leave variant={variant!r} out")  # fmt: skip
             return cls.from_single_file(path_or_id, dtype=dtype, compat=compat, strict=strict, mmap=mmap,
                                         **config_overrides)
         folder, names = find_folder(
@@ -207,14 +223,13 @@ class Network(nn.Module):
         mmap: bool = True,
         **config_overrides: Any,
     ) -> Self:
-        """The network out of a `.safetensors`, `.ckpt`, `.pth` or `.bin` file in any layout that is known.
+        """Loads a network from one `.safetensors`, `.ckpt`, `.pth` or `.bin` file in any known layout.
 
-        path: also the address of one on huggingface.co, which is fetched.
-
-        What the shapes do not say (heads, groups) is as in the published model, or as `config` has it: a config.json,
-        its content, or a folder or hub id that has one; keywords change fields of it.
-        ema: take the moving average of the UNet, where the file has one. Nothing is written, and what has the dtype
-        already stays memory-mapped. `strict`, `mmap` and errors as of `from_pretrained`.
+        path: the file, or its address on huggingface.co, from where it is downloaded.
+        config: a config.json, its content as a dict, or a folder or hub id that contains one. Without it, fields that
+        the shapes do not tell (heads, groups) are those of the published model. Other keywords change fields.
+        ema: use the exponential moving average of the UNet's weights, if the file has one.
+        The other arguments and the errors are those of `from_pretrained`. No converted file is written.
         """
         from minit2v_convert.convert import components
 
@@ -225,7 +240,7 @@ class Network(nn.Module):
         name, part = next(((n, p) for n, p in found.items() if p.cls in cls.class_names()), ("", None))
         if part is None:
             there = ", ".join(part.cls or name for name, part in found.items())
-            raise ValueError(f"{path} is {next(iter(found.values())).title}: in it {there}, no {cls.__name__}")
+            raise ValueError(f"{path} is {next(iter(found.values())).title}. It contains {there}, no {cls.__name__}")
         if config is not None:
             part = part.configured(*find_config(config, name))
         return cls.from_component(part, str(path), dtype, compat, config_overrides, strict)
@@ -235,7 +250,7 @@ class Network(nn.Module):
         cls, part: Any, label: str, dtype: torch.dtype, compat: str | None, overrides: Mapping[str, Any],
         strict: bool = True,
     ) -> Self:
-        """The network of a part of a file (`minit2v_convert.convert.components`); label: the file's name."""
+        """The network from one part of a file (`minit2v_convert.convert.components`). label: the file's name."""
         from minit2v_convert.convert import UNSAID
 
         config = cls.config_of(dict(part.config), [part.tensors()])
@@ -249,7 +264,7 @@ class Network(nn.Module):
 
     @classmethod
     def _empty(cls, config: Any, compat: str | None, overrides: Mapping[str, Any], strict: bool) -> Self:
-        """A network to be filled: without values on `meta`; where it may keep some, with its initial ones."""
+        """A network to be filled: on `meta`, without values. If not `strict`, on the CPU with initial values."""
         if not strict:
             with torch.device("cpu"):
                 return cls.from_config(config, compat=compat, **overrides)
@@ -266,28 +281,30 @@ class Network(nn.Module):
 
     @classmethod
     def config_of(cls, config: dict[str, Any], states: Iterable[Mapping[str, Tensor]]) -> dict[str, Any]:
-        """The content of config.json, put right where the weights, of one file after the other, say otherwise."""
+        """The content of config.json, corrected where the weights tell something else. states: one for each file."""
         return config
 
     def save_pretrained(
         self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None
     ) -> None:
-        """Write config.json and the weights under diffusers' names, for us, diffusers and transformers to load.
+        """Writes config.json and the weights. This package, diffusers and transformers can load them.
 
-        safe_serialization: `.safetensors`, else `.bin`. variant: the infix of the weights' file. Both files appear
-        together, and weights of this variant that were there before go, in any kind of file; OSError where they cannot.
-        ValueError where the network has tensors that its config does not make: what it would write could not be loaded.
-        Also where a LoRA runs beside its weights: fused into them it is saved, and by itself by `save_lora_weights`.
+        safe_serialization: write `.safetensors`; with False, `.bin`.
+        variant: the infix of the weights' file name, such as "fp16".
+        Both files appear together. Older weights of the same variant in the folder are removed, whatever their format.
+
+        Raises OSError if the folder cannot be written. Raises ValueError if the network has tensors that its config
+        does not describe, or if a LoRA is loaded and not fused (`save_lora_weights` saves a LoRA).
         """
         if has_branches(self):
-            raise ValueError(f"{type(self).__name__} has a LoRA beside its weights, which would be lost: fuse_lora() "
-                             "puts it into them, unload_lora_weights() takes it out; one in training is saved by "
-                             "minit2v.training.export.save_lora")
+            raise ValueError(f"{type(self).__name__} has a LoRA that is not fused, and it would be lost: call "
+                             "fuse_lora() or unload_lora_weights() first. minit2v.training.export.save_lora saves a "
+                             "LoRA in training")
         state, own = self.diffusers_state_dict(), self._own_names()
         if added := [name for name in state if name not in own]:
-            raise ValueError(f"{type(self).__name__} has {len(added)} tensors that its config does not make "
-                             f"({added[0]!r}{', ...' * (len(added) > 1)}): first take out what wraps its layers, or "
-                             "have a subclass make them")
+            raise ValueError(f"{type(self).__name__} has {len(added)} tensors that its config does not describe "
+                             f"({added[0]!r}{', ...' * (len(added) > 1)}): remove the wrappers of its layers first, or "
+                             "create these tensors in a subclass")
         weights_name = self.weights_name if safe_serialization or self.weights_name != "model" else "pytorch_model"
         infix, kind = f".{variant}" if variant else "", "safetensors" if safe_serialization else "bin"
         name = type(self).__name__
@@ -306,7 +323,7 @@ class Network(nn.Module):
             write_json(new / "config.json", {**head, **config_fields(self.config)})
 
     def _own_names(self) -> set[str]:
-        """Diffusers' names of what a network of this config has."""
+        """Diffusers' names of all tensors of a network with this config."""
         with torch.device("meta"), Weightless():
             return set(type(self).from_config(self.config).diffusers_state_dict())
 

@@ -1,11 +1,11 @@
 """CLIP's tokenizer: text to byte-pair ids (Sennrich et al. 2016, arXiv:1508.07909; Radford et al. 2021, section 2.4).
 
-A prompt is normalised (NFC, runs of white space to one space, lower case), split into words, digits and runs of other
-symbols, and each piece's UTF-8 bytes are merged pair by pair, lowest rank first. The merging itself is Rust (the
-`tokenizers` library); what is around it is here.
+First the prompt is normalised: NFC, one space for any white space, lower case. Then it is split into words, digits and
+groups of other symbols. The UTF-8 bytes of each piece are merged pair by pair, lowest rank first. The `tokenizers`
+library (Rust) does the merging, and this module does the rest.
 
-Ids are those of transformers' fast tokenizer, to the letter. That includes one trap: ModelScope pads with `!`, which
-makes every `!` of a prompt a special token of its own, id 0, neither merged nor ended as in other models.
+The ids are exactly those of transformers' fast tokenizer. That has one surprising effect: ModelScope pads with `!`.
+So every `!` in a prompt is a special token with id 0, and is not merged as in other models.
 """
 
 import copy
@@ -36,23 +36,23 @@ if TYPE_CHECKING:
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-END = "</w>"  # the last symbol of a piece carries it
+END = "</w>"  # the suffix of the last symbol of a piece
 NAMED = {"bos_token": BOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
 
-# Fields of tokenizer_config.json that change nothing here, and why.
+# Fields of tokenizer_config.json that have no effect here, and what they are about.
 IGNORED = {
     **dict.fromkeys(("is_local", "local_files_only", "merges_file", "name_or_path", "special_tokens_map_file",
-                     "tokenizer_file", "vocab_file"), "where the file came from"),
-    **dict.fromkeys(("max_length", "pad_to_multiple_of", "stride", "truncation_strategy"), "of the last call"),
-    **dict.fromkeys(("auto_map", "backend", "init_inputs", "processor_class", "use_fast"), "of the code that saved it"),
-    **dict.fromkeys(("clean_up_tokenization_spaces", "errors"), "of decoding"),
-    "add_prefix_space": "of GPT-2's tokenizer",
-    "pad_token_type_id": "of sentence pairs",
+                     "tokenizer_file", "vocab_file"), "the origin of the file"),
+    **dict.fromkeys(("max_length", "pad_to_multiple_of", "stride", "truncation_strategy"), "the last call"),
+    **dict.fromkeys(("auto_map", "backend", "init_inputs", "processor_class", "use_fast"), "the code that saved it"),
+    **dict.fromkeys(("clean_up_tokenization_spaces", "errors"), "decoding"),
+    "add_prefix_space": "GPT-2's tokenizer",
+    "pad_token_type_id": "pairs of sentences",
 }
 LONGEST_WORD = 200  # characters
-NUMBERED = re.compile(r"(.+)_(\d{1,9})", re.S)  # a further vector of a word, as files name it
-FLAGS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")  # what may be said of a token
-# Fields of which these values are supported, the first is the usual one.
+NUMBERED = re.compile(r"(.+)_(\d{1,9})", re.S)  # the name in files of a word's second, third, ... vector
+FLAGS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")  # the fields of a token
+# Fields that have only these supported values. The first is the usual one.
 FIXED = {
     "do_lower_case": (True,),
     "padding_side": ("right",),
@@ -64,13 +64,13 @@ FIXED = {
 
 
 def byte_symbols() -> list[str]:
-    """The 256 printable characters that stand for the bytes, in the order of their ids: `!` first."""
+    """The 256 printable characters that stand for the 256 bytes, in the order of their ids. `!` is the first."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return [chr(b) for b in printable] + [chr(0x100 + n) for n in range(256 - len(printable))]
 
 
 def make_backend(model: "BPE") -> "Tokenizer":
-    """CLIP's normalisation and splitting around a table of merges."""
+    """A tokenizer with CLIP's normalisation and splitting, and with these merges."""
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
     backend = Tokenizer(model)
@@ -79,7 +79,7 @@ def make_backend(model: "BPE") -> "Tokenizer":
     )
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True),  # keep what matches
+            pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True),  # it keeps the matches
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
@@ -88,9 +88,10 @@ def make_backend(model: "BPE") -> "Tokenizer":
 
 
 def learn_merges(words: Mapping[tuple[str, ...], int], count: int) -> list[tuple[str, str]]:
-    """Up to `count` merges, the most frequent pair first, from words (as tuples of symbols) and how often each occurs.
+    """Learns up to `count` merges, the most frequent pair first. words: tuple of symbols -> how often it occurs.
 
-    Each round counts all pairs anew: simple, the same on every machine, and meant for small vocabularies.
+    Each round counts all pairs again. This is simple, the same on every machine, and fast enough for small
+    vocabularies.
     """
     words, merges = dict(words), []
     while len(merges) < count:
@@ -110,7 +111,7 @@ def learn_merges(words: Mapping[tuple[str, ...], int], count: int) -> list[tuple
 
 
 def merge_pair(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
-    """`word` with every occurrence of `pair`, from the left, made one symbol."""
+    """`word` with every occurrence of `pair` merged into one symbol, from left to right."""
     out, n = [], 0
     while n < len(word):
         size = 2 if word[n : n + 2] == pair else 1
@@ -120,11 +121,13 @@ def merge_pair(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
 
 
 class CLIPTokenizer:
-    """Text to ids and back. Make one with `from_pretrained`, or with `train` for a model of your own.
+    """Turns text into ids, and ids into text. Create it with `from_pretrained`, or with `train` for your own model.
 
-    vocab: symbol -> id. merges: pairs of symbols, by rank. The four named tokens are strings, or mappings with the
-    fields of transformers' AddedToken (`content`, `normalized`, `lstrip`, ...). added: further such mappings, each with
-    the `id` that its file promises.
+    vocab: symbol -> id.
+    merges: pairs of symbols, in the order of their rank.
+    bos_token, eos_token, unk_token, pad_token: strings, or mappings with the fields of transformers' AddedToken
+    (`content`, `normalized`, `lstrip`, ...).
+    added: further such mappings, each with the `id` that its file gives it.
     """
 
     def __init__(
@@ -143,11 +146,12 @@ class CLIPTokenizer:
         from tokenizers.models import BPE
 
         if model_max_length < 2:
-            raise ValueError(f"model_max_length={model_max_length} has no room for the first and the last token")
+            raise ValueError(f"model_max_length must be at least 2, for the first and the last token, not "
+                             f"{model_max_length}")  # fmt: skip
         self.model_max_length = int(model_max_length)
         added = list(added)
         by_content = {token["content"]: token for token in added}
-        # A named token that the file's own list of tokens describes is that one.
+        # The file's list of tokens may describe a named token in more detail.
         named = [by_content.get(_content(t), t) for t in (bos_token, eos_token, unk_token, pad_token)]
         self.bos_token, self.eos_token, self.unk_token, self.pad_token = map(_content, named)
 
@@ -160,8 +164,8 @@ class CLIPTokenizer:
         for token in added:
             if "id" in token and self.backend.token_to_id(token["content"]) != token["id"]:
                 raise ValueError(
-                    f"the tokenizer's files give {token['content']!r} the id {token['id']}, the vocabulary makes it "
-                    f"{self.backend.token_to_id(token['content'])}"
+                    f"the tokenizer's files contradict each other: {token['content']!r} has the id {token['id']}, but "
+                    f"{self.backend.token_to_id(token['content'])} by the vocabulary"
                 )
         ids = map(self.backend.token_to_id, (self.bos_token, self.eos_token, self.pad_token))
         self.bos_token_id, self.eos_token_id, self.pad_token_id = ids
@@ -170,49 +174,49 @@ class CLIPTokenizer:
         )
         self._find_words()
 
-    # Words that stand for vectors of their own (textual inversion) ---------------------------------------------------
+    # Words with their own vectors (textual inversion) ----------------------------------------------------------------
 
     @property
     def words(self) -> dict[str, list[int]]:
-        """The words that were added to the vocabulary, each with its ids: one for each vector that it stands for.
+        """The words that were added to the vocabulary, each with its ids. A word has one id for each of its vectors.
 
-        Files know a word of n vectors as n tokens, `word`, `word_1`, ..., `word_{n-1}`: diffusers made it so.
+        In files a word of n vectors is n tokens: `word`, `word_1`, ..., `word_{n-1}`. This is diffusers' convention.
         """
         return {word: list(ids) for word, ids in self._words.items()}
 
     def add_word(self, word: str, count: int = 1) -> list[int]:
-        """Let `word` stand for `count` new ids, wherever it is in a text, in upper or lower case; these ids.
+        """Adds a word to the vocabulary. In texts it becomes `count` new ids, in upper or lower case. Returns the ids.
 
-        A word that begins and ends with letters or digits is found as a whole word, not within a longer one. Raises
-        ValueError where it already means something: a piece of the vocabulary, or a word that was added.
+        If the word begins and ends with a letter or digit, it is not found inside a longer word.
+        Raises ValueError if the word is already a piece of the vocabulary or an added word.
         """
         from tokenizers import AddedToken
 
         if not isinstance(word, str):
             raise TypeError(f"a word must be a str, not {type(word).__name__}")
         if not 1 <= len(word) <= LONGEST_WORD or word != word.strip() or not _is_unicode(word):
-            raise ValueError(f"{quoted(word)} is not a word: it must have 1 to {LONGEST_WORD} characters and no blanks "
-                             "around them")  # fmt: skip
+            raise ValueError(f"{quoted(word)} is not a word: it must have 1 to {LONGEST_WORD} characters, and no space "
+                             "at its ends")  # fmt: skip
         if count < 1:
-            raise ValueError(f"a word stands for at least one vector, not {count}")
+            raise ValueError(f"a word must have at least one vector, not {count}")
         normal, there = self._normal(word), {self._normal(w): w for w in self.words}
         if normal in there:
-            raise ValueError(f"there is a word {quoted(there[normal])} already: unload it first, or give another as "
-                             "token=")  # fmt: skip
+            raise ValueError(f"the word {quoted(there[normal])} was added before: unload it first, or pass another "
+                             "word as token=")  # fmt: skip
         tokens = self.backend.get_added_tokens_decoder().values()
         added = {self._normal(t.content) for t in tokens if not t.special}
         if normal not in added and any(self.backend.token_to_id(p) is not None for p in (word, normal, normal + END)):
-            raise ValueError(f"the word {quoted(word)} is a piece of the vocabulary, and would change every prompt "
-                             "that has it: give another as token=")  # fmt: skip
-        parts = [f"{word}_{n}" for n in range(1, count + 1)]  # and the one that would be read as its next vector
+            raise ValueError(f"the word {quoted(word)} is a piece of the vocabulary, so every prompt with it would "
+                             "change: pass another word as token=")  # fmt: skip
+        parts = [f"{word}_{n}" for n in range(1, count + 1)]  # with the name that would be one vector more
         taken = (p for p in (word, *parts) if self._normal(p) in added or self.backend.token_to_id(p) is not None)
         clash = next(taken, None)
         part = NUMBERED.fullmatch(normal)
         if part and part[1] in there and len(self.words[there[part[1]]]) == int(part[2]):
             clash = there[part[1]]
         if clash is not None:
-            raise ValueError(f"the words {quoted(word)} and {quoted(clash)}, which is there, would be read as one: "
-                             "give another as token=")  # fmt: skip
+            raise ValueError(f"files could not tell the word {quoted(word)} from {quoted(clash)}, which was added "
+                             "before: pass another word as token=")  # fmt: skip
         first = self.vocab_size
         whole = re.fullmatch(r"\w(.*\w)?", normal) is not None
         self.backend.add_tokens([AddedToken(t, normalized=True, single_word=whole) for t in [word, *parts[:-1]]])
@@ -220,19 +224,19 @@ class CLIPTokenizer:
         ids = list(range(first, first + count))
         if self.encode(word)[1:-1] != ids:
             self.remove_words([word])
-            raise ValueError(f"the word {quoted(word)} would not be found in a prompt, because of a token of the "
-                             "vocabulary within it: give another as token=")  # fmt: skip
+            raise ValueError(f"the word {quoted(word)} would not be found in a prompt, because it contains another "
+                             "token of the vocabulary: pass another word as token=")  # fmt: skip
         return ids
 
     def remove_words(self, words: Iterable[str]) -> list[int]:
-        """Take words out of the vocabulary again; the ids that they had. Higher ids move down.
+        """Removes added words. Returns the ids that they had. Higher ids become smaller, so that there is no gap.
 
-        Raises ValueError on a word that was not added.
+        Raises ValueError if a word was not added.
         """
         known, gone = {self._normal(w): w for w in self.words}, set[int]()
         for word in words:
             if not isinstance(word, str) or (name := known.get(self._normal(word))) is None:
-                raise ValueError(f"there is no word {quoted(word)}{nearest(word, list(known.values()))}")
+                raise ValueError(f"the word {quoted(word)} was not added{nearest(word, list(known.values()))}")
             gone.update(self.words[name])
         model = json.loads(self.backend.to_str())["model"]
         tokens = sorted(self.backend.get_added_tokens_decoder().items())
@@ -261,11 +265,14 @@ class CLIPTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """How many ids there are, added tokens included: the rows that a text encoder needs."""
+        """The number of ids, with added tokens. A text encoder needs that many rows."""
         return self.backend.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """The ids of one text between the first and the last token, as many as there are."""
+        """The ids of one text, with the first and the last token, not cut and not padded.
+
+        Raises TypeError if `text` is not a str, and ValueError if it is not valid Unicode.
+        """
         if not isinstance(text, str):
             raise TypeError(f"a prompt must be a str, not {type(text).__name__}")
         try:
@@ -275,14 +282,16 @@ class CLIPTokenizer:
         return [m for n in self.backend.encode(text).ids for m in self._ids.get(n, (n,))]
 
     def decode(self, ids: Iterable[int] | Tensor) -> str:
-        """The text of `ids`, special tokens included, a space after each piece."""
+        """The text of `ids`, with special tokens and a space after each piece."""
         ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         return self.backend.decode(ids, skip_special_tokens=False).replace(END, " ").strip()
 
     def __call__(self, texts: str | list[str], max_length: int | None = None) -> Tensor:
-        """texts -> ids (b l), l = max_length (default: model_max_length): cut to fit with a warning, or padded.
+        """b texts -> ids (b l), with l = max_length (default: model_max_length).
 
-        Raises TypeError where a text is not a str, ValueError on an empty list, a length below 2 or broken Unicode.
+        Longer texts are cut with a warning. Shorter texts are padded.
+        Raises TypeError if a text is not a str. Raises ValueError if the list is empty, if max_length is below 2, or if
+        a text is not valid Unicode.
         """
         texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, list | tuple):
@@ -291,14 +300,14 @@ class CLIPTokenizer:
             raise ValueError("the list of prompts is empty")
         length = self.model_max_length if max_length is None else max_length
         if length < 2:
-            raise ValueError(f"max_length={length} has no room for the first and the last token")
+            raise ValueError(f"max_length must be at least 2, for the first and the last token, not {length}")
         rows = []
         for text in texts:
             ids = self.encode(text)
             if len(ids) > length:
                 cut = self.decode(ids[length - 1 : -1])
                 warnings.warn(
-                    f"the prompt has {len(ids)} tokens and {length} are read; cut off: {cut!r}", stacklevel=2
+                    f"the prompt has {len(ids)} tokens, but only {length} are read. Cut off: {cut!r}", stacklevel=2
                 )
                 ids = [*ids[: length - 1], self.eos_token_id]
             rows.append(ids + [self.pad_token_id] * (length - len(ids)))
@@ -308,17 +317,18 @@ class CLIPTokenizer:
     def train(
         cls, texts: Iterable[str], vocab_size: int, *, model_max_length: int = 77, pad_token: str = EOS
     ) -> Self:
-        """A tokenizer with at most `vocab_size` ids, learned from `texts`, ids laid out as in CLIP.
+        """Learns a tokenizer with at most `vocab_size` ids from `texts`. The result is always the same.
 
-        256 bytes, 256 bytes that end a piece, the merges by rank, the first and the last token. With fewer pairs in
-        `texts` than asked for, the vocabulary is smaller. Deterministic. Raises ValueError on fewer than 514 ids.
+        The order of the ids is CLIP's: 256 bytes, 256 bytes at the end of a piece, the merges by rank, the first and
+        the last token. If `texts` have too few pairs, the vocabulary is smaller.
+        Raises ValueError if vocab_size is below 514.
         """
         from tokenizers.models import BPE
 
         symbols = byte_symbols()
         symbols += [s + END for s in symbols]
         if vocab_size < len(symbols) + 2:
-            raise ValueError(f"vocab_size={vocab_size}: the bytes and the two special tokens alone are 514")
+            raise ValueError(f"vocab_size must be at least 514, for bytes and special tokens, not {vocab_size}")
         splitter = make_backend(BPE())
         words: Counter[tuple[str, ...]] = Counter()
         for text in texts:
@@ -331,7 +341,7 @@ class CLIPTokenizer:
 
     @classmethod
     def clip(cls, pad_token: str = EOS) -> Self:
-        """CLIP's own, as Stable Diffusion 1.5 has it; ModelScope pads with "!". The merges are in the package."""
+        """CLIP's tokenizer as in Stable Diffusion 1.5. ModelScope needs pad_token="!". It needs no download."""
         text = gzip.decompress((ASSETS / "clip" / "merges.txt.gz").read_bytes()).decode()
         merges = [(first, second) for first, second in map(str.split, text.splitlines())]
         symbols = byte_symbols()
@@ -350,10 +360,12 @@ class CLIPTokenizer:
         cache_dir: str | Path | None = None,
         force_download: bool = False,
     ) -> Self:
-        """A tokenizer folder of transformers: `tokenizer.json`, or `vocab.json` and `merges.txt`.
+        """Loads a tokenizer folder of transformers: `tokenizer.json`, or `vocab.json` and `merges.txt`.
 
-        Where the files contradict each other, what transformers does holds: `special_tokens_map.json` wins over
-        `tokenizer_config.json`, unless the latter carries the newer `added_tokens_decoder`.
+        path_or_id: a local folder or a hub id. The other arguments are those of `Network.from_pretrained`.
+        If the files contradict each other, transformers' rule holds: `special_tokens_map.json` wins over
+        `tokenizer_config.json`, unless the latter has the newer field `added_tokens_decoder`.
+        Raises FileNotFoundError if a file is missing, and ValueError if the files are broken or not supported.
         """
         folder, names = find_folder(
             path_or_id,
@@ -368,7 +380,7 @@ class CLIPTokenizer:
         with read_from(folder):
             for name in names:
                 if (size := (folder / name).stat().st_size) > LARGEST_JSON:
-                    raise ValueError(f"{folder / name} has {size:,} bytes: no tokenizer has")
+                    raise ValueError(f"{folder / name} has {size:,} bytes: too many for a tokenizer")
             return cls._read(folder, names)
 
     @classmethod
@@ -380,12 +392,12 @@ class CLIPTokenizer:
         _check_fields("tokenizer_config.json", config, (*NAMED, "model_max_length", "added_tokens_decoder"))
         named = {name: config[name] for name in NAMED if config.get(name) is not None}
 
-        # Of tokenizer.json the vocabulary is read and no more: how text is split is CLIP's own and known.
+        # Only the vocabulary of tokenizer.json is read, because CLIP's way to split text is known.
         whole = read("tokenizer.json")
         if whole:
             model = whole.get("model", {})
             if not {"vocab", "merges"} <= model.keys():
-                raise ValueError(f"{folder / 'tokenizer.json'} holds no byte-pair vocabulary")
+                raise ValueError(f"{folder / 'tokenizer.json'} has no byte-pair vocabulary")
             vocab, merges = model["vocab"], model["merges"]
             merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
             _check_table(folder / "tokenizer.json", vocab, merges)
@@ -419,13 +431,13 @@ class CLIPTokenizer:
             merges,
             **named,
             added=sorted(added.values(), key=lambda t: t["id"]),
-            model_max_length=77 if length > 10**9 else length,  # 1e30 stands for "unknown" in these files
+            model_max_length=77 if length > 10**9 else length,  # 1e30 means "unknown" in these files
         )
         _check_merges(folder, vocab, merges, {BOS, EOS, *added, *map(_content, named.values())})
         return tokenizer
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the files of a tokenizer folder, which transformers and `from_pretrained` read back: all or none."""
+        """Writes a tokenizer folder for transformers and `from_pretrained`. All files appear together or not at all."""
         whole = self.backend.to_str(pretty=True)
         model = json.loads(whole)["model"]
         texts = {
@@ -447,7 +459,7 @@ class CLIPTokenizer:
             "model_max_length": self.model_max_length,
             "tokenizer_class": "CLIPTokenizer",
         }
-        if self._words:  # otherwise there are no tokens but those that are named
+        if self._words:  # otherwise all added tokens are named above
             tokens = sorted(self.backend.get_added_tokens_decoder().items())
             config["added_tokens_decoder"] = {str(n): {f: getattr(t, f) for f in FLAGS} for n, t in tokens}
         with filling(folder) as new:
@@ -459,22 +471,22 @@ class CLIPTokenizer:
 
 
 def _check_table(path: Path, vocab: Any, merges: Any) -> None:
-    """ValueError where this is not a vocabulary: symbols and their ids, each once from 0 on, and pairs of symbols."""
+    """Raises ValueError unless vocab gives symbols ids from 0 on, each id once, and merges are pairs of symbols."""
     if not isinstance(vocab, dict) or any(type(n) is not int for n in vocab.values()):
-        raise ValueError(f"{path}: a vocabulary gives each symbol a whole number")
+        raise ValueError(f"{path}: the vocabulary must give each symbol a whole number as its id")
     if sorted(vocab.values()) != list(range(len(vocab))):
-        raise ValueError(f"{path}: the ids of a vocabulary are 0 to {len(vocab) - 1}, each once")
+        raise ValueError(f"{path}: the ids of the vocabulary must be 0 to {len(vocab) - 1}, each once")
     if any(len(pair) != 2 or not all(isinstance(symbol, str) for symbol in pair) for pair in merges):
-        raise ValueError(f"{path}: a merge is a pair of symbols")
+        raise ValueError(f"{path}: each merge must be a pair of symbols")
 
 
 def _check_merges(folder: Path, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], named: set[str]) -> None:
-    """ValueError where merges are lost: prompts would silently become other ids."""
+    """Raises ValueError if merges are missing, because prompts would silently become other ids."""
     made = {first + second for first, second in merges}
     lost = [s for s in vocab if len(s.removesuffix(END)) > 1 and s not in made and s not in named]
     if lost:
-        raise ValueError(f"{folder}: the merges do not make {len(lost)} of the {len(vocab)} symbols of the vocabulary, "
-                         f"such as {quoted(lost[0])}: some are lost")  # fmt: skip
+        raise ValueError(f"{folder}: merges are missing, for {len(lost)} of the {len(vocab)} symbols of the "
+                         f"vocabulary, such as {quoted(lost[0])}: get the whole file again")  # fmt: skip
 
 
 def _check_fields(file: str, fields: Mapping[str, Any], known: Sequence[str]) -> None:
@@ -498,7 +510,7 @@ def _content(token: str | Mapping[str, Any]) -> str:
 
 
 def _added_token(token: str | Mapping[str, Any], special: bool | None = None) -> Any:
-    """A `tokenizers.AddedToken`. A bare string means a token that is looked for before the text is normalised."""
+    """A `tokenizers.AddedToken`. A plain string is a token that is searched before the text is normalised."""
     from tokenizers import AddedToken
 
     if isinstance(token, str):
@@ -506,5 +518,6 @@ def _added_token(token: str | Mapping[str, Any], special: bool | None = None) ->
     fields = {k: v for k, v in token.items() if k not in ("__type", "id")}
     for name, value in fields.items():
         if name not in FLAGS or not isinstance(value, str if name == "content" else bool):
-            raise ValueError(f"the token {quoted(token['content'])} cannot have {quoted(name)} {quoted(value)}")
+            raise ValueError(f"the token {quoted(token['content'])} has an unsupported field: "
+                             f"{quoted(name)} {quoted(value)}")  # fmt: skip
     return AddedToken(**(fields if special is None else fields | {"special": special}))

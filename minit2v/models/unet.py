@@ -1,4 +1,4 @@
-"""The U of all three UNets (Ronneberger et al. 2015, arXiv:1505.04597): what differs between them is one block.
+"""The U shape of all three UNets (Ronneberger et al. 2015, arXiv:1505.04597). They differ only in their blocks.
 
     conv_in -> down: level by level, coarser -> mid -> up: level by level, finer -> norm, SiLU, conv_out
                  |________________ skip connections _______________|
@@ -22,14 +22,14 @@ from .network import Network
 
 
 def per_level(value: int | tuple[int, ...], levels: int) -> tuple[int, ...]:
-    """A config.json's field that is one number for all levels, or a number for each."""
+    """A field of a config.json as one number for each level. In the file it may be one number for all levels."""
     return (value,) * levels if isinstance(value, int) else value
 
 
 def check_levels(config: Any, kinds: Mapping[str, str]) -> None:
-    """Raises ValueError where the fields that all UNets share contradict each other.
+    """Raises ValueError if the fields that all UNets share contradict each other.
 
-    kinds: for each block type on the way down, without and with attention, that on the way up.
+    kinds: maps each block type of the down path to the matching block type of the up path.
     """
     channels, groups = config.block_out_channels, config.norm_num_groups
     levels = len(channels)
@@ -37,7 +37,7 @@ def check_levels(config: Any, kinds: Mapping[str, str]) -> None:
         types = getattr(config, name)
         if len(types) != levels or not set(types) <= set(known):
             raise ValueError(
-                f"{name} must be one of {', '.join(known)} for each of the {levels} block_out_channels, not {types}"
+                f"{name} must be {' or '.join(known)} for each of the {levels} block_out_channels, not {types}"
             )
     mirrored = tuple(kinds[name] for name in reversed(config.down_block_types))
     if config.up_block_types != mirrored:
@@ -48,19 +48,19 @@ def check_levels(config: Any, kinds: Mapping[str, str]) -> None:
     if groups < 1 or any(c % groups for c in channels):
         raise ValueError(f"norm_num_groups {groups} must divide block_out_channels {channels}")
     if channels[0] % 2:
-        raise ValueError(f"block_out_channels[0] must be even (sines, cosines), not {channels[0]}")
+        raise ValueError(f"block_out_channels[0] must be even (half sines, half cosines), not {channels[0]}")
 
 
 class Place(NamedTuple):
-    """Where in the U a block stands."""
+    """The position of a block in the UNet."""
 
     part: Literal["down", "mid", "up"]
-    level: int  # 0 is the finest, also on the way up; the middle is on the coarsest
-    index: int  # among the blocks of its level on that way, from 0
+    level: int  # 0 is the finest, in both paths; "mid" has the coarsest
+    index: int  # of the block in its level and path, from 0
 
 
 class Level(nn.Module):
-    """The blocks of one resolution and the convolution that leaves it (None where the way ends)."""
+    """The blocks of one resolution, and the convolution that changes it (None at the last level)."""
 
     def __init__(self, blocks: list[nn.Module], resample: nn.Module | None):
         super().__init__()
@@ -69,9 +69,10 @@ class Level(nn.Module):
 
 
 class UNet(Network):
-    """Base of the UNets. A subclass says in `make_block` what a block is: (x, emb, context, f) -> x.
+    """Base class of the UNets. A subclass defines its block in `make_block`: (x, emb, context, f) -> x.
 
-    Its config has diffusers' fields and `attention`, per level, finest first: whether its blocks see the text.
+    Its config has diffusers' fields. It also has `attention`: whether the blocks of each level see the text, finest
+    level first.
     """
 
     def __init__(self, config: Any = None, **fields: Any):
@@ -85,7 +86,7 @@ class UNet(Network):
         self.conv_in = nn.Conv2d(config.in_channels, base, 3, padding=1)
         self.temporal_in: TemporalTransformer | None = None  # UNet3D has one
 
-        self.down, skips, c = nn.ModuleList(), [base], base  # skips: channels of what the way up will pop
+        self.down, skips, c = nn.ModuleList(), [base], base  # skips: channels of the skip connections
         for i, (c_out, count, attention) in levels:
             blocks = []
             for j in range(count):
@@ -106,13 +107,13 @@ class UNet(Network):
 
         self.norm_out = nn.GroupNorm(groups, base)
         self.conv_out = nn.Conv2d(base, config.out_channels, 3, padding=1)
-        self.norm_over_video = False  # whether statistics of `norm_out` span all frames of a video
+        self.norm_over_video = False  # whether the statistics of `norm_out` span all frames of a video
         self.gradient_checkpointing = False
         self.free_u: FreeU | None = None
-        self.image_projections: nn.ModuleList | None = None  # of IP-Adapters, which make_block's attentions then have
+        self.image_projections: nn.ModuleList | None = None  # one for each loaded IP-Adapter
 
     def make_block(self, c_in: int, c_out: int, attention: bool, place: Place) -> nn.Module:
-        """A block of the U; attention: whether its level has transformers. It may differ from place to place."""
+        """Creates a block. attention: whether its level has transformers. place: where the block will be."""
         raise NotImplementedError
 
     def blocks(self) -> Iterator[nn.Module]:
@@ -121,8 +122,12 @@ class UNet(Network):
             yield from part.blocks if isinstance(part, Level) else part
 
     def forward(self, x: Tensor, t: int | float | Tensor, context: Tensor | Prompt) -> Tensor:
-        """x (b c f h w), t a number or (b,), context (b l d), or (b f l d) with a text for each frame, or a Prompt
-        -> the prediction, noise or v (b c f h w)."""
+        """Predicts the noise, or v, from noisy latents x (b c f h w) -> (b c f h w).
+
+        t: the timestep, a number or a tensor (b,).
+        context: the text (b l d), or (b f l d) with one text for each frame, or a Prompt with pictures.
+        Raises ValueError if a shape is wrong.
+        """
         t, context = self.check(x, t, context)
         f = x.shape[2]
         emb = self.time_mlp(timestep_embedding(t, self.config.block_out_channels[0]).to(self.dtype))
@@ -153,7 +158,7 @@ class UNet(Network):
         return rearrange(x, "(b f) c h w -> b c f h w", f=f)
 
     def run(self, block: nn.Module, *inputs: Any) -> Tensor:
-        """The block; under gradient checkpointing only its input is kept, and backward runs it again."""
+        """Runs a block. Gradient checkpointing keeps only its input, and the backward pass runs the block again."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
@@ -162,16 +167,16 @@ class UNet(Network):
         self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None
     ) -> None:
         if self.image_projections is not None:
-            raise ValueError("an IP-Adapter is in the UNet, and its place is its own file: unload_ip_adapter() first")
+            raise ValueError("the UNet has an IP-Adapter, which has its own file: call unload_ip_adapter() first")
         super().save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
 
     def check(self, x: Tensor, t: int | float | Tensor, context: Tensor | Prompt) -> tuple[Tensor, Tensor | Prompt]:
-        """t as a tensor (b,), context as (b l d) or ((b f) l d). ValueError, one line, where a shape is wrong."""
+        """t as a tensor (b,), and context as (b l d) or ((b f) l d). Raises ValueError if a shape is wrong."""
         if isinstance(context, Prompt):
             t, text = self.check(x, t, context.text)
             there = len(self.image_projections or ())
             if len(context.images) != there:
-                raise ValueError(f"tokens of pictures for {len(context.images)} IP-Adapters, of which {there} are here")
+                raise ValueError(f"the context has pictures for {len(context.images)} IP-Adapters, not for {there}")
             return t, context.flat(text, x.shape[0], x.shape[2], self.config.cross_attention_dim)
         c, d = self.config.in_channels, self.config.cross_attention_dim
         if x.ndim != 5 or x.shape[1] != c:
@@ -182,13 +187,16 @@ class UNet(Network):
             raise ValueError(f"t must be a number or (batch {b},), not {tuple(t.shape)}")
         if tuple(context.shape) not in ((b, *context.shape[1:2], d), (b, f, *context.shape[2:3], d)):
             raise ValueError(
-                f"context must be (batch {b}, tokens, width {d}), per video, or (batch {b}, frames {f}, tokens, "
-                f"width {d}), not {tuple(context.shape)}"
+                f"context must be (batch {b}, tokens, width {d}), or (batch {b}, frames {f}, tokens, width {d}) with "
+                f"one text for each frame, not {tuple(context.shape)}"
             )
         return t.reshape(-1).expand(b), context.flatten(0, -3)
 
     def enable_forward_chunking(self, chunk_size: int | None = None, dim: int = 0) -> None:
-        """Run the feed-forwards on `chunk_size` (default 1) frames (dim 0) or pixels (dim 1) at a time: less memory."""
+        """Saves memory: the feed-forward layers process `chunk_size` frames (dim 0) or pixels (dim 1) at a time.
+
+        chunk_size is 1 by default. Raises ValueError if it is below 1, or if dim is not 0 or 1.
+        """
         if dim not in (0, 1):
             raise ValueError(f"dim must be 0 (frames) or 1 (pixels), not {dim!r}")
         if chunk_size is not None and chunk_size < 1:
@@ -200,7 +208,7 @@ class UNet(Network):
 
     @property
     def chunking(self) -> tuple[int, int] | None:
-        """(size, axis) of the pieces in which the feed-forwards run, None where they run at once."""
+        """(size, axis) of the pieces in which the feed-forward layers run. None means one piece."""
         return next((m.chunking for m in self.modules() if isinstance(m, FeedForward)), None)
 
     def set_chunking(self, chunking: tuple[int, int] | None) -> None:
@@ -209,14 +217,18 @@ class UNet(Network):
                 module.chunking = chunking
 
     def enable_gradient_checkpointing(self) -> None:
-        """Trade a second forward pass of each block for the memory of its activations."""
+        """Saves memory in training: the backward pass runs each block again instead of keeping its activations."""
         self.gradient_checkpointing = True
 
     def disable_gradient_checkpointing(self) -> None:
         self.gradient_checkpointing = False
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
-        """Multiply the backbone by b and the low frequencies of the skips by s in the two coarsest levels (FreeU)."""
+        """FreeU (Si et al. 2023, arXiv:2309.11497) in the two coarsest levels of the up path.
+
+        b1, b2: factors of half of the backbone's channels. s1, s2: factors of the low frequencies of the skip
+        connections. The number 1 or 2 is the level, coarsest first.
+        """
         self.free_u = FreeU(s1, s2, b1, b2)
 
     def disable_freeu(self) -> None:

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5's UNet: images from text (Rombach et al. 2022, arXiv:2112.10752). 860 M parameters."""
+"""Stable Diffusion 1.5's UNet: images from text (Rombach et al. 2022, arXiv:2112.10752), 860 million parameters."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,16 +15,16 @@ from .unet import Place, UNet, check_levels
 class UNet2DConfig:
     """The official model's config.json, field by field."""
 
-    sample_size: int | tuple[int, int] | None = 64  # of the latents; only the pipelines read it, for the default size
+    sample_size: int | tuple[int, int] | None = 64  # height and width of the latents: the default size of pipelines
     in_channels: int = 4
     out_channels: int = 4
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
     up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # per level, finest first
-    layers_per_block: int | tuple[int, ...] = 2  # blocks per level on the way down; one more on the way up
+    layers_per_block: int | tuple[int, ...] = 2  # blocks per level in the down path; the up path has one more
     norm_num_groups: int = 32
     cross_attention_dim: int = 768
-    attention_head_dim: int = 8  # really the number of heads, for Stable Diffusion; UNet3D's field is their width
+    attention_head_dim: int = 8  # here it is the number of heads; in UNet3D it is the width of a head
 
     FIXED: ClassVar[dict[str, Any]] = {
         "act_fn": "silu",
@@ -34,7 +34,7 @@ class UNet2DConfig:
         "freq_shift": 0,
         "mid_block_scale_factor": 1,
         "norm_eps": 1e-5,
-        # Fields of newer files: other networks under the same class name have other values.
+        # Fields of newer files. Other networks with the same class name have other values.
         "addition_embed_type": None,
         "addition_time_embed_dim": None,
         "attention_type": "default",
@@ -66,8 +66,8 @@ class UNet2DConfig:
     }
     IGNORED: ClassVar[dict[str, str]] = {
         "addition_embed_type_num_heads": "belongs to addition_embed_type, which is None",
-        "dropout": "a switch of training",
-        "upcast_attention": "softmax is computed in float32 or wider anyway",
+        "dropout": "for training only",
+        "upcast_attention": "the softmax is always computed in float32 or wider",
     }
 
     def __post_init__(self):
@@ -76,7 +76,7 @@ class UNet2DConfig:
 
     @property
     def attention(self) -> tuple[bool, ...]:
-        """Per level, finest first: whether its blocks have transformers."""
+        """For each level, finest first: whether its blocks have transformers."""
         return tuple(name == "CrossAttnDownBlock2D" for name in self.down_block_types)
 
     @property
@@ -86,11 +86,11 @@ class UNet2DConfig:
 
 def check_heads(name: str, heads: int, channels: tuple[int, ...]) -> None:
     if heads < 1 or any(c % heads for c in channels):
-        raise ValueError(f"{name} is the number of heads, and must divide block_out_channels {channels}, not {heads}")
+        raise ValueError(f"{name} is the number of heads: it must divide block_out_channels {channels}, not {heads}")
 
 
 class Block(nn.Module):
-    """ResBlock [-> SpatialTransformer] [-> MotionModule]: an image model has none of the last, AnimateDiff adds it."""
+    """ResBlock [-> SpatialTransformer] [-> MotionModule]. Only AnimateDiff has motion modules."""
 
     def __init__(self, config: Any, c_in: int, c_out: int, attention: bool):
         super().__init__()
@@ -103,7 +103,7 @@ class Block(nn.Module):
         self.norm_over_video = False  # whether the ResBlock's norms span all frames, as AnimateDiff v1's do
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor, f: int) -> Tensor:
-        """x ((b f) c h w), emb ((b f) d), context (b l d) or ((b f) l d) -> ((b f) c_out h w)."""
+        """x ((b f) c h w), timestep embedding emb ((b f) d), context (b l d) or ((b f) l d) -> ((b f) c_out h w)."""
         x = self.res(x, emb, f if self.norm_over_video else 1)
         if self.attention:
             x = self.spatial(x, context)
@@ -111,7 +111,7 @@ class Block(nn.Module):
 
 
 class UNet2DConditionModel(UNet):
-    """The image model. Keyword arguments are the fields of UNet2DConfig."""
+    """Stable Diffusion's UNet for images. Keyword arguments are the fields of UNet2DConfig."""
 
     Config = UNet2DConfig
     config: UNet2DConfig
@@ -121,7 +121,11 @@ class UNet2DConditionModel(UNet):
         return Block(self.config, c_in, c_out, attention)
 
     def forward(self, x: Tensor, t: int | float | Tensor, context: Tensor) -> Tensor:
-        """x (b c h w), t a number or (b,), context (b l d) -> the prediction, noise or v (b c h w)."""
+        """Predicts the noise, or v, from noisy latents x (b c h w) -> (b c h w).
+
+        t: the timestep, a number or a tensor (b,). context: the text (b l d).
+        Raises ValueError if a shape is wrong.
+        """
         c = self.config.in_channels
         if x.ndim != 4 or x.shape[1] != c:
             raise ValueError(f"x must be (batch, {c} channels, height, width), not {tuple(x.shape)}")

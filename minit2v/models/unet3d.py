@@ -1,7 +1,8 @@
-"""ModelScope's text-to-video UNet: a Stable Diffusion UNet with a temporal half after every spatial half.
+"""ModelScope's text-to-video UNet: a Stable Diffusion UNet with a temporal layer after every spatial layer.
 
-Wang et al. 2023, "ModelScope Text-to-Video Technical Report", arXiv:2308.06571. 1.41 B parameters; Zeroscope is the
-same network. Every block is space, time, space, time: ResBlock, TemporalConv, SpatialTransformer, TemporalTransformer.
+Wang et al. 2023, "ModelScope Text-to-Video Technical Report", arXiv:2308.06571. It has 1.41 billion parameters.
+Zeroscope is the same network. Every block is space, time, space, time: ResBlock, TemporalConv, SpatialTransformer,
+TemporalTransformer.
 """
 
 from dataclasses import dataclass
@@ -19,17 +20,17 @@ from .unet import Place, UNet, check_levels
 class UNet3DConfig:
     """The official model's config.json, field by field."""
 
-    sample_size: int | tuple[int, int] = 32  # of the latents; only the pipelines read it, for the default size
+    sample_size: int | tuple[int, int] = 32  # height and width of the latents: the default size of pipelines
     in_channels: int = 4
     out_channels: int = 4
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock3D",) * 3 + ("DownBlock3D",)
     up_block_types: tuple[str, ...] = ("UpBlock3D",) + ("CrossAttnUpBlock3D",) * 3
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)  # per level, finest first
-    layers_per_block: int = 2  # blocks per level on the way down; one more on the way up
+    layers_per_block: int = 2  # blocks per level in the down path; the up path has one more
     norm_num_groups: int = 32
     cross_attention_dim: int = 1024
-    attention_head_dim: int = 64  # really the width of a head; Stable Diffusion's field of this name is their number
-    dropout: float = 0.0  # of the temporal convolutions, in training mode only; ModelScope's authors trained with 0.1
+    attention_head_dim: int = 64  # here it is the width of a head; in Stable Diffusion it is their number
+    dropout: float = 0.0  # in the temporal convolutions, for training only; ModelScope's authors trained with 0.1
 
     FIXED: ClassVar[dict[str, Any]] = {
         "act_fn": "silu",
@@ -53,12 +54,12 @@ class UNet3DConfig:
 
     @property
     def attention(self) -> tuple[bool, ...]:
-        """Per level, finest first: whether its blocks have transformers."""
+        """For each level, finest first: whether its blocks have transformers."""
         return tuple(name == "CrossAttnDownBlock3D" for name in self.down_block_types)
 
 
 class Block(nn.Module):
-    """space, time, space, time: ResBlock -> TemporalConv [-> SpatialTransformer -> TemporalTransformer]."""
+    """ResBlock -> TemporalConv [-> SpatialTransformer -> TemporalTransformer]: space, time, space, time."""
 
     def __init__(self, config: UNet3DConfig, c_in: int, c_out: int, attention: bool):
         super().__init__()
@@ -71,7 +72,7 @@ class Block(nn.Module):
             self.temporal = TemporalTransformer(c_out, heads, head_dim, groups)
 
     def forward(self, x: Tensor, emb: Tensor, context: Tensor, f: int) -> Tensor:
-        """x ((b f) c h w), emb ((b f) d), context (b l d) or ((b f) l d) -> ((b f) c_out h w)."""
+        """x ((b f) c h w), timestep embedding emb ((b f) d), context (b l d) or ((b f) l d) -> ((b f) c_out h w)."""
         x = self.temporal_conv(self.res(x, emb), f)
         if self.attention:
             x = self.temporal(self.spatial(x, context), f)
@@ -79,7 +80,7 @@ class Block(nn.Module):
 
 
 class UNet3DConditionModel(UNet):
-    """The whole network. Keyword arguments are the fields of UNet3DConfig."""
+    """The UNet of ModelScope and Zeroscope. Keyword arguments are the fields of UNet3DConfig."""
 
     Config = UNet3DConfig
     config: UNet3DConfig

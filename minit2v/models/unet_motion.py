@@ -1,7 +1,7 @@
 """AnimateDiff (Guo et al. 2023, arXiv:2307.04725): a motion module after every block of an image model.
 
-The image model stays as it was, the motion modules are trained: together they make videos in the image model's style.
-docs/animatediff.md specifies the authors' networks.
+The weights of the image model do not change. Only the motion modules are trained. Together they make videos in the
+style of the image model. docs/animatediff.md specifies the authors' networks.
 """
 
 import copy
@@ -30,23 +30,23 @@ from .unet2d import Block, UNet2DConditionModel, check_heads
 
 logger = logging.getLogger(__name__)
 
-Span = Literal["frame", "video"]  # what the statistics of a norm are taken over; diffusers' choice is in compat.py
+Span = Literal["frame", "video"]  # what the statistics of a norm span; compat.py has diffusers' choice
 
 
 @dataclass(frozen=True)
 class MotionAdapterConfig:
-    """The official adapters' config.json, field by field, and two fields of our own."""
+    """The fields of the official adapters' config.json, and two fields of our own: the norms."""
 
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    motion_layers_per_block: int | tuple[int, ...] = 2  # modules per level on the way down; one more on the way up
-    motion_transformer_layers_per_block: int | tuple[int, ...] = 1  # blocks in a motion module, per level
+    motion_layers_per_block: int | tuple[int, ...] = 2  # modules per level in the down path; the up path has one more
+    motion_transformer_layers_per_block: int | tuple[int, ...] = 1  # transformer blocks per motion module
     motion_transformer_layers_per_mid_block: int | tuple[int] = 1
     motion_num_attention_heads: int | tuple[int, ...] = 8
     motion_norm_num_groups: int = 32
-    motion_max_seq_length: int = 32  # frames; v1 was trained with 24
+    motion_max_seq_length: int = 32  # the most frames: the length of the position encoding, 24 in v1
     use_motion_mid_block: bool = True  # v2 has one, v1 and v3 have none
-    motion_norms: Span = "frame"  # of the motion modules
-    resnet_norms: Span | None = None  # of the image model's ResBlocks and last norm; "video" for v1; None: not known
+    motion_norms: Span = "frame"  # span of the norms of the motion modules
+    resnet_norms: Span | None = None  # span of the norms of ResBlocks and output; "video" in v1; None: not known
 
     FIXED: ClassVar[dict[str, Any]] = {
         "conv_in_channels": None,
@@ -74,7 +74,10 @@ class MotionAdapterConfig:
 
 
 class MotionAdapter(Network):
-    """The motion modules of every level, to be put into an image model by `UNetMotionModel.from_unet2d`."""
+    """The motion modules of all levels. `UNetMotionModel.from_unet2d` puts them into an image model.
+
+    Keyword arguments are the fields of MotionAdapterConfig.
+    """
 
     Config = MotionAdapterConfig
     config: MotionAdapterConfig
@@ -99,10 +102,10 @@ class MotionAdapter(Network):
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path, *, subfolder: str | None = None, **arguments: Any) -> Self:
-        """As every network's.
+        """Loads an adapter. Arguments and errors are those of `Network.from_pretrained`.
 
-        v1 is known by its 24 positions or by a name that ends in -v1-5 or -v1-4. A file with 32 positions and no mid
-        block under another name may be v1 or v3: then a warning names the field that says so.
+        Version 1 has 24 positions, or a name that ends in -v1-5 or -v1-4. Under another name, a file with 32 positions
+        and no mid block may be version 1 or 3. Then a warning names the field that tells them apart.
         """
         adapter = super().from_pretrained(path_or_id, subfolder=subfolder, **arguments)
         name = os.path.basename(os.path.abspath(subfolder or path_or_id))
@@ -111,7 +114,7 @@ class MotionAdapter(Network):
 
     @classmethod
     def config_of(cls, config: dict[str, Any], states: Iterable[Mapping[str, Tensor]]) -> dict[str, Any]:
-        """The config with the number of positions that the file has: published ones are known to say 32 for 24."""
+        """The config with the number of positions of the weights. Some published configs say 32 where it is 24."""
         for state in states:
             for name, value in state.items():
                 if name.endswith("pos_embed.pe"):
@@ -120,7 +123,7 @@ class MotionAdapter(Network):
 
 
 def known_resnet_norms(config: Any, name: str = "") -> Span | None:
-    """What the norms of the image model span, from what tells an adapter's version; None: version 1 or 3."""
+    """What the norms of the image model span, by the version of the adapter. None if it may be version 1 or 3."""
     if config.use_motion_mid_block:  # version 2
         return "frame"
     if config.motion_max_seq_length == 24 or re.search("-v1-[45]$", name):  # version 1
@@ -135,15 +138,15 @@ def settle_resnet_norms(config: Any, name: str = "") -> Any:
     span = known_resnet_norms(config, name)
     if span is None:
         logger.warning(
-            "These motion modules may be AnimateDiff's version 1 or 3, which normalise differently: they are run as "
-            'version 3. resnet_norms="video" says that they are version 1, resnet_norms="frame" that they are not.'
+            "These motion modules may be AnimateDiff's version 1 or 3, which have different norms. They run as version "
+            '3. Pass resnet_norms="video" if they are version 1, resnet_norms="frame" if they are not.'
         )
     return replace(config, resnet_norms=span or "frame")
 
 
 @dataclass(frozen=True)
 class UNetMotionConfig:
-    """The config.json of a UNet with motion modules, as diffusers writes it, and two fields of our own."""
+    """The fields of diffusers' config.json of a UNet with motion modules, and two fields of our own: the norms."""
 
     sample_size: int | tuple[int, int] | None = None
     in_channels: int = 4
@@ -152,9 +155,9 @@ class UNetMotionConfig:
     up_block_types: tuple[str, ...] = ("UpBlockMotion",) + ("CrossAttnUpBlockMotion",) * 3
     block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     layers_per_block: int | tuple[int, ...] = 2
-    norm_num_groups: int = 32  # of the motion modules, too
+    norm_num_groups: int = 32  # also of the motion modules
     cross_attention_dim: int = 1280
-    transformer_layers_per_mid_block: Literal[1] | None = None  # None: as elsewhere, one
+    transformer_layers_per_mid_block: Literal[1] | None = None  # None: one
     num_attention_heads: int = 8  # of the image model
     temporal_transformer_layers_per_block: int | tuple[int, ...] = 1
     temporal_transformer_layers_per_mid_block: int | tuple[int] = 1
@@ -191,7 +194,7 @@ class UNetMotionConfig:
 
     @property
     def attention(self) -> tuple[bool, ...]:
-        """Per level, finest first: whether its blocks see the text."""
+        """For each level, finest first: whether its blocks see the text."""
         return tuple(name == "CrossAttnDownBlockMotion" for name in self.down_block_types)
 
     @property
@@ -199,11 +202,11 @@ class UNetMotionConfig:
         return self.num_attention_heads
 
     def adapter(self) -> MotionAdapterConfig:
-        """The fields of the motion modules, under the names that an adapter has for them."""
+        """The fields of the motion modules, under their names in an adapter's config."""
         return MotionAdapterConfig(**{name: getattr(self, here) for name, here in SHARED.items()})
 
 
-SHARED = {  # the adapter's fields -> the names that the whole UNet has for them
+SHARED = {  # names of fields in an adapter's config -> names in the UNet's config
     "block_out_channels": "block_out_channels",
     "motion_layers_per_block": "layers_per_block",
     "motion_transformer_layers_per_block": "temporal_transformer_layers_per_block",
@@ -218,7 +221,7 @@ SHARED = {  # the adapter's fields -> the names that the whole UNet has for them
 
 
 class UNetMotionModel(UNet):
-    """The image model with its motion modules. Keyword arguments are the fields of UNetMotionConfig."""
+    """An image model with motion modules. Keyword arguments are the fields of UNetMotionConfig."""
 
     Config = UNetMotionConfig
     config: UNetMotionConfig
@@ -236,12 +239,12 @@ class UNetMotionModel(UNet):
         t, context = super().check(x, t, context)
         at_once = x.shape[2] if self.free_noise is None else min(x.shape[2], self.free_noise.length)
         if at_once > (most := self.config.motion_max_seq_length):
-            raise ValueError(f"x has {at_once} frames, and the motion modules know {most} positions")
+            raise ValueError(f"x has {at_once} frames, but the motion modules have only {most} positions")
         return t, context
 
     @classmethod
     def from_pretrained(cls, path_or_id: str | Path, **arguments: Any) -> Self:
-        """As every network's. Motion modules that may be of version 1 or 3 are met by a warning."""
+        """As `Network.from_pretrained`. It warns if the motion modules may be version 1 or 3."""
         unet = super().from_pretrained(path_or_id, **arguments)
         unet.config = settle_resnet_norms(unet.config)
         return unet.apply_norms()
@@ -255,10 +258,12 @@ class UNetMotionModel(UNet):
         *,
         compat: str | None = None,
     ) -> Self:
-        """`unet` with the modules of `motion_adapter` (None: fresh ones, that change nothing yet) in it.
+        """An image model with motion modules. Both are copied; the originals do not change.
 
-        Both are copied, and stay as they were. load_weights: False takes the shapes alone, with random weights.
-        compat: as in `set_compat`. Raises ValueError where the two do not fit each other, TypeError on another network.
+        motion_adapter: the motion modules. None gives new ones, which do not change the images until they are trained.
+        load_weights: with False, only the shapes are taken, and the weights are random.
+        compat: a mode, see `set_compat`.
+        Raises ValueError if the two do not fit each other, and TypeError if one is another network.
         """
         _check_ours("unet", unet, UNet2DConditionModel)
         if motion_adapter is not None:
@@ -274,12 +279,13 @@ class UNetMotionModel(UNet):
             new = cls(config)
             new.explicit = motion_adapter.explicit
             return new.set_compat(compat)
-        new = cls._empty(config, compat, {}, strict=cls is UNetMotionModel)  # what a subclass adds has initial values
+        # What a subclass adds keeps its initial values.
+        new = cls._empty(config, compat, {}, strict=cls is UNetMotionModel)
         for block in new.blocks():
             block.motion = None
         values, image_values = new.state_dict(), unet.state_dict()
         if unknown := [name for name in image_values if name not in values]:
-            raise ValueError(f"{type(unet).__name__} has tensors for which {cls.__name__} has no place: "
+            raise ValueError(f"{type(unet).__name__} has tensors that {cls.__name__} does not have: "
                              f"{', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}")  # fmt: skip
         values |= {name: value.detach().clone() for name, value in image_values.items()}
         new.load_state_dict(values, assign=True)
@@ -289,25 +295,25 @@ class UNetMotionModel(UNet):
         return new.train(unet.training)
 
     def load_motion_modules(self, motion_adapter: MotionAdapter) -> None:
-        """Copies of the adapter's modules take the place of those that are here: where it has none, none are left.
+        """Replaces the motion modules by copies of the adapter's. Blocks without one in the adapter have none then.
 
-        The fields about motion modules become the adapter's, except as `set_compat` has set them. Raises TypeError on
-        what is no adapter of this package, ValueError where it does not fit, where a LoRA is loaded that changes the
-        modules that are here, or where one is active in the adapter's.
+        The config's fields about motion modules become the adapter's, unless `set_compat` has set them.
+        Raises TypeError if `motion_adapter` is not a MotionAdapter of this package. Raises ValueError if it does not
+        fit, if a loaded LoRA changes the present motion modules, or if the adapter has a LoRA that is not fused.
         """
         _check_ours("motion_adapter", motion_adapter, MotionAdapter)
         for name, layers in lora.loras_of(self).loaded.items():
             if path := next((path for path in layers if ".motion." in path), None):
                 raise ValueError(f"the LoRA {name!r} changes the motion modules ({path}): unload it first")
         if has_branches(motion_adapter):
-            raise ValueError("the motion adapter has a LoRA beside its weights: fuse or unload it first")
+            raise ValueError("the motion adapter has a LoRA that is not fused: fuse or unload it first")
         self.config = replace(self.config, **shared_fields(motion_adapter.config, self.config))
         self.explicit = motion_adapter.explicit
         self.install(copy.deepcopy(motion_adapter).to(device=self.device, dtype=self.dtype).requires_grad_(True))
         self.set_compat(self.compat).train(self.training)
 
     def install(self, adapter: MotionAdapter) -> None:
-        """Put the modules of an adapter into the blocks: no copy."""
+        """Puts the modules of an adapter into the blocks, without copying them."""
         for levels, lists in ((self.down, adapter.down), (self.up, adapter.up)):
             for level, modules in zip(levels, lists, strict=True):
                 for block, module in zip(level.blocks, modules, strict=True):
@@ -318,7 +324,7 @@ class UNetMotionModel(UNet):
         self.apply_norms()
 
     def motion_adapter(self) -> MotionAdapter:
-        """The motion modules by themselves: no copy."""
+        """The motion modules as a MotionAdapter, without copying them."""
         with torch.device("meta"), Weightless():
             adapter = MotionAdapter(self.config.adapter())
         for levels, lists in ((self.down, adapter.down), (self.up, adapter.up)):
@@ -332,11 +338,11 @@ class UNetMotionModel(UNet):
     def save_motion_modules(
         self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None
     ) -> None:
-        """Write the motion modules as a MotionAdapter; arguments as of `save_pretrained`."""
+        """Writes the motion modules as a MotionAdapter. The arguments are those of `save_pretrained`."""
         self.motion_adapter().save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
 
     def set_free_noise(self, free_noise: FreeNoise | None) -> None:
-        """Have the motion modules attend to windows of the video (FreeNoise), or to all of it: None."""
+        """Let the motion modules attend to windows of the video (FreeNoise). None: to the whole video."""
         self.free_noise = free_noise
         for module in self.modules():
             if isinstance(module, MotionModule):
@@ -344,7 +350,7 @@ class UNetMotionModel(UNet):
                     block.free_noise = free_noise
 
     def freeze_unet2d_params(self) -> None:
-        """Only the motion modules remain trainable."""
+        """Freezes all parameters except those of the motion modules."""
         for name, parameter in self.named_parameters():
             parameter.requires_grad = ".motion." in name
 
@@ -353,17 +359,17 @@ class UNetMotionModel(UNet):
         return self.apply_norms()
 
     def with_compat(self, compat: str | None) -> Self:
-        """This network in a mode, without touching it: itself if it is in that mode, else one of the same tensors."""
+        """This network in another mode. If its mode differs, the result is a new network that shares its tensors."""
         if compat is None or compat == self.compat:
             return self
         self.loras = lora.loras_of(self)
-        layers = (m for m in self.modules() if can_branch(m))  # as they are: they may have LoRAs beside them
+        layers = (m for m in self.modules() if can_branch(m))  # shared, too: they may have LoRAs
         shared = {id(x): x for x in (*self.parameters(), *self.buffers(), *layers, self.loras)}
-        new: Self = copy.deepcopy(self, shared)  # with the adapters that are in it
+        new: Self = copy.deepcopy(self, shared)  # it keeps the loaded adapters
         return new.set_compat(compat)
 
     def apply_norms(self) -> Self:
-        """Have the norms span what the config says."""
+        """Set the span of all norms as the config says."""
         self.norm_over_video = (self.config.resnet_norms or known_resnet_norms(self.config)) == "video"
         for module in self.modules():
             if isinstance(module, Block):
@@ -381,7 +387,7 @@ def _check_ours(name: str, given: Any, cls: type) -> None:
 
 
 def shared_fields(adapter: MotionAdapterConfig, unet: Any) -> dict[str, Any]:
-    """An adapter's fields under the names that a UNet has for them. Raises ValueError where it does not fit `unet`."""
+    """An adapter's fields under their names in a UNet's config. Raises ValueError if it does not fit `unet`."""
     levels = len(unet.block_out_channels)
     for name, theirs, ours in (
         ("block_out_channels", adapter.block_out_channels, unet.block_out_channels),
@@ -389,5 +395,5 @@ def shared_fields(adapter: MotionAdapterConfig, unet: Any) -> dict[str, Any]:
         ("norm_num_groups", adapter.motion_norm_num_groups, unet.norm_num_groups),
     ):
         if theirs != ours:
-            raise ValueError(f"the motion adapter does not fit the UNet: {name} {theirs}, not {ours}")
+            raise ValueError(f"the motion adapter does not fit the UNet: its {name} is {theirs}, the UNet's {ours}")
     return {here: getattr(adapter, name) for name, here in SHARED.items()}

@@ -1,6 +1,7 @@
-"""Stable Diffusion's image autoencoder, applied to every frame by itself: 8x smaller in height and width, 4 channels.
+"""Stable Diffusion's image autoencoder (VAE), applied to each frame separately.
 
-Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, arXiv 2112.10752.
+Latents are 8 times smaller than the frame in height and width, and have 4 channels. Rombach et al. 2022,
+"High-Resolution Image Synthesis with Latent Diffusion Models", arXiv:2112.10752.
 Axes: n frames of all videos, c channels, h w height and width.
 """
 
@@ -27,12 +28,12 @@ class AutoencoderKLConfig:
     down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",) * 4
     up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",) * 4
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)  # per level, finest first
-    layers_per_block: int = 2  # ResBlocks per level of the encoder; one more in the decoder
+    layers_per_block: int = 2  # ResBlocks per level of the encoder; the decoder has one more
     latent_channels: int = 4
     norm_num_groups: int = 32
-    sample_size: int = 512  # of the pictures it was trained on, in pixels: the size of a tile
+    sample_size: int = 512  # height and width of the training pictures in pixels; also the default size of a tile
     scaling_factor: float = 0.18215  # latents times this have a standard deviation of about 1; pipelines apply it
-    force_upcast: bool = True  # for pipelines that may run a float16 VAE in float32; kept, and not read by the network
+    force_upcast: bool = True  # tells pipelines to run a float16 VAE in float32; the network does not read it
 
     FIXED: ClassVar[dict[str, Any]] = {
         "act_fn": "silu",
@@ -57,16 +58,16 @@ class AutoencoderKLConfig:
             if types != (known,) * levels:
                 raise ValueError(f"{name} must be {known!r} for each of the {levels} block_out_channels, not {types}")
         if self.sample_size < self.factor:
-            raise ValueError(f"sample_size must be at least {self.factor} pixels, one latent, not {self.sample_size}")
+            raise ValueError(f"sample_size must be at least {self.factor} pixels, not {self.sample_size}")
 
     @property
     def factor(self) -> int:
-        """Pixels per latent in height and in width."""
+        """How many pixels one latent covers in height and in width."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
 class ResBlock(nn.Module):
-    """GroupNorm-SiLU-conv twice around a skip."""
+    """Twice GroupNorm, SiLU, convolution. At the end x is added."""
 
     def __init__(self, c_in: int, c_out: int, groups: int):
         super().__init__()
@@ -84,7 +85,7 @@ class ResBlock(nn.Module):
 
 
 class PixelAttention(nn.Module):
-    """All pixels of one frame attend to each other, with a single head as wide as the channels."""
+    """All pixels of one frame attend to each other, with a single head over all channels."""
 
     def __init__(self, c: int, groups: int):
         super().__init__()
@@ -93,13 +94,13 @@ class PixelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (n c h w) -> same."""
-        h = rearrange(self.norm(x), "n c h w -> n 1 (h w) c")  # one head: PyTorch's attention by blocks wants the axis
+        h = rearrange(self.norm(x), "n c h w -> n 1 (h w) c")  # memory-efficient attention needs a head axis
         h = self.to_out(F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h)))
         return x + rearrange(h, "n 1 (h w) c -> n c h w", h=x.shape[2])
 
 
 class Downsample(nn.Conv2d):
-    """3x3 convolution of stride 2, padded at the right and the bottom only, as the weights were trained."""
+    """3x3 convolution of stride 2. It is padded only at the right and the bottom, as in the training of the weights."""
 
     def __init__(self, c: int):
         super().__init__(c, c, 3, stride=2)
@@ -110,7 +111,7 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Conv2d):
-    """Every pixel doubled in height and width, then a 3x3 convolution."""
+    """Nearest-neighbour interpolation to twice the height and width, then a 3x3 convolution."""
 
     def __init__(self, c: int):
         super().__init__(c, c, 3, padding=1)
@@ -133,7 +134,7 @@ class Mid(nn.Module):
 
 
 class Level(nn.Module):
-    """The ResBlocks of one resolution and the convolution that leaves it (None at the last)."""
+    """The ResBlocks of one resolution, and the convolution that changes it (None at the last level)."""
 
     def __init__(self, blocks: list[ResBlock], resample: nn.Module | None):
         super().__init__()
@@ -192,7 +193,7 @@ class Decoder(nn.Module):
 
 
 class DiagonalGaussian:
-    """What the encoder says of the latents: a mean and a standard deviation for each number (n c h w)."""
+    """The encoder's distribution of the latents (n c h w): a mean and a standard deviation for each number."""
 
     def __init__(self, moments: Tensor):
         self.mean, logvar = moments.chunk(2, dim=1)
@@ -200,7 +201,7 @@ class DiagonalGaussian:
         self.std = torch.exp(0.5 * self.logvar)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """mean + std * noise. The noise is drawn where the generator lives, so a CPU's serves every device alike."""
+        """mean + std * noise (n c h w). A CPU generator gives the same noise for every device."""
         device = self.mean.device if generator is None else generator.device
         noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=self.mean.dtype)
         return self.mean + self.std * noise.to(self.mean.device)
@@ -210,7 +211,7 @@ class DiagonalGaussian:
 
 
 def blend(before: Tensor, x: Tensor, extent: int, axis: int) -> Tensor:
-    """x, whose first `extent` rows (axis 2) or columns (axis 3) fade over from the last ones of the tile before it."""
+    """x with its first `extent` rows (axis 2) or columns (axis 3) blended with the last ones of the tile before it."""
     extent = min(before.shape[axis], x.shape[axis], extent)
     shape = (-1, 1) if axis == 2 else (-1,)
     ramp = torch.arange(extent, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)).view(shape) / extent
@@ -220,10 +221,10 @@ def blend(before: Tensor, x: Tensor, extent: int, axis: int) -> Tensor:
 
 
 class AutoencoderKL(Network):
-    """Keyword arguments are the fields of AutoencoderKLConfig.
+    """The VAE. Keyword arguments are the fields of AutoencoderKLConfig.
 
-    Slicing (one frame at a time) changes nothing but memory. Tiling changes the picture a little: no tile sees the
-    others, neither in its norms nor in its attention.
+    Slicing (one frame at a time) saves memory and does not change the result. Tiling saves more memory and changes the
+    picture a little: the norms and the attention of a tile do not see the other tiles.
     """
 
     Config = AutoencoderKLConfig
@@ -237,15 +238,23 @@ class AutoencoderKL(Network):
         self.quant_conv = nn.Conv2d(2 * cfg.latent_channels, 2 * cfg.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(cfg.latent_channels, cfg.latent_channels, 1)
         self.slicing = False
-        self.tiling: tuple[int, int] | None = None  # size of a tile and distance from tile to tile, in latents
+        self.tiling: tuple[int, int] | None = None  # (size of a tile, distance between tiles) in latents
 
     def encode(self, x: Tensor, chunk_size: int | None = None) -> DiagonalGaussian:
-        """x (n 3 h w) in [-1, 1] -> distribution of the latents (n c h//8 w//8); `chunk_size` frames at a time."""
+        """x (n 3 h w) in [-1, 1] -> distribution of the latents (n c h//8 w//8), not yet times `scaling_factor`.
+
+        chunk_size: how many frames are encoded at a time, all by default.
+        Raises ValueError if the shape of x or chunk_size is wrong.
+        """
         self.check("x", x, self.config.in_channels, self.config.factor)
         return DiagonalGaussian(self.in_pieces(self.encode_frames, x, chunk_size, self.config.factor, 1))
 
     def decode(self, z: Tensor, chunk_size: int | None = None) -> Tensor:
-        """z (n c h w) -> pixels (n 3 8h 8w), about [-1, 1]; `chunk_size` frames at a time."""
+        """z (n c h w), latents divided by `scaling_factor` -> pixels (n 3 8h 8w), roughly in [-1, 1].
+
+        chunk_size: how many frames are decoded at a time, all by default.
+        Raises ValueError if the shape of z or chunk_size is wrong.
+        """
         self.check("z", z, self.config.latent_channels)
         return self.in_pieces(self.decode_frames, z, chunk_size, 1, self.config.factor)
 
@@ -266,7 +275,10 @@ class AutoencoderKL(Network):
     def in_pieces(
         self, half: Callable[[Tensor], Tensor], x: Tensor, chunk_size: int | None, unit: int, unit_out: int
     ) -> Tensor:
-        """half(x) in chunks of frames, and in tiles where x is larger than one; units: pixels per latent in and out."""
+        """half(x), encoder or decoder, in chunks of frames, and in tiles if x is larger than a tile.
+
+        unit, unit_out: 1 for latents, pixels per latent for pixels; of the input and of the output.
+        """
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1, not {chunk_size!r}")
         chunks = x.split(1 if self.slicing else int(chunk_size or max(1, len(x))))
@@ -275,10 +287,10 @@ class AutoencoderKL(Network):
         return torch.cat(pieces)
 
     def run_tiles(self, half: Callable[[Tensor], Tensor], x: Tensor, unit: int, unit_out: int) -> Tensor:
-        """half(x) tile by tile, from the top left; each fades over from the ones above and left of it."""
+        """half(x) tile by tile, from the top left. Each tile is blended with those above and to the left."""
         size, step = self.tiling
         keep, extent = step * unit_out, (size - step) * unit_out
-        # A tile starts where at least one latent is left.
+        # The last tile has at least one latent.
         tops, lefts = (range(0, n - unit + 1, step * unit) for n in x.shape[2:])
         rows, above = [], []
         for top in tops:
@@ -295,23 +307,24 @@ class AutoencoderKL(Network):
         return torch.cat(rows, dim=2)
 
     def enable_slicing(self) -> None:
-        """Encode and decode one frame at a time, whatever `chunk_size` says."""
+        """Encode and decode one frame at a time. `chunk_size` is ignored then."""
         self.slicing = True
 
     def disable_slicing(self) -> None:
         self.slicing = False
 
     def enable_tiling(self, tile_size: int | None = None, overlap: float = 0.25) -> None:
-        """Pictures larger than `tile_size` pixels (default: the config's sample_size) go through in square tiles.
+        """Encode and decode large pictures in square tiles of `tile_size` pixels (default: the config's sample_size).
 
-        Neighbours share a fraction `overlap` of a tile, rounded up to whole latents, and fade into each other there.
+        Neighbouring tiles overlap by the fraction `overlap` of a tile, rounded up to whole latents. They are blended
+        there. Raises ValueError if `tile_size` is less than one latent, or if `overlap` is not from 0 to below 1.
         """
         tile_size = self.config.sample_size if tile_size is None else tile_size
         size = tile_size // self.config.factor
         if size < 1:
             raise ValueError(f"tile_size must be at least {self.config.factor} pixels, not {tile_size!r}")
         if not 0 <= overlap < 1:
-            raise ValueError(f"overlap is a fraction of a tile, from 0 to less than 1, not {overlap!r}")
+            raise ValueError(f"overlap must be a fraction of a tile, from 0 to less than 1, not {overlap!r}")
         self.tiling = size, max(1, int(size * (1 - overlap)))
 
     def disable_tiling(self) -> None:

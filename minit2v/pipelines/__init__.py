@@ -1,6 +1,6 @@
-"""Pipelines: what a user calls, from a text to frames, and the files of a whole pipeline.
+"""Pipelines: what a user calls. They turn texts into frames, and load and save the files of a whole pipeline.
 
-A pipeline puts networks and a scheduler together; what changes the loop from outside goes to `techniques`.
+A pipeline combines networks and a scheduler. Methods that change the denoising loop are in `techniques`.
 """
 
 from .animatediff import AnimateDiffPipeline, AnimateDiffPipelineOutput, AnimateDiffVideoToVideoPipeline

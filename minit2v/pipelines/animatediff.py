@@ -1,6 +1,6 @@
 """AnimateDiff: an image model of Stable Diffusion 1.5 and a motion adapter make videos.
 
-Guo et al., AnimateDiff: Animate Your Personalized Text-to-Image Diffusion Models without Specific Tuning,
+Guo et al. 2023, "AnimateDiff: Animate Your Personalized Text-to-Image Diffusion Models without Specific Tuning",
 arXiv:2307.04725.
 """
 
@@ -47,12 +47,12 @@ class AnimateDiffPipelineOutput(PipelineOutput):
 
 
 class AnimateDiffPipeline(DiffusionPipeline):
-    """Videos from texts, in the style of any image model of Stable Diffusion 1.5.
+    """Makes videos from texts, in the style of any Stable Diffusion 1.5 image model (arXiv:2307.04725).
 
-    unet: a UNet2DConditionModel, of which with `motion_adapter` a UNetMotionModel is made, and both stay as they were;
-    or a UNetMotionModel, which is used as it is (in another `compat` mode: one that shares its tensors).
-    image_encoder: turns pictures into vectors for IP-Adapters, and comes with `load_ip_adapter`. feature_extractor:
-    None, as pictures are prepared in the way that the image_encoder's config says.
+    unet: a UNet2DConditionModel together with `motion_adapter`, or a UNetMotionModel. From the first two a new
+    UNetMotionModel is made; they do not change.
+    image_encoder: turns pictures into vectors for IP-Adapters. `load_ip_adapter` loads it.
+    feature_extractor: always None. The image_encoder's config says how to prepare pictures.
     """
 
     COMPONENTS = {
@@ -97,7 +97,7 @@ class AnimateDiffPipeline(DiffusionPipeline):
         if mask_grid not in (None, "exact", "published"):
             raise ValueError(f"mask_grid must be 'exact' or 'published', not {mask_grid!r}")
         if feature_extractor is not None:
-            raise ValueError("feature_extractor must be None: pictures are prepared as the image_encoder's config says")
+            raise ValueError("feature_extractor must be None: the image_encoder's config says how to prepare pictures")
         for name, component in (("unet", unet), ("motion_adapter", motion_adapter)):
             check_component(name, component, self.COMPONENTS[name])
         motion_adapter = unwrapped(motion_adapter)
@@ -106,11 +106,11 @@ class AnimateDiffPipeline(DiffusionPipeline):
         inner = unwrapped(unet)
         if isinstance(inner, UNet2DConditionModel):
             if motion_adapter is None:
-                raise ValueError("unet is an image model, to which this pipeline adds motion: give a motion_adapter, "
-                                 "MotionAdapter.from_pretrained(...)")
+                raise ValueError("unet is an image model, and this pipeline needs motion modules: give "
+                                 "motion_adapter=MotionAdapter.from_pretrained(...)")
             unet = UNetMotionModel.from_unet2d(inner, motion_adapter, compat=compat)
         elif isinstance(inner, UNetMotionModel):
-            in_mode = inner.with_compat(compat)  # another pipeline may share it
+            in_mode = inner.with_compat(compat)  # not in place, because another pipeline may use the UNet
             unet = unet if in_mode is inner else in_mode
         elif unet is not None:
             raise TypeError(f"unet must be a UNet2DConditionModel or a UNetMotionModel, not a {type(unet).__name__}")
@@ -152,19 +152,24 @@ class AnimateDiffPipeline(DiffusionPipeline):
         prompt_interpolation: str | Interpolate = "linear",
         **unknown: Never,
     ) -> AnimateDiffPipelineOutput:
-        """`num_videos_per_prompt` videos for each prompt, those of one prompt one after the other.
+        """Makes `num_videos_per_prompt` videos for each prompt. The videos of a prompt follow each other.
 
-        num_frames: at most as many as the motion adapter has positions, 32 or 24. height, width: in pixels, multiples
-        of the VAE's factor (8); the UNet's own size where not given. guidance_scale: above 1, the prediction moves this
-        many times the way from the negative prompt to the prompt. eta: the noise of DDIM's steps, 0 to 1. generator:
-        one, or one per video, which then does not depend on the others. latents: the starting noise (b 4 f h/8 w/8), of
-        standard deviation 1. clip_skip: how many of the text encoder's last layers to leave out. decode_chunk_size:
-        frames that the VAE decodes at a time. callback_on_step_end(pipe, step, t, tensors) is called after each step,
-        and what it returns replaces `latents`, `prompt_embeds` or `negative_prompt_embeds`; callback(step, t, latents)
-        is its older form, called every `callback_steps` steps.
-        ip_adapter_image: what IP-Adapters are shown, see `prepare_ip_adapter_image_embeds`, whose results are
-        ip_adapter_image_embeds. cross_attention_kwargs: {"ip_adapter_masks": for each adapter a tensor (1 i H W)},
-        where in the video each of its i pictures is to be seen (`IPAdapterMaskProcessor`).
+        num_frames: at most the positions of the motion adapter (32, or 24 in version 1), unless context windows or
+        FreeNoise are on.
+        height, width: in pixels, multiples of the VAE's factor (8). The default is the UNet's own size.
+        guidance_scale: the scale of classifier-free guidance (arXiv:2207.12598). 1 or less means no guidance.
+        eta: the noise of DDIM's steps, from 0 (none) to 1 (as in DDPM).
+        generator: one for all videos, or a list with one per video. With a list, a video does not depend on the others.
+        latents: the initial noise (b 4 f h/8 w/8), with standard deviation 1.
+        clip_skip: how many of the text encoder's last layers to leave out.
+        decode_chunk_size: how many frames the VAE decodes at a time.
+        callback_on_step_end(pipe, step, t, tensors): called after each step. The dictionary that it returns replaces
+        `latents`, `prompt_embeds` or `negative_prompt_embeds`. callback(step, t, latents) is its older form, which is
+        called every `callback_steps` steps.
+        ip_adapter_image, ip_adapter_image_embeds: pictures for IP-Adapters, see `prepare_ip_adapter_image_embeds`.
+        cross_attention_kwargs: {"scale": the weight of LoRAs, "ip_adapter_masks": one tensor (1 i H W) per adapter}.
+        A mask says where in the video each of i pictures acts (see `IPAdapterMaskProcessor`).
+        Raises ValueError or TypeError if an argument is wrong, before any work.
         """
         callbacks = StepCallbacks(callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs)
         masks, cross_attention_kwargs = _take_masks(cross_attention_kwargs)
@@ -201,10 +206,10 @@ class AnimateDiffPipeline(DiffusionPipeline):
         check_count("num_frames", frames)
         most, windows = self.unet.config.motion_max_seq_length, self._context_windows
         if windows is not None and windows.length > most:
-            raise ValueError(f"windows of {windows.length} frames are too long: the motion adapter knows the positions "
-                             f"of {most}")
+            raise ValueError(f"windows of {windows.length} frames are too long: the motion adapter has positions for "
+                             f"{most}")
         if frames > most and windows is None and self._free_noise is None:
-            raise ValueError(f"{frames} frames are too many: the motion adapter knows the positions of {most}. Call "
+            raise ValueError(f"{frames} frames are too many: the motion adapter has positions for {most}. Call "
                              "enable_context_windows() or enable_free_noise() for longer videos")
 
     # IP-Adapter ------------------------------------------------------------------------------------------------------
@@ -222,18 +227,19 @@ class AnimateDiffPipeline(DiffusionPipeline):
         cache_dir: str | Path | None = None,
         force_download: bool = False,
     ) -> None:
-        """Put an IP-Adapter, or several, into the UNet: base, light, plus, plus-face, full-face, known by content.
+        """Puts one or several IP-Adapters into the UNet (Ye et al. 2023, arXiv:2308.06721).
 
-        A folder or hub id with subfolder= and weight_name=, a file, the address of one, or a dictionary of tensors; a
-        list of any of them, for several adapters. They take the place of those that are there, with the scale 1, in
-        every pipeline that shares the UNet. The image encoder is read where the pipeline has none: from
-        image_encoder_folder beside the file, or, with a slash in it, below the repository's root; where there is none,
-        the published one of h94/IP-Adapter. None: no encoder, for calls with `ip_adapter_image_embeds` alone.
-        Raises FileNotFoundError, OSError and ValueError in one line; then all is as before. Ye et al. 2023,
-        arXiv:2308.06721.
+        The kind is known by the content: base, light, plus, plus-face, full-face. New adapters replace loaded ones, and
+        have the scale 1. They are in every pipeline that shares the UNet.
+        pretrained_model_name_or_path_or_dict: a folder or hub id (with subfolder= and weight_name=), a file, its
+        address, or a dictionary of tensors. A list of these loads several adapters.
+        image_encoder_folder: where to find the image encoder, if the pipeline has none. A plain name is a folder beside
+        the file. A name with a slash is a path from the root of the repository. If it does not exist, the published
+        encoder of h94/IP-Adapter is used. None loads no encoder; then calls need `ip_adapter_image_embeds`.
+        Raises FileNotFoundError, OSError or ValueError. After an error nothing has changed.
         """
         if self.unet is None:
-            raise ValueError("an IP-Adapter goes into the pipeline's unet, which is None")
+            raise ValueError("an IP-Adapter needs the pipeline's unet, which is None")
         unet = unwrapped(self.unet)
         where: dict[str, Any] = dict(revision=revision, local_files_only=local_files_only, token=token,
                                      cache_dir=cache_dir, force_download=force_download)
@@ -251,19 +257,20 @@ class AnimateDiffPipeline(DiffusionPipeline):
             self.image_encoder = encoder.to(self.device)
 
     def set_ip_adapter_scale(self, scale: Any) -> None:
-        """How much the pictures count: a number, 0 for nothing; for several adapters a list with one for each.
+        """Sets the weight of the pictures, 0 for no effect. The scale is in every pipeline that shares the UNet.
 
-        In the place of a number: {"down": x, "mid": x, "up": x}, x a number, or a list with one for each attention of a
-        block, or {"block_1": such a number or list}, with the blocks counted from 0 as they are passed; what is left
-        out is 0. Or a list with a number for each picture, [[0.7, 0.4]], where they have masks. It holds for every
-        pipeline that shares the UNet. ValueError where it fits neither the UNet nor its adapters.
+        scale: a number for all adapters, or a list with one entry for each. An entry may also be:
+        - {"down": x, "mid": x, "up": x}. x is a number, a list with one number for each cross-attention of a block, or
+          {"block_1": number or list}. Blocks are counted from 0 in the order of execution. Missing entries are 0.
+        - a list with a number for each picture, as in [[0.7, 0.4]], if the pictures have masks.
+        Raises ValueError if it does not fit the UNet and its adapters.
         """
         if self.unet is None:
-            raise ValueError("an IP-Adapter is in the pipeline's unet, which is None")
+            raise ValueError("IP-Adapters are in the pipeline's unet, which is None")
         ip_adapter.set_scales(unwrapped(self.unet), scale)
 
     def unload_ip_adapter(self) -> None:
-        """Take all IP-Adapters out of the UNet, and the image encoder out of this pipeline."""
+        """Removes all IP-Adapters from the UNet, and the image encoder from this pipeline."""
         if self.unet is not None:
             ip_adapter.remove(unwrapped(self.unet))
         self.image_encoder = None
@@ -273,14 +280,15 @@ class AnimateDiffPipeline(DiffusionPipeline):
         self, image: Any, device: torch.device | str | None = None, num_images_per_prompt: int = 1,
         output_hidden_states: bool | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Pictures (`prepare_ip_adapter_image_embeds`) of one adapter -> what it reads of them, and of no picture.
+        """Encodes i pictures for one adapter. Returns (states of the pictures, states for "no picture").
 
-        (i c), vectors of whole pictures, and zeros; with output_hidden_states (i l c), the states before CLIP's last
-        layer, and those of an empty picture. Where there is a picture for each frame, (f i ...).
+        image: see `prepare_ip_adapter_image_embeds`. The states are (i c): vectors of whole pictures, and zeros. With
+        output_hidden_states they are (i l c): CLIP's states before the last layer, and those of an empty picture. If
+        there is a picture for each frame, they are (f i ...). Raises ValueError if the pipeline has no image_encoder.
         """
         if self.image_encoder is None:
-            raise ValueError("to read pictures, the pipeline needs its image_encoder, which is None: load_ip_adapter "
-                             "reads it, or give ip_adapter_image_embeds")
+            raise ValueError("to read pictures, the pipeline needs its image_encoder, which is None: load it with "
+                             "load_ip_adapter, or give ip_adapter_image_embeds")
         pixels = ip_adapter.pixels_of(image, self.image_encoder)
         frames = pixels.shape[1]
         pixels = rearrange(pixels, "i f c h w -> (f i) c h w").to(self._execution_device, self.image_encoder.dtype)
@@ -302,21 +310,22 @@ class AnimateDiffPipeline(DiffusionPipeline):
         num_images_per_prompt: int = 1,
         do_classifier_free_guidance: bool = True,
     ) -> list[Tensor]:
-        """What the adapters read of pictures, for each adapter: (n i c), or of its kind (n i l c), for a call to take.
+        """Encodes pictures for all adapters. Returns one tensor for each adapter: (n i c), or (n i l c) for some kinds.
 
-        n: with guidance twice `num_images_per_prompt`, the negative half first.
-        ip_adapter_image: a picture (PIL image, array, or tensor of prepared pixels), where there is one adapter; else a
-        list with an entry for each adapter. An entry may be a list of pictures, which the adapter is shown together;
-        and such a picture may be a list with one for each frame, for which (n f i ...) results. So [[a, b]] are two
-        pictures of one adapter, [[[a, b, c]]] is one that changes over three frames.
-        ip_adapter_image_embeds: in the place of pictures, what this method has returned; n may also be 1, with guidance
-        2. ValueError where there is not one entry for each adapter, or an entry is nothing of this.
+        n is `num_images_per_prompt`; with guidance twice that, the negative half first.
+        ip_adapter_image: a picture (PIL image, array, or tensor of prepared pixels) if there is one adapter. Otherwise
+        a list with one entry for each adapter. An entry may be a list of pictures, which act together. Each of these
+        may be a list with a picture for each frame. Then the result is (n f i ...). So [[a, b]] is two pictures for one
+        adapter, and [[[a, b, c]]] is one picture that changes over three frames.
+        ip_adapter_image_embeds: earlier results of this method, instead of pictures. n may also be 1, or 2 with
+        guidance.
+        Raises ValueError if there is not one entry for each adapter, or if an entry is something else.
         """
         read = ip_adapter.projections(unwrapped(self.unet))
         device, several = device or self._execution_device, 2 if do_classifier_free_guidance else 1
         if not read:
-            raise ValueError("ip_adapter_image, ip_adapter_image_embeds: there is no IP-Adapter that could see it, "
-                             "load_ip_adapter puts one in")
+            raise ValueError("ip_adapter_image, ip_adapter_image_embeds: there is no IP-Adapter, load one with "
+                             "load_ip_adapter")
         if ip_adapter_image is not None and ip_adapter_image_embeds is not None:
             raise ValueError("give ip_adapter_image or ip_adapter_image_embeds, not both")
         if ip_adapter_image_embeds is None:
@@ -334,10 +343,10 @@ class AnimateDiffPipeline(DiffusionPipeline):
     def _pictures(
         self, image: Any, embeds: Sequence[Tensor] | None, masks: Any, shape: tuple[int, ...], guided: bool
     ) -> Pictures | None:
-        """What a call shows the IP-Adapters; shape: of its latents (b c f h w). ValueError on what does not fit."""
+        """The pictures of a call for its IP-Adapters. shape: of the latents (b c f h w). Raises ValueError."""
         if image is None and embeds is None:
             if masks is not None:
-                raise ValueError("ip_adapter_masks: there are no pictures to be masked, give ip_adapter_image")
+                raise ValueError("ip_adapter_masks: there are no pictures to mask, give ip_adapter_image")
             return None
         features = self.prepare_ip_adapter_image_embeds(image, embeds, None, shape[0], guided)
         unet = unwrapped(self.unet)
@@ -345,7 +354,7 @@ class AnimateDiffPipeline(DiffusionPipeline):
         for x, projection in zip(features, ip_adapter.projections(unet), strict=True):
             by_frame = x.ndim - projection.reads_states == 4
             if by_frame and x.shape[1] != shape[2]:
-                raise ValueError(f"pictures for {x.shape[1]} frames, and the video has {shape[2]}")
+                raise ValueError(f"there are pictures for {x.shape[1]} frames, but the video has {shape[2]}")
             counts.append(x.shape[2 if by_frame else 1])
         fitted = [m if m is None else ip_adapter.fit_mask(m, *shape[3:], unet, self.mask_grid == "published")
                   for m in ip_adapter.check_masks(masks, counts, unet)]
@@ -353,7 +362,7 @@ class AnimateDiffPipeline(DiffusionPipeline):
 
 
 def _take_masks(cross_attention_kwargs: Any) -> tuple[Any, Any]:
-    """The masks of IP-Adapters, and what else is in these arguments."""
+    """(masks of IP-Adapters, the other arguments)."""
     if not isinstance(cross_attention_kwargs, dict) or "ip_adapter_masks" not in cross_attention_kwargs:
         return None, cross_attention_kwargs
     rest = {name: value for name, value in cross_attention_kwargs.items() if name != "ip_adapter_masks"}
@@ -361,17 +370,17 @@ def _take_masks(cross_attention_kwargs: Any) -> tuple[Any, Any]:
 
 
 def _in_step(what: Any, subfolder: Any, weight_name: Any) -> list[tuple[Any, Any, Any]]:
-    """A triple for each adapter: of lists one each, of what is not a list, or of one, the same for all."""
+    """(path, subfolder, weight name) for each adapter. A single value, or a list of one, is the same for all."""
     lists = [[*x] if isinstance(x, list | tuple) else [x] for x in (what, subfolder, weight_name)]
     count = max(map(len, lists))
     if not all(len(x) in (1, count) for x in lists):
-        raise ValueError(f"{len(lists[0])} places, {len(lists[1])} subfolders and {len(lists[2])} weight_names do not "
-                         "belong together")
+        raise ValueError(f"{len(lists[0])} paths, {len(lists[1])} subfolders and {len(lists[2])} weight_names do not "
+                         "belong together: give one for each adapter")
     return list(zip(*(x * count if len(x) == 1 else x for x in lists), strict=True))
 
 
 class AnimateDiffVideoToVideoPipeline(AnimateDiffPipeline):
-    """Videos from texts and videos, by the same components as `AnimateDiffPipeline`."""
+    """Makes videos from texts and videos, with the components of `AnimateDiffPipeline` (SDEdit, arXiv:2108.01073)."""
 
     FIELDS = ("clip_skip_negative", "mask_grid", "array_resize")
     HINTS = {
@@ -395,7 +404,7 @@ class AnimateDiffVideoToVideoPipeline(AnimateDiffPipeline):
         mask_grid: str | None = None,
         array_resize: str | None = None,
     ):
-        """array_resize: how arrays and tensors come to the size, "bicubic" or "nearest"; PIL images: by Lanczos."""
+        """array_resize: how to resize arrays and tensors, "bicubic" or "nearest". PIL images are resized by Lanczos."""
         if array_resize not in (None, *RESIZES):
             raise ValueError(f"array_resize must be one of {RESIZES}, not {array_resize!r}")
         super().__init__(vae, text_encoder, tokenizer, unet, motion_adapter, scheduler, feature_extractor,
@@ -437,17 +446,18 @@ class AnimateDiffVideoToVideoPipeline(AnimateDiffPipeline):
         prompt_interpolation: str | Interpolate = "linear",
         **unknown: Never,
     ) -> AnimateDiffPipelineOutput:
-        """`num_videos_per_prompt` new videos for each video and prompt; one of them serves a batch of the other.
+        """Makes `num_videos_per_prompt` new videos for each pair of video and prompt. One video may have many prompts.
 
-        video: PIL images, arrays or tensors (`frames.FORMS`), resized to height and width, or to the UNet's own size;
-        or latents, as a tensor (f c h w) or (b f c h w) with the VAE's number of channels. latents: (b c f h w), in
-        place of `video`, already noisy: the steps begin with them as they are.
-        strength: the share of the steps that are made, the last ones; 1 leaves little of the video, 0 only encodes and
-        decodes. enforce_inference_steps: `num_inference_steps` are made, and strength lays a grid of so many more that
-        they are its share; given `latents` then count as clean, and are made noisy. timesteps, sigmas: a grid of the
-        caller's own, of which strength, or the number of steps where that is enforced, takes its share; for schedulers
-        that can.
-        decode_chunk_size: also of the frames that are encoded. The other arguments are those of `AnimateDiffPipeline`.
+        video: PIL images, arrays or tensors (see `frames.FORMS`). They are resized to height and width, or to the
+        UNet's own size. Latents are possible, too: a tensor (f c h w) or (b f c h w) with the VAE's channels.
+        latents: noisy latents (b c f h w), instead of `video`. The first step gets them unchanged.
+        strength: the share of the steps that are made; they are the last ones. 1 keeps little of the video, 0 only
+        encodes and decodes it.
+        enforce_inference_steps: make exactly `num_inference_steps` steps. The grid then has more steps, so that they
+        are the share `strength` of it. `latents` are then clean, and noise is added to them.
+        timesteps, sigmas: the caller's own grid, if the scheduler supports it. `strength` selects its last part.
+        decode_chunk_size: also the number of frames that the VAE encodes at a time.
+        The other arguments and the errors are those of `AnimateDiffPipeline`.
         """
         callbacks = StepCallbacks(callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs)
         masks, cross_attention_kwargs = _take_masks(cross_attention_kwargs)

@@ -1,4 +1,4 @@
-"""What every pipeline is made of: components, a text encoded once, the denoising loop, frames out of the VAE.
+"""The base of all pipelines: components, the encoding of texts, the denoising loop, the decoding of frames.
 
     text, negative = encode_prompt(...)         tokenizer, CLIP
     x = noise, or an encoded video with noise   (b c f h w)
@@ -69,9 +69,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class PipelineOutput:
-    """What a pipeline returns: `frames` by name, `output[0]` or `output["frames"]`. `frames[i]` is the i-th video.
+    """The result of a pipeline: `output.frames`, `output[0]` or `output["frames"]`. `frames[i]` is the i-th video.
 
-    With return_dict=False a call returns `to_tuple()` of it, for which it stands in annotations.
+    With return_dict=False a call returns `to_tuple()` of it instead.
     """
 
     frames: Any
@@ -91,17 +91,17 @@ class PipelineOutput:
 
 @dataclass(frozen=True)
 class StepCallbacks:
-    """What a caller wants to hear of, and to change, after each step."""
+    """The caller's functions that are called after each step, and that may change tensors."""
 
-    legacy: Callable[[int, Tensor, Tensor], None] | None = None  # (step, t, latents), its result is not used
+    legacy: Callable[[int, Tensor, Tensor], None] | None = None  # (step, t, latents); its result is ignored
     legacy_every: int = 1
     on_end: Callable[..., dict[str, Tensor] | None] | None = None  # (pipe, step, t, tensors) -> tensors to replace
-    names: Sequence[str] = ("latents",)  # the tensors that `on_end` is shown
+    names: Sequence[str] = ("latents",)  # the tensors that `on_end` gets
     NAMES: ClassVar[tuple[str, ...]] = ("latents", "prompt_embeds", "negative_prompt_embeds")
 
     @property
     def show_text(self) -> bool:
-        """Whether `on_end` gets the text in hand, which it may then also change in place."""
+        """Whether `on_end` gets text states. It may then also change them in place."""
         return self.on_end is not None and not {*self.names}.isdisjoint(self.NAMES[1:])
 
     def check(self) -> None:
@@ -113,7 +113,7 @@ class StepCallbacks:
             raise ValueError(f"callback_on_step_end_tensor_inputs: {unknown} is not among {list(self.NAMES)}")
 
     def __call__(self, pipe: "DiffusionPipeline", step: int, t: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
-        """The tensors (in the order of NAMES) after the callbacks have seen them and perhaps replaced some."""
+        """Calls the functions. Returns the tensors, in the order of NAMES, with the replaced ones."""
         state = dict(zip(self.NAMES, tensors, strict=True))
         if self.legacy is not None and step % self.legacy_every == 0:
             self.legacy(step, t, state["latents"])
@@ -135,7 +135,7 @@ Result = TypeVar("Result")
 
 
 def exclusive(call: Callable[Concatenate[Pipeline, Args], Result]) -> Callable[Concatenate[Pipeline, Args], Result]:
-    """A pipeline's `__call__`: without gradients, and RuntimeError where it, or its scheduler, is in a call already."""
+    """Decorates a pipeline's `__call__`: no gradients, and RuntimeError if another call uses the same parts."""
 
     @wraps(call)
     @torch.no_grad()
@@ -154,7 +154,7 @@ def exclusive(call: Callable[Concatenate[Pipeline, Args], Result]) -> Callable[C
 
 
 class _of_class_or_object:  # noqa: N801
-    """A method that is called on a class or on an object, which is its first argument."""
+    """A method for both a class and its objects: the class or the object is the first argument."""
 
     def __init__(self, function: Callable[..., None]):
         self.function, self.__doc__ = function, function.__doc__
@@ -163,27 +163,30 @@ class _of_class_or_object:  # noqa: N801
         return partial(self.function, cls if owner is None else owner)
 
 
-_running: list[tuple[set[int], set[int]]] = []  # of each call the ids of what it has for itself, and of all it uses
+_running: list[tuple[set[int], set[int]]] = []  # for each call: ids of what only it may use, and of all that it uses
 _running_lock = threading.Lock()
 
 
 class DiffusionPipeline:
-    """Components under the names of model_index.json, and what can be done with all of them together."""
+    """Base class of the pipelines. Components have the names of model_index.json.
 
-    COMPONENTS: ClassVar[dict[str, tuple[str, ...]]] = {}  # name -> classes that fit; none given: any scheduler
-    OPTIONAL: ClassVar[tuple[str, ...]] = ()  # the components without which a pipeline is whole, too
-    IDLE: ClassVar[tuple[str, ...]] = ()  # those that compute nothing, and need no room on an accelerator
+    `DiffusionPipeline.from_pretrained` loads the pipeline that a folder's model_index.json names.
+    """
+
+    COMPONENTS: ClassVar[dict[str, tuple[str, ...]]] = {}  # name -> classes that fit; no classes: any scheduler
+    OPTIONAL: ClassVar[tuple[str, ...]] = ()  # components that may be missing
+    IDLE: ClassVar[tuple[str, ...]] = ()  # components that do not compute, and stay off the accelerator
     FIELDS: ClassVar[tuple[str, ...]] = ()  # the deviations (compat.py) that are saved with the pipeline
-    STEP_AXES: ClassVar[str] = "(b f) c h w"  # how the scheduler sees the latents: it draws its noise in this shape
+    STEP_AXES: ClassVar[str] = "(b f) c h w"  # the shape of latents for the scheduler, in which it draws noise
     HINTS: ClassVar[dict[str, str]] = {}  # arguments of other pipelines -> what to do instead
     CLASSES: ClassVar[dict[str, type["DiffusionPipeline"]]] = {}
 
-    # Each may be None, in a pipeline for one half of the work: what needs it then says so in one line.
+    # Each may be None if the pipeline is for a part of the work. Methods that need it then raise an error.
     vae: AutoencoderKL
     text_encoder: CLIPTextModel
     tokenizer: CLIPTokenizer
     unet: UNet
-    if TYPE_CHECKING:  # what each class defines, with arguments of its own
+    if TYPE_CHECKING:  # each class defines it, with its own arguments
         __call__: Callable[..., Any]
 
     def __init_subclass__(cls, **kw: Any):
@@ -191,9 +194,9 @@ class DiffusionPipeline:
         DiffusionPipeline.CLASSES[cls.__name__] = cls
 
     def __init__(self, components: dict[str, Any], compat: str | None, fields: dict[str, Any]):
-        """Fields that are None or absent take their value from `compat` (None, or "diffusers", the reference's)."""
+        """Fields that are None or missing get their values from `compat` (None or "diffusers")."""
         defaults: dict[str, Any] = {}
-        for cls in reversed(type(self).__mro__):  # a class of the user's own deviates as the one it is made from
+        for cls in reversed(type(self).__mro__):  # a user's subclass deviates like its base class
             defaults |= compat_fields(cls.__name__, compat)
         self.compat = compat
         for name in self.FIELDS:
@@ -201,20 +204,20 @@ class DiffusionPipeline:
         for name in self.COMPONENTS:
             setattr(self, name, components[name])
         self._interrupt = False
-        self._lora_scale = 1.0  # of the call that runs
+        self._lora_scale = 1.0  # of the running call
         self._offload: memory.Offload | None = None
         self._offload_text = self._sequential_guidance = False
-        self._narrow: str | None = None  # the format of the UNet's weights, if it is not that of its parameters
-        self._making: Video | None = None  # what the call that runs is at
+        self._narrow: str | None = None  # the 8-bit format of the UNet's weights
+        self._making: Video | None = None  # the video of the running call
         self._free_init: FreeInit | None = None
         self._context_windows: ContextWindows | None = None
-        self._free_noise_of_loop: FreeNoise | None = None  # of a UNet that is shown windows; another has its own
+        self._free_noise_of_loop: FreeNoise | None = None  # for a UNet that gets windows; a UNetMotionModel has its own
         self._progress: dict[str, Any] = {}
-        self.prompt_weights: str | None = None  # how brackets in prompts are read: "a1111", or None: as text
+        self.prompt_weights: str | None = None  # "a1111": brackets in prompts are weights; None: they are text
 
     @classmethod
     def _of_networks(cls, networks: dict[str, Any]) -> Self:
-        """A pipeline of these alone, whose class has not looked at them: what it needs is counted on it."""
+        """A pipeline with only these networks, without checks. Planners use it to count memory."""
         pipe = object.__new__(cls)
         DiffusionPipeline.__init__(pipe, {**dict.fromkeys(cls.COMPONENTS), **networks}, None, {})
         return pipe
@@ -222,12 +225,12 @@ class DiffusionPipeline:
     # Components ------------------------------------------------------------------------------------------------------
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """A network in DistributedDataParallel comes out of it: without gradients that has nothing to do but wait.
+        """Checks components. A network is taken out of DistributedDataParallel, which is useless without gradients.
 
-        TypeError where a component is none that this package runs.
+        Raises TypeError if this package cannot run the component.
         """
         if is_parallel(getattr(value, "_orig_mod", None)):
-            logger.warning("%s was compiled together with its %s, of which it is taken out: torch.compile the network.",
+            logger.warning("%s was compiled together with its %s, and is taken out of it: use torch.compile(network).",
                            name, type(value._orig_mod).__name__)  # fmt: skip
             value = unwrapped(value)
         if is_parallel(value):
@@ -236,10 +239,10 @@ class DiffusionPipeline:
             check_component(name, value, self.COMPONENTS[name])
         super().__setattr__(name, value)
 
-    if not TYPE_CHECKING:  # a type checker would believe that there is every name
+    if not TYPE_CHECKING:  # otherwise a type checker would accept every name
 
         def __getattr__(self, name: str) -> Any:
-            if hasattr(type(self), name):  # a property whose own error says more
+            if hasattr(type(self), name):  # the error of a property says more
                 return object.__getattribute__(self, name)
             near = "" if name.startswith("_") else nearest(name, [n for n in dir(self) if not n.startswith("_")])
             raise AttributeError(f"{type(self).__name__} has no {name!r}{near}", name=name)
@@ -254,7 +257,7 @@ class DiffusionPipeline:
 
     @scheduler.setter
     def scheduler(self, scheduler: Any) -> None:
-        """`compat` holds for a scheduler assigned later, too; what it was given explicitly stays."""
+        """A scheduler that is assigned later also gets the mode `compat`. Fields passed in code do not change."""
         self._scheduler = scheduler.with_compat(self.compat) if self.compat and scheduler is not None else scheduler
 
     @property
@@ -267,7 +270,7 @@ class DiffusionPipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the components are: the CPU, between calls, when they are offloaded to it."""
+        """The device of the components. With offloading it is the CPU between calls."""
         return self._main_network.device
 
     @property
@@ -278,7 +281,7 @@ class DiffusionPipeline:
 
     @property
     def vae_scale_factor(self) -> int:
-        """Pixels per latent, along height and width."""
+        """Pixels per latent in height and width, 8 for the published models."""
         return self.vae.config.factor if self.vae is not None else 8
 
     @classmethod
@@ -301,22 +304,25 @@ class DiffusionPipeline:
         mmap: bool = True,
         **overrides: Any,
     ) -> Self:
-        """The pipeline of a local folder or a hub id.
+        """Loads a pipeline from a local folder or a hub id. On `DiffusionPipeline`, model_index.json chooses the class.
 
-        Called on `DiffusionPipeline`, model_index.json names the class. `torch_dtype` and `dtype` are one argument
-        under its old and new name; None is float32, and a dictionary {component: dtype, "default": dtype} gives each
-        its own. Components given by name (`vae=...`, `scheduler=...`) are used in place of the folder's, also None; a
-        class (`unet=MyUNet`, `scheduler=MyScheduler`) loads the folder's with that class. No file makes anything be
-        imported: a pipeline that was saved with a class of your own has to be told it.
-        strict: False lets parameters that the files lack keep their initialisation, as for a single network.
-        mmap: False copies the weights, so that nobody who writes to the files later changes them (docs/safety.md).
-        A file in place of the folder is read as by `from_single_file`, and so is a folder of ModelScope's files.
+        path_or_id: a single file and a folder of ModelScope's original files work, too, as with `from_single_file`.
+        torch_dtype: float32 by default, or a dictionary {component: dtype, "default": dtype}. `dtype` is its new name.
+        variant: "fp16" reads the files with that infix.
+        Components by name (`vae=...`, `scheduler=...`) replace those of the folder, also None. A class (`unet=MyUNet`)
+        loads the folder's component with this class. Files never cause an import. So if a pipeline was saved with
+        your own class, you have to pass the class.
+        strict: with False, parameters that the files lack keep their initial values, as for a single network.
+        mmap: with False, the weights are copied, so that later changes of the files have no effect (docs/safety.md).
+        Raises FileNotFoundError if something is missing, ValueError if files do not fit, and TypeError if an argument
+        is unknown or wrong.
         """
         path_or_id = hub.local(path_or_id, revision=revision, local_files_only=local_files_only, token=token,
                                cache_dir=cache_dir, force_download=force_download)
         if subfolder is None and is_authors_layout(path_or_id):
             if variant is not None:
-                raise ValueError(f"{path_or_id} is in the authors' layout: it has no variant {variant!r}")
+                raise ValueError(f"{path_or_id} is a checkpoint in the authors' layout, which has no variants: "
+                                 f"leave variant={variant!r} out")
             return cls.from_single_file(path_or_id, torch_dtype=torch_dtype, dtype=dtype, compat=compat, strict=strict,
                                         mmap=mmap, revision=revision, local_files_only=local_files_only, token=token,
                                         cache_dir=cache_dir, force_download=force_download, **overrides)
@@ -326,12 +332,12 @@ class DiffusionPipeline:
         if cls is DiffusionPipeline:
             with read_from(path_or_id):
                 cls = files.pipeline_class(index, DiffusionPipeline.CLASSES)
-        saved = index.get(files.FIELDS_KEY, {}) if compat is None else {"compat": compat}  # a mode given wins
+        saved = index.get(files.FIELDS_KEY, {}) if compat is None else {"compat": compat}  # a given mode wins
         fields = {name: overrides.pop(name, saved.get(name)) for name in cls.FIELDS}
         dtypes = files.component_dtypes(torch_dtype, dtype, cls.COMPONENTS)
         weights = dict(variant=variant, use_safetensors=use_safetensors, compat=saved.get("compat"),
                        strict=strict, mmap=mmap)
-        with read_from(path_or_id, (ValueError,)):  # a TypeError is about the arguments
+        with read_from(path_or_id, (ValueError,)):  # a TypeError is about the arguments, not the files
             components = files.load_components(path_or_id, subfolder, index, cls, overrides, dtypes, where, weights)
         return cls(**components, compat=saved.get("compat"), **fields)
 
@@ -353,12 +359,12 @@ class DiffusionPipeline:
         mmap: bool = True,
         **overrides: Any,
     ) -> Self:
-        """The pipeline of one file of weights, `.safetensors`, `.ckpt` or `.pth`, in any layout that is known.
+        """Loads a pipeline from one file of weights (`.safetensors`, `.ckpt` or `.pth`) in any known layout.
 
-        `path` may be a folder of ModelScope's files, too, or the address of a file on huggingface.co, which is fetched.
-        config: a folder or a hub id for what the file lacks. Without it, the scheduler is that of the official model,
-        and the tokenizer is CLIP's, which is in this package. `revision` is of `config`; the rest, also
-        `strict` and `mmap`, as for `from_pretrained`. Nothing is written.
+        path: the file, its address on huggingface.co, or a folder of ModelScope's original files.
+        config: a folder or hub id with what the file lacks. Without it, the scheduler is that of the official model,
+        and the tokenizer is CLIP's, which is in this package. revision: of `config`.
+        The other arguments and the errors are those of `from_pretrained`. No converted file is written.
         """
         where: dict[str, Any] = dict(revision=revision, local_files_only=local_files_only, token=token,
                                      cache_dir=cache_dir, force_download=force_download)
@@ -373,9 +379,9 @@ class DiffusionPipeline:
     def save_pretrained(
         self, folder: str | Path, *, safe_serialization: bool = True, variant: str | None = None
     ) -> None:
-        """Write the diffusers layout, which diffusers loads, too. The whole folder changes at once, or not at all.
+        """Writes a folder in the diffusers layout, for this package and diffusers. It changes at once or not at all.
 
-        Files of `folder` that are none of the pipeline's stay. Errors as of `Network.save_pretrained`.
+        Other files in `folder` stay. The arguments and errors are those of `Network.save_pretrained`.
         """
         fields = {name: getattr(self, name) for name in self.FIELDS}
         files.save_components(Path(folder), type(self), self.components,
@@ -384,16 +390,17 @@ class DiffusionPipeline:
     @classmethod
     def from_pipe(cls, pipe: "DiffusionPipeline", *, torch_dtype: torch.dtype | None = None,
                   dtype: torch.dtype | None = None, **overrides: Any) -> Self:
-        """A pipeline of this class around the same components: no copy, and no cast where no dtype is given.
+        """A pipeline of this class with the same components. They are not copied, and not cast unless a dtype is given.
 
-        The scheduler alone is a copy, so that the two pipelines may run at the same time. Techniques that are on, such
-        as FreeInit, context windows and offloading, are on in the new pipeline, too.
+        Only the scheduler is a copy, so that the two pipelines can run at the same time. Components by name replace
+        those of `pipe`. Techniques that are on, such as FreeInit, context windows and offloading, are on in the new
+        pipeline, too. Raises TypeError if `pipe` is not a pipeline of minit2v, or if an argument is unknown.
         """
         if not isinstance(pipe, DiffusionPipeline):
-            raise TypeError(f"from_pipe() takes a pipeline of minit2v, not a {type(pipe).__name__}")
+            raise TypeError(f"from_pipe() needs a pipeline of minit2v, not a {type(pipe).__name__}")
         known = {**pipe.components, "compat": pipe.compat, **{f: getattr(pipe, f) for f in pipe.FIELDS}}
         known = {name: value for name, value in known.items() if name in (*cls.COMPONENTS, "compat", *cls.FIELDS)}
-        if "compat" in overrides:  # another mode: its fields, not those of `pipe`
+        if "compat" in overrides:  # the fields of the other mode replace those of `pipe`
             known = {name: value for name, value in known.items() if name not in pipe.FIELDS}
         accepted = (*cls.COMPONENTS, "compat", *cls.FIELDS)
         for name in overrides:
@@ -410,16 +417,15 @@ class DiffusionPipeline:
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
-        """A call steps its scheduler, and moves networks that are offloaded: others must not use them meanwhile."""
+        """Raises RuntimeError if another call uses the same scheduler, or networks that are offloaded or scaled."""
         used = {id(unwrapped(c)) for c in (self, *self.components.values()) if c is not None}
         mine = {id(self), id(self.scheduler)} & used | memory.own(self)
         call = mine, used
         with _running_lock:
             if any(mine & theirs or used & own for own, theirs in _running):
-                raise RuntimeError(f"this {type(self).__name__}, or one with the same scheduler, or networks that are "
-                                   "offloaded or whose LoRAs have its scale, is in the middle of a call: make another "
-                                   "around the same networks, with "
-                                   f"{type(self).__name__}.from_pipe(pipe), for each thread")  # fmt: skip
+                raise RuntimeError(f"another call uses this {type(self).__name__}, its scheduler, or its networks "
+                                   "(offloaded, or with a LoRA scale): make one for each thread, with "
+                                   f"{type(self).__name__}.from_pipe(pipe)")  # fmt: skip
             _running.append(call)
         self._interrupt, self._lora_scale = False, 1.0
         try:
@@ -431,9 +437,9 @@ class DiffusionPipeline:
 
     @property
     def interrupt(self) -> bool:
-        """Whether the call that runs is to make no more steps; what it has by then is decoded.
+        """Set it to True to stop the running call after the current step. The latents so far are decoded.
 
-        To be set in a callback or from another thread, also as `_interrupt`. Every call begins with False.
+        Set it in a callback or in another thread. `_interrupt` is the same. Every call begins with False.
         """
         return self._interrupt
 
@@ -444,24 +450,24 @@ class DiffusionPipeline:
     # Devices ---------------------------------------------------------------------------------------------------------
 
     def to(self, *args: Any, device: torch.device | str | int | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Move and cast every network: `to("cuda")`, `to(torch.float16)`, both in any order. Returns the pipeline."""
+        """Moves and casts every network: `to("cuda")`, `to(torch.float16)`, or both. Returns the pipeline."""
         for arg in args:
             if isinstance(arg, torch.dtype) and dtype is None:
                 dtype = arg
             elif isinstance(arg, torch.device | str | int) and device is None:
                 device = arg
             elif arg is not None:
-                raise TypeError(f"to() takes one device and one dtype, not {arg!r}" + " as well" * (len(args) > 1))
+                raise TypeError(f"to() takes one device and one dtype, not {arg!r}" + " in addition" * (len(args) > 1))
         if device is not None and self._offload is not None:
             if torch.device(device).type != "cpu" or self._offload.kind != "model":
-                logger.warning("The pipeline moves to %s as a whole: offloading is off from here.", device)
+                logger.warning("The whole pipeline moves to %s, so offloading is off now.", device)
                 self.disable_offload()
         for name, network in self._networks.items():
             network.to(device=None if name in self.IDLE else device, dtype=dtype)
         return self
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
-        """Keep the networks on the CPU and bring each to the accelerator only while it computes."""
+        """Keeps the networks on the CPU. Each is on the accelerator only while it computes."""
         to = memory.find_device(gpu_id, device)
         if to is None or to.type == "cpu":
             memory.say_nothing_is_offloaded()
@@ -471,9 +477,10 @@ class DiffusionPipeline:
     def enable_sequential_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | None = None
     ) -> None:
-        """Bring every layer to the accelerator by itself, while it computes: the least memory, and slow.
+        """Keeps the networks on the CPU. Each layer is on the accelerator only while it computes.
 
-        device="cpu": for weights that are mapped from files, which then do not stay in memory.
+        This needs the least memory, and is slow. device="cpu" is for memory-mapped weights: they are read from the file
+        for each use, and do not stay in memory.
         """
         to = memory.find_device(gpu_id, device)
         if to is None:
@@ -494,26 +501,30 @@ class DiffusionPipeline:
         offload_to_disk_path: str | Path | None = None,
         exclude_modules: str | Sequence[str] | None = None,
     ) -> None:
-        """Bring the UNet to the device block by block ("leaf_level": layer by layer), and the others while they run.
+        """Keeps the networks on the CPU. The UNet comes to the device block by block, other networks as a whole.
 
-        use_stream: on CUDA, copy the next block from pinned memory while one computes; low_cpu_mem_usage: from memory
-        that is not pinned. num_blocks_per_group: blocks that come together, 1. exclude_modules: components that stay on
-        the device. onload_device: the accelerator where not given, else "cpu", for weights that are mapped from files.
-        non_blocking, record_stream: change nothing. ValueError on an offload_device other than the CPU, and with a path
-        on disk: weights stay mapped from their files as it is.
+        onload_device: the device that computes, by default the accelerator. "cpu" is for memory-mapped weights.
+        offload_type: "block_level", or "leaf_level" for single layers.
+        num_blocks_per_group: how many blocks are copied together, 1 by default.
+        use_stream: on CUDA, copy the next block from pinned memory while one computes.
+        low_cpu_mem_usage: copy from ordinary memory, not from pinned memory.
+        exclude_modules: components that stay on the device.
+        non_blocking, record_stream: have no effect.
+        Raises ValueError if offload_device is not the CPU, or if offload_to_disk_path is given, because memory-mapped
+        weights need no copy on the disk.
         """
         memory.begin(self, memory.group_offload(onload_device, offload_device, offload_type, num_blocks_per_group,
                                                 use_stream, low_cpu_mem_usage, offload_to_disk_path, exclude_modules,
                                                 self._networks))
 
     def disable_offload(self) -> None:
-        """Every network as a whole, where it was before it came and went. Also `remove_all_hooks`, diffusers' name."""
+        """Turns offloading off. Every network goes back to where it was. diffusers' name is `remove_all_hooks`."""
         memory.end(self)
 
     remove_all_hooks = disable_offload
 
     def enable_text_offload(self) -> None:
-        """Keep the text encoder on the CPU, or in its file, except while it reads the texts of a call."""
+        """Keeps the text encoder on the CPU, or in its file. It is on the device only while it reads texts."""
         if self.text_encoder is not None:
             self._text_encoder_was_on = self.text_encoder.device
             self._offload_text = True
@@ -525,16 +536,17 @@ class DiffusionPipeline:
         self._offload_text = False
 
     def enable_sequential_guidance(self) -> None:
-        """Predict with the negative and with the positive text one after the other: half of a step's activations."""
+        """Saves memory: the predictions with the negative and the positive prompt run one after the other."""
         self._sequential_guidance = True
 
     def disable_sequential_guidance(self) -> None:
         self._sequential_guidance = False
 
     def enable_narrow_weights(self, store: str = "int8") -> None:
-        """Keep the UNet's weights in 8 bits ("int8", "fp8") and widen them block by block: other numbers, less room.
+        """Saves memory: keeps the UNet's weights in 8 bits ("int8" or "fp8"), and widens them block by block.
 
-        The parameters themselves stay as they are, on the CPU: they are what is saved, and what comes back.
+        The videos change a little. The original parameters stay on the CPU. They are used for saving and when this is
+        disabled. Raises ValueError if `store` is unknown.
         """
         memory.set_narrow(self, store)
 
@@ -553,9 +565,10 @@ class DiffusionPipeline:
         guidance: bool = True,
         decode_chunk_size: int | None = None,
     ) -> "Plan":
-        """The fastest way to make such a video within so much memory ("8GiB"; None: what there is). It is turned on.
+        """Finds the fastest techniques with which a video fits into memory, and turns them on. Returns the plan.
 
-        ValueError where there is none, with what the least would need; then nothing has changed.
+        memory: "8GiB" or a number of bytes. None means all available memory.
+        Raises ValueError if no plan fits, and says what is the least memory. Then nothing has changed.
         """
         return plan_for(self, memory, num_frames, height, width, num_videos, guidance, decode_chunk_size)
 
@@ -565,19 +578,19 @@ class DiffusionPipeline:
 
     @contextmanager
     def _placed(self, name: str) -> Iterator[Any]:
-        """The component, where it computes, also where it comes and goes."""
+        """The component, on the device that computes, also if it is offloaded."""
         with memory.placed(self, name) as component:
             yield component
 
     def enable_vae_slicing(self) -> None:
-        """Decode frame by frame: less memory, the same numbers."""
+        """Saves memory: the VAE decodes one frame at a time. The result is the same."""
         self.vae.enable_slicing()
 
     def disable_vae_slicing(self) -> None:
         self.vae.disable_slicing()
 
     def enable_vae_tiling(self) -> None:
-        """Encode and decode large frames in overlapping tiles: less memory, other numbers where tiles meet."""
+        """Saves memory: the VAE handles large frames in overlapping tiles. The result changes a little."""
         self.vae.enable_tiling()
 
     def disable_vae_tiling(self) -> None:
@@ -591,50 +604,51 @@ class DiffusionPipeline:
 
         return tqdm(iterable, total=total, **self._progress)
 
-    # What others need for less memory, and is here at all times -------------------------------------------------------
+    # Methods of diffusers that are not needed here --------------------------------------------------------------------
 
     def enable_attention_slicing(self, slice_size: Any = "auto") -> None:
-        say_unneeded("enable_attention_slicing", "attention takes little memory as it is")
+        say_unneeded("enable_attention_slicing", "attention always needs little memory")
 
     def disable_attention_slicing(self) -> None:
         say_unneeded("disable_attention_slicing", "attention is never sliced")
 
     def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:
-        say_unneeded("enable_xformers_memory_efficient_attention", "PyTorch's own attention takes as little memory")
+        say_unneeded("enable_xformers_memory_efficient_attention", "PyTorch's own attention needs as little memory")
 
     def disable_xformers_memory_efficient_attention(self) -> None:
         say_unneeded("disable_xformers_memory_efficient_attention", "xformers is never used")
 
     def fuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
-        say_unneeded("fuse_qkv_projections", "pipe.optimize() lays q, k and v together")
+        say_unneeded("fuse_qkv_projections", "pipe.optimize() fuses q, k and v")
 
     def unfuse_qkv_projections(self, unet: bool = True, vae: bool = True) -> None:
-        say_unneeded("unfuse_qkv_projections", "pipe.restore() takes the weights back to where they were")
+        say_unneeded("unfuse_qkv_projections", "pipe.restore() undoes what optimize() did")
 
     # Speed -----------------------------------------------------------------------------------------------------------
 
     def optimize(self, *, graphs: bool | None = None, compile: bool = False) -> Self:
-        """Lay the weights out for speed, and launch the UNet as a CUDA graph (minit2v/fast). Returns the pipeline.
+        """Makes the pipeline faster: rearranges weights in memory, and uses CUDA graphs (minit2v/fast). Returns it.
 
-        graphs: None is yes where the UNet is on CUDA. The first step of every new shape then takes a few times as long,
-        and the graph's memory stays taken. compile: torch.compile the UNet's blocks, which takes minutes at the first
-        step. Call it after `.to(...)`. It holds for every pipeline that shares the networks, until `restore()`.
-        ValueError where a graph is asked for and the UNet is not on CUDA.
+        Call it after `.to(...)`. It affects every pipeline that shares the networks, until `restore()`.
+        graphs: launch the UNet as a CUDA graph. None means yes if the UNet is on CUDA. The first step with a new shape
+        takes a few times longer, and the memory of the graph stays in use.
+        compile: use torch.compile for the UNet's blocks. The first step then takes minutes.
+        Raises ValueError if there is no UNet, or if graphs=True and the UNet is not on CUDA.
         """
         if self.unet is None:
             raise ValueError("optimize() needs the pipeline's unet, which is None")
         on_cuda = self.unet.device.type == "cuda"
         if graphs and not on_cuda:
-            raise ValueError(f"graphs=True: a CUDA graph needs the UNet on CUDA, and it is on {self.unet.device}")
+            raise ValueError(f"graphs=True: a CUDA graph needs the UNet on CUDA, but it is on {self.unet.device}")
         fast.optimize(self.unet, graphs=on_cuda if graphs is None else graphs, compile=compile)
         if self.vae is not None:
             fast.optimize(self.vae)
         return self
 
     def restore(self) -> Self:
-        """Run the networks as they are written, their weights where they were before `optimize()`.
+        """Turns the fast path off, and undoes `optimize()`. Returns the pipeline.
 
-        It holds for every pipeline that shares the networks, until `optimize()`. Returns the pipeline.
+        It affects every pipeline that shares the networks, until `optimize()`.
         """
         for network in (self.unet, self.vae):
             if network is not None:
@@ -656,11 +670,14 @@ class DiffusionPipeline:
         noise: str | None = None,
         frequencies: str | None = None,
     ) -> None:
-        """Make every video `num_iters` times, each time from noise with the low frequencies of the last (FreeInit).
+        """FreeInit (arXiv:2312.07537): makes a video `num_iters` times, each time from improved initial noise.
 
-        use_fast_sampling: the rounds before the last make fewer steps. method: the filter, one of "butterworth" (the
-        higher its `order`, the steeper), "gaussian", "ideal", "box"; the stop frequencies are shares of the highest,
-        0 to 1. generator: for the new noise, otherwise that of the call. noise, frequencies: see `FreeInit`, `compat`.
+        The noise of a round keeps the low frequencies of the last result.
+        use_fast_sampling: only the last round has all steps. The rounds before have fewer.
+        method: the filter, "butterworth", "gaussian", "ideal" or "box". order: of "butterworth"; higher is steeper.
+        spatial_stop_frequency, temporal_stop_frequency: shares of the highest frequency, 0 to 1.
+        generator: for the new noise. None: that of the call. noise, frequencies: see `FreeInit` and `compat`.
+        Raises ValueError or TypeError if an argument is wrong.
         """
         check_count("num_iters", num_iters)
         if not isinstance(use_fast_sampling, bool):
@@ -684,7 +701,7 @@ class DiffusionPipeline:
                                    temporal_stop_frequency, generator, **fields)
 
     def disable_free_init(self) -> None:
-        """Make every video once."""
+        """Turns FreeInit off: every video is made once."""
         self._free_init = None
 
     @property
@@ -702,22 +719,24 @@ class DiffusionPipeline:
         schedule: str = "uniform",
         per_call: int | None = None,
     ) -> None:
-        """Make videos of any length: the UNet sees `length` frames at a time, in windows that overlap.
+        """Makes videos of any length: the UNet sees `length` frames at a time, in overlapping windows.
 
-        overlap: frames that a window shares with the next. stride: how many spacings the frames of a window have: 1 is
-        neighbours only, 2 also every second frame, 3 also every fourth. loop: the first frame follows the last.
-        fuse: how much a frame counts in each window that holds it: "flat", "pyramid" (most in the middle),
-        "overlap_linear" (less where the window overlaps another), "delayed_reverse_sawtooth". schedule: "uniform" (the
-        borders move at every prediction), "static" (they stay), "batched" (windows do not overlap). per_call: windows
-        that the UNet sees at once; None: one on a CPU, and on CUDA as many as fit into memory.
-
-        ValueError where these do not fit each other. A video of `length` frames or less is made as without windows.
-        See docs/long-videos.md and `minit2v.techniques.context_windows`.
+        A video of `length` frames or less is made without windows. See docs/long-videos.md.
+        stride: number of spacings. 1: windows of neighbouring frames. 2: also windows of every second frame. 3: also of
+        every fourth frame.
+        overlap: how many frames a window shares with the next.
+        loop: whether the first frame follows the last.
+        fuse: the weights of a window's frames. "flat": equal. "pyramid": highest in the middle. "overlap_linear": lower
+        where windows overlap. "delayed_reverse_sawtooth": highest just after the middle.
+        schedule: "uniform": the borders of windows move at every prediction. "static": they do not move. "batched":
+        windows do not overlap.
+        per_call: how many windows the UNet sees in one call. None: one on a CPU, on CUDA as many as fit into memory.
+        Raises ValueError or TypeError if arguments are wrong or contradict each other.
         """
         self._context_windows = ContextWindows(length, stride, overlap, loop, fuse, schedule, per_call)
 
     def disable_context_windows(self) -> None:
-        """Show the UNet all frames at once."""
+        """Turns context windows off: the UNet sees all frames at once."""
         self._context_windows = None
 
     @property
@@ -735,27 +754,29 @@ class DiffusionPipeline:
         tail: str | None = None,
         repeat: str | None = None,
     ) -> None:
-        """Make long videos of the noise of `context_length` frames, with attention in windows of so many (FreeNoise).
+        """FreeNoise (arXiv:2310.15169): makes long videos with the noise of one window, and with windowed attention.
 
-        context_length: None is as many frames as the motion modules have positions. context_stride: frames from the
-        beginning of one window to that of the next. weighting_scheme: "flat", "pyramid", "delayed_reverse_sawtooth".
-        noise_type: "shuffle_context" (the noise of a window ago, in another order), "repeat_context" (in the same
-        order), "random" (fresh). prompt_interpolation_callback(first, last, states, states) returns the text states
-        from one frame to another; the default is linear. tail, repeat: see `FreeNoise`, `compat`.
-
-        A UNetMotionModel gets windows in its motion modules, and keeps them for every pipeline that shares it. Other
-        UNets are shown the windows one by one, as by `enable_context_windows` with the schedule "static". Where context
-        windows are enabled, too, those are the windows, and FreeNoise gives the noise.
+        context_length: frames of a window. None is the number of positions of the motion modules.
+        context_stride: frames from the start of one window to the start of the next.
+        weighting_scheme: the weights of a window's frames, "flat", "pyramid" or "delayed_reverse_sawtooth".
+        noise_type: "shuffle_context" reuses the noise of one window earlier in another order. "repeat_context" reuses
+        it in the same order. "random" draws new noise.
+        prompt_interpolation_callback(first, last, states, states): returns the text states (n l d) from one frame to
+        another. The default is linear interpolation. tail, repeat: see `FreeNoise` and `compat`.
+        In a UNetMotionModel, the motion modules get windows, also for every other pipeline that shares it. Other UNets
+        get one window at a time, as with `enable_context_windows(schedule="static")`. If context windows are on, they
+        are used instead, and FreeNoise only makes the noise.
+        Raises ValueError or TypeError if an argument is wrong.
         """
         if self.unet is None:
             raise ValueError("FreeNoise needs the pipeline's unet, which is None")
         positions = getattr(self.unet.config, "motion_max_seq_length", None)
         if context_length is None:
             if positions is None:
-                raise ValueError(f"give context_length: a {type(self.unet).__name__} has no positions to take it from")
+                raise ValueError(f"give context_length, because a {type(self.unet).__name__} has no positions")
             context_length = positions
         if positions is not None and context_length > positions:
-            raise ValueError(f"context_length {context_length} is too long: the motion modules know {positions} "
+            raise ValueError(f"context_length {context_length} is too long: the motion modules have {positions} "
                              "positions")
         fields = compat_fields("FreeNoise", self.compat)
         fields |= {name: value for name, value in (("tail", tail), ("repeat", repeat)) if value is not None}
@@ -764,7 +785,7 @@ class DiffusionPipeline:
         self._set_free_noise(settings)
 
     def disable_free_noise(self) -> None:
-        """Draw the noise of every frame, and attend to all frames at once."""
+        """Turns FreeNoise off: every frame has new noise, and attention sees all frames at once."""
         self._set_free_noise(None)
 
     @property
@@ -783,7 +804,7 @@ class DiffusionPipeline:
 
     @property
     def _windows(self) -> ContextWindows | None:
-        """The windows that the UNet is shown, if it is not shown all frames at once."""
+        """The windows that the UNet gets, or None if it gets all frames at once."""
         free = self._free_noise
         if free is None or self._context_windows is not None or isinstance(self.unet, UNetMotionModel):
             return self._context_windows
@@ -792,16 +813,16 @@ class DiffusionPipeline:
     def _check_frame_texts(
         self, frames: int, how: Any, texts: dict[str, Any], states: dict[str, Tensor | None]
     ) -> None:
-        """What a call says of single frames: dictionaries {frame: text}, states (b f l d), and the way between."""
+        """Checks a call's texts for frames: dictionaries {frame: text}, states (b f l d), and the interpolation."""
         check_interpolation(how)
         for name, prompts in texts.items():
             check_frame_prompts(name, prompts, frames)
         for name, value in states.items():
             if value is not None and value.ndim == 4 and value.shape[1] != frames:
-                raise ValueError(f"{name} has texts for {value.shape[1]} frames, and the video has {frames}")
+                raise ValueError(f"{name} has texts for {value.shape[1]} frames, but the video has {frames}")
 
     def _check_noise(self, latents: Tensor | None, shape: tuple[int, ...]) -> None:
-        """The caller's noise: of this shape (b c f h w), or with FreeNoise of as many frames as a window has."""
+        """Checks the caller's noise: of this shape (b c f h w), or with FreeNoise of the frames of one window."""
         free = self._free_noise
         if free is not None and isinstance(latents, Tensor) and latents.shape[2:3] == (free.length,):
             shape = (*shape[:2], free.length, *shape[3:])
@@ -812,17 +833,18 @@ class DiffusionPipeline:
         self, shape: tuple[int, ...], generator: Generators, device: torch.device, dtype: torch.dtype,
         latents: Tensor | None,
     ) -> Tensor:
-        """Noise (b c f h w) of this shape, or what the caller has given; with FreeNoise, made of that of one window."""
+        """Noise of this shape (b c f h w), or the caller's. FreeNoise makes it from the noise of one window."""
         noise = randn(shape, generator, device, dtype) if latents is None else latents.to(device)
         if self._free_noise is None or latents is not None and latents.shape[2] == shape[2]:
             return noise
         return self._free_noise.stretch(noise, shape[2], generator)
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
-        """Turn the UNet's backbone up by b and the low frequencies of its skip connections down to s (FreeU).
+        """FreeU (arXiv:2309.11497): multiplies the backbone by b, and low frequencies of skip connections by s.
 
-        1 and 2: the coarsest level and the next. diffusers' pages use s1=0.9, s2=0.2, b1=1.5, b2=1.6 with Stable
-        Diffusion 1.5. It holds for every pipeline that shares the UNet.
+        1 is the coarsest level of the up path, and 2 the next. diffusers' pages use s1=0.9, s2=0.2, b1=1.5, b2=1.6 for
+        Stable Diffusion 1.5. It affects every pipeline that shares the UNet.
+        Raises ValueError if a factor is not above 0.
         """
         if self.unet is None:
             raise ValueError("FreeU needs the pipeline's unet, which is None")
@@ -851,15 +873,17 @@ class DiffusionPipeline:
         force_download: bool = False,
         use_safetensors: bool | None = None,
     ) -> None:
-        """Load a LoRA, a motion LoRA too, in any form that is known (minit2v/adapters/formats.py).
+        """Loads a LoRA or a motion LoRA, in any known format (minit2v/adapters/formats.py).
 
-        It is the active one from now on, with weight 1, in each network that it changes; `set_adapters` chooses others,
-        or several. A folder or hub id: its pytorch_lora_weights.safetensors, or only file; `weight_name` chooses.
-        adapter_name: default_0, default_1, ... where none is given. strict: False loads what fits, and logs the rest.
-        hotswap: take the place, weight and state of the LoRA of that name; of the same layers and ranks it goes into
-        the same memory, so that no CUDA graph is captured again.
-        ValueError in one line where not every tensor has its place, or it is none of these networks'; FileNotFoundError
-        where it is not there. Then nothing has changed.
+        It becomes the active LoRA, with weight 1, in each network that it changes. `set_adapters` chooses others.
+        path_or_dict: a file, a dictionary of tensors, a folder or a hub id. In a folder it is
+        pytorch_lora_weights.safetensors, the only file, or `weight_name`.
+        adapter_name: default_0, default_1, ... by default.
+        strict: with False, all tensors that fit are loaded, and the others are logged.
+        hotswap: replace the LoRA with that name, and keep its weight and state. If layers and ranks are the same, its
+        memory is reused, so that CUDA graphs need not be captured again.
+        Raises ValueError if a tensor does not fit, and FileNotFoundError if the file is missing. After an error nothing
+        has changed.
         """
         if isinstance(path_or_dict, Mapping):
             file = lora.open_dict(path_or_dict)
@@ -870,34 +894,35 @@ class DiffusionPipeline:
         lora.load(self._adapted, file, adapter_name, strict, hotswap)
 
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Any = None) -> None:
-        """Make these LoRAs the active ones, and no others, with these weights: a number for all, or a list.
+        """Makes only these LoRAs active. adapter_weights: one weight for all, or a list with one for each.
 
-        A weight is a number, negative ones too, or a dictionary: {"unet": ..., "text_encoder": 0.5}, in which that of
-        the UNet may be of blocks, {"down": 0.9, "mid": 1, "up": {"block_1": 0.6, "block_2": [0.4, 0.8, 1]}}; a list has
-        one for each transformer of a block. What is left out is 1. A block's weight holds for all that is in it.
+        A weight is a number (it may be negative), or a dictionary such as {"unet": ..., "text_encoder": 0.5}. The
+        UNet's weight may be given for blocks: {"down": 0.9, "mid": 1, "up": {"block_1": 0.6, "block_2": [0.4, 1]}}.
+        A list has one number for each transformer of a block. A number for a block is for all its layers. Missing
+        weights are 1. Raises ValueError if a name or a weight is wrong.
         """
         lora.set_adapters(self._adapted, adapter_names, adapter_weights)
 
     def get_active_adapters(self) -> list[str]:
-        """The names of those that `set_adapters` or loading has chosen, disabled or not."""
+        """The names of the active LoRAs, also if they are disabled by `disable_lora`."""
         return lora.active(self._adapted)
 
     def get_list_adapters(self) -> dict[str, list[str]]:
-        """Component -> the names of all that are loaded for it."""
+        """Component -> the names of all LoRAs that are loaded for it."""
         return lora.listed(self._adapted)
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         lora.delete(self._adapted, adapter_names)
 
     def unload_lora_weights(self) -> None:
-        """Take all LoRAs out. What `fuse_lora` has put into the weights stays in them, for good."""
+        """Removes all LoRAs. Fused LoRAs stay in the weights, and cannot be unfused any more."""
         lora.unload(self._adapted)
 
     def enable_lora(self) -> None:
         lora.enable(self._adapted, True)
 
     def disable_lora(self) -> None:
-        """Run without LoRAs, until `enable_lora`."""
+        """Turns all LoRAs off, until `enable_lora`."""
         lora.enable(self._adapted, False)
 
     def fuse_lora(
@@ -907,15 +932,16 @@ class DiffusionPipeline:
         safe_fusing: bool = True,
         adapter_names: str | Sequence[str] | None = None,
     ) -> None:
-        """Put the active LoRAs, or those named, into the weights, times `lora_scale`: full speed, and it can be saved.
+        """Adds the active LoRAs, or the named ones, to the weights, times `lora_scale`. Then the model has full speed.
 
-        The weights of before are kept on the CPU, for `unfuse_lora`, until `unload_lora_weights`. safe_fusing: no other
-        way is known; FloatingPointError where a weight would not be finite, and nothing has changed.
+        A fused model can be saved. The original weights are kept on the CPU for `unfuse_lora`, until
+        `unload_lora_weights`. safe_fusing: has no effect, because fusing is always safe.
+        Raises FloatingPointError if a weight would not be finite. Then nothing has changed.
         """
         lora.fuse(self._adapted_among(components), lora_scale, adapter_names)
 
     def unfuse_lora(self, components: str | Sequence[str] = ("unet", "text_encoder")) -> None:
-        """Take out what `fuse_lora` has put in, to the last bit: it runs beside the weights again."""
+        """Undoes `fuse_lora` to the last bit. The LoRAs stay active, but are not fused any more."""
         lora.unfuse(self._adapted_among(components))
 
     @_of_class_or_object
@@ -931,11 +957,13 @@ class DiffusionPipeline:
         *,
         adapter_names: str | Sequence[str] | None = None,
     ) -> None:
-        """Write the LoRAs that are loaded, or those named, in peft's names, which diffusers loads, too.
+        """Writes the loaded LoRAs, or the named ones, under peft's names. diffusers can load them, too.
 
-        One: pytorch_lora_weights.safetensors, or `weight_name`; several: a file for each, of its name. They are saved
-        as they were loaded, without the weights of `set_adapters`. Or, also called on the class, dictionaries of layers
-        {"down_blocks.0....to_q.lora_A.weight": tensor}, with peft's LoraConfig as metadata.
+        One LoRA becomes pytorch_lora_weights.safetensors, or `weight_name`. Several become one file each, with their
+        names. They are saved as they were loaded, without the weights of `set_adapters`.
+        Instead, one can pass dictionaries of layers {"down_blocks.0....to_q.lora_A.weight": tensor}, with peft's
+        LoraConfig as metadata. This also works on the class, without a pipeline.
+        Raises ValueError if there is nothing to save.
         """
         if unet_lora_layers is None and text_encoder_lora_layers is None:
             if isinstance(owner, type):
@@ -949,7 +977,7 @@ class DiffusionPipeline:
 
     @property
     def _adapted(self) -> dict[str, Network]:
-        """The networks that LoRAs change."""
+        """The networks that LoRAs can change."""
         networks = {name: unwrapped(self._networks.get(name)) for name in lora.COMPONENTS}
         return {name: network for name, network in networks.items() if isinstance(network, Network)}
 
@@ -961,21 +989,21 @@ class DiffusionPipeline:
         return {name: network for name, network in self._adapted.items() if name in components}
 
     def _check_scale(self, what: str, scale: Any) -> float:
-        """The number that a call gives for its LoRAs; while it runs, the networks' LoRAs are its own."""
+        """Checks a call's scale for LoRAs. While the call runs, no other call may use the networks' LoRAs."""
         check_number(what, scale)
         networks = self._adapted
         if scale == 1 or not networks:
             return float(scale)
         if not any(lora.loras_of(n).loaded for n in networks.values()):
-            raise ValueError(f"{what} is {scale}, and no LoRA is loaded")
+            raise ValueError(f"{what} is {scale}, but no LoRA is loaded")
         if merged := [m for n in networks.values() for m in lora.loras_of(n).merged]:
-            raise ValueError(f"{what} is {scale}, and {merged[0]!r} is in the weights: give it as "
+            raise ValueError(f"{what} is {scale}, but the LoRA {merged[0]!r} is fused: use "
                              "fuse_lora(lora_scale=...), or call unfuse_lora() first")
         with _running_lock:
             own = [call for call in _running if id(self) in call[0]]
             mine = {id(n) for n in networks.values()}
             if any(mine & used for held, used in _running if id(self) not in held):
-                raise RuntimeError(f"{what} is for one call at a time, and another runs on these networks")
+                raise RuntimeError(f"{what} is for one call at a time, but another call uses these networks")
             for held, _ in own:
                 held |= mine
         return float(scale)
@@ -996,12 +1024,13 @@ class DiffusionPipeline:
         cache_dir: str | Path | None = None,
         force_download: bool = False,
     ) -> dict[str, int]:
-        """Words that stand for learned vectors (textual inversion); {word: number of vectors}. All of them, or none.
+        """Loads words with learned vectors (textual inversion, arXiv:2208.01618). Returns {word: number of vectors}.
 
-        source: a file, a folder, a hub id, a state dict, or a tensor (n d) or (d); or a list of them. token: the word
-        to write in prompts, in the place of the file's own; a list of words where there are several sources, or where
-        the source holds several words. The words hold for every pipeline that shares the text encoder and tokenizer.
-        Raises ValueError on vectors of another width, and on words that mean something already (docs/adapters.md).
+        source: a file, a folder, a hub id, a state dict, a tensor (n d) or (d), or a list of these.
+        token: the word for prompts, instead of the word in the file. It is a list if there are several sources, or
+        several words in the source. Every pipeline that shares the text encoder and tokenizer knows the words.
+        Raises ValueError if vectors have another width, or if a word already has a meaning (docs/adapters.md). After an
+        error no word is loaded.
         """
         several = isinstance(source, list | tuple)
         sources = list(source) if several else [source]
@@ -1012,7 +1041,7 @@ class DiffusionPipeline:
         tokens = [token] if not several else [None] * len(sources) if token is None else (
             list(token) if not isinstance(token, str) else [token])  # fmt: skip
         if len(tokens) != len(sources):
-            raise ValueError(f"there are {len(sources)} embeddings, and token= is of {len(tokens)}")
+            raise ValueError(f"there are {len(sources)} embeddings, but token= has {len(tokens)}")
         for word in tokens:
             if not (word is None or isinstance(word, str) or isinstance(word, list | tuple) and all(
                     isinstance(w, str) for w in word)):  # fmt: skip
@@ -1024,9 +1053,9 @@ class DiffusionPipeline:
         )  # fmt: skip
 
     def unload_textual_inversion(self, tokens: str | Sequence[str] | None = None) -> None:
-        """Take words that were loaded, and all of their vectors, out again; None: all words.
+        """Removes loaded words with all their vectors. None removes all words.
 
-        Raises ValueError on a word that was not loaded.
+        Raises ValueError if a word was not loaded.
         """
         textual_inversion.unload(*self._text_parts(), [tokens] if isinstance(tokens, str) else tokens)
 
@@ -1055,15 +1084,16 @@ class DiffusionPipeline:
         prompt_interpolation: str | Interpolate = "linear",
         weights: str | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Text states (b l d) of the prompts and of the negative ones; the latter None without guidance.
+        """Encodes prompts. Returns the text states (b l d) of the prompts and of the negative prompts.
 
-        With a dictionary {frame: text} for either, both are (b f l d), with a text for each of `num_frames` frames, and
-        between the frames that are named prompt_interpolation, "linear" or "spherical", leads from one to the next.
-
-        weights: "a1111" reads (word:1.3), [word] and BREAK as A1111's web UI does, and prompts of any length
-        (docs/prompts.md); the pipeline's `prompt_weights` where not given, by which brackets are text.
-        One negative prompt serves a whole batch; none at all is the empty text. States that are given are not encoded
-        again. lora_scale: what the weights of the text encoder's LoRAs are multiplied with.
+        Without guidance the second is None. One negative prompt is used for the whole batch. The default is the empty
+        text. Given states (prompt_embeds, negative_prompt_embeds) are not encoded again.
+        If a prompt is a dictionary {frame: text}, both results are (b f l d), with states for `num_frames` frames.
+        prompt_interpolation, "linear" or "spherical", gives the states between two named frames.
+        weights: "a1111" reads (word:1.3), [word] and BREAK like A1111's web UI, and prompts of any length
+        (docs/prompts.md). The default is the pipeline's `prompt_weights`.
+        lora_scale: a factor of the text encoder's LoRAs.
+        Raises ValueError or TypeError if arguments are wrong or do not fit together.
         """
         scale = self._lora_scale if lora_scale is None else self._check_scale("lora_scale", lora_scale)
         device = device or self._execution_device
@@ -1083,7 +1113,7 @@ class DiffusionPipeline:
             skip = clip_skip if self.clip_skip_negative else None
             negative_prompt_embeds = encode(negative_prompt or "", text.shape[-2], skip)
         negative = negative_prompt_embeds.to(device=device, dtype=encoder.dtype)
-        if text.ndim != negative.ndim:  # one of them has a text for each frame
+        if text.ndim != negative.ndim:  # only one has a text for each frame
             text, negative = (v if v.ndim == 4 else v[:, None].expand(-1, num_frames, -1, -1) for v in (text, negative))
         if negative.shape[0] == 1:
             negative = negative.expand(len(text), *negative.shape[1:])
@@ -1094,15 +1124,15 @@ class DiffusionPipeline:
                 negative.repeat_interleave(num_images_per_prompt, dim=0))
 
     def _check_weights(self, weights: Any, *prompts: Any) -> None:
-        """ValueError on weights of another kind; a line where prompts look weighted, and their brackets are text."""
+        """Raises ValueError if `weights` is unknown. Warns if a prompt looks weighted, but brackets are text."""
         if weights is not None:
             check_choice("weights", weights, WEIGHTS)
         elif found := [m[0] for text in chain(*map(texts_of, prompts)) if (m := LOOKS_WEIGHTED.search(text))]:
-            logger.warning("the prompt looks weighted, and %r is read as plain text: prompt_weights=\"a1111\" of the "
-                           "pipeline, or --prompt-weights, reads it as weights.", found[0])
+            logger.warning("the prompt looks weighted, but %r is read as plain text. To read it as weights, set the "
+                           "pipeline's prompt_weights=\"a1111\", or --prompt-weights.", found[0])
 
     def _length_of(self, prompt: Any, negative_prompt: Any, prompt_embeds: Tensor | None) -> int:
-        """Tokens of the longest prompt in whole chunks; those of `prompt_embeds` where these are given."""
+        """The number of tokens of the longest prompt, in whole chunks, or of `prompt_embeds` if given."""
         if prompt_embeds is not None:
             return prompt_embeds.shape[-2]
         if self.tokenizer is None:
@@ -1118,7 +1148,7 @@ class DiffusionPipeline:
         if not isinstance(prompt, Mapping):
             return self._encode(texts_of(prompt), length, clip_skip, weights, lora_scale)
         if num_frames is None:
-            raise ValueError("a prompt for single frames needs num_frames, the number of frames of the video")
+            raise ValueError("a prompt {frame: text} needs num_frames, the number of frames of the video")
         check_frame_prompts("prompt", prompt, num_frames)
         check_interpolation(how)
         if how == "linear" and self._free_noise is not None:
@@ -1162,10 +1192,10 @@ class DiffusionPipeline:
         video: NoisedVideo | None = None,
         pictures: Pictures | None = None,
     ) -> Tensor:
-        """x (b c f h w) at the noise of timesteps[0] -> clean latents (b c f h w); with FreeInit, several times over.
+        """x (b c f h w) with the noise of timesteps[0] -> clean latents (b c f h w). FreeInit repeats this.
 
-        video: what x was made of, where it is not noise alone. pictures: those that IP-Adapters are shown. Every round
-        of FreeInit begins with the texts of the call, and the callbacks count its steps from 0.
+        video: how x was made from a video, if it is not pure noise. pictures: for IP-Adapters. Every round of FreeInit
+        begins with the texts of the call, and the callbacks count its steps from 0.
         """
         self._making = memory.video_of(self, x.shape, negative is not None, video is not None, None)
         memory.foresee(self, x, negative is not None)
@@ -1198,18 +1228,18 @@ class DiffusionPipeline:
         callbacks: StepCallbacks,
         pictures: Pictures | None,
     ) -> Tensor:
-        """x (b c f h w) at the noise of timesteps[0] -> clean latents (b c f h w).
+        """x (b c f h w) with the noise of timesteps[0] -> clean latents (b c f h w).
 
-        Guidance (Ho and Salimans, arXiv:2207.12598): the UNet sees every video twice, with the negative and with the
-        positive text, and the prediction goes `guidance_scale` times the way from the one to the other.
+        Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598): the UNet predicts twice, with the negative
+        and with the positive prompt. The result is negative + guidance_scale * (positive - negative).
         """
-        warm_up = len(timesteps) - steps * self.scheduler.order  # solver calls that make no step of their own (PNDM)
+        warm_up = len(timesteps) - steps * self.scheduler.order  # additional calls of PNDM, which are not steps
         done = 0
         with self._placed("unet") as unet, lora.scaled(unwrapped(unet), self._lora_scale):
             predict = self._predictor(unet)
             if self._sequential_guidance and negative is not None:
                 predict = OneByOne([predict, self._predictor(unet)])
-            show = pictures.beside(unwrapped(unet)) if pictures is not None else None  # the UNet this beside a text
+            show = pictures.beside(unwrapped(unet)) if pictures is not None else None  # text -> Prompt
             context = _join(negative, text, unet.dtype, show)
             for i, t in enumerate(takewhile(lambda _: not self._interrupt, timesteps)):
                 batch = self.scheduler.scale_model_input(x.repeat(len(context) // len(x), 1, 1, 1, 1), t)
@@ -1222,7 +1252,7 @@ class DiffusionPipeline:
                 flat_x = self.scheduler.step(flat_eps, t, flat_x, **step_arguments).prev_sample
                 x = rearrange(flat_x, f"{self.STEP_AXES} -> b c f h w", b=len(x))
 
-                if i == 0:  # bad weights show at once, overflow at the end
+                if i == 0:  # wrong weights give NaN in the first step, overflow in the last
                     check_result(x, unet, "the UNet")
                 if i + 1 == len(timesteps) or (i + 1 > warm_up and (i + 1) % self.scheduler.order == 0):
                     before = text, negative
@@ -1235,27 +1265,30 @@ class DiffusionPipeline:
         return x
 
     def _predictor(self, unet: Any) -> Callable[..., Tensor]:
-        """The UNet, for one run: the same numbers, computed faster where nothing of it was changed."""
+        """The UNet for one run, on the fast path, and in windows if they are on."""
         runner = fast.runner(unet)
         return runner if self._windows is None else Windowed(self._windows, runner)
 
     def _step_arguments(self, eta: float, generator: Generators) -> dict[str, Any]:
-        """Those of eta and generator that the scheduler's step takes: all where it has `**arguments`."""
+        """eta and generator, if the scheduler's step accepts them (both if it has `**arguments`)."""
         accepted = inspect.signature(self.scheduler.step).parameters
         takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
         config = self.scheduler.config
         if config.get("clip_sample") and "clip_sample" in config.get("_use_default_values", ()):
-            logger.warning("%s clips latents, which suits models of pixels, because nobody has set clip_sample=False.",
+            logger.warning("%s clips latents, but clipping is only for pixels: set clip_sample=False.",
                            type(self.scheduler).__name__)
         if eta and "eta" not in accepted and not takes_all:
-            logger.warning("%s has no eta: eta=%s means nothing to it.", type(self.scheduler).__name__, eta)
+            logger.warning("%s has no eta: eta=%s has no effect.", type(self.scheduler).__name__, eta)
         return {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in accepted or takes_all}
 
     # Pixels ----------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor, decode_chunk_size: int | None = None) -> Tensor:
-        """latents (b c f h w) -> pixels (b 3 f H W), float32, about [-1, 1]; `decode_chunk_size` frames at a time."""
+        """latents (b c f h w) -> pixels (b 3 f H W), float32, roughly in [-1, 1].
+
+        decode_chunk_size: how many frames the VAE decodes at a time, all by default.
+        """
         with self._placed("vae") as vae:
             z = rearrange(latents.to(vae.device, vae.dtype), "b c f h w -> (b f) c h w") / vae.config.scaling_factor
             pixels = fast.runner(vae).decode(z, decode_chunk_size).float()
@@ -1263,10 +1296,10 @@ class DiffusionPipeline:
         return rearrange(pixels, "(b f) c h w -> b c f h w", b=latents.shape[0])
 
     def stream_frames(self, latents: Tensor, decode_chunk_size: int = 8) -> Iterator[np.ndarray]:
-        """The frames of one video, latents (1 c f h w), one after the other: (h w 3), float32 in [0, 1].
+        """Decodes latents (1 c f h w) of one video. Yields one frame after the other: (h w 3), float32 in [0, 1].
 
-        The VAE decodes `decode_chunk_size` at a time, and no more than these are held. `export_to_video` and
-        `export_to_gif` write what comes as it comes.
+        The VAE decodes `decode_chunk_size` frames at a time, and only these are in memory. `export_to_video` and
+        `export_to_gif` write the frames as they come.
         """
         check_count("decode_chunk_size", decode_chunk_size)
         check_latents(latents, (1, self.vae.config.latent_channels, "f", "h", "w"))
@@ -1294,7 +1327,7 @@ class DiffusionPipeline:
         callbacks: StepCallbacks,
         unknown: dict[str, Any],
     ) -> int:
-        """Refuse, before any work, what cannot work, each with one line. Returns the number of prompts."""
+        """Checks the arguments before any work. Returns the number of prompts."""
         for name in unknown:
             accepted = [p for p in inspect.signature(self.__call__).parameters if p != "unknown"]
             raise TypeError(f"{type(self).__name__} has no argument {name!r}{nearest(name, accepted)}"
@@ -1305,7 +1338,7 @@ class DiffusionPipeline:
         if output_type != "latent":
             made, read = self.unet.config.out_channels, self.vae.config.latent_channels
             if made != read:
-                raise ValueError(f"the VAE's latents have {read} channels, and the UNet's {made}: they do not fit")
+                raise ValueError(f"VAE and UNet do not fit: the VAE's latents have {read} channels, the UNet's {made}")
         check_count("num_inference_steps", num_inference_steps)
         if decode_chunk_size is not None:
             check_count("decode_chunk_size", decode_chunk_size)
@@ -1336,7 +1369,7 @@ plan_for = memory.plan_for  # `plan` has an argument of the module's name
 
 
 def texts_of(prompts: Any) -> list[str]:
-    """All texts of a prompt in any of its forms; None is the empty text."""
+    """All texts of a prompt, which may be a text, a list or a dictionary. None is the empty text."""
     if isinstance(prompts, str | None):
         return [prompts or ""]
     return list(prompts.values()) if isinstance(prompts, Mapping) else list(prompts)
@@ -1345,6 +1378,6 @@ def texts_of(prompts: Any) -> list[str]:
 def _join(
     negative: Tensor | None, text: Tensor, dtype: torch.dtype, show: Callable[[Tensor], Prompt] | None
 ) -> Tensor | Prompt:
-    """The texts (b l d) of one prediction, with guidance the negative ones (b l d) first, and pictures beside them."""
+    """The context of one prediction: texts (b l d), with guidance after the negative ones, and pictures if any."""
     texts = (text if negative is None else torch.cat([negative, text])).to(dtype)
     return texts if show is None else show(texts)

@@ -1,6 +1,6 @@
-"""Folders of the official models without their weights: all names, shapes, dtypes and configs, and zeros.
+"""Folders of the official models with zeros as weights: all names, shapes, dtypes and configs are the real ones.
 
-They are for tests and measurements at full size without a download, and take a few MB of disk.
+They serve for tests and measurements at full size, without a download. They need a few MB on the disk.
 """
 
 import os
@@ -37,10 +37,10 @@ NETWORKS: dict[str, type[Network]] = {
 
 @dataclass(frozen=True)
 class OfficialModel:
-    """What lies in one repository of the hub.
+    """The content of one repository of the hub.
 
-    parts: the networks' configs by their folders, "" where one lies at the root. dtypes: by variant.
-    old_vae: the variants in which the VAE's attention has its names of before diffusers 0.17.
+    parts: {folder: config of the network}; "" is the root. dtypes: {variant: dtype}.
+    old_vae: the variants in which the VAE's attention has names from before diffusers 0.17.
     position_ids: whether the text encoder has this buffer.
     """
 
@@ -75,25 +75,26 @@ MODELS = {
 
 
 def find_official_model(name: str) -> OfficialModel:
-    """The model of a name of MODELS or of a hub id. ValueError, with the nearest, where there is none."""
+    """The model with a name in MODELS or a hub id. Raises ValueError, with the nearest name, if it is unknown."""
     for short, model in MODELS.items():
         if name.lower() in (short, *(i.lower() for i in model.ids)):
             return model
     known = [*MODELS, *(i for model in MODELS.values() for i in model.ids)]
-    raise ValueError(f"no model {name!r}{nearest(name, known)}; there are {', '.join(MODELS)}, and their hub ids")
+    raise ValueError(f"no model {name!r}{nearest(name, known)}; known are {', '.join(MODELS)}, and their hub ids")
 
 
 def write_blank(name: str, folder: str | Path) -> Path:
-    """The folder of an official model, with zeros for weights, and CLIP's tokenizer. Whole, or not there.
+    """Writes the folder of an official model, with zeros as weights, and CLIP's tokenizer. Returns its path.
 
-    ValueError on an unknown name, FileExistsError where there is such a folder with something in it, or a file.
+    The folder appears complete or not at all. Raises ValueError if the name is unknown. Raises FileExistsError if
+    `folder` is a file, or a folder that is not empty.
     """
     model, folder = find_official_model(name), Path(folder).expanduser()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists, and is not an empty folder")
+        raise FileExistsError(f"{folder} exists, and is not an empty folder: choose another")
     (parent := folder.absolute().parent).mkdir(parents=True, exist_ok=True)
     with ended_cleanly(), tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=parent) as temporary:
-        new = Path(temporary) / "new"  # since the temporary one is for nobody else to read
+        new = Path(temporary) / "new"  # because other users cannot read the temporary folder
         try:
             _write(model, new)
         except OSError as error:
@@ -120,7 +121,7 @@ def _write(model: OfficialModel, folder: Path) -> None:
     write_json(folder / "scheduler" / "scheduler_config.json", family.scheduler)
     tokenizer = CLIPTokenizer.clip(model.pad_token)
     tokenizer.save_pretrained(folder / "tokenizer")
-    (folder / "tokenizer" / "tokenizer.json").unlink()  # 2 MB that say the same again; the official folders have none
+    (folder / "tokenizer" / "tokenizer.json").unlink()  # 2 MB with the same content; the official folders have none
     index["scheduler"] = ["diffusers", family.scheduler["_class_name"]]
     index["tokenizer"] = ["transformers", "CLIPTokenizer"]
     head = {"_class_name": family.pipeline, "_diffusers_version": DIFFUSERS_VERSION}
@@ -134,7 +135,7 @@ def _head(network: type[Network]) -> dict[str, str]:
 def manifest(
     network: type[Network], config: Mapping[str, Any], dtype: str, position_ids: bool, old_vae: bool
 ) -> Manifest:
-    """{diffusers' name: (shape, dtype)} of a network's file."""
+    """{diffusers' name: (shape, dtype)} for a network's file."""
     with torch.device("meta"), Weightless():
         model = network.from_config(config)
     names = {name: (tuple(x.shape), dtype) for name, x in model.diffusers_state_dict().items()}

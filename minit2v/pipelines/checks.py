@@ -1,4 +1,4 @@
-"""What a call refuses before any work, each with one line, and the look at what comes out of a network."""
+"""Checks of the arguments before any work, and checks of the results of networks. Each error is one line."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,19 +16,19 @@ from ..models.tokenizer import CLIPTokenizer
 from ..schedulers.base import Scheduler
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
-Prompts = str | list[str] | Mapping[int, str] | None  # a mapping: texts at some frames
-OTHERS = ("diffusers", "transformers")  # libraries that have classes of the same names
+Prompts = str | list[str] | Mapping[int, str] | None  # a mapping is {frame: text}
+OTHERS = ("diffusers", "transformers")  # libraries with classes of the same names
 PLAIN = (str, bytes, Path, int, float, dict, list, tuple, FunctionType)  # what no component is
 
 
 def check_component(name: str, component: Any, fitting: Sequence[str]) -> None:
-    """TypeError where a pipeline cannot run it: a class, another library's, one that has another place.
+    """Raises TypeError if a pipeline cannot run it: a class, an object of another library, or one of another role.
 
-    fitting: the names of the classes of this place, none for a scheduler. Classes of the user's own pass, and None.
+    fitting: the names of the classes for this role, none for a scheduler. A user's own classes pass, and so does None.
     """
     if isinstance(component, type):
-        raise TypeError(f"{name} must be a component, not the class {component.__name__}: only from_pretrained and "
-                        "from_single_file load one")  # fmt: skip
+        raise TypeError(f"{name} must be an object, not the class {component.__name__}: only from_pretrained and "
+                        "from_single_file accept a class")  # fmt: skip
     inner = unwrapped(component)
     classes = type(inner).__mro__
     wanted = " or ".join(n for n in fitting if not n.endswith("Fast")) or "scheduler"
@@ -53,28 +53,28 @@ def check_number(name: str, value: Any, low: float = -math.inf, high: float = ma
     if not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, not {value!r}")
     if not low <= value <= high:
-        raise ValueError(f"{name} must lie in [{low}, {high}], not {value!r}")
+        raise ValueError(f"{name} must be in [{low}, {high}], not {value!r}")
 
 
 def check_finite(name: str, x: Tensor) -> None:
     if not torch.isfinite(x).all():
-        raise ValueError(f"{name} holds NaN or infinity")
+        raise ValueError(f"{name} contains NaN or infinity")
 
 
 def check_latents(latents: Any, shape: tuple[int | str, ...]) -> None:
-    """Refuses what is not a finite tensor (b c f h w) of these sizes, of which a letter stands for any but 0."""
+    """Raises ValueError unless latents are a finite tensor (b c f h w) of this shape. A letter is any size but 0."""
     sizes = tuple(latents.shape) if isinstance(latents, Tensor) else ()
     fits = len(sizes) == len(shape) and all(
         n > 0 if isinstance(want, str) else n == want for n, want in zip(sizes, shape, strict=True)
     )
     if not fits:
         what = sizes if isinstance(latents, Tensor) else f"a {type(latents).__name__}"
-        raise ValueError(f"latents must be ({', '.join(map(str, shape))}), a tensor b c f h w, not {what}")
+        raise ValueError(f"latents must be a tensor (b c f h w) = ({', '.join(map(str, shape))}), not {what}")
     check_finite("latents", latents)
 
 
 def check_text(name: str, texts: Any, embeds: Tensor | None, unet: nn.Module, required: bool) -> int:
-    """The number of texts, of which the call gives either the words or the states."""
+    """The number of texts. The call gives either texts or their states (embeds)."""
     if texts is not None and embeds is not None:
         raise ValueError(f"give {name} or {name}_embeds, not both")
     if embeds is not None:
@@ -93,12 +93,12 @@ def check_text(name: str, texts: Any, embeds: Tensor | None, unet: nn.Module, re
         raise ValueError(f"{name} must be a text, a list of texts or a dictionary {{frame: text}}, not "
                          f"{texts!r:.80}")
     if not texts:
-        raise ValueError(f"{name} is an empty list")
+        raise ValueError(f"{name} is an empty list: give at least one text")
     return len(texts)
 
 
 def check_pixels(name: str, value: Any, factor: int) -> None:
-    """A height or width, of which the VAE makes one latent of every `factor` pixels."""
+    """Raises ValueError unless a height or width is a multiple of `factor`, the VAE's pixels per latent."""
     check_count(name, value)
     if value % factor:
         near = max(1, round(value / factor)) * factor
@@ -106,10 +106,10 @@ def check_pixels(name: str, value: Any, factor: int) -> None:
 
 
 def check_size(height: Any, width: Any, unet: nn.Module, factor: int) -> tuple[int, int]:
-    """Height and width in pixels: those given, else the UNet's own."""
+    """Height and width in pixels. The default is the UNet's own size."""
     own = unet.config.sample_size
     if own is None and None in (height, width):
-        raise ValueError("give height and width: the UNet's config has no sample_size")
+        raise ValueError("give height and width, because the UNet's config has no sample_size")
     rows, columns = (own, own) if isinstance(own, int | None) else own
     height = rows * factor if height is None else height
     width = columns * factor if width is None else width
@@ -130,23 +130,23 @@ def check_generator(generator: Generators, batch: int, device: torch.device) -> 
 
 
 def is_parallel(component: Any) -> bool:
-    """Whether it shares the work on a network out to others, of which only training has any use."""
+    """Whether it is DataParallel or DistributedDataParallel, which only training needs."""
     return isinstance(component, nn.parallel.DistributedDataParallel | nn.parallel.DataParallel)
 
 
 def unwrapped(component: Any) -> Any:
-    """What torch.compile, DataParallel or DistributedDataParallel stand around; anything else as it is."""
+    """The network inside torch.compile, DataParallel or DistributedDataParallel. Others are returned unchanged."""
     if is_parallel(component):
         return unwrapped(component.module)
     return unwrapped(component._orig_mod) if hasattr(component, "_orig_mod") else component
 
 
 def check_result(x: Tensor, network: nn.Module, what: str) -> None:
-    """Raises FloatingPointError where a network's output is not finite, with the parameter that is to blame."""
+    """Raises FloatingPointError if a network's output is not finite. It names a parameter that is not finite."""
     if torch.isfinite(x).all():
         return
     network = unwrapped(network)
     if (name := first_nonfinite(network)) is not None:
-        raise FloatingPointError(f"{what} gave NaN or infinity, because its parameter {name!r} holds some")
+        raise FloatingPointError(f"{what} gave NaN or infinity, because its parameter {name!r} contains some")
     raise FloatingPointError(f"{what} gave NaN or infinity in {network.dtype} though its parameters are finite"
                              + (": use bfloat16 or float32" if network.dtype == torch.float16 else ""))

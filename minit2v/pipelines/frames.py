@@ -1,6 +1,6 @@
-"""Frames between the world and the networks: PIL images, NumPy arrays and tensors in, the same kinds out.
+"""Conversion of frames: from PIL images, NumPy arrays and tensors to the networks' format, and back.
 
-Inside, a video is one tensor (b c f h w): pixels in [-1, 1], or latents.
+The networks' format is one tensor (b c f h w): pixels in [-1, 1], or latents.
 """
 
 import logging
@@ -24,20 +24,21 @@ FORMS = "a list of PIL images, NumPy (f h w 3) or (b f h w 3), torch (f c h w) o
 def to_tensor(
     video: Any, height: int | None = None, width: int | None = None, latent_channels: int = 4, resize: str = "bicubic"
 ) -> Tensor:
-    """One video or several, in any of `FORMS` -> (b 3 f h w) in [-1, 1], resized to height and width where given.
+    """One or several videos in any of `FORMS` -> (b 3 f h w) in [-1, 1], resized to height and width if given.
 
-    Floats are in [0, 1] (in [-1, 1] where one is negative), integers are bytes. A float tensor with `latent_channels`
-    channels holds latents, which come back as they are, (b c f h w). resize: "bicubic" or "nearest", for arrays and
-    tensors; images are resized by PIL's Lanczos. Raises ValueError on anything else.
+    Integers must be bytes. Floats must be in [0, 1], or in [-1, 1] if one is negative. A float tensor with
+    `latent_channels` channels is latents, which are returned unchanged as (b c f h w).
+    resize: "bicubic" or "nearest", for arrays and tensors. PIL images are resized by Lanczos.
+    Raises ValueError on anything else.
     """
     videos = [_frames(v, height, width, latent_channels, resize) for v in _videos(video)]
     if len({v.shape for v in videos}) > 1:
-        raise ValueError(f"the videos of a batch must be of one shape, not {[tuple(v.shape) for v in videos]}")
+        raise ValueError(f"the videos of a batch must have the same shape, not {[tuple(v.shape) for v in videos]}")
     return rearrange(torch.stack(videos), "b f c h w -> b c f h w")
 
 
 def from_tensor(x: Tensor, output_type: str) -> np.ndarray | Tensor | list[list[Image.Image]]:
-    """x (b 3 f h w) in [-1, 1] -> "np" (b f h w 3), "pt" (b f 3 h w), both float32 in [0, 1], or "pil" lists."""
+    """x (b 3 f h w) in [-1, 1] -> "np" (b f h w 3) or "pt" (b f 3 h w), float32 in [0, 1], or "pil" (lists)."""
     x = (x.float() * 0.5 + 0.5).clamp(0, 1)
     if output_type == "pt":
         return rearrange(x, "b c f h w -> b f c h w").contiguous()
@@ -48,7 +49,7 @@ def from_tensor(x: Tensor, output_type: str) -> np.ndarray | Tensor | list[list[
 
 
 def _videos(video: Any) -> list[Any]:
-    """The videos of a batch, each an array of frames or a list of them."""
+    """The videos of a batch. Each is an array of frames or a list of frames."""
     ndim = getattr(video, "ndim", None)
     if ndim in (4, 5):
         return list(video) if ndim == 5 else [video]
@@ -73,7 +74,7 @@ def _frames(video: Any, height: int | None, width: int | None, latent_channels: 
         return video
     if video.ndim != 4 or video.shape[1] != 3:
         raise ValueError(f"a torch video must be (f 3 h w), or latents (f {latent_channels} h w), not "
-                         f"{tuple(video.shape)}; axes in another order can be moved by .transpose")
+                         f"{tuple(video.shape)}: change the order of the axes with .permute")
     x = _to_range(video)
     size = (height or x.shape[2], width or x.shape[3])
     if size != x.shape[2:]:
@@ -82,9 +83,9 @@ def _frames(video: Any, height: int | None, width: int | None, latent_channels: 
 
 
 def _stack(frames: Sequence[Any], height: int | None, width: int | None) -> np.ndarray | Tensor:
-    """A list of frames of one kind -> one array; PIL images in RGB and resized (Lanczos) to height and width."""
+    """A list of frames of one kind -> one array. PIL images become RGB, resized to height and width (Lanczos)."""
     if not frames:
-        raise ValueError("a video has no frames")
+        raise ValueError("a video must have at least one frame")
     if all(isinstance(f, Image.Image) for f in frames):
         size = (width or frames[0].width, height or frames[0].height)
         resize = bool(height or width)
@@ -109,8 +110,8 @@ def _to_range(x: Tensor) -> Tensor:
     x = x.float()
     low, high = x.min().item(), x.max().item()
     if not (low >= -1.001 and high <= 1.001):  # false for NaN, too
-        raise ValueError(f"pixels as floats must lie in [0, 1]; these go from {low:.4g} to {high:.4g}")
+        raise ValueError(f"floating-point pixels must be in [0, 1], not from {low:.4g} to {high:.4g}")
     if low < 0:
-        logger.warning("The video has negative pixels, so its values are taken to lie in [-1, 1] and not in [0, 1].")
+        logger.warning("The video has negative pixels, so its range is assumed to be [-1, 1] and not [0, 1].")
         return x
     return x * 2 - 1

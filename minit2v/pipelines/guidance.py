@@ -1,4 +1,4 @@
-"""Guidance with one branch after the other: half of the activations, the same numbers."""
+"""Sequential guidance: the negative and the positive prediction run one after the other, with half of the memory."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,10 +10,10 @@ Predict = Callable[[Tensor, Any, Any], Tensor]  # (x, t, context) -> the predict
 
 
 class OneByOne:
-    """(x, t, context) -> the prediction, of so many equal parts of the batch one after the other.
+    """(x, t, context) -> the prediction. The batch is split into equal parts, which run one after the other.
 
-    parts: a function for each, which may keep what it makes of its texts: it sees the same tensor as long as it is the
-    same context.
+    parts: one function for each part. As long as the context is the same, a function gets the same tensor, so that it
+    can cache keys and values.
     """
 
     def __init__(self, parts: Sequence[Predict]):
@@ -21,7 +21,7 @@ class OneByOne:
         self.last: tuple[Any, Sequence[Tensor]] = (None, ())
 
     def __call__(self, x: Tensor, t: Any, context: Tensor) -> Tensor:
-        """x (b c f h w), t a number or (b,), context (b l d) or (b f l d), b a multiple of the parts."""
+        """x (b c f h w), t a number or (b,), context (b l d) or (b f l d). b is a multiple of the number of parts."""
         n = len(self.parts)
         if self.last[0] is not context:
             self.last = context, context.chunk(n)

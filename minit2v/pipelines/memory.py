@@ -1,6 +1,6 @@
-"""A pipeline in less memory: which networks come and go, what is planned, and what is said where it does not fit.
+"""A pipeline with less memory: offloading, plans, and the messages for videos that do not fit.
 
-docs/memory.md has what each technique saves and costs.
+docs/memory.md says what each technique saves and costs.
 """
 
 import inspect
@@ -25,26 +25,26 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ROUGH = 32  # times the largest layer's output: about what a step takes beside its weights
-SPARE = 0.95  # of the memory: the rest is for what an allocator adds
+ROUGH = 32  # a step needs about this many times the largest layer's output, in addition to the weights
+SPARE = 0.95  # the usable share of memory; the allocator needs the rest
 
 
 @dataclass
 class Offload:
-    """How a pipeline's networks come and go."""
+    """How a pipeline's networks are offloaded."""
 
-    to: torch.device  # where they compute
+    to: torch.device  # the device that computes
     kind: str  # "model", "group", "sequential"
     before: dict[str, torch.device] = field(default_factory=dict)  # where each network was
     units: str = "block"
     per_unit: int = 1
     side: bool = True
     pin: bool = True
-    staying: tuple[str, ...] = ()  # the networks that do not
+    staying: tuple[str, ...] = ()  # the networks that stay on the device
 
 
 def find_device(gpu_id: int | None, device: Any) -> torch.device | None:
-    """The accelerator, or the device that was named. ValueError where the two arguments contradict each other."""
+    """The accelerator, or the given device. Raises ValueError if the two arguments contradict each other."""
     if device is None and torch.accelerator.is_available():
         device = torch.accelerator.current_accelerator()
     if device is None:
@@ -60,7 +60,7 @@ def say_nothing_is_offloaded() -> None:
 
 
 def begin(pipe: Any, offload: Offload) -> None:
-    """Let the networks come and go in this way, in place of another."""
+    """Offload the networks in this way, instead of the present one."""
     end(pipe)
     offload.before = {name: network.device for name, network in pipe._networks.items() if name not in pipe.IDLE}
     pipe._offload = offload
@@ -76,7 +76,7 @@ def begin(pipe: Any, offload: Offload) -> None:
 
 
 def end(pipe: Any) -> None:
-    """Every network where it was before it came and went."""
+    """Stop offloading: every network goes back to where it was."""
     offload, pipe._offload = pipe._offload, None
     if offload is None:
         return
@@ -88,7 +88,7 @@ def end(pipe: Any) -> None:
 
 
 def settle(pipe: Any) -> None:
-    """The UNet's weights as both settings want them: how it is offloaded, and in how many bits it is kept."""
+    """Apply both settings to the UNet's weights: offloading, and 8-bit storage."""
     unet, offload, store = unwrapped(pipe.unet), pipe._offload, pipe._narrow
     if unet is None:
         return
@@ -117,7 +117,7 @@ def group_offload(
     low_cpu_mem_usage: bool, offload_to_disk_path: Any, exclude_modules: str | Iterable[str] | None,
     known: Iterable[str],
 ) -> Offload:
-    """The arguments of `enable_group_offload`, checked."""
+    """Checks the arguments of `enable_group_offload`."""
     if torch.device(offload_device).type != "cpu":
         raise ValueError(f"offload_device must be the CPU, not {offload_device}")
     types = {"block_level": "block", "leaf_level": "leaf"}
@@ -127,7 +127,7 @@ def group_offload(
     if num_blocks_per_group is not None:
         check_count("num_blocks_per_group", num_blocks_per_group)
     if offload_to_disk_path is not None:
-        raise ValueError("offload_to_disk_path: weights are mapped from their files as it is, and need no copy on disk")
+        raise ValueError("offload_to_disk_path must be None: weights are memory-mapped and need no copy on the disk")
     staying = (exclude_modules,) if isinstance(exclude_modules, str) else tuple(exclude_modules or ())
     for name in staying:
         if name not in known:
@@ -140,7 +140,7 @@ def group_offload(
 
 @contextmanager
 def placed(pipe: Any, name: str) -> Iterator[Any]:
-    """The component, where it computes, for as long as it does."""
+    """The component, on the device that computes, while the `with` block runs."""
     component, offload = getattr(pipe, name), pipe._offload
     if component is None:
         raise ValueError(f"this needs the pipeline's {name}, which is None")
@@ -149,7 +149,7 @@ def placed(pipe: Any, name: str) -> Iterator[Any]:
     if is_streamed(unwrapped(component)):
         try:
             yield component
-        finally:  # the buffers are room for what computes next
+        finally:  # the next network needs the memory of the buffers
             streams[unwrapped(component)].buffers.clear()
         return
     if stays and not freed:
@@ -164,7 +164,7 @@ def placed(pipe: Any, name: str) -> Iterator[Any]:
 
 
 def own(pipe: Any) -> set[int]:
-    """The ids of networks that nobody else may use during a call, since they come and go."""
+    """The ids of offloaded networks, which no other call may use at the same time."""
     networks = {name: unwrapped(n) for name, n in pipe._networks.items()}
     return {id(n) for name, n in networks.items() if pipe._offload is not None or is_streamed(n)
             or pipe._offload_text and name == "text_encoder"}  # fmt: skip
@@ -174,7 +174,7 @@ def own(pipe: Any) -> set[int]:
 
 
 def set_up(pipe: Any, plan: "Plan") -> None:
-    """Turn the plan's techniques on. What else the user has set stays."""
+    """Turn the plan's techniques on. Other settings of the user do not change."""
     how = plan.techniques
     device = pipe._execution_device if pipe._execution_device.type != "cpu" else None
     pipe.disable_offload()
@@ -218,13 +218,13 @@ def plan_for(
                      "strength" in inspect.signature(pipe.__call__).parameters, chunk)
     planner = planner_of(pipe, video)
     if (plan := planner.choose(most)) is None:
-        raise ValueError(f"{video} does not fit into {gib(most)}: the least is {planner.least()}")
+        raise ValueError(f"{video} does not fit into {gib(most)}: the least memory is {planner.least()}")
     set_up(pipe, plan)
     return plan
 
 
 def current(pipe: Any) -> "Techniques":
-    """What is on."""
+    """The techniques that are on."""
     from ..memory.plan import Techniques
 
     vae, unet = unwrapped(pipe.vae), unwrapped(pipe.unet)
@@ -242,7 +242,7 @@ def current(pipe: Any) -> "Techniques":
 def video_of(
     pipe: Any, shape: Iterable[int], guidance: bool, encodes: bool, chunk: int | None
 ) -> "Video":
-    """shape (b c f h w), of the latents."""
+    """The video with latents of this shape (b c f h w)."""
     from ..memory.plan import Video
 
     b, _, f, h, w = shape
@@ -252,14 +252,14 @@ def video_of(
 
 
 def available(device: torch.device) -> int:
-    """Bytes that the pipeline may have on the device, with those that it has."""
+    """Bytes that the pipeline can have on the device, including those that it uses now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**62
 
 
 def foresee(pipe: Any, x: Tensor, guidance: bool) -> None:
-    """On CUDA, before the work: a warning where the rest of the call would not fit, with the plan that would."""
+    """On CUDA, before the work: warns if the rest of the call will not fit, and names a plan that fits."""
     if x.device.type != "cuda":
         return
     unet = unwrapped(pipe.unet)
@@ -273,15 +273,15 @@ def foresee(pipe: Any, x: Tensor, guidance: bool) -> None:
     planner, room = planner_of(pipe, pipe._making), available(x.device)
     needed = planner.plan(current(pipe)).peak
     if needed > SPARE * room:
-        logger.warning("%s needs %s, and %s has %s: %s", pipe._making, gib(needed), x.device, gib(room),
+        logger.warning("%s needs %s, but %s has %s: %s", pipe._making, gib(needed), x.device, gib(room),
                        advice(planner, int(SPARE * room)))  # fmt: skip
 
 
 def advice(planner: "Planner", most: int) -> str:
-    """What fits into so much, or what needs least."""
+    """The plan that fits into `most` bytes, or the one that needs the least."""
     if (best := planner.choose(max(1, most))) is not None:
         return f"it fits in {best}"
-    return f"no plan fits; the least is {planner.least()}; fewer frames or a smaller size need less"
+    return f"no plan fits. The least memory is {planner.least()}. Fewer frames or a smaller size need less"
 
 
 def gib(n: int) -> str:
@@ -293,7 +293,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def explained(pipe: Any, error: BaseException) -> torch.OutOfMemoryError:
-    """The error, with the plan that fits. What the failed call held is let go."""
+    """The error, with a plan that fits. It also frees the memory of the failed call."""
     from ..memory.plan import planner_of
 
     traceback.clear_frames(error.__traceback__)
@@ -306,6 +306,6 @@ def explained(pipe: Any, error: BaseException) -> torch.OutOfMemoryError:
                                       f"({why})")
     planner = planner_of(pipe, pipe._making)
     how = planner.plan(current(pipe))
-    most = min(int(SPARE * available(device)), int(SPARE * how.peak))  # as it was it did not fit, whatever was counted
+    most = min(int(SPARE * available(device)), int(SPARE * how.peak))  # it did not fit, even if the count was lower
     return torch.OutOfMemoryError(f"out of memory: {pipe._making} needs {gib(how.peak)} with {how.techniques}; "
                                   f"{advice(planner, most)} ({why})")

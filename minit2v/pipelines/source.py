@@ -1,7 +1,7 @@
-"""What video to video begins with: a video read, encoded, and given the noise of a step on the way.
+"""The beginning of video to video: it reads a video, encodes it, and adds the noise of an intermediate step.
 
-Meng et al., SDEdit: Guided Image Synthesis and Editing with Stochastic Differential Equations, arXiv:2108.01073, frame
-by frame; what ties the frames together is the UNet.
+This is SDEdit for all frames at once: Meng et al. 2021, "SDEdit: Guided Image Synthesis and Editing with Stochastic
+Differential Equations", arXiv:2108.01073. The UNet makes the frames consistent.
 """
 
 import copy
@@ -19,16 +19,16 @@ from ..schedulers.base import randn
 from .checks import Generators, check_finite, check_latents, check_pixels, check_result, unwrapped
 from .frames import to_tensor
 
-ENCODED_AT_ONCE = 8  # frames: what the VAE's first layers need would otherwise grow with the video
+ENCODED_AT_ONCE = 8  # frames that the VAE encodes at a time, so that its memory does not grow with the video
 
 
 def read(
     pipe: Any, video: Any, latents: Tensor | None, height: int | None, width: int | None,
     resize: str = "bicubic",
 ) -> Any:
-    """What to begin with, checked: pixels (b 3 f h w) in [-1, 1], or latents (b c f h w); or a file that has them."""
+    """The checked input: pixels (b 3 f h w) in [-1, 1], or latents (b c f h w), or a video file that is read later."""
     if (video is None) == (latents is None):
-        raise ValueError("give a video, or noisy latents in its place" + ", not both" * (video is not None))
+        raise ValueError("give a video, or noisy latents instead of it" + ", not both" * (video is not None))
     channels, factor = pipe.unet.config.in_channels, pipe.vae_scale_factor
     for name, value in (("height", height), ("width", width)):
         if value is not None:
@@ -49,13 +49,13 @@ def read(
 
 
 def is_file(video: Any) -> bool:
-    from ..files.video import VideoFrames  # here, so that pipelines are imported without it
+    from ..files.video import VideoFrames  # imported here, because most calls do not need it
 
     return isinstance(video, VideoFrames)
 
 
 class Lazy:
-    """A video that is read from its file a few frames at a time, with what pipelines ask of a tensor (1 3 f h w)."""
+    """A video that is read from its file a few frames at a time. It behaves like a tensor (1 3 f h w) for pipelines."""
 
     def __init__(self, video: Any, height: int | None, width: int | None, factor: int):
         self.video, self.height, self.width, self.device = video, height, width, torch.device("cpu")
@@ -71,16 +71,17 @@ class Lazy:
         return self
 
     def pieces(self, chunk: int) -> Iterator[Tensor]:
-        """(1 3 f h w) in [-1, 1], f at most `chunk`."""
+        """The video in pieces (1 3 f h w) in [-1, 1], with at most `chunk` frames."""
         frames = iter(self.video)
         while piece := list(itertools.islice(frames, chunk)):
             yield to_tensor(piece, self.height, self.width).to(self.device)
 
 
 def count_results(prompts: int, source: Tensor, each: int, noisy: bool) -> int:
-    """How many videos are made of these prompts and of this source (b ...), `each` of every pair.
+    """The number of results for these prompts and this source (b ...), with `each` results for every pair.
 
-    One prompt or one video serves a batch of the other. Noisy latents may also be given for each result.
+    A single prompt is used for all videos, and a single video for all prompts. Noisy latents may also be given for each
+    result. Raises ValueError if the numbers do not fit.
     """
     videos = len(source)
     if noisy and videos == prompts * each:
@@ -91,7 +92,7 @@ def count_results(prompts: int, source: Tensor, each: int, noisy: bool) -> int:
 
 
 def spread(x: Tensor, batch: int) -> Tensor:
-    """x (b ...) -> (batch ...): every row for as many results, one after the other."""
+    """x (b ...) -> (batch ...): every row is repeated equally often, and the copies follow each other."""
     return x if len(x) == batch else x.repeat_interleave(batch // len(x), dim=0)
 
 
@@ -104,19 +105,21 @@ def lay_grid(
     timesteps: Sequence[float] | None = None,
     sigmas: Sequence[float] | None = None,
 ) -> tuple[Tensor, int]:
-    """The timesteps of the steps that are made, and their number; the scheduler stands where they begin.
+    """Sets the scheduler's grid. Returns the timesteps of the steps to make, and the number of steps.
 
-    They are the share `strength` of all steps, the last ones; None: all, from pure noise. enforce: the grid has so
-    many steps that `num_inference_steps` are that share. timesteps, sigmas: the grid itself.
+    strength: the share of the steps to make; they are the last ones. None makes all, from pure noise.
+    enforce: make exactly `num_inference_steps` steps. The grid has more steps, so that they are the share `strength`.
+    timesteps, sigmas: the caller's own grid.
+    Raises ValueError if the scheduler does not support the grid, or if no grid fits.
     """
     custom = {name: v for name, v in (("timesteps", timesteps), ("sigmas", sigmas)) if v is not None}
     if len(custom) == 2:
-        raise ValueError("timesteps and sigmas are two ways to lay one grid: give one")
-    num_inference_steps = total = int(num_inference_steps)  # NumPy's small numbers overflow in products
+        raise ValueError("timesteps and sigmas exclude each other: give one of them")
+    num_inference_steps = total = int(num_inference_steps)  # NumPy's small integers overflow in products
     if custom:
         (name,) = custom
         if name not in inspect.signature(scheduler.set_timesteps).parameters:
-            raise ValueError(f"{type(scheduler).__name__} lays its own grid: it takes no {name}")
+            raise ValueError(f"{type(scheduler).__name__} does not support {name}: leave it out")
         scheduler.set_timesteps(**custom, device=device)
         total = scheduler.num_inference_steps
     else:
@@ -132,10 +135,10 @@ def lay_grid(
 
     begin = (total - steps) * scheduler.order
     if enforce and begin:
-        # Solver calls that make no step of their own (at PNDM's start) are left out with the start; without `enforce`
-        # diffusers' pipelines count them as steps, and make that many more.
+        # PNDM's first steps have additional calls. They are left out with the first steps. Without `enforce`, diffusers
+        # counts these calls as steps, and makes more steps.
         begin += max(0, len(scheduler.timesteps) - total * scheduler.order)
-    if hasattr(scheduler, "set_begin_index"):  # of the solvers that count their steps
+    if hasattr(scheduler, "set_begin_index"):  # for solvers that count their steps
         scheduler.set_begin_index(begin)
     return scheduler.timesteps[begin:], steps
 
@@ -144,15 +147,16 @@ def encode_video(
     pipe: Any, x: Tensor, batch: int, generator: Generators, dtype: torch.dtype,
     chunk: int = ENCODED_AT_ONCE, upcast: bool = False,
 ) -> Tensor:
-    """x (b 3 f h w), or latents (b c f h w), which pass -> latents (batch c f h w), as the VAE draws them.
+    """Pixels x (b 3 f h w) -> latents (batch c f h w), drawn from the VAE's distribution. Latents pass unchanged.
 
-    upcast: a VAE that is known to overflow in half precision (its config says so) encodes in float32.
+    upcast: encode in float32 if the VAE's config says that it overflows in half precision.
+    chunk: how many frames are encoded at a time.
     """
     if x.shape[1] == pipe.unet.config.in_channels:
         return spread(x.to(dtype), batch)
     with pipe._placed("vae") as vae:
         if upcast and vae.config.force_upcast and vae.dtype != torch.float32:
-            vae = copy.deepcopy(unwrapped(vae)).float()  # other pipelines may be using this one
+            vae = copy.deepcopy(unwrapped(vae)).float()  # a copy, because other pipelines may use the VAE
         pieces = x.pieces(chunk) if isinstance(x, Lazy) else [x]
         encode = fast.runner(vae).encode
         found = [encode(rearrange(piece.to(vae.dtype), "b c f h w -> (b f) c h w"), chunk) for piece in pieces]
@@ -165,6 +169,6 @@ def encode_video(
 
 
 def draw_noise(x: Tensor, generator: Generators, axes: str) -> Tensor:
-    """Noise for x (b c f h w). axes: the order in which it is drawn, as the reference does."""
+    """Noise for x (b c f h w). axes: the order of the axes in which it is drawn, as in diffusers."""
     return rearrange(randn(rearrange(x, f"b c f h w -> {axes}").shape, generator, x.device, x.dtype),
                      f"{axes} -> b c f h w", b=len(x))

@@ -24,7 +24,7 @@ class TextToVideoSDPipelineOutput(PipelineOutput):
 
 
 class TextToVideoSDPipeline(DiffusionPipeline):
-    """Videos from texts: noise, denoised under the guidance of the text, decoded frame by frame."""
+    """Makes videos from texts with ModelScope's or Zeroscope's UNet (Wang et al. 2023, arXiv:2308.06571)."""
 
     COMPONENTS = {
         "vae": ("AutoencoderKL",),
@@ -77,18 +77,23 @@ class TextToVideoSDPipeline(DiffusionPipeline):
         prompt_interpolation: str | Interpolate = "linear",
         **unknown: Never,
     ) -> TextToVideoSDPipelineOutput:
-        """One video for each prompt.
+        """Makes one video for each prompt.
 
-        height, width: in pixels, multiples of the VAE's factor (8); the UNet's own size where not given.
-        guidance_scale: above 1, the prediction moves this many times the way from the negative prompt to the prompt.
-        eta: the noise of DDIM's steps, 0 to 1. generator: one, or one per video, which then does not depend on the
-        others. latents: the starting noise (b 4 f h/8 w/8), of standard deviation 1. clip_skip: how many of the text
-        encoder's last layers to leave out. callback(step, t, latents) is called every `callback_steps` steps,
-        callback_on_step_end(pipe, step, t, tensors) after each; what the latter returns replaces `latents`,
-        `prompt_embeds` or `negative_prompt_embeds`. decode_chunk_size: frames that the VAE decodes at a time, all
-        where not given.
-        timesteps, sigmas: a grid of the caller's in place of `num_inference_steps`, for solvers that take one (sigmas
-        with the last, usually 0, at the end).
+        prompt, negative_prompt: a text, a list of texts, or a dictionary {frame: text}.
+        height, width: in pixels, multiples of the VAE's factor (8). The default is the UNet's own size.
+        guidance_scale: the scale of classifier-free guidance (arXiv:2207.12598). 1 or less means no guidance.
+        eta: the noise of DDIM's steps, from 0 (none) to 1 (as in DDPM).
+        generator: one for all videos, or a list with one per video. With a list, a video does not depend on the others.
+        latents: the initial noise (b 4 f h/8 w/8), with standard deviation 1.
+        prompt_embeds, negative_prompt_embeds: text states (b l d) or (b f l d), instead of texts.
+        clip_skip: how many of the text encoder's last layers to leave out.
+        callback(step, t, latents): called every `callback_steps` steps.
+        callback_on_step_end(pipe, step, t, tensors): called after each step. The dictionary that it returns replaces
+        `latents`, `prompt_embeds` or `negative_prompt_embeds`.
+        decode_chunk_size: how many frames the VAE decodes at a time, all by default.
+        timesteps, sigmas: the caller's own grid instead of `num_inference_steps`, if the scheduler supports it. The
+        last of the sigmas, usually 0, is the noise level after the last step.
+        Raises ValueError or TypeError if an argument is wrong, before any work.
         """
         callbacks = StepCallbacks(callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs)
         batch = self._check_call(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_inference_steps,

@@ -1,4 +1,4 @@
-"""Video to video with ModelScope's and Zeroscope's UNet."""
+"""Video to video with ModelScope's and Zeroscope's UNet (SDEdit, arXiv:2108.01073)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Never
@@ -14,7 +14,7 @@ from .text_to_video import TextToVideoSDPipeline, TextToVideoSDPipelineOutput
 
 
 class VideoToVideoSDPipeline(TextToVideoSDPipeline):
-    """Videos from texts and videos, by the same components as `TextToVideoSDPipeline`."""
+    """Makes videos from texts and videos, with the components of `TextToVideoSDPipeline`."""
 
     HINTS = {
         "num_frames": "; the video has its number of frames, and TextToVideoSDPipeline.from_pipe(pipe) needs no video",
@@ -52,14 +52,15 @@ class VideoToVideoSDPipeline(TextToVideoSDPipeline):
         prompt_interpolation: str | Interpolate = "linear",
         **unknown: Never,
     ) -> TextToVideoSDPipelineOutput:
-        """A new video for each video and prompt; one of them serves a batch of the other.
+        """Makes a new video for each pair of video and prompt. One video may have many prompts, and the reverse.
 
-        video: PIL images, arrays or tensors (`frames.FORMS`), resized to height and width where given; or latents, as
-        a tensor (f c h w) or (b f c h w) with the VAE's number of channels. latents: (b c f h w), in place of `video`,
-        already noisy: the steps begin with them as they are. strength: the share of the steps that are made, the last
-        ones; 1 leaves little of the video, 0 only encodes and decodes. timesteps, sigmas: as in text to video; the
-        steps are then their share. The other arguments are those of
-        `TextToVideoSDPipeline`.
+        video: PIL images, arrays or tensors (see `frames.FORMS`). They are resized to height and width if given.
+        Latents are possible, too: a tensor (f c h w) or (b f c h w) with the VAE's channels.
+        latents: noisy latents (b c f h w), instead of `video`. The first step gets them unchanged.
+        strength: the share of the steps that are made; they are the last ones. 1 keeps little of the video, 0 only
+        encodes and decodes it.
+        timesteps, sigmas: as in text to video. `strength` selects their last part.
+        The other arguments and the errors are those of `TextToVideoSDPipeline`.
         """
         callbacks = StepCallbacks(callback, callback_steps, callback_on_step_end, callback_on_step_end_tensor_inputs)
         batch = self._check_call(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, num_inference_steps,

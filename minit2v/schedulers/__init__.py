@@ -1,6 +1,7 @@
-"""Schedulers: from a prediction of the network to the next sample, a file for each family of solvers.
+"""Schedulers: they compute the next sample from a prediction of the network. Each family of solvers has a file.
 
-What they share (noise, grids, the config) is in `base` and `grids`; none knows of guidance, frames or pipelines.
+Shared code (noise, timesteps, config) is in `base` and `grids`. Schedulers do not know about guidance, frames or
+pipelines. In all of them a sample x has any shape (b, ...), and a batch axis first.
 """
 
 from .consistency import LCMScheduler as LCMScheduler

@@ -1,7 +1,8 @@
-"""What all schedulers share: noise, noise levels, prediction types, the grid, the config, the state of a run.
+"""The base of all schedulers: noise, noise levels, prediction types, timesteps, the config, the state of a run.
 
 x_t = alpha_t x_0 + sigma_t eps, with alpha_t**2 + sigma_t**2 = 1. The tables are float64. A step computes in float32 or
-wider and returns the dtype of the sample it was given.
+wider, and returns the dtype of the sample. The *grid* is the list of timesteps of a run, from noise to the clean
+sample.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,19 +21,19 @@ from .fields import MEANINGS, describe, signature
 from .grids import BETA_SCHEDULES, GRIDS, zero_terminal_snr
 
 CONFIG_NAME = "scheduler_config.json"
-OWN_FIELDS = "_own_fields"  # in a config: the fields of a class of the user's own, which others keep and hand on
+OWN_FIELDS = "_own_fields"  # in a config: the fields of a user's class; other classes keep them
 
 Generators = Generator | list[Generator] | None
 Device = torch.device | str | None
 Timestep = int | float | Tensor
 
-# What a field may be, for every class that has it.
+# The allowed values of fields, for every class that has them.
 CHOICES: dict[str, tuple] = {
     "beta_schedule": tuple(BETA_SCHEDULES),
     "prediction_type": ("epsilon", "sample", "v_prediction"),
     "timestep_spacing": ("leading", "linspace", "trailing"),
     "final_sigmas_type": ("zero", "sigma_min"),
-    # Flow matching: no text-to-video UNet was trained with it.
+    # Flow matching is missing, because no text-to-video UNet was trained with it.
     "use_flow_sigmas": (False, None),
     "use_dynamic_shifting": (False, None),
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
@@ -43,7 +44,7 @@ CHOICES: dict[str, tuple] = {
     "timestep_type": ("discrete", "continuous"),
     "sigma_schedule": ("karras", "exponential"),
 }
-# Fields that we add to those of diffusers: minit2v/compat.py says what the second value, diffusers' way, is for.
+# Fields that diffusers does not have. The second value means diffusers' way, see minit2v/compat.py.
 ADDED: dict[str, tuple] = {
     "average": ("epsilon", "prediction"),
     "final_level": ("config", "published"),
@@ -58,8 +59,8 @@ ADDED: dict[str, tuple] = {
 }
 CHOICES |= ADDED
 
-# Every field that some scheduler of diffusers takes, also those that we lack. Folders name one class and hold fields
-# of others (ModelScope's DDIM file has PNDM's `skip_prk_steps`), so all are kept and handed on; others are misspelled.
+# All fields of diffusers' schedulers, also of those that are missing here. A file may have fields of other classes:
+# ModelScope's DDIM file has PNDM's `skip_prk_steps`. So these fields are kept. All others are misspelled.
 DIFFUSERS_FIELDS = (MEANINGS.keys() - ADDED.keys()) | frozenset(
     """
     alpha_cum_end alpha_cum_start base_image_seq_len base_shift beta_max beta_min block_length clip_denoised
@@ -76,11 +77,11 @@ DIFFUSERS_FIELDS = (MEANINGS.keys() - ADDED.keys()) | frozenset(
 def randn(
     shape: Sequence[int], generator: Generators = None, device: Device = None, dtype: torch.dtype | None = None,
 ) -> Tensor:  # fmt: skip
-    """Standard normal noise of `shape`, drawn where the generator lives, then moved to `device`.
+    """Standard normal noise of `shape`. It is drawn on the generator's device, and then moved to `device`.
 
-    A CPU generator thus gives the same numbers on every device. With a list, each generator draws its equal share of
-    consecutive rows: one row each for a batch of videos, and f rows each where frames are merged into the batch.
-    Raises ValueError where the rows cannot be shared out, or where a GPU generator would have to draw for the CPU.
+    So a CPU generator gives the same numbers on every device. With a list of n generators, each draws 1 / n of the
+    rows: one row for each video, or f rows if frames are part of the batch.
+    Raises ValueError if the rows cannot be divided equally, or if a GPU generator would have to draw for the CPU.
     """
     device = torch.device(device or "cpu")
     generators = each_generator(generator, shape[0])
@@ -89,24 +90,24 @@ def randn(
     for g in generators:
         source = device if g is None else g.device
         if source.type != device.type and source.type != "cpu":
-            raise ValueError(f"a generator on {source} cannot draw noise for {device}; use torch.Generator('cpu')")
+            raise ValueError(f"a generator on {source} cannot draw noise for {device}: use torch.Generator('cpu')")
         parts.append(torch.randn(share, generator=g, device=source, dtype=dtype))
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(device)
 
 
 def each_generator(generator: Generators, rows: int) -> list[Generator | None]:
-    """One generator, or those of a list. Raises ValueError where they cannot share out a batch of so many rows."""
+    """The generators as a list. Raises ValueError if they cannot divide a batch of `rows` rows equally."""
     generators = list(generator) if isinstance(generator, list | tuple) else [generator]
     if not generators or rows % len(generators):
-        raise ValueError(f"{len(generators)} generators cannot share out a batch of {rows}; give one per video")
+        raise ValueError(f"{len(generators)} generators cannot divide a batch of {rows} equally: give one per video")
     return generators
 
 
 class SchedulerConfig(dict):
-    """A scheduler's fields: those of its class, and those of others that its file held. Read-only.
+    """A scheduler's fields: those of its class, and those of other classes that its file has. It is read-only.
 
-    `_use_default_values` lists the fields that nobody set: to another class they do not count. `explicit` are the
-    fields that were passed in code, which no compatibility mode overrides.
+    `_use_default_values` lists fields with their default values. Another class then uses its own defaults.
+    `explicit` are the fields that were passed in code. No compatibility mode overrides them.
     """
 
     def __init__(self, values: Mapping[str, Any], explicit: Iterable[str] = ()):
@@ -132,12 +133,12 @@ class SchedulerConfig(dict):
         return SchedulerConfig, (dict(self), self.explicit)
 
 
-_READ_ONLY = "a scheduler's config is read-only: make another, Class.from_config(scheduler.config, field=value)"
+_READ_ONLY = "a scheduler's config is read-only: make a new one with Class.from_config(scheduler.config, field=value)"
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """The fields that every scheduler has; each class adds its own in diffusers' order."""
+    """The fields of every scheduler. Each class adds its own, in diffusers' order."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001
@@ -146,13 +147,13 @@ class NoiseSchedule:
     trained_betas: Sequence[float] | None = None
 
 
-# Fields that several classes have side by side.
+# Groups of fields that several classes share.
 THRESHOLDED = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
 SPACED = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 
 
 def declare(base: type = NoiseSchedule, **defaults: Any) -> type[NoiseSchedule]:
-    """The fields of a class: those of `base`, then these, in this order, by position too."""
+    """A dataclass with the fields of `base`, followed by `defaults` in this order."""
     listed = [
         (name, Any, field(default_factory=value.copy) if isinstance(value, list) else value)
         for name, value in defaults.items()
@@ -162,9 +163,11 @@ def declare(base: type = NoiseSchedule, **defaults: Any) -> type[NoiseSchedule]:
 
 @dataclass
 class SchedulerOutput:
-    """prev_sample: the sample one step further. pred_original_sample: the guess at x_0, where the solver makes one.
+    """The result of a step.
 
-    With return_dict=False a step returns `to_tuple()` of it, for which it stands in annotations.
+    prev_sample: the next, less noisy sample, with the shape and dtype of the sample.
+    pred_original_sample: the predicted x_0, or None if the solver does not compute it.
+    With return_dict=False a step returns `to_tuple()` of it instead.
     """
 
     prev_sample: Tensor
@@ -181,16 +184,16 @@ class SchedulerOutput:
 
 
 class Scheduler:
-    """Base of the schedulers. A solver adds its fields, `set_timesteps` and `step`."""
+    """Base class of the schedulers. A solver adds its fields, `set_timesteps` and `step`."""
 
     Fields: ClassVar[type[NoiseSchedule]] = NoiseSchedule
-    # What fields of this class may be, beside CHOICES; other schedulers' values that stand for one of ours.
+    # choices: allowed values of fields, in addition to CHOICES. aliases: values of other schedulers -> values of ours.
     choices: ClassVar[dict[str, tuple]] = {}
     aliases: ClassVar[dict[str, dict[str, str]]] = {}
-    # What zero terminal SNR ends at. Solvers in sigma cannot do with 0, and put the smallest number of float16 instead.
+    # The last alpha_bar with zero terminal SNR. Solvers in sigma cannot use 0; they use float16's smallest number.
     smallest_alpha_bar: ClassVar[float] = 0.0
     order: ClassVar[int] = 1
-    if TYPE_CHECKING:  # what each solver defines, with arguments of its own
+    if TYPE_CHECKING:  # each solver defines it, with its own arguments
         step: Callable[..., SchedulerOutput]
 
     def __init_subclass__(cls, **kw: Any):
@@ -199,13 +202,13 @@ class Scheduler:
         cls.__signature__ = signature(cls.field_defaults())
 
     def __init__(self, *args: Any, compat: str | None = None, **values: Any):
-        """Fields of `Fields`, by position or by name. compat: None or "diffusers" (see minit2v/compat.py).
+        """The fields by position or by name. compat: None or "diffusers" (see minit2v/compat.py).
 
-        Raises TypeError on a field that the class does not have, ValueError on a value that it cannot take.
+        Raises TypeError if a field does not exist, and ValueError if a value is wrong.
         """
         own = self.field_defaults()
         if len(args) > len(own):
-            raise TypeError(f"{type(self).__name__} takes at most {len(own)} arguments, {len(args)} were given")
+            raise TypeError(f"{type(self).__name__} takes at most {len(own)} positional arguments, not {len(args)}")
         passed = dict(zip(own, args, strict=False))
         self._check_fields(values)
         if twice := passed.keys() & values.keys():
@@ -219,22 +222,22 @@ class Scheduler:
         self._put_timesteps(range(self.config.num_train_timesteps - 1, -1, -1))
 
     def _make_tables(self) -> None:
-        """The noise levels of the training."""
+        """Computes the noise levels of the training timesteps."""
         self.betas = self._betas(torch.float64)
         self.alphas_cumprod = self._alphas_cumprod(self.betas)
-        # The level after the last step: clean, or that of timestep 0, on which Stable Diffusion's were trained to end.
+        # The noise level after the last step: none, or that of timestep 0, as Stable Diffusion's config asks for.
         self.final_alpha_cumprod = torch.ones((), dtype=torch.float64)
         if self._own("set_alpha_to_one") is False:
             self.final_alpha_cumprod = self.alphas_cumprod[0]
 
     def _put_timesteps(self, grid: Iterable[float], device: Any = None, dtype: torch.dtype = torch.int64) -> None:
-        """The timesteps: on `device` for the network, and as numbers for us, so that no step waits for the device."""
+        """Stores the timesteps as a tensor on `device` for the network, and as numbers, so that steps need not wait."""
         here = torch.tensor(list(grid), dtype=dtype)
         self._grid: list[float] = here.tolist()
         self.timesteps = here.to(device or "cpu")
 
     def _number(self, timestep: Timestep) -> float:
-        """A timestep as a number. One of `timesteps` on a device is known by its place in memory: nothing waits."""
+        """A timestep as a number. Elements of `timesteps` are known by their address, without waiting for a GPU."""
         if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
             if timestep.untyped_storage() is self.timesteps.untyped_storage():
                 return self._grid[timestep.storage_offset() - self.timesteps.storage_offset()]
@@ -243,9 +246,9 @@ class Scheduler:
     # --- the state of a run
 
     def state_dict(self) -> dict[str, Any]:
-        """Where a run stands: what set_timesteps and step have made. torch.save and torch.load(weights_only) take it.
+        """The state of a run between two steps. torch.save and torch.load(weights_only=True) can handle it.
 
-        The generator's state is the caller's to keep.
+        It does not contain the state of the generator.
         """
         names = [n for n in vars(self) if n not in self._constant and not n.startswith("_cached")]
         run = {n: list(v) if isinstance(v := getattr(self, n), list) else v for n in names}
@@ -253,13 +256,13 @@ class Scheduler:
         return {"class": type(self).__name__, "config": config, "run": run}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken, to the bit. Raises ValueError where that was another scheduler."""
+        """Continues a run from its `state_dict`, bit by bit. Raises ValueError if it belongs to another scheduler."""
         if state["class"] != type(self).__name__:
-            raise ValueError(f"this is the state of a {state['class']}, not of a {type(self).__name__}")
+            raise ValueError(f"the state belongs to a {state['class']}, not to a {type(self).__name__}")
         for name in self.field_defaults():
             if not callable(self.config[name]) and state["config"].get(name) != self.config[name]:
                 was = state["config"].get(name)
-                raise ValueError(f"this is the state of a scheduler with {name}={was!r}, not {self.config[name]!r}")
+                raise ValueError(f"the state belongs to a scheduler with {name}={was!r}, not {self.config[name]!r}")
         for name in vars(self).keys() - self._constant:
             delattr(self, name)
         for name, value in state["run"].items():
@@ -306,14 +309,15 @@ class Scheduler:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, compat: str | None = None, **overrides: Any) -> Self:
-        """A scheduler of this class from the config of any, with some fields replaced.
+        """A scheduler of this class from the config of any scheduler.
 
-        A field that nobody set in `config` gets this class's default. `compat` overrides a field of `config` unless
-        that was passed in code; `overrides` win over both. Raises TypeError on an override that this class does not
-        have, ValueError on a field of `config` that no scheduler of diffusers has.
+        Fields that were not set in `config` get the defaults of this class. `compat` overrides the fields of `config`
+        that were not passed in code. `overrides` win over both.
+        Raises TypeError if this class does not have an override. Raises ValueError if `config` has a field that no
+        scheduler of diffusers has.
         """
         if not isinstance(config, Mapping):
-            raise TypeError(f"from_config wants a config, not {type(config).__name__}; for a folder: from_pretrained")
+            raise TypeError(f"from_config needs a config, not a {type(config).__name__}: for a folder: from_pretrained")
         cls._check_fields(overrides)
         own = cls.field_defaults()
         unset = config.get("_use_default_values", ())
@@ -338,9 +342,9 @@ class Scheduler:
         return new
 
     def with_compat(self, compat: str | None) -> Self:
-        """This scheduler with the fields of a compatibility mode, except those that were passed in code.
+        """This scheduler with the fields of a compatibility mode. Fields that were passed in code do not change.
 
-        Itself where that changes nothing; else a new one, on which `set_timesteps` has not been called.
+        If nothing changes, it is this scheduler itself. Otherwise it is a new one that needs `set_timesteps`.
         """
         forced = {k: v for k, v in _compat_fields(type(self), compat).items() if k not in self.config.explicit}
         if all(self.config[k] == v for k, v in forced.items()):
@@ -353,7 +357,11 @@ class Scheduler:
         local_files_only: bool = False, token: str | bool | None = None, cache_dir: str | Path | None = None,
         force_download: bool = False, compat: str | None = None, **overrides: Any,
     ) -> Self:  # fmt: skip
-        """From a folder that holds scheduler_config.json, from that file itself, or from a repository on the hub."""
+        """Loads a scheduler from a folder with a scheduler_config.json, from such a file, or from a hub id.
+
+        `overrides` are fields that win over the file. Raises FileNotFoundError, ValueError or TypeError if the file is
+        missing, broken, or has unknown fields.
+        """
         from ..files.config import read_from
         from ..files.hub import parse_json, read_json
 
@@ -375,12 +383,12 @@ class Scheduler:
             return cls.from_config(config, compat=compat, **overrides)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write scheduler_config.json. In the file every field counts as set."""
+        """Writes scheduler_config.json with all fields. Raises ValueError if a field is a function."""
         from ..files.hub import write_json
 
         values = {k: v for k, v in self.config.items() if k != "_use_default_values"}
         if functions := [name for name, value in values.items() if callable(value)]:
-            raise ValueError(f"{type(self).__name__}: {functions[0]} is a function, which no file can hold")
+            raise ValueError(f"{type(self).__name__}: {functions[0]} is a function, which cannot be saved in a file")
         values["_class_name"] = type(self).__name__
         write_json(Path(folder) / CONFIG_NAME, values)
 
@@ -391,7 +399,7 @@ class Scheduler:
         return self.config.num_train_timesteps
 
     def _own(self, name: str) -> Any:
-        """The value of a field, None where only other classes have it (the config may then still hold it for them)."""
+        """The value of a field of this class. None if the class does not have the field, even if the config has it."""
         return self._own_values.get(name)
 
     # --- noise levels
@@ -405,14 +413,15 @@ class Scheduler:
         else:
             betas = torch.tensor(c.trained_betas, dtype=dtype)
         if len(betas) != c.num_train_timesteps:
-            raise ValueError(f"trained_betas has {len(betas)} entries for {c.num_train_timesteps} training timesteps")
+            raise ValueError(f"trained_betas must have {c.num_train_timesteps} entries (num_train_timesteps), "
+                             f"not {len(betas)}")  # fmt: skip
         if not ((betas > 0) & (betas < 1)).all():
-            raise ValueError("every beta must lie between 0 and 1")
+            raise ValueError("every beta must be between 0 and 1")
         return zero_terminal_snr(betas) if self._ends_in_noise else betas
 
     @property
     def _ends_in_noise(self) -> bool:
-        """Whether the last training timestep is pure noise."""
+        """Whether the last training timestep is pure noise (zero terminal SNR)."""
         return bool(self._own("rescale_betas_zero_snr")) and self._own("zero_snr") != "ignored"
 
     def _alphas_cumprod(self, betas: Tensor) -> Tensor:
@@ -431,58 +440,61 @@ class Scheduler:
         total = self.config.num_train_timesteps
         if timesteps.min() < 0 or timesteps.max() > total - 1:
             raise ValueError(
-                f"timesteps from {timesteps.max():g} to {timesteps.min():g} leave the trained 0 ... {total - 1}; "
+                f"timesteps must be in 0 ... {total - 1}, not from {timesteps.max():g} to {timesteps.min():g}: "
                 "use fewer steps or a smaller steps_offset"
             )
         return timesteps
 
     def _custom(self, values: Sequence[float], name: str) -> np.ndarray:
-        """Timesteps or sigmas that the caller chose."""
+        """Checks timesteps or sigmas that the caller chose."""
         chosen = np.array(values, dtype=np.float64)
         if chosen.ndim != 1 or not len(chosen) or (np.diff(chosen) > 0).any() or not np.isfinite(chosen).all():
-            raise ValueError(f"{name} must be a list of falling numbers, not {values!r}")
+            raise ValueError(f"{name} must be a list of numbers that never rise, not {values!r}")
         if name == "sigmas" and (len(chosen) < 2 or (np.diff(chosen) == 0).any() or chosen[-1] < 0):
-            raise ValueError(f"sigmas must be two or more, each once, none below 0, not {values!r}")
+            raise ValueError(f"sigmas must be at least two different numbers, none below 0, not {values!r}")
         return chosen
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Device = None, timesteps: list[int] | None = None,
     ) -> None:  # fmt: skip
-        """Lay the grid: so many steps, or these whole timesteps. Raises ValueError where the training has none such."""
+        """Sets the grid: `num_inference_steps` timesteps, or the given `timesteps` (falling whole numbers).
+
+        Raises ValueError if both or none are given, or if timesteps are not training timesteps.
+        """
         grid = self._whole_grid(num_inference_steps, timesteps)
         self._check_first(grid[0])
         self.num_inference_steps = len(grid)
         self._put_timesteps(grid, device)
 
     def _whole_grid(self, n: int | None, timesteps: Sequence[int] | None) -> list[int]:
-        """The grid of solvers that know the table's levels alone: n timesteps by the config's rule, or these."""
+        """The grid of solvers that need whole timesteps: n timesteps by the config's rule, or the given ones."""
         c = self.config
         if (n is None) == (timesteps is None):
-            raise ValueError("give num_inference_steps or timesteps, one of them")
+            raise ValueError("give exactly one of them: num_inference_steps or timesteps")
         if timesteps is None:
             grid = GRIDS[c.timestep_spacing](c.num_train_timesteps, self._count(n), c.steps_offset).round()
         else:
             grid = self._custom(timesteps, "timesteps")
             if (grid != grid.round()).any() or (np.diff(grid) == 0).any():
-                raise ValueError(f"{type(self).__name__} wants whole timesteps, each once, not {timesteps!r}")
+                raise ValueError(f"{type(self).__name__} needs whole timesteps, each once, not {timesteps!r}")
         return self._in_range(grid).astype(np.int64).tolist()
 
     def _check_first(self, first: int) -> None:
-        """At zero SNR x is pure noise, and an epsilon prediction says nothing about x_0: 0 / 0."""
+        """Raises ValueError for an epsilon prediction at zero SNR: x is pure noise, so x_0 would be 0 / 0."""
         if self.config.prediction_type == "epsilon" and self.alphas_cumprod[first] == 0:
             raise ValueError(
-                "rescale_betas_zero_snr and prediction_type='epsilon' do not go together from the last timestep on: "
+                "with rescale_betas_zero_snr a model with prediction_type='epsilon' cannot begin at the last timestep: "
                 "use a v_prediction or sample model, or timestep_spacing='leading'"
             )
 
     def _lower_timestep(self, t: int) -> int:
-        """The timestep where the step from t ends, -1 after the last."""
+        """The timestep at which the step from t ends. It is -1 for the last step."""
         if self._own("previous_timestep") == "ratio":
             return t - self.config.num_train_timesteps // self.num_inference_steps
         return next((s for s in self._grid if s < t), -1)
 
     def _places(self, t: float, timesteps: Tensor | None = None) -> list[int]:
-        """Where the grid has a timestep. Raises ValueError where it does not."""
+        """The indices of a timestep in the grid. Raises ValueError if there are none."""
         grid = self._grid if timesteps is None else timesteps.tolist()
         places = [i for i, s in enumerate(grid) if s == t]
         if not places:
@@ -490,11 +502,11 @@ class Scheduler:
         return places
 
     def _alpha_bar(self, t: int) -> float:
-        """alpha_bar at a timestep; below 0, that after the last step."""
+        """alpha_bar at a timestep. A negative t means after the last step."""
         return (self.alphas_cumprod[t] if t >= 0 else self.final_alpha_cumprod).item()
 
     def _rows(self, values: Tensor, x: Tensor) -> Tensor:
-        """(n,) float64 levels -> (n, 1, 1, ...) on the device of x, in the dtype in which its step is computed."""
+        """(n,) float64 noise levels -> (n, 1, 1, ...) on the device of x, in the dtype of its computation."""
         values = values.to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
         return values.reshape(-1, *[1] * (x.ndim - 1))
 
@@ -503,12 +515,18 @@ class Scheduler:
         return self._rows(bar.sqrt(), x), self._rows((1 - bar).sqrt(), x)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """alpha_t x_0 + sigma_t eps at one timestep, or at one per row."""
+        """Adds noise: alpha_t x_0 + sigma_t eps.
+
+        original_samples: x_0 (b, ...). noise: eps, of the same shape. timesteps: one for all, or one per row (b,).
+        """
         alpha, sigma = self._levels(original_samples, timesteps)
         return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """v = alpha_t eps - sigma_t x_0 (Salimans and Ho, arXiv:2202.00512, appendix D)."""
+        """v = alpha_t eps - sigma_t x_0 (Salimans and Ho 2022, arXiv:2202.00512, appendix D).
+
+        sample: x_0 (b, ...). noise: eps, of the same shape. timesteps: one for all, or one per row (b,).
+        """
         alpha, sigma = self._levels(sample, timesteps)
         return (alpha * noise - sigma * sample).to(sample.dtype)
 
@@ -518,13 +536,13 @@ class Scheduler:
         return 1.0
 
     def scale_model_input(self, sample: Tensor, timestep: int | Timestep | None = None) -> Tensor:
-        """What the network sees; here the sample itself."""
+        """The input of the network at this timestep. Here it is the sample itself."""
         return sample
 
     # --- parts of a step
 
     def _upcast(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
-        """Both in float32 or wider. Raises ValueError where they do not belong together or the grid is not set."""
+        """Both in float32 or wider. Raises ValueError if their shapes differ or if set_timesteps was not called."""
         if self.num_inference_steps is None:
             raise ValueError("call set_timesteps before step")
         if model_output.shape != sample.shape:
@@ -533,7 +551,7 @@ class Scheduler:
         return model_output.to(dtype), sample.to(dtype)
 
     def _x0_and_eps(self, out: Tensor, x: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
-        """The two readings of what the network said about x = alpha x_0 + sigma eps."""
+        """x_0 and eps from the network's output for x = alpha x_0 + sigma eps."""
         match self.config.prediction_type:
             case "epsilon":
                 return (x - sigma * out) / alpha, out
@@ -544,33 +562,33 @@ class Scheduler:
         raise ValueError(f"unknown prediction_type {self.config.prediction_type!r}")
 
     def _clip(self, x0: Tensor) -> Tensor:
-        """x_0 as the config wants it clipped."""
+        """x_0, clipped as the config says."""
         c = self.config
         if self._own("thresholding"):
             return self._threshold(x0)
         return x0.clamp(-c.clip_sample_range, c.clip_sample_range) if self._own("clip_sample") else x0
 
     def _threshold(self, x0: Tensor) -> Tensor:
-        """Dynamic thresholding, per row (Saharia et al., Imagen, arXiv:2205.11487, section 2.3). For pixels only."""
+        """Dynamic thresholding per row, only for pixels (Imagen: Saharia et al. 2022, arXiv:2205.11487, 2.3)."""
         c = self.config
         s = torch.quantile(x0.flatten(1).abs(), c.dynamic_thresholding_ratio, dim=1).clamp(1, c.sample_max_value)
         s = s.reshape(-1, *[1] * (x0.ndim - 1))
         return x0.clamp(-s, s) / s
 
     def _end(self, x: Tensor, dtype: torch.dtype, return_dict: bool, x0: Tensor | None = None) -> SchedulerOutput:
-        """What a step returns: the next sample, and the guess at x_0 of solvers that make one."""
+        """The result of a step: the next sample, and the predicted x_0 if the solver computes it."""
         output = SchedulerOutput(*(value.to(dtype) for value in (x, x0) if value is not None))
         return output if return_dict else output.to_tuple()
 
 
 def _fits(value: Any, default: Any) -> bool:
-    """Whether a value is of the kind of a field's default. Flags may be None, as in published files."""
+    """Whether a value has the type of a field's default. Flags may be None, as in published files."""
     match default:
         case bool():
             return isinstance(value, bool | None)
         case int():
             return isinstance(value, Integral) and not isinstance(value, bool) and abs(value) < 2**63
-        case float():  # no NaN, and infinity only where it is usual
+        case float():  # no NaN; infinity only if the default is infinite
             return (isinstance(value, Real) and not isinstance(value, bool)
                     and (abs(value) < 1e30 or value == default))
     return True
@@ -581,5 +599,5 @@ def _compat_fields(cls: type[Scheduler], compat: str | None) -> dict[str, Any]:
         return {}
     from ..compat import compat_fields
 
-    # A class of the user's own deviates as the one that it is made from.
+    # A user's subclass deviates like its base class.
     return {k: v for c in reversed(cls.__mro__) for k, v in compat_fields(c.__name__, compat).items()}

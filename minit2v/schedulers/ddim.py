@@ -9,7 +9,7 @@ from .base import Device, Generators, Scheduler, SchedulerOutput, Timestep, decl
 
 
 class DDIMScheduler(Scheduler):
-    """Denoising diffusion implicit models: Song, Meng, Ermon, arXiv:2010.02502."""
+    """Denoising diffusion implicit models (Song, Meng, Ermon 2020, arXiv:2010.02502)."""
 
     Fields = declare(
         clip_sample=True, set_alpha_to_one=True, steps_offset=0, prediction_type="epsilon", thresholding=False,
@@ -22,10 +22,11 @@ class DDIMScheduler(Scheduler):
         use_clipped_model_output: bool = False, generator: Generators = None, variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput:  # fmt: skip
-        """x_t (b, ...) -> x_s, equations (12) and (16) of the paper; eta = 0 is deterministic, 1 is DDPM.
+        """x_t (b, ...) -> x_s, equations (12) and (16) of the paper.
 
-        use_clipped_model_output: the noise is worked out again from the clipped x_0. variance_noise: instead of
-        drawing. Raises ValueError where eta is too large for the step, or noise and generator are both given.
+        eta: 0 is deterministic, 1 is DDPM. use_clipped_model_output: compute the noise again from the clipped x_0.
+        variance_noise: the noise to add, instead of drawing it with `generator`.
+        Raises ValueError if eta is not between 0 and 1, or if variance_noise and generator are both given.
         """
         out, x = self._upcast(model_output, sample)
         t = int(self._number(timestep))
@@ -40,11 +41,11 @@ class DDIMScheduler(Scheduler):
         std = eta * math.sqrt((1 - bar_s) / (1 - bar_t) * (1 - bar_t / bar_s))
         direction = 1 - bar_s - std**2
         if eta < 0 or direction < -1e-9:
-            raise ValueError(f"eta must lie between 0 and 1, not {eta}")
+            raise ValueError(f"eta must be between 0 and 1, not {eta}")
         x = math.sqrt(bar_s) * x0 + math.sqrt(max(direction, 0.0)) * eps
         if eta > 0:
             if variance_noise is None:
-                # In the dtype of the prediction, as in diffusers: the dtype decides which numbers are drawn.
+                # In the dtype of the prediction, as in diffusers, because the drawn numbers depend on the dtype.
                 variance_noise = randn(model_output.shape, generator, model_output.device, model_output.dtype)
             elif generator is not None:
                 raise ValueError("give variance_noise or generator, not both")
@@ -53,9 +54,9 @@ class DDIMScheduler(Scheduler):
 
 
 class DDIMInverseScheduler(Scheduler):
-    """DDIM's steps turned round, from a clean sample up to its noise (arXiv:2010.02502, section 4.3).
+    """DDIM's steps in reverse, from a clean sample to its noise (arXiv:2010.02502, section 4.3).
 
-    As in diffusers, the step that DDIM makes from t down to s is undone with the prediction at t of the sample at s.
+    DDIM goes from timestep t to s. As in diffusers, the reverse step uses the prediction for the sample of s at t.
     """
 
     Fields = declare(
@@ -68,7 +69,7 @@ class DDIMInverseScheduler(Scheduler):
         self._put_timesteps(range(self.config.num_train_timesteps))
 
     def set_timesteps(self, num_inference_steps: int, device: Device = None) -> None:
-        """Lay the grid, which rises. Raises ValueError where it does not fit the training timesteps."""
+        """Sets the grid, in rising order. Raises ValueError if it does not fit the training timesteps."""
         grid = self._whole_grid(num_inference_steps, None)
         self.num_inference_steps = len(grid)
         self._put_timesteps(grid[::-1], device)
@@ -76,20 +77,20 @@ class DDIMInverseScheduler(Scheduler):
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True,
     ) -> SchedulerOutput:  # fmt: skip
-        """x_s (b, ...) -> x_t at this timestep: equation (12) of the paper, from the less noisy to the noisier."""
+        """x_s (b, ...) -> the noisier x_t at this timestep, equation (12) of the paper."""
         out, x = self._upcast(model_output, sample)
         t = int(self._number(timestep))
         bar_s, bar_t = self._alpha_bar(self._lower_timestep(t)), self._alpha_bar(t)
         if bar_s == 1 and self.config.prediction_type == "sample":
-            raise ValueError("from a clean sample, a prediction of it says nothing about its noise: "
-                             "set_alpha_to_one=False")  # fmt: skip
+            raise ValueError("prediction_type='sample' cannot begin at a clean sample, because the noise is unknown: "
+                             "set set_alpha_to_one=False")  # fmt: skip
         x0, eps = self._x0_and_eps(out, x, math.sqrt(bar_s), math.sqrt(1 - bar_s))
         x0 = self._clip(x0)
         x = math.sqrt(bar_t) * x0 + math.sqrt(1 - bar_t) * eps
         return self._end(x, sample.dtype, return_dict, x0)
 
     def _lower_timestep(self, t: int) -> int:
-        """Where the sample is: at the timestep before in the grid, clean (-1) before the first."""
+        """The timestep of the sample: the one before t in the grid, or -1 (clean) before the first."""
         if self.config.previous_timestep == "ratio":
             return t - self.config.num_train_timesteps // self.num_inference_steps
         return max((s for s in self._grid if s < t), default=-1)

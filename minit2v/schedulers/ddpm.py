@@ -8,11 +8,11 @@ from .base import Generators, Scheduler, SchedulerOutput, Timestep, declare, ran
 
 
 class DDPMScheduler(Scheduler):
-    """Denoising diffusion probabilistic models: Ho, Jain, Abbeel, arXiv:2006.11239, algorithm 2.
+    """Denoising diffusion probabilistic models (Ho, Jain, Abbeel 2020, arXiv:2006.11239, algorithm 2).
 
-    variance_type: the variance of the posterior given x_0 ("fixed_small", "fixed_small_log") or of the forward step
-    ("fixed_large", "fixed_large_log"); both names of a pair are one variance. Learned variances: no text-to-video
-    UNet has them.
+    variance_type: "fixed_small" and "fixed_small_log" are the variance of the posterior given x_0. "fixed_large" and
+    "fixed_large_log" are the variance of the forward step. Learned variances are not supported, because no
+    text-to-video UNet has them.
     """
 
     Fields = declare(
@@ -25,12 +25,12 @@ class DDPMScheduler(Scheduler):
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
     ) -> SchedulerOutput:  # fmt: skip
-        """x_t (b, ...) -> x_s, a sample of equation (6) of the paper, with x_0 as predicted in equation (15)."""
+        """x_t (b, ...) -> x_s, drawn from equation (6) of the paper, with the x_0 of equation (15)."""
         out, x = self._upcast(model_output, sample)
         t = int(self._number(timestep))
         s = self._lower_timestep(t)
         bar_t, bar_s = self._alpha_bar(t), self._alpha_bar(s)
-        alpha_step = bar_t / bar_s  # the signal that is left of the step from s to t
+        alpha_step = bar_t / bar_s  # the share of the signal that the step from s to t keeps
         x0 = self._clip(self._x0_and_eps(out, x, math.sqrt(bar_t), math.sqrt(1 - bar_t))[0])
         of_x0, of_x = math.sqrt(bar_s) * (1 - alpha_step), math.sqrt(alpha_step) * (1 - bar_s)
         x = of_x0 / (1 - bar_t) * x0 + of_x / (1 - bar_t) * x

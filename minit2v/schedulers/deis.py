@@ -8,9 +8,9 @@ from .exponential import MultistepScheduler
 
 
 class DEISMultistepScheduler(MultistepScheduler):
-    """Diffusion exponential integrator: Zhang and Chen, arXiv:2204.13902, tAB-DEIS with the polynomial in log rho.
+    """Diffusion exponential integrator (Zhang and Chen 2022, arXiv:2204.13902): tAB-DEIS, polynomials in log rho.
 
-    That is a multistep DPM-Solver on the noise with the polynomial's integrals themselves.
+    It is a multistep DPM-Solver for predictions of the noise, with the exact integrals of the polynomial.
     """
 
     Fields = declare(

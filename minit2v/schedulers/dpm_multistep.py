@@ -8,7 +8,7 @@ from torch import Tensor
 from .base import SPACED, THRESHOLDED, Generators, SchedulerOutput, Timestep, declare, randn
 from .exponential import MultistepScheduler
 
-# DEIS, UniPC and SA-Solver have fields of the same names.
+# Values of the same fields in DEIS, UniPC and SA-Solver -> values here.
 ALIASES = {
     "algorithm_type": dict.fromkeys(("deis", "data_prediction", "noise_prediction"), "dpmsolver++"),
     "solver_type": {"logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"},
@@ -16,7 +16,7 @@ ALIASES = {
 
 
 def dpm_rule(k: float, integrals: list[float], midpoint: bool, share: float = 1.0, shift: float = 0.0) -> None:
-    """midpoint: half of I_0 in the place of I_1. share, shift: what the third order of diffusers makes of I_2."""
+    """Changes the integrals. midpoint: I_1 becomes half of I_0. share, shift: diffusers' third order changes I_2."""
     if len(integrals) == 2 and midpoint:
         integrals[1] = integrals[0] / 2
     if len(integrals) == 3:
@@ -24,7 +24,7 @@ def dpm_rule(k: float, integrals: list[float], midpoint: bool, share: float = 1.
 
 
 class DPMSolverMultistepScheduler(MultistepScheduler):
-    """DPM-Solver++ (Lu et al., arXiv:2211.01095) and DPM-Solver (arXiv:2206.00927), multistep, orders 1 to 3."""
+    """Multistep DPM-Solver++ (Lu et al. 2022, arXiv:2211.01095) and DPM-Solver (arXiv:2206.00927), orders 1 to 3."""
 
     Fields = declare(
         solver_order=2, prediction_type="epsilon", **THRESHOLDED, algorithm_type="dpmsolver++", solver_type="midpoint",
@@ -44,10 +44,13 @@ class DPMSolverMultistepScheduler(MultistepScheduler):
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None,
         variance_noise: Tensor | None = None, return_dict: bool = True,
     ) -> SchedulerOutput:  # fmt: skip
-        """x_t (b, ...) -> x_s: algorithm 2 of arXiv:2211.01095, its first and third orders, its stochastic form."""
+        """x_t (b, ...) -> x_s: algorithm 2 of arXiv:2211.01095, also with first and third order, and stochastic.
+
+        variance_noise: the noise of a stochastic solver, instead of drawing it with `generator`.
+        """
         c = self.config
         data, sde = c.algorithm_type.endswith("++"), c.algorithm_type.startswith("sde-")
-        if sde and variance_noise is None:  # in float32, as in diffusers: the dtype decides which numbers are drawn
+        if sde and variance_noise is None:  # float32 as in diffusers: the drawn numbers depend on the dtype
             variance_noise = randn(model_output.shape, generator, model_output.device, torch.float32)
         third = {"share": 0.5, "shift": float(sde)} if c.third_order == "published" else {}
         rule = partial(dpm_rule, midpoint=c.solver_type == "midpoint", **third)

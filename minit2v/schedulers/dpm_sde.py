@@ -1,4 +1,4 @@
-"""DPM-Solver++ for the stochastic equation, with noise from one Brownian path whatever the steps."""
+"""DPM-Solver++ for the stochastic equation (SDE). The noise comes from one Brownian path for all numbers of steps."""
 
 import math
 from collections.abc import Sequence
@@ -12,19 +12,20 @@ from .sigma import Stage, TwoStageScheduler
 
 
 class BrownianPath:
-    """Brownian motion B(u) on the clock u = exp(2 lambda), a function of the seeds alone: any grid reads the same path.
+    """Brownian motion B(u) with the time u = exp(2 lambda). It depends only on the seeds, and not on the grid.
 
-    The noise that a step of the SDE adds is exactly sigma exp(-lambda) (B(u_end) - B(u_start)), so that runs of more
-    and of fewer steps come to the same video. A tree over lambda: each middle is drawn given its two ends, by a
-    generator seeded with the seed and the place in the tree. On the CPU: the same path for every device.
+    The noise that a step of the SDE adds is exactly sigma exp(-lambda) (B(u_end) - B(u_start)). So runs with more or
+    fewer steps converge to the same video. The path is a binary tree over lambda: each middle is drawn given its two
+    ends. The generator for it is seeded with the seed and the place in the tree. It runs on the CPU, so that the path
+    is the same for every device.
     """
 
     LOW, HIGH, DEPTH = -12.0, 12.0, 20
 
     def __init__(self, seeds: Sequence[int], shape: Sequence[int]):
-        """One path for each seed, all of `shape`, stacked in the first axis."""
+        """One path of `shape` for each seed, concatenated along the first axis."""
         self.seeds, self.shape = list(seeds), tuple(shape)
-        self._way: list[tuple[int, Tensor]] = []  # the places of the last way down, and what was drawn there
+        self._way: list[tuple[int, Tensor]] = []  # places on the last path through the tree, and their values
 
     def _draw(self, place: int, depth: int) -> Tensor:
         if depth < len(self._way) and self._way[depth][0] == place:
@@ -53,7 +54,7 @@ class BrownianPath:
 
 
 def _mix(seed: int, place: int) -> int:
-    """A seed for a place in the tree, in 63 bits (splitmix64, so that neighbours have nothing in common)."""
+    """A 63-bit seed for a place in the tree. splitmix64 makes the seeds of neighbours independent."""
     x = (seed * 0x9E3779B97F4A7C15 + place * 0xD1B54A32D192ED03 + 1) % 2**64
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
@@ -61,7 +62,7 @@ def _mix(seed: int, place: int) -> int:
 
 
 class DPMSolverSDEScheduler(TwoStageScheduler):
-    """k-diffusion's dpmpp_sde: the reverse SDE in x_0, with a second prediction in the middle (of lambda)."""
+    """k-diffusion's dpmpp_sde: it solves the reverse SDE in x_0, with a second prediction at the middle of lambda."""
 
     Fields = declare(
         beta_start=0.00085, beta_end=0.012, prediction_type="epsilon", **SPACED, noise_sampler_seed=None,
@@ -70,7 +71,7 @@ class DPMSolverSDEScheduler(TwoStageScheduler):
     )  # fmt: skip
 
     _seeds: list[int] | None = None
-    _cached_path: Any = None  # a function of the seeds, so that no state holds it
+    _cached_path: Any = None  # it depends only on the seeds, so the state does not contain it
 
     def _reset(self) -> None:
         super()._reset()
@@ -80,7 +81,7 @@ class DPMSolverSDEScheduler(TwoStageScheduler):
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True, s_noise: float = 1.0,
         generator: Generators = None,
     ) -> SchedulerOutput:  # fmt: skip
-        """x (b, ...) from one call of the network to the next. s_noise: the share of the noise that is added."""
+        """x (b, ...) -> x for the next call of the network. Each step has two calls. s_noise: a factor of the noise."""
         if self._seeds is None:
             generators, seed = each_generator(generator, len(sample)), self.config.noise_sampler_seed
             self._seeds = [seed] if seed is not None else [_seed(g) for g in generators]
@@ -93,7 +94,7 @@ class DPMSolverSDEScheduler(TwoStageScheduler):
         return self._stochastic(first[0], second[1], levels[0], levels[2], s_noise)
 
     def _stochastic(self, x: Tensor, x0: Tensor, sigma: float, target: float, s_noise: float) -> Tensor:
-        """From sigma to the target as if x_0 were known: (target / sigma)**2 of what x is off, and noise."""
+        """From sigma to the target for this x_0: x_0 + (target / sigma)**2 (x - x_0), plus noise."""
         if target == 0:
             return x0
         ratio = target / sigma
@@ -101,7 +102,7 @@ class DPMSolverSDEScheduler(TwoStageScheduler):
         return x0 + ratio**2 * (x - x0) + std * self._noise(x, sigma, target)
 
     def _noise(self, x: Tensor, sigma: float, target: float) -> Tensor:
-        """Standard normal, of the path between two sigmas."""
+        """Standard normal noise: the increment of the path between two sigmas."""
         exact = self.config.noise_path == "exact"
         if self._cached_path is None:
             shape = (len(x) // len(self._seeds), *x.shape[1:])

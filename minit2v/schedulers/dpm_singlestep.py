@@ -1,4 +1,4 @@
-"""DPM-Solver and DPM-Solver++, singlestep: each step of order n takes n calls and forgets what was before."""
+"""Singlestep DPM-Solver and DPM-Solver++: a step of order n calls the network n times, and uses no earlier calls."""
 
 from functools import partial
 
@@ -10,10 +10,10 @@ from .exponential import ExponentialScheduler
 
 
 class DPMSolverSinglestepScheduler(ExponentialScheduler):
-    """DPM-Solver-2S and 3S (Lu et al., arXiv:2206.00927, algorithms 1 and 2), DPM-Solver++(2S) (arXiv:2211.01095).
+    """DPM-Solver-2S and 3S (Lu et al. 2022, arXiv:2206.00927, algorithms 1 and 2), DPM-Solver++(2S) (arXiv:2211.01095).
 
-    num_inference_steps counts calls: steps of `solver_order` calls, and shorter ones at the end where they do not
-    come out even, or with lower_order_final. algorithm_type "sde-dpmsolver++" adds noise at every call.
+    num_inference_steps is the number of calls. A step has `solver_order` calls. The last steps have fewer calls if the
+    number is not a multiple, or with lower_order_final. algorithm_type "sde-dpmsolver++" adds noise at every call.
     """
 
     Fields = declare(
@@ -31,25 +31,25 @@ class DPMSolverSinglestepScheduler(ExponentialScheduler):
     aliases = ALIASES
 
     def _reset(self) -> None:
-        """Share the calls out among steps."""
+        """Divides the calls among steps."""
         super()._reset()
         c, n = self.config, len(self._grid)
         full, rest = divmod(n, c.solver_order)
         if c.solver_order > 1 and rest == 0 and (c.lower_order_final or self._sigmas[-1] == 0):
-            # The last step is of first order, so the one before it has two calls less to make.
+            # The last step has first order, so fewer calls remain for the step before it.
             full, tail = full - 1, {2: [1, 1], 3: [1, 2, 1]}[c.solver_order]
         else:
             tail = list(range(1, rest + 1))
         self._orders = [*range(1, c.solver_order + 1)] * full + tail
         if self._sigmas[-1] == 0:
             self._orders[-1] = 1
-        self._from: tuple[int, Tensor] | None = None  # the place and the sample at the start of this step
+        self._from: tuple[int, Tensor] | None = None  # (place, sample) at the start of this step
 
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
     ) -> SchedulerOutput:  # fmt: skip
-        """x (b, ...) from one call of the network to the next; the k-th of a step begins again at the step's start."""
+        """x (b, ...) -> x for the next call of the network. Every call of a step goes on from the start of the step."""
         c, (out, x) = self.config, self._upcast(model_output, sample)
         i = self._start(timestep)
         data, sde = c.algorithm_type.endswith("++"), c.algorithm_type.startswith("sde-")
@@ -61,7 +61,7 @@ class DPMSolverSinglestepScheduler(ExponentialScheduler):
         start, x = self._from
         known = [(start + k, f) for k, f in enumerate(self.model_outputs)]
         midpoint = c.solver_type == "midpoint"
-        if midpoint and len(known) == 3:  # of the third order: the ends of what is known, their integrals themselves
+        if midpoint and len(known) == 3:  # third order: only the first and the last prediction, with exact integrals
             known, midpoint = known[::2], False
         rule = partial(dpm_rule, midpoint=midpoint, shift=2.0 * (sde and c.third_order == "published"))
         x = self._integrate(x, start, i + 1, known[: 1 if self._sigmas[i + 1] == 0 else None], data, rule,

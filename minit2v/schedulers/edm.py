@@ -1,4 +1,4 @@
-"""Solvers for models of EDM (Karras et al., arXiv:2206.00364, table 1), which know no timesteps."""
+"""Solvers for EDM models (Karras et al. 2022, arXiv:2206.00364, table 1), which have sigmas instead of timesteps."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from .sigma import ExplodingScheduler
 
 
 class _EDM(ExplodingScheduler):
-    """What both share: sigmas from sigma_max to sigma_min, and how the network's input and output are scaled."""
+    """The base of both: sigmas from sigma_max to sigma_min, and the scaling of the network's input and output."""
 
     Fields = declare(
         object, sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, sigma_schedule="karras", num_train_timesteps=1000,
@@ -43,7 +43,10 @@ class _EDM(ExplodingScheduler):
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Device = None, sigmas: Sequence[float] | None = None,
     ) -> None:  # fmt: skip
-        """Lay the grid: so many steps, or these sigmas (with the last, usually 0, at the end)."""
+        """Sets the grid: `num_inference_steps` steps, or the given sigmas, with the last (usually 0) at the end.
+
+        Raises ValueError if both or none are given, or if sigmas do not fall.
+        """
         self._one_of(num_inference_steps, None, sigmas)
         if sigmas is None:
             last = self.config.sigma_min if self.config.final_sigmas_type == "sigma_min" else 0.0
@@ -54,16 +57,16 @@ class _EDM(ExplodingScheduler):
 
     @property
     def init_noise_sigma(self) -> float:
-        """As in diffusers: sigma_max, and the unit of the data."""
+        """The standard deviation of the initial latents: sqrt(sigma_max**2 + 1), as in diffusers."""
         return math.hypot(self.config.sigma_max, 1)
 
     def scale_model_input(self, sample: Tensor, timestep: Timestep) -> Tensor:
-        """c_in x, of unit variance."""
+        """The network's input c_in x, which has unit variance."""
         self._scaled = True
         return sample / math.hypot(self._sigmas[self._start(timestep)], self.config.sigma_data)
 
     def _x0(self, out: Tensor, x: Tensor, sigma: float) -> Tensor:
-        """c_skip x + c_out F."""
+        """x_0 = c_skip x + c_out F, with the network's output F."""
         data = self.config.sigma_data
         c_out = sigma * data / math.hypot(sigma, data)
         sign = -1 if self.config.prediction_type == "v_prediction" else 1
@@ -74,13 +77,13 @@ class _EDM(ExplodingScheduler):
 
     def _place(self, t: float) -> int | None:
         i = super()._place(t)
-        if i is None:  # c_noise is not a training timestep
+        if i is None:  # other timesteps do not exist for c_noise
             raise ValueError(f"{t:g} is not one of scheduler.timesteps")
         return i
 
 
 class EDMEulerScheduler(_EDM):
-    """Euler's method, with churn: arXiv:2206.00364, algorithm 2 without its second-order correction."""
+    """Euler's method for EDM models (arXiv:2206.00364, algorithm 2 without its second-order correction)."""
 
     Fields = declare(_EDM.Fields, final_sigmas_type="zero", noised_at="timestep")
     step = EulerDiscreteScheduler.step

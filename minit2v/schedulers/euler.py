@@ -9,13 +9,13 @@ from .sigma import ExplodingScheduler
 
 
 def ancestral(sigma: float, target: float) -> tuple[float, float]:
-    """(down, up): where to go without noise, and how much noise leads from there to the target, as in DDPM."""
+    """(down, up): the sigma to go to without noise, and the noise to add there to reach the target, as in DDPM."""
     up = math.sqrt(target**2 * (sigma**2 - target**2)) / sigma
     return math.sqrt(max(target**2 - up**2, 0.0)), up
 
 
 class EulerDiscreteScheduler(ExplodingScheduler):
-    """Karras et al., arXiv:2206.00364, algorithm 2 without its second-order correction."""
+    """Euler's method in sigma (Karras et al. 2022, arXiv:2206.00364, algorithm 2 without its correction)."""
 
     Fields = declare(
         prediction_type="epsilon", interpolation_type="linear", **SPACED, sigma_min=None, sigma_max=None,
@@ -33,9 +33,10 @@ class EulerDiscreteScheduler(ExplodingScheduler):
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, s_churn: float = 0.0, s_tmin: float = 0.0,
         s_tmax: float = float("inf"), s_noise: float = 1.0, generator: Generators = None, return_dict: bool = True,
     ) -> SchedulerOutput:  # fmt: skip
-        """x (b, ...) from one sigma to the next. s_churn > 0 first adds noise where s_tmin <= sigma <= s_tmax.
+        """x (b, ...) -> x at the next sigma.
 
-        As in diffusers, noise is added after the network has seen x, and only epsilon is then read at the new level.
+        s_churn: above 0, noise is added first if s_tmin <= sigma <= s_tmax. s_noise: a factor of that noise. As in
+        diffusers, it is added after the network has seen x. Only an epsilon prediction is read at the new sigma.
         """
         out, x = self._upcast(model_output, sample)
         i = self._begin(timestep)
@@ -51,7 +52,7 @@ class EulerDiscreteScheduler(ExplodingScheduler):
 
 
 class EulerAncestralDiscreteScheduler(ExplodingScheduler):
-    """Euler's method to a sigma below the one asked for, then fresh noise up to it (k-diffusion's euler_ancestral)."""
+    """k-diffusion's euler_ancestral: Euler's method goes below the next sigma, and then new noise is added."""
 
     Fields = declare(
         prediction_type="epsilon", timestep_spacing="linspace", steps_offset=0, rescale_betas_zero_snr=False,
@@ -62,7 +63,7 @@ class EulerAncestralDiscreteScheduler(ExplodingScheduler):
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
     ) -> SchedulerOutput:  # fmt: skip
-        """x (b, ...) from one sigma to the next: up**2 + down**2 = target**2, with up as in DDPM's posterior."""
+        """x (b, ...) -> x at the next sigma (target): up**2 + down**2 = target**2, with up as in DDPM's posterior."""
         out, x = self._upcast(model_output, sample)
         i = self._begin(timestep)
         sigma, target = self._sigmas[i], self._sigmas[i + 1]

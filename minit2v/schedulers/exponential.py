@@ -1,8 +1,9 @@
-"""What the exponential solvers share: DPM-Solver, DEIS, UniPC, SA-Solver are one formula with different weights.
+"""The base of the exponential solvers. DPM-Solver, DEIS, UniPC and SA-Solver are one formula with different weights.
 
-In lambda = log(alpha / sigma) the linear part of the equation is solved exactly, and a prediction f (of x_0 or of the
-noise) is integrated against an exponential (Lu et al., arXiv:2206.00927, proposition 3.1; arXiv:2211.01095, equation
-13; Xue et al., arXiv:2309.05019, equation 9). A polynomial through f at some places of the grid gives the weights.
+With lambda = log(alpha / sigma), the linear part of the equation has an exact solution. What remains is the integral
+of a prediction f (of x_0 or of the noise) times an exponential. See Lu et al., arXiv:2206.00927, proposition
+3.1, arXiv:2211.01095, equation 13, and Xue et al., arXiv:2309.05019, equation 9.
+A polynomial through known values of f gives the weights.
 """
 
 import math
@@ -21,9 +22,9 @@ Rule = Callable[[float, list[float]], None]
 
 
 def moments(k: float, n: int) -> list[float]:
-    """I_j, the integral over r from 0 to 1 of k exp(-k (1 - r)) r**j, for j < n. k > 0 for x_0, k = -h for the noise.
+    """I_j for j < n: the integral over r from 0 to 1 of k exp(-k (1 - r)) r**j. k > 0 for x_0, k = -h for the noise.
 
-    I_0 = 1 - exp(-k), and by parts I_j = 1 - j / k I_(j-1), which for small k loses its digits: there, the series.
+    I_0 = 1 - exp(-k), and by parts I_j = 1 - j / k I_(j-1). For small k this loses digits, so a series is used.
     """
     if abs(k) > 1:
         found = [-math.expm1(-k)]
@@ -41,14 +42,14 @@ def moments(k: float, n: int) -> list[float]:
 
 
 def weights(nodes: Sequence[float], integrals: Sequence[float]) -> list[float]:
-    """Weights of f at the nodes (in units of the step, from its start), of the polynomial's integral."""
+    """The weights of f at the nodes in the polynomial's integral. The unit of the nodes is the step, from its start."""
     if len(nodes) == 1:
         return [integrals[0]]
     return np.linalg.solve(np.vander(nodes, increasing=True).T, np.array(integrals)).tolist()
 
 
 class ExponentialScheduler(SigmaScheduler):
-    """Base of the solvers on this formula. x = alpha x_0 + sigma eps keeps the size that the network sees."""
+    """Base class of the solvers with this formula. Their x = alpha x_0 + sigma eps is the network's input."""
 
     def __init__(self, *args: Any, **values: Any):
         super().__init__(*args, **values)
@@ -56,22 +57,23 @@ class ExponentialScheduler(SigmaScheduler):
         if kind in ("dpmsolver", "sde-dpmsolver") and end == "zero":
             raise ValueError(f"algorithm_type {kind!r} needs final_sigmas_type='sigma_min'")
         if kind == "sde-dpmsolver" and self.config.solver_order == 3:
-            raise ValueError("algorithm_type 'sde-dpmsolver' has no third order: use solver_order=2")
+            raise ValueError("algorithm_type 'sde-dpmsolver' does not support solver_order=3: use solver_order=2")
 
     def set_timesteps(
         self, num_inference_steps: int | None = None, device: Device = None, *, timesteps: list[float] | None = None,
         sigmas: list[float] | None = None,
     ) -> None:  # fmt: skip
-        """Lay the grid: so many steps, or these timesteps, or these sigmas (with the last, usually 0, at the end).
+        """Sets the grid: `num_inference_steps` steps, or given timesteps, or given sigmas.
 
-        Raises ValueError where the config forbids it.
+        sigmas: falling; the last one, usually 0, is the noise level after the last step.
+        Raises ValueError unless exactly one of the three is given, or if the config does not allow it.
         """
         grid, levels = self._lay(num_inference_steps, timesteps, sigmas)
         self._set_grid(grid, levels, device, torch.int64 if (grid == grid.round()).all() else torch.float32)
 
     def _spread(self, n: int) -> np.ndarray:
         total, least = self.config.num_train_timesteps, self._own("lambda_min_clipped")
-        if any(self._own(name) for name in SPACINGS):  # from end to end of the table
+        if any(self._own(name) for name in SPACINGS):  # over the whole table
             return np.linspace(total - 1, 0, n)
         # Timesteps that are noisier than lambda_min_clipped are left out (for the cosine schedule).
         clipped = 0 if least is None else int(np.searchsorted(-self._table().log().numpy()[::-1], least))
@@ -79,15 +81,15 @@ class ExponentialScheduler(SigmaScheduler):
         step = {"step": total / n} if spacing == "trailing" else {}
         grid = OPEN_GRIDS[spacing](total - clipped, n, self._own("steps_offset") or 0, **step).round()
         if len(np.unique(grid)) < len(grid):
-            raise ValueError(f"{n} steps repeat timesteps with timestep_spacing={spacing!r}; use fewer")
+            raise ValueError(f"{n} steps repeat timesteps with timestep_spacing={spacing!r}: use fewer steps")
         return grid
 
     def _reset(self) -> None:
         self.model_outputs: list[Tensor] = []  # newest last
 
     def _whole(self, grid: np.ndarray) -> np.ndarray:
-        # Karras' are rounded. The others' fractions are cut off, and whether the first is 999 or 998 hangs on the last
-        # bit of a float32 table, which is why there is one here.
+        # As in diffusers, Karras timesteps are rounded, and others are truncated. A float32 table is needed, because
+        # its last bit decides whether the first timestep is 999 or 998.
         rough = self._table(self._alphas_cumprod(self._betas(torch.float32))).numpy()
         grid = self._sigma_to_t(self._spaced(rough[-1].item(), rough[0].item(), len(grid)), rough)
         rounded = self.config.use_karras_sigmas or self._own("use_lu_lambdas")
@@ -98,14 +100,14 @@ class ExponentialScheduler(SigmaScheduler):
         return alpha, sigma * alpha
 
     def _known(self, i: int, order: int) -> list[tuple[int, Tensor]]:
-        """The predictions of the last `order` calls with their places, that at place i the newest."""
+        """(place, prediction) of the last `order` calls, the newest (place i) first."""
         return [(i - k, self.model_outputs[-1 - k]) for k in range(order)]
 
     def _lambda(self, i: int) -> float:
         return -math.log(self._sigmas[i]) if self._sigmas[i] > 0 else math.inf
 
     def _read(self, out: Tensor, x: Tensor, i: int, data: bool) -> Tensor:
-        """The prediction at place i: of x_0, or of the noise."""
+        """The prediction at place i: x_0 if `data`, else the noise."""
         alpha, sigma = self._scales(self._sigmas[i])
         x0, eps = self._x0_and_eps(out, x, alpha, sigma)
         if self.config.thresholding:
@@ -117,16 +119,16 @@ class ExponentialScheduler(SigmaScheduler):
         self, x: Tensor, start: int, end: int, known: Sequence[tuple[int, Tensor]], data: bool,
         rule: Rule | None = None, tau: float = 0.0, noise: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """x from one place of the grid to another, through the predictions `known` at other places.
+        """x from one place of the grid to another, with the predictions `known` at other places.
 
-        data: they are of x_0. rule: changes the integrals I_j in place, for solvers that take simpler ones.
-        tau: how stochastic, 0 the ODE, 1 the SDE (arXiv:2309.05019). noise: standard normal, of the shape of x.
+        data: whether the predictions are of x_0. rule: changes the integrals I_j in place, for solvers that simplify.
+        tau: the stochasticity, 0 for the ODE, 1 for the SDE (arXiv:2309.05019). noise: standard normal, shape of x.
         """
         (alpha, sigma), (alpha_end, sigma_end) = (self._scales(self._sigmas[i]) for i in (start, end))
         h = self._lambda(end) - self._lambda(start)
-        if h == 0:  # a repeated sigma: nothing to do, and no h to divide by
+        if h == 0:  # a repeated sigma
             return x
-        if sigma_end == 0:  # the limit, where only the newest prediction counts
+        if sigma_end == 0:  # in the limit only the newest prediction counts
             f = known[0][1]
             return alpha_end * f if data else alpha_end / alpha * (x - sigma * f)
         if data:
@@ -146,10 +148,10 @@ class ExponentialScheduler(SigmaScheduler):
 
 
 class MultistepScheduler(ExponentialScheduler):
-    """Base of the solvers that join the last predictions, of places that they have passed (Adams-Bashforth)."""
+    """Base class of multistep solvers: they combine the predictions of the last steps (Adams-Bashforth)."""
 
     def _order(self, i: int) -> int:
-        """The order of step i: as many predictions as there are, and fewer at the end, where high orders are rough."""
+        """The order of step i. It is lower at the beginning, with few predictions, and at the end, for stability."""
         c, n = self.config, len(self._grid)
         order = min(c.solver_order, len(self.model_outputs))
         short = c.lower_order_final and n < 15
@@ -161,7 +163,7 @@ class MultistepScheduler(ExponentialScheduler):
         self, out: Tensor, timestep: Any, sample: Tensor, return_dict: bool, data: bool, rule: Rule | None = None,
         tau: float = 0.0, noise: Tensor | None = None,
     ) -> SchedulerOutput:  # fmt: skip
-        """A step through the last predictions, as many as the order asks for."""
+        """A step with the last predictions. Their number is the order of the step."""
         out, x = self._upcast(out, sample)
         i = self._start(timestep)
         self.model_outputs = [*self.model_outputs, self._read(out, x, i, data)][-self.config.solver_order :]

@@ -1,4 +1,4 @@
-"""Noise schedules, grids of timesteps, spacings of sigmas: plain functions, one per name that a config may hold."""
+"""Noise schedules, grids of timesteps, spacings of sigmas: one function for each name in a config."""
 
 import math
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def linear_betas(start: float, end: float, n: int, dtype: torch.dtype) -> Tensor:
-    """Straight in beta: DDPM, AnimateDiff. (ldm and ComfyUI call this one `sqrt_linear`.)"""
+    """Linear in beta: DDPM, AnimateDiff. (ldm and ComfyUI call it `sqrt_linear`.)"""
     return torch.linspace(start, end, n, dtype=dtype)
 
 
 def scaled_linear_betas(start: float, end: float, n: int, dtype: torch.dtype) -> Tensor:
-    """Straight in sqrt(beta): Stable Diffusion, ModelScope, Zeroscope. (ldm and ComfyUI call this one `linear`.)"""
+    """Linear in sqrt(beta): Stable Diffusion, ModelScope, Zeroscope. (ldm and ComfyUI call it `linear`.)"""
     return torch.linspace(start**0.5, end**0.5, n, dtype=dtype) ** 2
 
 
@@ -36,33 +36,33 @@ def zero_terminal_snr(betas: Tensor) -> Tensor:
     return 1 - torch.cat([bar[:1], bar[1:] / bar[:-1]])
 
 
-# --- Grids: n timesteps of 0 ... total - 1, falling (table 2 of arXiv:2305.08891). The offset shifts `leading` only.
+# --- Grids: n falling timesteps in 0 ... total - 1 (table 2 of arXiv:2305.08891). Only `leading` uses the offset.
 
 
 def leading(total: int, n: int, offset: int = 0) -> np.ndarray:
-    """0, r, 2r, ... (n - 1) r, plus the offset, with r = total // n: DDIM's `leading`. It never reaches the top."""
+    """(n - 1) r, ... 2r, r, 0, plus the offset, with r = total // n: DDIM's `leading`. It has no pure noise."""
     return np.arange(n)[::-1] * (total // n) + offset
 
 
 def leading_open(total: int, n: int, offset: int = 0) -> np.ndarray:
-    """r, 2r, ... n r, plus the offset, with r = total // (n + 1): the `leading` of the DPM-Solver family."""
+    """n r, ... 2r, r, plus the offset, with r = total // (n + 1): the `leading` of the DPM-Solver family."""
     return leading(total, n + 1, offset)[:-1]
 
 
 def linspace(total: int, n: int, offset: int = 0) -> np.ndarray:
-    """n even points from the top to 0, both included, not rounded."""
+    """n evenly spaced points from total - 1 to 0, both included, not rounded."""
     return np.linspace(0, total - 1, n)[::-1]
 
 
 def linspace_open(total: int, n: int, offset: int = 0) -> np.ndarray:
-    """n + 1 even points from the top to 0, without the 0: the `linspace` of the DPM-Solver family."""
+    """n + 1 evenly spaced points from total - 1 to 0, without the 0: the `linspace` of the DPM-Solver family."""
     return linspace(total, n + 1)[:-1]
 
 
 def trailing(total: int, n: int, offset: int = 0, step: float | None = None) -> np.ndarray:
-    """The top, and down from there in steps of total / n: the grid that a zero terminal SNR needs.
+    """total - 1, and then lower in steps of total / n. Models with zero terminal SNR need this grid.
 
-    np.arange makes one point too many, -1, for 62 of the n up to 1000 (61, 103, ...); it is cut off.
+    For 62 of the n up to 1000 (61, 103, ...), np.arange gives one point too many, -1. It is removed.
     """
     return np.round(np.arange(total, 0, -(step or total / n)))[:n] - 1
 
@@ -75,25 +75,25 @@ OPEN_GRIDS = {"leading": leading_open, "linspace": linspace_open, "trailing": tr
 
 
 def karras_sigmas(high: float, low: float, n: int, rho: float = 7.0) -> np.ndarray:
-    """Even in sigma**(1/rho) (Karras et al., arXiv:2206.00364, eq. 5)."""
+    """Evenly spaced in sigma**(1/rho) (Karras et al. 2022, arXiv:2206.00364, eq. 5)."""
     return (high ** (1 / rho) + np.linspace(0, 1, n) * (low ** (1 / rho) - high ** (1 / rho))) ** rho
 
 
 def exponential_sigmas(high: float, low: float, n: int) -> np.ndarray:
-    """Even in log sigma, which is even in lambda: also DPM-Solver's uniform log-SNR (Lu et al., arXiv:2206.00927)."""
+    """Evenly spaced in log sigma. This is DPM-Solver's uniform log-SNR (Lu et al. 2022, arXiv:2206.00927)."""
     return np.exp(np.linspace(math.log(high), math.log(low), n))
 
 
 def beta_sigmas(high: float, low: float, n: int, shape: float = 0.6) -> np.ndarray:
-    """At the quantiles of the Beta(0.6, 0.6) distribution: dense at both ends (arXiv:2407.12173)."""
+    """The quantiles of the Beta(0.6, 0.6) distribution, which are dense at both ends (arXiv:2407.12173)."""
     return low + (high - low) * beta_quantiles(1 - np.linspace(0, 1, n), shape)
 
 
 def beta_quantiles(p: np.ndarray, a: float) -> np.ndarray:
-    """Inverse of the cumulative distribution of Beta(a, a), to 1e-12.
+    """The inverse of the cumulative distribution of Beta(a, a), with an error of about 1e-12.
 
-    The distribution is symmetric, so that x <= 1/2 is enough, where the series of the incomplete beta function
-    (DLMF 8.17.7) gains a bit per term. Bisection, as the slope at 0 is infinite.
+    The distribution is symmetric, so x <= 1/2 is enough. There each term of the series of the incomplete beta function
+    (DLMF 8.17.7) adds a bit. It uses bisection, because the slope at 0 is infinite.
     """
     k = np.arange(60)
     terms = np.cumprod(np.concatenate([[1.0], (k[1:] - a) / k[1:]])) / (a + k)

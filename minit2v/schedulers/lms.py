@@ -1,4 +1,4 @@
-"""Linear multistep (Adams-Bashforth) in sigma."""
+"""The linear multistep method (Adams-Bashforth) in sigma."""
 
 from torch import Tensor
 
@@ -8,7 +8,7 @@ from .sigma import ExplodingScheduler
 
 
 class LMSDiscreteScheduler(ExplodingScheduler):
-    """k-diffusion's lms: the last four predictions of eps = dx / dsigma, joined by a polynomial in sigma."""
+    """k-diffusion's lms: a polynomial in sigma through the last four predictions of eps = dx / dsigma."""
 
     Fields = declare(
         **SPACED, prediction_type="epsilon", timestep_spacing="linspace", steps_offset=0, rescale_betas_zero_snr=False,
@@ -21,7 +21,7 @@ class LMSDiscreteScheduler(ExplodingScheduler):
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, order: int = 4, return_dict: bool = True,
     ) -> SchedulerOutput:  # fmt: skip
-        """x (b, ...) from one sigma to the next, through at most `order` predictions."""
+        """x (b, ...) -> x at the next sigma, with at most `order` predictions."""
         out, x = self._upcast(model_output, sample)
         i = self._begin(timestep)
         x0 = self._x0(out, x, self._sigmas[i])

@@ -1,4 +1,4 @@
-"""The names that people use for solvers, and what they mean here: one table, for Python and for the command line."""
+"""The names that programs use for solvers, and what they mean here, for Python and for the command line."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -11,13 +11,13 @@ from .sigma import SPACINGS
 
 
 class Named(NamedTuple):
-    """A solver's short name, its class, the fields that make the difference, and what others call it."""
+    """A solver: its short name, its class, the fields that the name sets, and its names in other programs."""
 
     name: str
     solver: str
     fields: dict[str, Any]
     a1111: str = ""
-    comfyui: str = ""  # k-diffusion has sample_ before the same name
+    comfyui: str = ""  # k-diffusion's name is the same with the prefix sample_
 
 
 SDE = {"algorithm_type": "sde-dpmsolver++"}
@@ -59,7 +59,7 @@ _SHORTER = {"dpm++": "dpm++-2m", "dpmsolver++": "dpm++-2m"}
 
 
 def solver_of(name: str) -> tuple[type[Scheduler], dict[str, Any]]:
-    """The class of a name, and the fields that the name sets. Raises as `scheduler_of`."""
+    """The class of a name, and the fields that the name sets. Raises ValueError like `scheduler_of`."""
     key = _key(name)
     key, endings = _SHORTER.get(key, key), ENDINGS | _ALSO
     known = {_key(solver): Named("", solver, {}) for solver in solvers.__all__}
@@ -74,29 +74,29 @@ def solver_of(name: str) -> tuple[type[Scheduler], dict[str, Any]]:
     own, fields = cls.field_defaults(), dict(row.fields)
     if ending is not None:
         if missing := [field for field in endings[ending] if field not in own]:
-            raise ValueError(f"{name!r}: {row.solver} has no {missing[0]}, so it takes no ending -{ending}")
+            raise ValueError(f"{name!r}: leave out the ending -{ending}, because {row.solver} has no {missing[0]}")
         fields |= dict.fromkeys((s for s in SPACINGS if s in own), False) | endings[ending]
     return cls, fields
 
 
 def scheduler_of(name: str, config: Mapping[str, Any] | None = None, *, compat: str | None = None) -> Scheduler:
-    """The solver of this name, for the model whose scheduler has this config.
+    """The solver with this name. config: the config of the model's scheduler.
 
-    A class ("LMSDiscreteScheduler"), a short name ("lms"), or one of A1111's, ComfyUI's, k-diffusion's; -karras,
-    -exponential, -beta, -sgm at the end lay the grid. Raises ValueError on a name that nothing bears, and on an ending
-    that the solver has no grid for.
+    name: a class ("LMSDiscreteScheduler"), a short name ("lms"), or a name of A1111, ComfyUI or k-diffusion. The
+    endings -karras, -exponential, -beta and -sgm choose the spacing of the noise levels or timesteps.
+    Raises ValueError if the name is unknown, or if the solver does not support the ending.
     """
     cls, fields = solver_of(name)
     return cls.from_config(config or {}, compat=compat, **fields)
 
 
 def _key(name: str) -> str:
-    """One spelling: "DPM++ 2M Karras", "dpmpp_2m_karras" and "dpm++-2m-karras" are one."""
+    """The name in one spelling: "DPM++ 2M Karras", "dpmpp_2m_karras" and "dpm++-2m-karras" are the same."""
     return name.strip().lower().replace("_", "-").replace(" ", "-").replace("dpmpp", "dpm++")
 
 
 def table() -> str:
-    """The names, in columns, as `--scheduler help` prints them."""
+    """The table of names that `--scheduler help` prints."""
     rows = [("name", "A1111", "ComfyUI, k-diffusion", "class and fields")]
     for row in NAMES:
         fields = ", ".join(f"{field}={value!r}" for field, value in row.fields.items())

@@ -7,7 +7,7 @@ from .exponential import ExponentialScheduler
 
 
 class SASolverScheduler(ExponentialScheduler):
-    """Stochastic Adams: Xue et al., arXiv:2309.05019, algorithm 1. A file cannot hold a tau_func."""
+    """Stochastic Adams method (Xue et al. 2023, arXiv:2309.05019, algorithm 1). A file cannot have a tau_func."""
 
     Fields = declare(
         predictor_order=2, corrector_order=2, prediction_type="epsilon", tau_func=None, **THRESHOLDED,
@@ -24,14 +24,14 @@ class SASolverScheduler(ExponentialScheduler):
 
     def _reset(self) -> None:
         super()._reset()
-        self._last: tuple[Tensor, Tensor, float, int] | None = None  # where the last step began, its noise, tau, order
+        self._last: tuple[Tensor, Tensor, float, int] | None = None  # of the last step: sample, noise, tau, order
 
     def _tau(self, t: float) -> float:
         own = self.config.tau_func
         return float(200 <= t <= 800) if own is None else float(own(t))
 
     def _rule(self, k: float, integrals: list[float]) -> None:
-        """With two predictions of x_0, the authors' first term of I_1."""
+        """With two predictions of x_0, I_1 becomes the authors' first term of it."""
         if len(integrals) == 2 and self.config.algorithm_type == "data_prediction":
             integrals[1] = k / 2
 
@@ -39,7 +39,7 @@ class SASolverScheduler(ExponentialScheduler):
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
     ) -> SchedulerOutput:  # fmt: skip
-        """x_t (b, ...) -> x_s: corrects the last step (Adams-Moulton), then predicts on (Adams-Bashforth)."""
+        """x_t (b, ...) -> x_s: it corrects the last step (Adams-Moulton), then makes the next (Adams-Bashforth)."""
         c, (out, x) = self.config, self._upcast(model_output, sample)
         i, data = self._start(timestep), c.algorithm_type == "data_prediction"
         found = self._read(out, x, i, data)

@@ -1,6 +1,7 @@
-"""What the solvers in sigma share: the noise levels between which a step goes, and the counter that knows where it is.
+"""The base of the solvers in sigma: the noise levels of the steps, and the counter of steps.
 
-sigma here is sigma_t / alpha_t, the noise per unit of signal; lambda is -log(sigma).
+Here sigma means sigma_t / alpha_t, the ratio of noise to signal. lambda is -log(sigma). A *place* is an index in the
+grid.
 """
 
 import math
@@ -15,12 +16,12 @@ from torch import Tensor
 from .base import SPACED, Device, Scheduler, SchedulerOutput, Timestep
 from .grids import GRIDS, beta_sigmas, exponential_sigmas, karras_sigmas
 
-Stage = tuple[Tensor, Tensor]  # a sample, and the x_0 that the network sees in it
+Stage = tuple[Tensor, Tensor]  # (sample, predicted x_0)
 SPACINGS = (*SPACED, "use_lu_lambdas")
 
 
 class SigmaScheduler(Scheduler):
-    """Base of the solvers that walk down `sigmas`, one longer than `timesteps`, by a counter."""
+    """Base class of the solvers in sigma. `sigmas` has one entry more than `timesteps`. A counter selects the step."""
 
     smallest_alpha_bar = 2.0**-24
 
@@ -30,7 +31,7 @@ class SigmaScheduler(Scheduler):
         self._put_sigmas([*self._table().flip(0).tolist(), 0.0])
         chosen = [name for name in SPACINGS if self._own(name)]
         if len(chosen) > 1:
-            raise ValueError(f"{type(self).__name__}: choose one of {' and '.join(chosen)}")
+            raise ValueError(f"{type(self).__name__}: {' and '.join(chosen)} exclude each other: set one of them")
 
     def _table(self, bar: Tensor | None = None) -> Tensor:
         """(num_train_timesteps,) sigmas, rising."""
@@ -38,8 +39,8 @@ class SigmaScheduler(Scheduler):
         return ((1 - bar) / bar) ** 0.5
 
     def _spaced(self, high: float, low: float, n: int) -> np.ndarray | None:
-        """n sigmas by the spacing that the config asks for, None where it asks for none."""
-        # sigma_min and sigma_max are fields of Euler's that others heed too where their config holds them.
+        """n sigmas with the spacing of the config, or None if it has none."""
+        # sigma_min and sigma_max are fields of Euler's. Other classes use them, too, if their config has them.
         low = low if self.config.get("sigma_min") is None else self.config["sigma_min"]
         high = high if self.config.get("sigma_max") is None else self.config["sigma_max"]
         if self._own("use_karras_sigmas"):
@@ -50,16 +51,16 @@ class SigmaScheduler(Scheduler):
 
     def _one_of(self, n: int | None, timesteps: Any, sigmas: Any) -> None:
         if sum(v is not None for v in (n, timesteps, sigmas)) != 1:
-            raise ValueError("give num_inference_steps, timesteps or sigmas, one of them")
+            raise ValueError("give exactly one of them: num_inference_steps, timesteps or sigmas")
         if timesteps is not None and any(self._own(name) for name in SPACINGS):
-            raise ValueError("timesteps and a spacing of sigmas (use_..._sigmas) exclude each other")
+            raise ValueError("timesteps and a spacing of sigmas (use_..._sigmas) exclude each other: give one of them")
 
     def _spread(self, n: int) -> np.ndarray:
-        """The grid of n timesteps that the config asks for."""
+        """n timesteps by the config's rule."""
         raise NotImplementedError
 
     def _lay(self, n: int | None, timesteps: Any, sigmas: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Timesteps, and the sigmas between which the steps go, one more."""
+        """Timesteps (n,), and the sigmas at the starts and ends of the steps (n + 1,)."""
         self._one_of(n, timesteps, sigmas)
         table = self._table().numpy()
         if sigmas is not None:
@@ -74,17 +75,17 @@ class SigmaScheduler(Scheduler):
             levels, grid = spaced, self._sigma_to_t(spaced, table)
             if self._own("spaced_timesteps") == "whole":
                 grid = self._whole(grid)
-            if last >= levels[-1] * (1 - 1e-9):  # the spacing ends there already
+            if last >= levels[-1] * (1 - 1e-9):  # the spacing already ends there
                 last = levels[-1]
         return grid, np.append(levels, last)
 
     def _whole(self, grid: np.ndarray) -> np.ndarray:
-        """Diffusers' timesteps of spaced sigmas."""
+        """Diffusers' whole timesteps for spaced sigmas."""
         return grid.round() if self.config.use_karras_sigmas else grid
 
     @staticmethod
     def _sigma_to_t(sigmas: np.ndarray, table: np.ndarray) -> np.ndarray:
-        """Fractional timesteps at which the training schedule has these sigmas."""
+        """The fractional timesteps at which the noise schedule has these sigmas."""
         return np.interp(np.log(np.maximum(sigmas, 1e-10)), np.log(table), np.arange(len(table)))
 
     def _put_sigmas(self, sigmas: Sequence[float]) -> None:
@@ -100,34 +101,36 @@ class SigmaScheduler(Scheduler):
         self._reset()
 
     def _reset(self) -> None:
-        """What a solver remembers of a run, empty."""
+        """Clears what the solver remembers of a run."""
 
     def _last_sigma(self) -> float:
         return 0.0 if self._own("final_sigmas_type") != "sigma_min" else self._table()[0].item()
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Start at this place of the grid (a pipeline that begins with a noised video)."""
+        """The run begins at this index of the grid, as in video to video."""
         self.begin_index = begin_index
 
     def index_for_timestep(self, timestep: Timestep, schedule_timesteps: Tensor | None = None) -> int:
-        """The place of a timestep in the grid; the second one where it occurs twice, so that a start in the middle does
-        not repeat a noise level. Raises ValueError where it does not occur."""
+        """The index of a timestep in the grid. If it occurs twice, the second one, so that no noise level is repeated.
+
+        Raises ValueError if it does not occur.
+        """
         return self._places(self._number(timestep), schedule_timesteps)[:2][-1]
 
     def _start(self, timestep: Timestep) -> int:
-        """The place at which this step starts."""
+        """The index in the grid at which this step begins."""
         if self.step_index is None and self.begin_index is None:
-            # From the top even where the top occurs twice (fractional timesteps, cut off): a run begins there.
+            # A run begins at index 0 even if the first timestep occurs twice, as truncated timesteps may.
             first = self._number(timestep) == self._grid[0]
             self.step_index = 0 if first else self.index_for_timestep(timestep)
         elif self.step_index is None:
             self.step_index = self.begin_index
         if self.step_index >= len(self._grid):
-            raise ValueError(f"all {len(self._grid)} steps are done; call set_timesteps for another video")
+            raise ValueError(f"all {len(self._grid)} steps are done: call set_timesteps for another video")
         return self.step_index
 
     def _scales(self, sigma: float) -> tuple[float, float]:
-        """(alpha, sigma) of the solver's own x at a noise level."""
+        """(alpha, sigma) of the solver's x at a noise level: x = alpha x_0 + sigma eps."""
         raise NotImplementedError
 
     def _end(self, x: Tensor, dtype: torch.dtype, return_dict: bool, x0: Tensor | None = None) -> SchedulerOutput:
@@ -135,7 +138,7 @@ class SigmaScheduler(Scheduler):
         return super()._end(x, dtype, return_dict, x0)
 
     def _place(self, t: float) -> int | None:
-        """Where the grid has a timestep, None where it does not; first of all the place where the solver stands."""
+        """The index of a timestep in the grid, or None. The solver's current index is preferred."""
         if self.begin_index is not None:
             at = self.begin_index if self.step_index is None else self.step_index
             if self._own("noised_at") == "counter" or (at < len(self._grid) and self._grid[at] == t):
@@ -143,7 +146,10 @@ class SigmaScheduler(Scheduler):
         return self.index_for_timestep(t) if t in self._grid else None
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Noise for the solver's own x, at one timestep or at one per row: of the grid, or any of the training's."""
+        """Adds noise to x_0 (b, ...), in the solver's scale. timesteps: one for all, or one per row (b,).
+
+        They may be timesteps of the grid or any training timesteps.
+        """
         levels = []
         for t in torch.as_tensor(timesteps).reshape(-1).tolist():
             i = self._place(t)
@@ -157,9 +163,9 @@ class SigmaScheduler(Scheduler):
 
 
 class ExplodingScheduler(SigmaScheduler):
-    """Base of k-diffusion's solvers: x = x_0 + sigma eps, which grows with sigma; the network sees a scaled copy.
+    """Base class of k-diffusion's solvers: x = x_0 + sigma eps grows with sigma. The network sees a scaled copy of x.
 
-    They integrate dx / dsigma = eps = (x - x_0) / sigma (Karras et al., arXiv:2206.00364, equation 3).
+    They integrate dx / dsigma = eps = (x - x_0) / sigma (Karras et al. 2022, arXiv:2206.00364, equation 3).
     """
 
     def __init__(self, *args: Any, **values: Any):
@@ -170,12 +176,12 @@ class ExplodingScheduler(SigmaScheduler):
 
     @property
     def _continuous(self) -> bool:
-        """Whether the network is told log(sigma) / 4 in place of the timestep, as models that were trained so want."""
+        """Whether the network gets log(sigma) / 4 instead of the timestep, as some models were trained."""
         return False
 
     @property
     def init_noise_sigma(self) -> float:
-        """The largest sigma; with `leading`, which stops short of pure noise, that of data and noise together."""
+        """The standard deviation of the initial latents: the largest sigma, or sqrt(sigma**2 + 1) with `leading`."""
         top = max(self._sigmas)
         return math.hypot(top, 1) if self.config.timestep_spacing == "leading" else top
 
@@ -183,17 +189,21 @@ class ExplodingScheduler(SigmaScheduler):
         self, num_inference_steps: int | None = None, device: Device = None, timesteps: list[float] | None = None,
         sigmas: list[float] | None = None,
     ) -> None:  # fmt: skip
-        """Lay the grid: so many steps, or these timesteps, or these sigmas (with the last, usually 0, at the end)."""
+        """Sets the grid: `num_inference_steps` steps, or given timesteps, or given sigmas.
+
+        sigmas: falling; the last one, usually 0, is the noise level after the last step.
+        Raises ValueError unless exactly one of the three is given, or if the config does not allow it.
+        """
         grid, levels = self._lay(num_inference_steps, timesteps, sigmas)
         if self._continuous:
             if timesteps is not None:
-                raise ValueError("timesteps exclude continuous timesteps: give sigmas")
+                raise ValueError("a model with timestep_type='continuous' has no whole timesteps: give sigmas")
             grid = np.log(levels[: len(grid)]) / 4
         self._set_grid(*self._calls(grid, levels), device, torch.float32)
         self.num_inference_steps = len(grid)
 
     def _calls(self, grid: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The timesteps and sigmas of steps -> those of the calls of the network."""
+        """Timesteps and sigmas of the steps -> those of the calls of the network."""
         return grid, levels
 
     def _spread(self, n: int) -> np.ndarray:
@@ -201,7 +211,7 @@ class ExplodingScheduler(SigmaScheduler):
         return GRIDS[c.timestep_spacing](c.num_train_timesteps, n, c.steps_offset)
 
     def scale_model_input(self, sample: Tensor, timestep: Timestep) -> Tensor:
-        """x / sqrt(sigma**2 + 1), of about unit variance."""
+        """The network's input x / sqrt(sigma**2 + 1), which has about unit variance."""
         sigma = self._sigmas[self._start(timestep)]
         self._scaled = True
         return sample / math.hypot(sigma, 1)
@@ -214,20 +224,20 @@ class ExplodingScheduler(SigmaScheduler):
         return self._clip(self._x0_and_eps(out, alpha * x, alpha, alpha * sigma)[0])
 
     def _begin(self, timestep: Timestep) -> int:
-        """The place at which this step starts, after what callers get wrong."""
+        """The index at which this step begins. It also checks common mistakes of the caller."""
         if isinstance(timestep, int) or (isinstance(timestep, Tensor) and not timestep.is_floating_point()):
-            raise ValueError(f"{type(self).__name__}.step wants one of scheduler.timesteps, not an index ({timestep})")
+            raise ValueError(f"{type(self).__name__}.step needs one of scheduler.timesteps, not an index ({timestep})")
         if not self._scaled:
-            warnings.warn("call scale_model_input before the network, or its input is of the wrong size", stacklevel=3)
+            warnings.warn("scale_model_input was not called: the network's input has the wrong scale", stacklevel=3)
             self._scaled = True
         return self._start(timestep)
 
 
 class TwoStageScheduler(ExplodingScheduler):
-    """Base of the solvers with two calls of the network in every step but the last: at its start and a second level.
+    """Base class of the solvers that call the network twice in every step except the last.
 
-    `timesteps` and `sigmas` have an entry per call of the network. A subclass says where the second calls are
-    (`_second_levels`), and makes of both predictions a step (`_advance`).
+    `timesteps` and `sigmas` have one entry per call of the network. A subclass says at which noise levels the second
+    calls are (`_second_levels`), and computes a step from both predictions (`_advance`).
     """
 
     order = 2
@@ -240,17 +250,17 @@ class TwoStageScheduler(ExplodingScheduler):
         return calls, at
 
     def _reset(self) -> None:
-        self._first: Stage | None = None  # at the start of the step
+        self._first: Stage | None = None  # the stage at the start of the step
 
     def _second_levels(self, levels: np.ndarray) -> np.ndarray:
-        """(n,) sigmas -> (n - 1,), where the second calls are."""
+        """Sigmas (n,) -> the sigmas of the second calls (n - 1,)."""
         return np.sqrt(levels[:-1] * levels[1:])
 
     def _second_timesteps(self, grid: np.ndarray, second: np.ndarray) -> np.ndarray:
         return self._sigma_to_t(second, self._table().numpy())
 
     def _two_stages(self, out: Tensor, timestep: Any, sample: Tensor, return_dict: bool, **more: Any) -> Any:
-        """x (b, ...) from one call to the next."""
+        """x (b, ...) -> x for the next call of the network."""
         out, x = self._upcast(out, sample)
         i = self._begin(timestep)
         sigma = self._sigmas[i]
@@ -264,15 +274,15 @@ class TwoStageScheduler(ExplodingScheduler):
         return self._end(x, sample.dtype, return_dict, x0)
 
     def _is_noise(self, sigma: float) -> bool:
-        """Whether this is pure noise, sigma in the thousands: times that, the difference of two slopes would be all."""
+        """Whether sigma is so large (thousands) that x is pure noise. A second-order step would be very inaccurate."""
         return self._ends_in_noise and sigma == self._table()[-1].item()
 
     def _leave(self, x: Tensor, x0: Tensor, levels: list[float], **more: Any) -> Tensor:
-        """From the first of these levels to the second, by the prediction at the first: Euler's step."""
+        """Euler's step from levels[0] to levels[1], with the prediction at levels[0]."""
         return x0 + levels[1] / levels[0] * (x - x0)
 
     def _advance(self, first: Stage, second: Stage, levels: list[float], **more: Any) -> Tensor:
-        """From (x, x_0) at levels[0], and at levels[1] where the first led, to x at levels[2]: the midpoint rule."""
+        """The midpoint rule: stages (x, x_0) at levels[0] and levels[1] -> x at levels[2]."""
         (x, _), (x_mid, x0_mid), (sigma, middle, target) = first, second, levels
         if self._is_noise(sigma):
             return x0_mid + target / sigma * (x - x0_mid)

@@ -1,4 +1,4 @@
-"""Solvers that evaluate the network twice in a step: Heun's, the midpoint rule, and its stochastic sister."""
+"""Solvers that call the network twice in a step: Heun's method, the midpoint rule, and its stochastic variant."""
 
 import numpy as np
 from torch import Tensor
@@ -9,7 +9,7 @@ from .sigma import Stage, TwoStageScheduler
 
 
 class HeunDiscreteScheduler(TwoStageScheduler):
-    """Karras et al., arXiv:2206.00364, algorithm 1: Euler's step, then again with the mean of its two slopes."""
+    """Heun's method (Karras et al. 2022, arXiv:2206.00364, algorithm 1): Euler's step, then the mean of two slopes."""
 
     Fields = declare(
         beta_start=0.00085, beta_end=0.012, prediction_type="epsilon", **SPACED, clip_sample=False,
@@ -26,7 +26,7 @@ class HeunDiscreteScheduler(TwoStageScheduler):
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True,
     ) -> SchedulerOutput:  # fmt: skip
-        """x (b, ...) from one call of the network to the next."""
+        """x (b, ...) -> x for the next call of the network."""
         return self._two_stages(model_output, timestep, sample, return_dict)
 
     def _advance(self, first: Stage, second: Stage, levels: list[float]) -> Tensor:
@@ -37,7 +37,7 @@ class HeunDiscreteScheduler(TwoStageScheduler):
 
 
 class KDPM2DiscreteScheduler(TwoStageScheduler):
-    """k-diffusion's dpm_2: the slope at the middle of the step, in log sigma (DPM-Solver-2 of arXiv:2206.00927)."""
+    """k-diffusion's dpm_2: the slope at the middle of the step in log sigma (DPM-Solver-2, arXiv:2206.00927)."""
 
     Fields = declare(
         beta_start=0.00085, beta_end=0.012, **SPACED, prediction_type="epsilon", timestep_spacing="linspace",
@@ -49,7 +49,7 @@ class KDPM2DiscreteScheduler(TwoStageScheduler):
 
 
 class KDPM2AncestralDiscreteScheduler(TwoStageScheduler):
-    """k-diffusion's dpm_2_ancestral: the midpoint rule to a sigma below the one asked for, then noise up to it."""
+    """k-diffusion's dpm_2_ancestral: the midpoint rule goes below the next sigma, and then new noise is added."""
 
     Fields = KDPM2DiscreteScheduler.Fields
 
@@ -61,7 +61,7 @@ class KDPM2AncestralDiscreteScheduler(TwoStageScheduler):
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, generator: Generators = None,
         return_dict: bool = True,
     ) -> SchedulerOutput:  # fmt: skip
-        """x (b, ...) from one call of the network to the next; noise is added after the second."""
+        """x (b, ...) -> x for the next call of the network. Noise is added after the second call of a step."""
         return self._two_stages(model_output, timestep, sample, return_dict, like=model_output, generator=generator)
 
     def _advance(

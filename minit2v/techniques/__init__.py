@@ -1,4 +1,4 @@
-"""What changes how a network is used, and not the network: FreeInit around the denoising loop, FreeU inside the U.
+"""Techniques that change how a network is used, without training: for example FreeInit, FreeU and context windows.
 
-Each is off until it is turned on, and an ordinary call does not pass through it.
+Each is off by default. An ordinary call does not run this code.
 """

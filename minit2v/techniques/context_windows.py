@@ -1,12 +1,12 @@
-"""Context windows: a video of any length, denoised window by window, the windows' predictions averaged at each step.
+"""Context windows: a long video is denoised in windows of frames, and their predictions are averaged at each step.
 
-The UNet sees `length` frames at a time, as many as it was trained on, so that its memory does not grow with the video.
-Windows overlap, and where they do the prediction is a weighted mean: MultiDiffusion (Bar-Tal et al. 2023,
-arXiv:2302.08113) along time, as in Gen-L-Video (Wang et al. 2023, arXiv:2305.18264). The uniform schedule is that of
-AnimateDiff's first long videos (s9roll7's animatediff-cli-prompt-travel): it moves all borders between windows from one
-prediction to the next, so that no border stays where it can be seen. Nothing is trained.
+The UNet sees `length` frames at a time, as many as in its training. So its memory does not grow with the video.
+Windows overlap, and a frame in several windows gets a weighted mean of their predictions. This is MultiDiffusion
+(Bar-Tal et al. 2023, arXiv:2302.08113) along time, as in Gen-L-Video (Wang et al. 2023, arXiv:2305.18264).
+The uniform schedule comes from AnimateDiff's first long videos (s9roll7's animatediff-cli-prompt-travel). It moves the
+borders of the windows from one prediction to the next, so that no border becomes visible. Nothing is trained.
 
-docs/long-videos.md has every rule below in words and numbers.
+docs/long-videos.md explains every rule below with numbers.
 """
 
 import math
@@ -27,15 +27,18 @@ Predict = Callable[[Tensor, Any, Any], Tensor]  # (x, t, context) -> the predict
 
 @dataclass(frozen=True)
 class ContextWindows:
-    """Which frames each window holds, and how much each of them counts. `DiffusionPipeline.enable_context_windows`."""
+    """The frames of each window and their weights. See `DiffusionPipeline.enable_context_windows`.
+
+    Raises ValueError or TypeError if a field is wrong, or if fields contradict each other.
+    """
 
     length: int = 16  # frames of a window
-    stride: int = 1  # how many spacings: 1 for neighbouring frames; 2 also every second frame; 3 also every fourth
+    stride: int = 1  # number of spacings: 1 for neighbouring frames; 2 adds every second frame; 3 adds every fourth
     overlap: int = 4  # frames that a window shares with the next
     loop: bool = False  # whether the first frame follows the last
-    fuse: str = "pyramid"
-    schedule: str = "uniform"
-    per_call: int | None = None  # windows that the UNet sees at a time; None: one on a CPU, else what memory admits
+    fuse: str = "pyramid"  # the weights of a window's frames, one of FUSIONS
+    schedule: str = "uniform"  # the places of the windows, one of SCHEDULES
+    per_call: int | None = None  # windows in one call of the UNet; None: one on a CPU, else as many as memory allows
 
     def __post_init__(self) -> None:
         check_whole("length", self.length, 1)
@@ -50,14 +53,14 @@ class ContextWindows:
         if self.overlap >= self.length:
             raise ValueError(f"overlap {self.overlap} must be less than length {self.length}")
         if self.loop and self.schedule == "batched":
-            raise ValueError('no window of the schedule "batched" joins the last frame to the first: for a loop, take '
-                             '"uniform" or "static"')
+            raise ValueError('the schedule "batched" cannot make a loop, because no window joins the last frame to the '
+                             'first: use "uniform" or "static"')
         if self.fuse == "overlap_linear" and 2 * self.overlap > self.length:
-            raise ValueError(f"overlap_linear needs an overlap of at most half of length {self.length}, not "
+            raise ValueError(f"overlap_linear needs an overlap of at most half of the length {self.length}, not "
                              f"{self.overlap}")
 
     def windows(self, frames: int, call: int) -> list[list[int]]:
-        """The windows of a video of so many frames in the `call`-th prediction of a run, counted from 0."""
+        """The windows of a video of `frames` frames, as lists of frames. call: number of the prediction, from 0."""
         offset = round(frames * halving(call)) if self.schedule == "uniform" else 0
         if frames <= self.length:
             return [[(offset * self.loop + i) % frames for i in range(frames)]]
@@ -69,13 +72,13 @@ class ContextWindows:
             hop = spacing * self.length - (self.overlap if self.schedule != "batched" else 0)
             if self.loop:
                 starts = [offset + k * hop for k in range(math.ceil(frames / hop))]
-            else:  # from before the first frame to behind the last, each then moved inside
+            else:  # windows that begin too early or end too late are moved into the video
                 starts = [min(max(s, 0), frames - span) for s in range(offset % hop - hop, frames - span + hop, hop)]
             found += [[(s + spacing * i) % frames for i in range(self.length)] for s in dict.fromkeys(starts)]
         return found
 
     def weights(self, window: list[int], frames: int) -> list[float]:
-        """How much each frame of a window counts."""
+        """The weight of each frame of a window."""
         if self.fuse != "overlap_linear":
             return weights(len(window), self.fuse)
         n, last = len(window), self.overlap + 1
@@ -94,7 +97,7 @@ def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
 
 
 def halving(n: int) -> float:
-    """The n-th number of 0, 1/2, 1/4, 3/4, 1/8, 5/8, ...: the bits of n behind the point, in reverse order."""
+    """The n-th number of 0, 1/2, 1/4, 3/4, 1/8, 5/8, ...: the bits of n in reverse order, after the binary point."""
     return int(f"{n:b}"[::-1], 2) / 2 ** n.bit_length() if n else 0.0
 
 
@@ -109,21 +112,21 @@ def weights(n: int, fuse: str) -> list[float]:
         case "delayed_reverse_sawtooth":
             falling = [float(half - i) for i in range(half)]
             return [0.01] * (n // 2) + falling if n % 2 else [0.01] * (half - 1) + [float(half)] + falling
-    raise ValueError(f"there are no weights {fuse!r}")
+    raise ValueError(f"fuse must be flat, pyramid or delayed_reverse_sawtooth, not {fuse!r}")
 
 
 class Windowed:
-    """A UNet's prediction for one run, made window by window: (x, t, context) -> the prediction."""
+    """A UNet's predictions for one video, computed window by window: (x, t, context) -> the prediction."""
 
     def __init__(self, settings: ContextWindows, predict: Predict):
         self.settings, self.predict = settings, predict
         self.calls = 0
         self.at_once = settings.per_call or 1
         self.measure = settings.per_call is None
-        self.repeated: tuple[Any, dict[int, Any]] = (None, {})  # a context, and so many copies of it in one
+        self.repeated: tuple[Any, dict[int, Any]] = (None, {})  # a context, and {n: n copies of it}
 
     def __call__(self, x: Tensor, t: Any, context: Any) -> Tensor:
-        """x (b c f h w), t a number or (b,), context (b l d), or (b f l d) with a text for each frame."""
+        """x (b c f h w), t a number or (b,), context (b l d) or (b f l d) -> the prediction (b c f h w)."""
         frames = x.shape[2]
         windows = self.settings.windows(frames, self.calls)
         self.calls += 1
@@ -153,11 +156,11 @@ class Windowed:
                 self.measure = False
                 peak = torch.cuda.max_memory_allocated(x.device) - before
                 self.at_once = fitting(peak, free_bytes(x.device))
-        assert total is not None and mass is not None  # there is a window at least
+        assert total is not None and mass is not None  # there is at least one window
         return (total / mass[:, None, None]).to(parts[0].dtype)
 
     def texts(self, context: Any, windows: list[list[int]], frames: int) -> Any:
-        """The context of these windows, one behind the other; the same object as long as it is the same context."""
+        """The context of these windows as one batch. The same context gives the same object, for the UNet's caches."""
         if not isinstance(context, Tensor):  # a text with pictures
             return context if len(windows) == 1 and not context.by_frame else context.in_windows(windows)
         if context.ndim == 4:
@@ -173,18 +176,18 @@ class Windowed:
 
 
 def of_windows(x: Tensor, by_frame: bool, windows: list[list[int]]) -> Tensor:
-    """x (b ...), or (b f ...) by_frame -> what belongs to the windows' frames, one window behind the other."""
+    """x (b ...), or (b f ...) if by_frame -> the part for each window, all windows as one batch."""
     if by_frame:
         return torch.cat([x[:, window] for window in windows])
     return x.repeat(len(windows), *[1] * (x.ndim - 1))
 
 
 def fitting(peak: int, free: int) -> int:
-    """How many windows fit into so many free bytes, if one takes `peak`: nine tenths of them are used, 8 at most."""
+    """How many windows, 8 at most, fit into nine tenths of `free` bytes. One window needs `peak` bytes."""
     return max(1, min(8, int(0.9 * free) // max(peak, 1)))
 
 
 def free_bytes(device: torch.device) -> int:
-    """What PyTorch can still allocate: what the device has free, and what PyTorch holds without need."""
+    """The bytes that PyTorch can still allocate: free memory of the device, and PyTorch's unused cache."""
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + held

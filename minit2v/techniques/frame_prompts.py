@@ -1,4 +1,4 @@
-"""A text for each frame: texts at some frames, and between them states that go from one to the next."""
+"""Prompts that change over time: texts at some frames, and interpolated text states at the frames in between."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,23 +9,23 @@ from torch import Tensor
 from minit2v_convert.rename import nearest
 
 INTERPOLATIONS = ("linear", "spherical")
-# (first frame, last frame, states (1 l d) of the first, of the last) -> states of all from first to last (n l d)
+# (first frame, last frame, states (1 l d) of the first and of the last) -> states (n l d) from the first to the last
 Interpolate = Callable[[int, int, Tensor, Tensor], Tensor]
 
 
 def check_frame_prompts(name: str, prompts: Any, frames: int | None) -> None:
-    """ValueError where a dictionary {frame: text} has no texts, or names a frame that a video of `frames` lacks."""
+    """Raises ValueError if a dictionary {frame: text} is empty or wrong, or if a frame is not in 0 ... frames - 1."""
     if not isinstance(prompts, Mapping):
         return
     if not prompts:
-        raise ValueError(f"{name} is an empty dictionary")
+        raise ValueError(f"{name} is an empty dictionary: give at least one frame: text")
     for frame, text in prompts.items():
         if not isinstance(frame, int) or isinstance(frame, bool) or frame < 0:
             raise ValueError(f"{name}: a frame must be a whole number from 0, not {frame!r}")
         if frames is not None and frame >= frames:
-            raise ValueError(f"{name}: there is no frame {frame} among {frames}, which count from 0")
+            raise ValueError(f"{name}: there is no frame {frame}, only 0 to {frames - 1}")
         if not isinstance(text, str):
-            raise ValueError(f"{name}: at frame {frame} there must be a text, not {text!r:.80}")
+            raise ValueError(f"{name}: frame {frame} must have a text, not {text!r:.80}")
 
 
 def check_interpolation(how: Any) -> None:
@@ -35,10 +35,10 @@ def check_interpolation(how: Any) -> None:
 
 
 def spread_over_frames(states: Tensor, at: Sequence[int], frames: int, how: str | Interpolate = "linear") -> Tensor:
-    """states (k l d), those of the k texts at the frames `at`, in rising order -> (frames l d).
+    """states (k l d) of the k texts at the frames `at`, in rising order -> states of all frames (frames l d).
 
-    Before the first text and behind the last one their states hold. how: "linear"; "spherical", along the arc between
-    the two vectors of each token; or a function, see `Interpolate`.
+    Frames before the first text get its states. Frames after the last text get its states.
+    how: "linear", "spherical" (along the arc between the two vectors of each token), or a function as `Interpolate`.
     """
     parts = [states[:1].expand(at[0] + 1, -1, -1)]
     for i, (first, last) in enumerate(zip(at, at[1:], strict=False)):
@@ -58,10 +58,10 @@ def spread_over_frames(states: Tensor, at: Sequence[int], frames: int, how: str 
 
 
 def along_arc(a: Tensor, b: Tensor, share: Tensor) -> Tensor:
-    """a, b (1 l d), share (n 1 1) from 0 to 1 -> (n l d): the vectors are turned at an even rate (Shoemake 1985)."""
+    """Spherical interpolation (Shoemake 1985): a, b (1 l d), share (n 1 1) from 0 to 1 -> (n l d)."""
     wide = torch.promote_types(a.dtype, torch.float32)
     x, y, s = a.to(wide), b.to(wide), share.to(wide)
     angle = torch.acos(torch.cosine_similarity(x, y, dim=-1).clamp(-1, 1))[..., None]
     sine = angle.sin()
     arc = (((1 - s) * angle).sin() * x + (s * angle).sin() * y) / sine
-    return torch.where(sine > 1e-4, arc, (1 - s) * x + s * y).to(a.dtype)  # of parallel vectors the arc is a line
+    return torch.where(sine > 1e-4, arc, (1 - s) * x + s * y).to(a.dtype)  # linear for parallel vectors

@@ -1,9 +1,9 @@
-"""FreeInit: the video is made several times, each time from noise that keeps the low frequencies of the last result.
+"""FreeInit: the video is made several times. Each time the initial noise keeps the low frequencies of the last result.
 
-Wu et al., "FreeInit: Bridging Initialization Gap in Video Diffusion Models", arXiv:2312.07537. In training even the
-noisiest video still shows its slowest, largest forms; at inference the first step is given noise that shows none, and
-the frames do not hold together. So the finished video is noised again with the noise that it began with, and of that
-only the low frequencies in time and space are kept; the high ones are drawn anew:
+Wu et al. 2023, "FreeInit: Bridging Initialization Gap in Video Diffusion Models", arXiv:2312.07537. In training, even
+the noisiest latents contain low frequencies of the video. At inference the first step gets pure noise without them, and
+the frames do not fit together well. So FreeInit adds the initial noise to the finished video again. It keeps only the
+low frequencies of the sum, in time and space. The high frequencies are drawn again:
 
     z_T = alpha_T x_0 + sigma_T eps        x_T = lowpass(z_T) + z - lowpass(z)        z ~ N(0, 1)
 """
@@ -26,27 +26,28 @@ FREQUENCIES = ("centred", "published")
 
 @dataclass(frozen=True)
 class FreeInit:
-    """The settings, under diffusers' names; `DiffusionPipeline.enable_free_init` checks them.
+    """The settings, under diffusers' names. `DiffusionPipeline.enable_free_init` explains and checks them.
 
-    noise: "scaled" begins every round in the solver's own scale (Euler's latents are of size sigma), and a video with
-    the noise of its strength; "published", diffusers' way, takes the noise as if every solver kept latents at variance
-    1, at timestep T - 1 whatever the strength, and applies that to what the round before has left of the steps.
-    frequencies: "centred" puts the frequency 0 into the middle of the filter; "published" half a bin beside it along
-    axes of odd length. Both are deviations of minit2v/compat.py.
+    noise: "scaled" begins every round in the solver's own scale (Euler's latents have the standard deviation sigma).
+    In video to video, a round begins with the noise level of `strength`. "published" is diffusers' way. It assumes
+    latents of variance 1 and noise of timestep T - 1 for all solvers. In video to video it applies `strength` again to
+    the steps of the round before.
+    frequencies: "centred" puts the frequency 0 into the middle of the filter. "published" is half a frequency beside
+    it along axes of odd length. Both fields are deviations from diffusers, see minit2v/compat.py.
     """
 
     num_iters: int = 3
-    use_fast_sampling: bool = False  # rounds of growing length, of which only the last has all steps
+    use_fast_sampling: bool = False  # the first rounds have fewer steps; only the last has all
     method: str = "butterworth"
-    order: float = 4  # of butterworth: higher is steeper
-    spatial_stop_frequency: float = 0.25  # of the highest frequency, 0 to 1
+    order: float = 4  # of the Butterworth filter; higher is steeper
+    spatial_stop_frequency: float = 0.25  # a share of the highest frequency, 0 to 1
     temporal_stop_frequency: float = 0.25
-    generator: Generator | Sequence[Generator] | None = None  # for the new noise; otherwise that of the call
+    generator: Generator | Sequence[Generator] | None = None  # for the new noise; None: that of the call
     noise: str = "scaled"
     frequencies: str = "centred"
 
     def mix(self, x: Tensor, z: Tensor) -> Tensor:
-        """x, z (b c f h w) -> the low frequencies of x with the high ones of z, in float32 or wider."""
+        """x, z (b c f h w) -> the low frequencies of x plus the high frequencies of z, in float32 or wider."""
         wide = torch.promote_types(torch.promote_types(x.dtype, z.dtype), torch.float32)
         x, z = x.to(wide), z.to(wide)
         low = low_pass(tuple(x.shape[-3:]), self.method, self.order, self.spatial_stop_frequency,
@@ -59,11 +60,11 @@ class FreeInit:
 def low_pass(
     shape: tuple[int, int, int], method: str, order: float, d_s: float, d_t: float, frequencies: str = "centred"
 ) -> Tensor:
-    """What is kept of each frequency, 0 to 1: (f h w) in float64, in the order of fftn, frequency 0 first.
+    """The filter: factors from 0 to 1 for all frequencies, (f h w) in float64, in the order of fftn.
 
-    Frequencies count from -1 to 1, which is one period in two frames or pixels. d_s and d_t: the stop frequencies in
-    space and in time; where one is 0 nothing is kept. "ideal" ends at the radius (2 d_s) ** 0.5 and not at d_s, and
-    "box" at d of the way to -1 but one bin short of it on the way to 1: so the authors' code has them.
+    Frequencies are from -1 to 1. 1 means one period in two frames or pixels. d_s and d_t are the stop frequencies in
+    space and in time. If one is 0, nothing is kept. As in the authors' code, "ideal" ends at the radius (2 d_s) ** 0.5,
+    not at d_s. "box" keeps the frequencies from -d up to, but not including, d.
     """
     if d_s == 0 or d_t == 0:
         return torch.zeros(shape, dtype=torch.float64)
@@ -89,7 +90,7 @@ def low_pass(
 
 
 def _band(n: int, d: float) -> Tensor:
-    """(n,): 1 for the frequencies from -d to d, of which there is at least 0."""
+    """(n,): 1 for the frequencies from -d to below d, 0 for the others. Frequency 0 is always 1."""
     k = torch.fft.fftfreq(n, 1 / n, dtype=torch.float64).round()
     edge = max(1, round(n // 2 * d))
     return ((-edge <= k) & (k < edge)).double()
@@ -97,27 +98,27 @@ def _band(n: int, d: float) -> Tensor:
 
 @dataclass(frozen=True)
 class NoisedVideo:
-    """What a run of video to video begins with. None where the caller gave noisy latents and not what is in them."""
+    """The beginning of video to video. Latents and noise are None if the caller passed noisy latents."""
 
     strength: float
-    latents: Tensor | None = None  # (b c f h w), of the video
-    noise: Tensor | None = None  # (b c f h w), which was added
+    latents: Tensor | None = None  # (b c f h w), the video without noise
+    noise: Tensor | None = None  # (b c f h w), the added noise
 
 
 class Round(NamedTuple):
-    grid: int  # steps from pure noise on, as for set_timesteps
-    first: int  # the place in the timesteps of that grid at which the round begins
-    steps: int  # that the round makes
+    grid: int  # number of steps from pure noise to the video, the argument of set_timesteps
+    first: int  # index of the round's first timestep in that grid
+    steps: int  # number of steps of the round
 
 
 class FreeInitRounds:
-    """The rounds of one call, and where each begins: `plan`, and `begin(i, x)` once for every i in turn."""
+    """The rounds of one call: `plan` lists them. Call `begin(i, x)` once for every i in turn."""
 
     def __init__(self, settings: FreeInit, scheduler: Any, x: Tensor, timesteps: Tensor, steps: int,
                  video: NoisedVideo | None, generator: Generator | Sequence[Generator] | None):
-        """x (b c f h w): the first beginning, for `timesteps` of the scheduler's grid.
+        """x (b c f h w): the latents at the beginning of the first round. timesteps: those of the first round.
 
-        Raises ValueError where a second round is not defined.
+        Raises ValueError if further rounds are not possible.
         """
         self.settings = settings
         self.scheduler, self.video, self.timesteps = scheduler, video, timesteps
@@ -128,16 +129,16 @@ class FreeInitRounds:
         own = copy(scheduler)
         own.set_timesteps(scheduler.num_inference_steps, device=x.device)
         if own.timesteps.tolist() != scheduler.timesteps.tolist():
-            raise ValueError("FreeInit lays the scheduler's own grid for every round: leave out timesteps and sigmas, "
-                             "or call disable_free_init()")
+            raise ValueError("FreeInit needs the scheduler's own timesteps in every round: leave out timesteps and "
+                             "sigmas, or call disable_free_init()")
         if self.settings.noise == "published":
             self.noise = x
-            if hasattr(scheduler, "index_for_timestep"):  # solvers that can add noise only at a place of their grid
+            if hasattr(scheduler, "index_for_timestep"):  # such solvers add noise only at their timesteps
                 scheduler.index_for_timestep(self._last_timestep)
         elif video is None:
             self.noise = x.to(torch.promote_types(x.dtype, torch.float32)) / scheduler.init_noise_sigma
         elif video.noise is None:
-            raise ValueError("FreeInit needs the noise that was added, which noisy latents do not tell: give a video, "
+            raise ValueError("FreeInit needs to know the added noise, which noisy latents do not tell: give a video, "
                              "or call disable_free_init()")
         else:
             self.noise = video.noise
@@ -149,24 +150,25 @@ class FreeInitRounds:
     def _plan(self, steps: int) -> list[Round]:
         s, k, order = self.settings, self.settings.num_iters, self.scheduler.order
         n, calls = self.scheduler.num_inference_steps, len(self.scheduler.timesteps)
-        skipped = calls - len(self.timesteps) - (n - steps) * order  # left out before the first, beside whole steps
+        skipped = calls - len(self.timesteps) - (n - steps) * order  # calls left out, in addition to whole steps
         rounds = []
         for i in range(k):
-            part = i + 1 if s.use_fast_sampling else k  # of k
+            part = i + 1 if s.use_fast_sampling else k  # the round has part / k of the steps
             if s.noise == "scaled" or self.video is None:
-                grid = max(n * part // k, -(-n // steps))  # long enough for one step of the share that is made
+                grid = max(n * part // k, -(-n // steps))  # long enough for at least one step
                 made = grid * steps // n
                 rounds.append(Round(grid, (grid - made) * order + (skipped if made < grid else 0), made))
-            else:  # the share of a share; PNDM calls the network more often than it steps, and each call counts
+            else:  # `strength` is applied to the steps of the round before; PNDM has more calls than steps
                 grid = max(1, steps * part // k)
                 steps = int((grid + calls - n) * self.video.strength)
                 if steps == 0:
-                    raise ValueError(f"strength {self.video.strength} leaves no step in round {i + 1} of FreeInit")
+                    raise ValueError(f"strength {self.video.strength} leaves no step in round {i + 1} of FreeInit: "
+                                     "raise strength or num_inference_steps")  # fmt: skip
                 rounds.append(Round(grid, (grid + calls - n - steps) * order, steps))
         return rounds
 
     def begin(self, i: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (b c f h w): the first beginning (i = 0) or the last result -> where round i begins, and its timesteps."""
+        """The initial latents of round i, (b c f h w), and its timesteps. x: see `__init__`, or the last result."""
         scheduler, (grid, first, _) = self.scheduler, self.plan[i]
         if self.settings.noise == "published":
             if i > 0:
@@ -192,5 +194,5 @@ class FreeInitRounds:
         return (noise * scheduler.init_noise_sigma).to(x.dtype), timesteps
 
     def _fresh(self, x: Tensor) -> Tensor:
-        """x (b c f h w) with new high frequencies, drawn in float32 whatever its dtype, as in diffusers."""
+        """x (b c f h w) with new high frequencies. They are drawn in float32 for every dtype, as in diffusers."""
         return self.settings.mix(x, randn(x.shape, self.generator, x.device, torch.float32))

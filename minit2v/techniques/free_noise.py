@@ -1,9 +1,10 @@
-"""FreeNoise: long videos from the noise of one window, and attention across frames in windows (arXiv:2310.15169).
+"""FreeNoise: long videos with reused noise, and with attention across frames in windows.
 
-Qiu et al. 2023, "FreeNoise: Tuning-Free Longer Video Diffusion via Noise Rescheduling". Frames far apart are alike only
-where their noise is: so all noise comes from that of the first `length` frames, a part of them shuffled at a time. And
-attention sees as many frames as it was trained on: windows that overlap, whose results are averaged with weights
-(section 3.3). The rest of the network sees each frame by itself, so that only the motion modules need windows.
+Qiu et al. 2023, "FreeNoise: Tuning-Free Longer Video Diffusion via Noise Rescheduling", arXiv:2310.15169. Frames that
+are far apart look alike only if their noise is alike. So the noise of the first `length` frames is repeated, with
+groups of frames shuffled. Temporal attention sees as many frames as in its training. Its windows overlap, and their
+results are averaged with weights (section 3.3). The rest of the network treats each frame by itself and needs no
+windows.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,15 +24,15 @@ REPEATS = ("context", "published")
 
 @dataclass(frozen=True)
 class FreeNoise:
-    """Settings of `enable_free_noise`, whose arguments have these names with `context_` before the first two."""
+    """The settings of `enable_free_noise`. There the first two are called context_length and context_stride."""
 
     length: int = 16  # frames of a window
     stride: int = 4  # frames from the beginning of one window to that of the next
     weighting_scheme: str = "pyramid"
     noise_type: str = "shuffle_context"
-    interpolate: Interpolate | None = None  # between the texts of a prompt for single frames
-    tail: str = "whole"  # what counts of the last window, where the others do not end with the video
-    repeat: str = "context"  # what `repeat_context` repeats
+    interpolate: Interpolate | None = None  # the function that interpolates between texts at frames
+    tail: str = "whole"  # how the last window counts if the windows do not end with the video; see compat.py
+    repeat: str = "context"  # what `repeat_context` repeats; see compat.py
 
     def __post_init__(self) -> None:
         check_whole("context_length", self.length, 1)
@@ -41,20 +42,21 @@ class FreeNoise:
         check_choice("tail", self.tail, TAILS)
         check_choice("repeat", self.repeat, REPEATS)
         if self.stride > self.length:
-            raise ValueError(f"context_stride {self.stride} leaves frames out: a window has {self.length}")
+            raise ValueError(f"context_stride must be at most context_length {self.length}, not {self.stride}")
         if not (self.interpolate is None or callable(self.interpolate)):
             raise TypeError(f"prompt_interpolation_callback must be a function, not {self.interpolate!r}")
 
     def stretch(self, noise: Tensor, frames: int, generator: Generator | Sequence[Generator] | None) -> Tensor:
-        """noise (b c n h w), of all frames or of a window's -> (b c frames h w), made of its first window.
+        """noise (b c n h w) -> (b c frames h w), made from the noise of the first window of frames.
 
-        What is shuffled is drawn from the generator: with one for each video, as if the video were alone.
+        n is the number of all frames, or of the frames of a window. The generator draws the order of shuffled frames.
+        A list has one generator for each video. Raises ValueError if n is too small.
         """
         noise = noise[:, :, :frames]
         published = self.noise_type == "repeat_context" and self.repeat == "published"
         if self.noise_type == "random" or published or frames <= self.length:
             if noise.shape[2] < frames:
-                raise ValueError(f"latents for {frames} frames are needed, not for {noise.shape[2]}")
+                raise ValueError(f"latents must have {frames} frames, not {noise.shape[2]}")
             return noise
         generators = list(generator) if isinstance(generator, list | tuple) else [generator]
         videos = noise.split(1) if len(generators) > 1 else [noise]
@@ -62,26 +64,26 @@ class FreeNoise:
         return torch.cat(stretched)
 
     def sources(self, frames: int, generator: Generator | None) -> list[int]:
-        """For each frame the frame whose noise it gets."""
+        """For each frame the index of the frame whose noise it gets."""
         if self.noise_type == "repeat_context":
             return [i % self.length for i in range(frames)]
         found = list(range(self.length))
         device = "cpu" if generator is None else generator.device
-        while len(found) < frames:  # the noise of `stride` frames, a window ago, in another order
+        while len(found) < frames:  # the noise of `stride` frames one window earlier, in another order
             begin = len(found) - self.length
             order = torch.randperm(self.stride, generator=generator, device=device).tolist()
             found += [found[begin + i] for i in order]
         return found[:frames]
 
     def windows(self, frames: int) -> list[tuple[int, int]]:
-        """The first frame of each window, and the first behind it."""
+        """(first frame, last frame + 1) of each window."""
         starts = [*range(0, frames - self.length + 1, self.stride)]
         if starts[-1] + self.length < frames:
             starts.append(frames - self.length)
         return [(s, s + self.length) for s in starts]
 
     def average(self, attend: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """x (b f p d) -> attend(x) (b f p d), of one window at a time, averaged where windows overlap."""
+        """x (b f p d) -> attend(x) (b f p d), one window at a time. Overlapping windows are averaged."""
         frames = x.shape[1]
         if frames <= self.length:
             return attend(x)
@@ -91,7 +93,7 @@ class FreeNoise:
         total, mass = torch.zeros_like(x), x.new_zeros((frames, 1, 1))
         for begin, end in windows:
             y = attend(x[:, begin:end].contiguous())
-            if end == frames and not whole:  # only frames that no other window has, all with the weight of the first
+            if end == frames and not whole:  # only frames of no other window, all with the weight of the first one
                 rest = frames - windows[-2][1]
                 total[:, -rest:] += y[:, -rest:] * weight[-rest:]
                 mass[-rest:] += weight[-rest]

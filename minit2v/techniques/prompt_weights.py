@@ -1,10 +1,10 @@
-"""Weighted words and prompts of any length, by the arithmetic of A1111's web UI. docs/prompts.md has it in words.
+"""Weighted words and prompts of any length, with the rules of A1111's web UI. docs/prompts.md explains them.
 
     (word)  (word:1.3)  [word]  BREAK  \\( \\)
 
-A prompt is cut into chunks of as many tokens as the text encoder reads, 75 between the first and the last one. Each
-chunk is encoded by itself. A token's state is multiplied by the token's weight, and the chunk's states are scaled so
-that their mean is what it was. The chunks' states then stand one behind the other.
+A prompt is cut into chunks of as many tokens as the text encoder reads: 75, and the first and the last token. Each
+chunk is encoded separately. The state of a token is multiplied by the token's weight. Then the states of the chunk are
+scaled so that their mean does not change. At the end the states of all chunks are concatenated.
 """
 
 import re
@@ -17,8 +17,8 @@ from torch import Tensor
 from ..models.tokenizer import CLIPTokenizer
 
 WEIGHTS = ("a1111",)
-STEP = 1.1  # what a pair of brackets multiplies by, or divides by
-BACK = 20  # tokens that a chunk may leave out to end with a comma
+STEP = 1.1  # the factor of a pair of ( ), the divisor of a pair of [ ]
+BACK = 20  # a chunk may be this many tokens shorter to end with a comma
 TOKEN = re.compile(r"\\[()\[\]\\]|\\|[()\[\]]|:\s*([+-]?[.\d]+)\s*\)|[^\\()\[\]:]+|:")
 BREAK = re.compile(r"\s*\bBREAK\b\s*")
 LOOKS_WEIGHTED = re.compile(r"\([^()]*:\s*[+-]?\d*\.?\d+\s*\)|\(\(|\[\[|\bBREAK\b")
@@ -26,16 +26,16 @@ LOOKS_WEIGHTED = re.compile(r"\([^()]*:\s*[+-]?\d*\.?\d+\s*\)|\(\(|\[\[|\bBREAK\
 
 @dataclass
 class Chunk:
-    """Tokens and their weights, without the first and the last token that the text encoder wants."""
+    """Tokens and their weights, without the text encoder's first and last token."""
 
     ids: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
 
 
 def parse(text: str) -> list[tuple[str, float] | None]:
-    """The pieces of a prompt with their weights; None where a chunk ends (BREAK)."""
+    """The pieces of a prompt with their weights. None stands for the end of a chunk (BREAK)."""
     pieces: list[list] = []  # [text or None, weight]
-    rounds: list[int] = []  # where brackets that are open begin
+    rounds: list[int] = []  # pieces at which open brackets begin
     squares: list[int] = []
 
     def scale(begin: int, factor: float) -> None:
@@ -82,11 +82,11 @@ def is_number(text: str) -> bool:
 def chunks(tokenizer: CLIPTokenizer, text: str) -> list[Chunk]:
     """The prompt in chunks, at least one.
 
-    A chunk that is full ends behind its last comma, if that is among the last 20 tokens, so that no phrase is cut.
+    A full chunk ends after its last comma if that is among the last 20 tokens, so that no phrase is cut.
     """
     size = tokenizer.model_max_length - 2
     comma = tokenizer.encode(",")[1:-1]
-    found, chunk, after_comma = [], Chunk(), 0  # after_comma: where the last phrase begins, 0 where nobody knows
+    found, chunk, after_comma = [], Chunk(), 0  # after_comma: where the last phrase begins, or 0
     for piece in parse(text):
         if piece is None:
             found.append(chunk)
@@ -110,9 +110,9 @@ def chunks(tokenizer: CLIPTokenizer, text: str) -> list[Chunk]:
 def encode(
     tokenizer: CLIPTokenizer, text_encoder: Callable[[Tensor], Tensor], texts: list[str], count: int
 ) -> Tensor:
-    """b texts -> states (b count*l d), where l is what the text encoder (b l) -> (b l d) reads at a time.
+    """b texts -> states (b count*l d). The text encoder maps ids (b l) to states (b l d), l at a time.
 
-    Prompts of fewer chunks are filled up with empty ones.
+    Prompts with fewer than `count` chunks get empty chunks at the end.
     """
     rows, weights = [], []
     for text in texts:
