@@ -28,7 +28,8 @@ def run(args: argparse.Namespace) -> int:
     size = {"frames": getattr(args, "num_frames", None), "height": getattr(args, "height", None),
             "width": getattr(args, "width", None), "adapter": getattr(args, "adapter", None)}  # fmt: skip
     planner = planner_of_model(args.model, dtype=getattr(torch, dtype), device=args.device, **size)
-    say(f"{args.model}, {planner.video}, guidance, {dtype}: counted without running it; the allocator and CUDA need some more")
+    say(f"{args.model}, {planner.video}, guidance, {dtype}: counted without running it; the allocator and CUDA need "
+        "some more")
     weights = ", ".join(f"{name.replace('_', ' ')} {gib(n)}" for name, n in planner.weights.items())
     tell(f"weights: {weights}; together {gib(sum(planner.weights.values()))}")
     rows = planner.rows()

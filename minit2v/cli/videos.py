@@ -205,7 +205,8 @@ def _summary(s: dict[str, Any], frames: int) -> str:
 
 
 def _latents(pipe: Any, call: dict[str, Any], prompt: Any, seed: int, video: Any) -> Any:
-    """The latents (1 c f h w) of one prompt. The noise is drawn on the CPU, so a seed gives the same on every device."""
+    """The latents (1 c f h w) of one prompt. The noise is drawn on the CPU, so a seed means the same on every device.
+    """
     import torch
 
     extra = {} if video is None else {"video": video}
