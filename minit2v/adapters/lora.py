@@ -423,8 +423,8 @@ def _of_component(component: str, weight: Any) -> Any:
 def weight_of(weight: Any, path: str, unet: Any) -> float:
     """The weight of one layer. weight: a number, or {"down": ..., "mid": ..., "up": {"block_1": ...}}.
 
-    The weight of a block is a number, or a list with a number for each of its transformers. Layers beside a transformer,
-    such as its ResBlock, get the same number. The weight of layers that are not named is 1.
+    The weight of a block is a number, or a list with a number for each of its transformers. Layers beside a
+    transformer, such as its ResBlock, get the same number. The weight of layers that are not named is 1.
     """
     if not isinstance(weight, dict):
         return _number(weight, "a weight")

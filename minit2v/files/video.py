@@ -768,8 +768,8 @@ def _on_grid(path: Path, times: list[float], tick: float, declared: float | None
 def _even(times: list[float], tick: float, declared: float | None) -> tuple[list[int], float, bool]:
     """(index of the frame at each point of an even grid, the points per second, whether this is exact).
 
-    It counts as exact if a time is off by half a tick (rounded), by a whole tick (cut off), or by a tenth of a frame
-    and at most 10 ms, which nobody sees.
+    It still counts as exact if a time is off by half a tick (rounded) or by a whole tick (cut off). So does an error
+    of a tenth of a frame and at most 10 ms, which nobody sees.
     """
     times = list(itertools.accumulate(times, max))
     n, total = len(times) - 1, max(times[-1], tick)
