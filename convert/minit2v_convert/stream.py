@@ -117,7 +117,7 @@ def read_header(path: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], dic
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise _broken(path, "it is truncated, or not a safetensors file")
+            raise _broken(path, "it is truncated, or not a safetensors file; download it again")
         if length > LONGEST_HEADER:
             raise _broken(path, f"its header has {length} bytes, and the limit is {LONGEST_HEADER}")
         text = file.read(length)

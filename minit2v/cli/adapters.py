@@ -73,13 +73,14 @@ def check_prompt(prompt: str) -> str | None:
 def words(name: str, stored: Any) -> list[str]:
     """The options for one of these settings in a video's metadata. ValueError if the metadata are not valid."""
     if not isinstance(stored, list):
-        raise ValueError(f"{name} {stored!r}")
+        raise ValueError(f"{name} must be a list, not {stored!r}")
     made = []
     for entry in stored:
         path = entry.get("path") if isinstance(entry, dict) else None
         extra = entry.get("word" if name == "embedding" else "weight") if isinstance(entry, dict) else None
         if not isinstance(path, str) or not isinstance(extra, str | int | float | None) or isinstance(extra, bool):
-            raise ValueError(f"{name} {entry!r}")
+            extra_name = "word" if name == "embedding" else "weight"
+            raise ValueError(f"{name}: an entry must be an object with a path and a {extra_name}, not {entry!r}")
         made.append(f"--{name.replace('_', '-')}={path}" + (f":{extra}" if extra is not None else ""))
     return made
 
@@ -132,13 +133,15 @@ class _naming:
     """Puts the option and its value before the message of an error."""
 
     def __init__(self, option: str, path: str):
-        self.what = f"{option} {path}"
+        self.option, self.path = option, path
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
         if isinstance(error, ValueError | OSError | TypeError):
-            raise (OSError if isinstance(error, OSError) else ValueError)(f"{self.what}: {one_line(error)}") from error
+            text = one_line(error)
+            what = self.option if text.startswith(self.path) else f"{self.option} {self.path}"  # name it only once
+            raise (OSError if isinstance(error, OSError) else ValueError)(f"{what}: {text}") from error
 
 
 def _motion(name: str) -> str:

@@ -66,7 +66,9 @@ def _kernels(text: str) -> str:
         try:
             choices(text)
         except ValueError as e:
-            raise argparse.ArgumentTypeError(str(e).removeprefix("MINIT2V_KERNELS ")) from None
+            text = str(e).removeprefix("MINIT2V_KERNELS ")
+            raise argparse.ArgumentTypeError(f"{text}; for one operation give OP=CHOICE, such as geglu=triton"
+                                             ) from None
     return text
 
 
@@ -108,6 +110,12 @@ class Parser(argparse.ArgumentParser):
             word, known = rest[0].split("=")[0], [s for a in self._actions for s in a.option_strings]
             self.error(f"unknown argument {word!r}{nearest(word, known)}")
         return namespace, rest
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            message = f"must be one of {', '.join(known)}, not {value!r}{nearest(value, known)}"
+            raise argparse.ArgumentError(action, message)
 
     def _print_message(self, message: str, file: Any = None) -> None:
         write(file or sys.stderr, message)  # argparse's own method hides the error of a full disk

@@ -34,7 +34,8 @@ def add_options(sub: argparse.ArgumentParser, whole: Any) -> None:
     sub.add_argument("--free-noise", action=argparse.BooleanOptionalAction,
                      help="repeat the noise of the first window, so that all windows look alike (FreeNoise)")
     sub.add_argument("--prompt-at", nargs=2, action=TextAt, metavar=("FRAME", "TEXT"),
-                     help="use another text from this frame on; the text changes gradually before it; can be repeated")
+                     help="use another text from this frame on; the frames before change smoothly towards it; can be "
+                     "repeated")
     sub.add_argument("--prompt-interpolation", choices=("linear", "spherical"),
                      help="how to go from one text to the next (default: linear)")
     sub.add_argument("--prompt-weights", action=argparse.BooleanOptionalAction,

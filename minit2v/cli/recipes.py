@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import typing
 from typing import Any
 
 from ..training.recipe import HINTS, Recipe, parse, words
@@ -18,7 +19,7 @@ def add_options(parser: Any) -> None:
         flag, help_text = f"--{f.name.replace('_', '-')}", f.metadata["help"].replace("%", "%%")
         default = f.default if f.default not in (None, "", (), False) else ""
         if default != "":
-            help_text += f": {default}"
+            help_text += f" (default: {default})"
 
         def one(text: str, name: str = f.name) -> Any:
             try:
@@ -35,8 +36,9 @@ def add_options(parser: Any) -> None:
             parser.add_argument(flag, nargs="+", metavar="TEXT", help=help_text)
         else:
             known = words(hint)
-            parser.add_argument(flag, type=one, metavar=None if known else "VALUE", choices=known or None,
-                                help=help_text)  # fmt: skip
+            kinds = typing.get_args(hint) or (hint,)
+            metavar = None if known else "N" if int in kinds else "X" if float in kinds else "TEXT"
+            parser.add_argument(flag, type=one, metavar=metavar, choices=known or None, help=help_text)
     parser.add_argument("--check", action="store_true", default=False, help="show the training clips with "
                         "their captions, and do not train")
     parser.add_argument("--resume-anyway", action="store_true", default=False, help="resume a run although its "

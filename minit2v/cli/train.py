@@ -15,6 +15,8 @@ def run(args: argparse.Namespace) -> int:
     """The exit code; an error is raised."""
     given = {name: value for name, value in vars(args).items() if name in HINTS}
     config = args.config or _run_of(given)
+    if config is None and "data" not in given:
+        args.usage_error("give --data: a folder of clips with captions, a list, or one clip")
     recipe = read_recipe(config, given)
     with importing():
         from .. import parallel
