@@ -11,9 +11,9 @@ A plan is made from headers alone, without reading data. All names, shapes and d
 the header of the output can be written before its first tensor. Only `make` reads data, and a step needs only its own
 sources. Tensors that a plan does not take are in `ignored`, with the reason.
 
-Some tensors are lost in a folder of diffusers, and are on these lists: the noise schedules and moving averages of
-single files, the counters of trainers, and the image encoder and last block of OpenCLIP. Therefore the file of OpenCLIP
-cannot be made again (`omitted`). Motion modules get the copies of their position encodings back.
+A folder of diffusers has no place for some tensors, which are on these lists. They are the noise schedules and moving
+averages of single files, the counters of trainers, and OpenCLIP's image encoder and last block. Therefore OpenCLIP's
+file cannot be made again (`omitted`). Motion modules get the copies of their position encodings back.
 """
 
 import math
@@ -38,9 +38,9 @@ class Step:
     """One tensor of the output.
 
     sources: the names to read, from the file of `component` ("" if there is only one file).
-    op: how the tensor is made. copy; reshape (axes of size 1); rows (part `part` of `parts` of a source's rows); join
-        (the sources are concatenated along the rows); same (the sources are copies of one tensor); sinusoids (computed
-        without a source).
+    op: how the tensor is made. "copy" and "reshape" (for axes of size 1) take one source. "rows" takes part `part` of
+        the `parts` parts of its rows. "join" concatenates the sources along the rows. "same" takes one of several
+        sources, which are copies. "sinusoids" is computed without a source.
     """
 
     name: str

@@ -208,9 +208,9 @@ def export_to_video(
 ) -> str:
     """Write one video as H.264 (yuv420p) and return its path.
 
-    video_frames: a list of PIL images, arrays (h w c) or tensors (c h w); an array (f h w c); a tensor (f c h w); or a
-        batch of one such video. Values are uint8, or floats in [0, 1]. An iterator of frames is written frame by
-        frame, and never held in memory as a whole.
+    video_frames: an array (f h w c), a tensor (f c h w), or a list of frames. A frame is a PIL image, an array (h w c)
+        or a tensor (c h w). A batch of one video is accepted, too. Values are uint8, or floats in [0, 1]. An iterator
+        of frames is written frame by frame, and never held in memory as a whole.
     output_video_path: a name that ends in .mp4, .m4v, .mov or .mkv. None makes a temporary file.
     fps: frames per second, from 0.01 to 1000. Fractions are kept.
     quality: from 0 (small file) to 10 (nearly lossless). None takes the encoder's default.
