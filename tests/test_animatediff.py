@@ -373,7 +373,7 @@ def test_a_unet_without_a_size(pipe, base, adapter):
         (dict(num_frame=8), TypeError, "'num_frame'.*'num_frames'"),
         (dict(motion_scale=1), TypeError, "AnimateDiffPipeline has no argument 'motion_scale'"),
         (dict(video=[1]), TypeError, r"AnimateDiffVideoToVideoPipeline.from_pipe\(pipe\)"),
-        (dict(num_frames=25), ValueError, "25 frames are too many: the motion adapter has position encodings for 24"),
+        (dict(num_frames=25), ValueError, "25 frames are too many: the motion adapter knows the positions of 24"),
         (dict(num_frames=0), ValueError, "num_frames"),
         (dict(num_videos_per_prompt=0), ValueError, "num_videos_per_prompt must be a positive integer"),
         (dict(num_videos_per_prompt=2, generator=[torch.Generator()] * 3), ValueError, "3 generators for 2 videos"),

@@ -65,7 +65,7 @@ def test_a_folder_of_that_name_wins_and_the_log_says_so(tmp_path, caplog):
         for _ in range(2):
             UNet3DConditionModel.from_pretrained("shapes", subfolder="unet")
     assert [r.getMessage() for r in caplog.records] == [
-        f"{tmp_path / 'shapes'} is used, not the embedded model 'shapes'."
+        f"The folder {tmp_path / 'shapes'} is used, not the embedded model 'shapes'."
     ]
     with pytest.raises(FileNotFoundError, match="shapes/vae does not exist"):
         AutoencoderKL.from_pretrained("shapes", subfolder="vae")

@@ -105,7 +105,7 @@ HEADERS = {
     "a gap": ({"a": entry(), "b": entry(begin=28, end=52)}, "'b' begins at byte 28"),
     "truncated": ({"a": entry(shape=[2, 4], end=32)}, "truncated.* take 32 bytes, but there are 24"),
     "huge": ({"a": entry(shape=[2**62, 4])}, "impossible shape"),
-    "a lie": ({"a": entry(shape=[2, 4])}, r"'a' takes 24 bytes, which F32 \[2, 4\] does not"),
+    "a lie": ({"a": entry(shape=[2, 4])}, r"'a' takes 24 bytes, which does not fit F32 \[2, 4\]"),
     "negative": ({"a": entry(shape=[-2, -3])}, "not whole numbers"),
     "true": ({"a": entry(shape=[True, 6])}, "not whole numbers"),
     "dtype": ({"a": entry(dtype="C64")}, "'a' has the unknown dtype 'C64'"),
