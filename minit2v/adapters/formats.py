@@ -245,7 +245,7 @@ def _refuse_strangers(
     for name in header:
         for sign, family in STRANGERS:
             if re.search(sign, name):
-                raise Refused(f"it is a LoRA for {family}, which minit2v does not have ({name[:200]!r})")
+                raise Refused(f"it is a LoRA of {family}, which minit2v cannot run ({name[:200]!r})")
     unet = next((t for t in targets if t.component == "unet"), None)
     if any("motion_modules" in n for n in header) and not any("motion_modules" in n for t in targets for n in t.shapes):
         where = f"{unet.title} has no motion modules" if unet else "the pipeline has no UNet"

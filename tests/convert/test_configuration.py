@@ -185,7 +185,7 @@ def test_it_is_checked_against_the_weights(authors, tmp_path):
         components(folder)
     changed(path, unet_attn_scales=[1], ckpt_autoencoder="open_clip_pytorch_model.bin")
     changed(path, ckpt_clip="VQGAN_autoencoder.pth")
-    with pytest.raises(ValueError, match="VQGAN_autoencoder.pth is the vae, for which configuration.json names"):
+    with pytest.raises(ValueError, match="VQGAN_autoencoder.pth is the vae, but for it configuration.json names"):
         components(folder)
     changed(path, ckpt_autoencoder="VQGAN_autoencoder.pth", ckpt_clip="open_clip_pytorch_model.bin", unet_num_heads=4)
     with pytest.raises(ValueError, match=r"o/configuration.json: unet_num_heads must be 8") as error:

@@ -351,14 +351,14 @@ def test_a_folder_that_says_something_else_than_its_weights(image_model, tmp_pat
     path.write_text(json.dumps({**json.loads(path.read_text()), "block_out_channels": [8, 32]}))
     with pytest.raises(ValueError, match=r"vae.config.json has block_out_channels \[8, 32\], but the weights in"):
         convert(tmp_path / "f", tmp_path / "x", dtype=torch.float16)
-    with pytest.raises(ValueError, match="config: .* has a config.json of its own"):
+    with pytest.raises(ValueError, match="config: .* has its own config.json"):
         convert(image_model, tmp_path / "x", config=image_model)
 
 
 def test_a_pipeline_that_lacks_a_network(image_model, tmp_path):
     shutil.copytree(image_model, tmp_path / "f")
     (tmp_path / "f/unet/config.json").unlink()
-    with pytest.raises(ValueError, match="f/unet has no config.json, and model_index.json names it"):
+    with pytest.raises(ValueError, match="f/unet has no config.json, but model_index.json names it"):
         convert(tmp_path / "f", tmp_path / "x")
     shutil.rmtree(tmp_path / "f/unet")
     for to in ("diffusers", "single-file"):
@@ -647,11 +647,11 @@ def test_whole_numbers_are_no_weights(image_model, tmp_path, dtype):
     shutil.copytree(image_model / "unet", tmp_path / "unet")
     (path,) = (tmp_path / "unet").glob("*.safetensors")
     save_file({n: x.to(dtype) if n == "conv_in.weight" else x for n, x in load_file(path).items()}, path)
-    with pytest.raises(ValueError, match="'conv_in.weight' is (I8|I64|U8|BOOL), but weights"):
+    with pytest.raises(ValueError, match="'conv_in.weight' is (I8|I64|U8|BOOL), but (only )?weights"):
         convert(tmp_path / "unet", tmp_path / "out")
     for load in (lambda: UNet2DConditionModel.from_pretrained(tmp_path / "unet"),
                  lambda: UNet2DConditionModel.from_single_file(path, config=tmp_path / "unet" / "config.json")):
-        with pytest.raises(ValueError, match="'conv_in.weight' is (I8|I64|U8|BOOL), but weights"):
+        with pytest.raises(ValueError, match="'conv_in.weight' is (I8|I64|U8|BOOL), but (only )?weights"):
             load()
     for what in (tmp_path / "unet", path):
         lines, good = inspect.report(str(what))

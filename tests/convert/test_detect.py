@@ -259,7 +259,7 @@ def test_a_name_without_end_is_cut():
     ({}, "the file has no tensors"),
     ({"a": ([1], "F33")}, r"'a' has the unknown dtype 'F33' \(nearest: 'F32'\)"),
     ({"a": ([-1], "F32")}, "'a' has the impossible shape"),
-    ({"lm_head.weight": ([1], "F32")}, "no known layout has names like 'lm_head.weight'; there are 1 tensors"),
+    ({"lm_head.weight": ([1], "F32")}, "no known layout has names like 'lm_head.weight'; the file has 1 tensors"),
 ])  # fmt: skip
 def test_what_is_nothing_known(header, message):
     with pytest.raises(ValueError, match=message):

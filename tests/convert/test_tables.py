@@ -36,7 +36,7 @@ def test_arithmetic_in_names():
 
 
 def test_rows_that_are_not_one_to_one_are_refused():
-    with pytest.raises(ValueError, match="'b.1' and 'c.1' are both 'a.1'"):
+    with pytest.raises(ValueError, match="'b.1' and 'c.1' both become 'a.1'"):
         write_out([("a.{i}", "b.{i}"), ("a.{i}", "c.{i}")], ["b.1", "c.1"], {})
     with pytest.raises(ValueError, match="no row of the table matches 'z'"):
         write_out([("a", "b")], ["z"], {})
