@@ -140,8 +140,8 @@ class _naming:
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
         if isinstance(error, ValueError | OSError | TypeError):
             text = one_line(error)
-            what = self.option if text.startswith(self.path) else f"{self.option} {self.path}"  # name it only once
-            raise (OSError if isinstance(error, OSError) else ValueError)(f"{what}: {text}") from error
+            text = text if text.startswith(self.path) else f"{self.path}: {text}"  # name the file only once
+            raise (OSError if isinstance(error, OSError) else ValueError)(f"{self.option} {text}") from error
 
 
 def _motion(name: str) -> str:

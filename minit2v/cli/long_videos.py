@@ -86,7 +86,7 @@ def put_into(pipe: Any, settings: dict[str, Any]) -> None:
     most = getattr(pipe.unet.config, "motion_max_seq_length", None)
     length = settings.get("window") or min(WINDOW, most or WINDOW)
     if most is not None and length > most:
-        raise ValueError(f"--window {length}: the motion adapter has position encodings for only {most} frames")
+        raise ValueError(f"--window {length}: the motion adapter has position encodings for {most} frames only")
     if settings.get("free_noise"):
         pipe.enable_free_noise(length, max(1, length // 4))
     if any(settings.get(name) for name in ("window", "window_overlap", "loop")):
