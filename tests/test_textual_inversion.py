@@ -286,7 +286,7 @@ def test_a_word_is_logged(pipe, caplog):
     ({"x" * 201: vectors()}, None, "is not a word"),
     ({"wow!": vectors()}, None, "would not be found in a prompt"),
     ({"<a>": vectors(76)}, None, "has 76 vectors, but a prompt has room for 75"),
-    ({"<a>": vectors(0)}, None, r"is \(0, 24\)"),
+    ({"<a>": vectors(0)}, None, r"not \(0, 24\)"),
     ({"<a>": torch.zeros(1, 2, DIM)}, None, r"not \(1, 2, 24\)"),
     ({"<a>": torch.tensor(1.0)}, None, r"not \(\)"),
     ({"<a>": torch.zeros(2, DIM).long()}, None, "not torch.int64"),
