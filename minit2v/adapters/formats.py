@@ -340,7 +340,7 @@ def _unfit(layer: Layer, header: Header, weight: Sequence[int], embedding: bool)
         return "has rank 0"
     if wrong:
         role = wrong[0]
-        return f"has a {role} factor of shape {shape[role]}, but its layer {list(weight)} needs {want[role]}"
+        return f"has a {role} factor of shape {shape[role]}, not {want[role]}, as its layer {list(weight)} needs"
     return ""
 
 
