@@ -185,7 +185,7 @@ def test_the_seed_is_drawn_said_and_stored(run, model):
 
 def test_without_a_model_the_embedded_one_and_its_settings(run, model, tmp_path, monkeypatch):
     monkeypatch.setattr(embedded, "ASSETS", tmp_path / "assets")
-    fails(run("generate", "a cat"), "assets/shapes: the model of this package is not in this installation")
+    fails(run("generate", "a cat"), "assets/shapes: this installation lacks the embedded models")
     shutil.copytree(model, tmp_path / "assets" / "shapes")
     code, out, err = run("generate", "a cat", "--steps", 1, "-o", "a.gif")
     guidance = f"guidance {videos.PRESETS['shapes']['guidance_scale']:g}"
@@ -356,9 +356,9 @@ USAGE = [
     (["restyle"], "video"),
     (["restyle", "x.mp4"], "give a prompt"),
     (["animate"], "give a prompt"),
-    (["animate", "x", "--adapter", "y"], "--adapter: to which image model\\? Give --base MODEL"),
-    (["animate", "x", "--strength", "0.5"], "--strength: .* Give --video"),
-    (["animate", "x", "--video", "y.mp4", "--num-frames", "4"], "--num-frames: a video has its own"),
+    (["animate", "x", "--adapter", "y"], "--adapter needs an image model: give --base MODEL"),
+    (["animate", "x", "--strength", "0.5"], "--strength .* give --video"),
+    (["animate", "x", "--video", "y.mp4", "--num-frames", "4"], "--num-frames: the input video sets the number"),
     (["animate", "x", "--model", "y"], "unknown argument '--model'"),
     (["inspect"], "model"),
     (["generat"], "generat"),
@@ -566,9 +566,9 @@ def test_animate_without_an_adapter_takes_the_published_one(run, images, adapter
 
 def test_animate_without_a_base_takes_the_embedded_models(run, images, adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(embedded, "ASSETS", tmp_path / "assets")
-    fails(run("animate", "a cat"), "assets/shapes-image: the model of this package is not in this installation")
+    fails(run("animate", "a cat"), "assets/shapes-image: this installation lacks the embedded models")
     shutil.copytree(images, tmp_path / "assets/shapes-image")
-    fails(run("animate", "a cat"), "assets/shapes-motion: the model of this package is not in this installation")
+    fails(run("animate", "a cat"), "assets/shapes-motion: this installation lacks the embedded models")
     shutil.copytree(adapter, tmp_path / "assets/shapes-motion")
     code, out, err = run("animate", "a cat", "--steps", 1, "-o", "a.gif")
     guidance = f"guidance {videos.PRESETS['shapes-image']['guidance_scale']:g}"
@@ -650,14 +650,14 @@ def test_animate_with_pictures_and_again(run, images, adapter, make_ip_adapter, 
 @pytest.mark.parametrize(
     ("given", "said", "code"),
     [
-        (("--ip-adapter", "a.bin"), "--ip-adapter: it is shown which picture", 2),
-        (("--image", "a.png"), "--image: it is shown by which adapter", 2),
+        (("--ip-adapter", "a.bin"), "--ip-adapter needs a picture", 2),
+        (("--image", "a.png"), "--image needs an IP-Adapter", 2),
         (("--image", ":0.5"), "':0.5' is not a PICTURE", 2),
         (("--ip-adapter", "a", "--ip-adapter", "b", "--image", "c"), "1 --image for 2 --ip-adapter", 2),
-        (("--ip-adapter", "a", "--image", "c:1", "--image", "d:0.5"), "count the same, give them one scale", 2),
+        (("--ip-adapter", "a", "--image", "c:1", "--image", "d:0.5"), "have different scales; give all of them the", 2),
         (("--ip-adapter", "a.bin", "--image", "gone.png"), "gone.png: no such file", 1),
         (("--ip-adapter", "a.bin", "--image", "0.png"), "--ip-adapter: there is no folder 'a.bin'", 1),
-        (("--ip-adapter", "a.bin", "--image", "0.png:1"), "a picture has this whole name: add a scale, 0.png:1:1", 2),
+        (("--ip-adapter", "a.bin", "--image", "0.png:1"), "is the whole name of a picture: add a scale, 0.png:1:1", 2),
     ],
 )
 def test_pictures_that_do_not_fit(run, images, adapter, given, said, code):
@@ -690,7 +690,7 @@ def test_a_variant_is_that_of_the_base_and_of_the_adapter_where_it_has_it(run, a
     images = make_official_folder(tmp_path / "half", "sd15", "fp16", small=True)
     base = ["animate", "a cat", "--base", images, "--adapter", adapter, *FAST]
     code, out, err = run(*base, "--variant", "fp16")
-    assert code == 0 and any("has no variant fp16: its other weights are read" in line for line in err), err
+    assert code == 0 and any("has no variant fp16: its weights without a variant are read" in line for line in err), err
     assert read_metadata(out[0])["variant"] == "fp16"
     fails(run(*base), "no diffusion_pytorch_model.safetensors")
 
@@ -796,8 +796,8 @@ def test_inspect_says_what_does_not_fit(run, copy):
     assert code == 1 and len(wrong) == 7
     for said in ("unet: 1 keys missing: 'conv_in.bias'", "unet: 1 keys unknown: 'unknown.weight'",
                  "unet: 1 keys of another shape: 'conv_out.bias' is (7,), not (4,)", "vae: .*header is broken",
-                 "tokenizer: there are no files", "'DDIMSchedular' is not here (nearest: 'DDIMScheduler')",
-                 "the pipeline 'TextToVideoPipeline' is not here"):
+                 "tokenizer: its folder has no files", "minit2v has no pipeline 'TextToVideoPipeline'",
+                 "minit2v has no class 'DDIMSchedular' (nearest: 'DDIMScheduler')"):
         assert any(re.search(re.escape(said).replace(r"\.\*", ".*"), line) for line in wrong), (said, wrong)
     assert any("464 of 466 match" in line for line in out)
 
@@ -854,9 +854,9 @@ def test_convert_and_inspect_what_came(run, tmp_path):
     assert code == 0 and all(torch.equal(after[n], x.float()) for n, x in before.items()) and len(after) == len(before)
     assert (tmp_path / "folder/tokenizer/vocab.json").is_file()
 
-    fails(run("convert", file, out), "authors is there already")
+    fails(run("convert", file, out), "authors exists already")
     fails(run("convert", tmp_path / "gone", "x"), "gone: No such file")
-    fails(run("convert", file, "x", "--to=civitai"), "invalid choice", code=2)
+    fails(run("convert", file, "x", "--to=civitai"), "must be one of diffusers, authors, single-file, not 'c", code=2)
     fails(run("convert", file, "x", "--to=original"), "authors", code=2)  # its name before
     save_file({**before, "spare": torch.zeros(1)}, tmp_path / "more.safetensors")
     fails(run("convert", tmp_path / "more.safetensors", "x"), "more.safetensors: .*1 unknown: 'spare'")
@@ -868,11 +868,11 @@ def test_convert_and_inspect_what_came(run, tmp_path):
 def test_inspect_what_is_no_model(run, copy):
     Path("empty").mkdir()
     fails(run("inspect", "empty"), "neither model_index.json nor config.json")
-    fails(run("inspect", copy / "model_index.json"), "neither a safetensors file nor one of torch.save")
+    fails(run("inspect", copy / "model_index.json"), "neither a safetensors file nor a torch.save file")
     fails(run("inspect", "gone"), "no folder .gone.")
     (copy / "unet/config.json").write_text('{"_class_name": "UNet2DModel"}')
     code, out, _ = run("inspect", copy / "unet")
-    assert code == 1 and "'UNet2DModel', which is not here" in out[-1]
+    assert code == 1 and "'UNet2DModel', a class that minit2v does not have" in out[-1]
 
 
 def test_inspect_a_hub_id_reads_headers_only(run, model, tmp_path, monkeypatch):

@@ -89,8 +89,8 @@ def test_what_does_not_fit_is_one_line(run, args, said):
 
 @pytest.mark.parametrize("args,said", [
     (["--prompt-at", "x", "b"], "the frame must be a whole number from 0, not 'x'"),
-    (["--prompt-at", "0", "b"], "the prompt itself is that of the first frame"),
-    (["--prompt-at", "3", "b", "--prompt-at", "03", "c"], "frame 3 has a text already, 'b'"),
+    (["--prompt-at", "0", "b"], "frame 0 already has the prompt itself"),
+    (["--prompt-at", "3", "b", "--prompt-at", "03", "c"], "frame 3 already has the text 'b'"),
     (["--prompt-at", "3"], "expected 2 arguments"),
     (["--window", "0"], "must be a whole number of at least 1"),
 ])  # fmt: skip
@@ -101,6 +101,6 @@ def test_wrong_usage(args, said, capsys):
 
 def test_more_frames_than_positions(run):
     code, said = run("animate", TEXT, *FAST, "--num-frames", 20, "-o", "a.mp4")
-    assert code == 1 and "the motion adapter knows the positions of 16; give --window 16" in said[-1]
+    assert code == 1 and "the motion adapter has position encodings for 16; give --window 16" in said[-1]
     code, said = run("animate", TEXT, *FAST, "--num-frames", 20, "--window", 17, "-o", "a.mp4")
-    assert code == 1 and "--window 17: the motion adapter knows the positions of 16 frames" in said[-1]
+    assert code == 1 and "--window 17: the motion adapter has position encodings for 16 frames" in said[-1]

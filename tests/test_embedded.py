@@ -65,7 +65,7 @@ def test_a_folder_of_that_name_wins_and_the_log_says_so(tmp_path, caplog):
         for _ in range(2):
             UNet3DConditionModel.from_pretrained("shapes", subfolder="unet")
     assert [r.getMessage() for r in caplog.records] == [
-        f"{tmp_path / 'shapes'} is taken, not the embedded model 'shapes': a folder wins."
+        f"The folder {tmp_path / 'shapes'} is used, not the embedded model 'shapes'."
     ]
     with pytest.raises(FileNotFoundError, match="shapes/vae does not exist"):
         AutoencoderKL.from_pretrained("shapes", subfolder="vae")
@@ -73,5 +73,5 @@ def test_a_folder_of_that_name_wins_and_the_log_says_so(tmp_path, caplog):
 
 def test_an_installation_without_the_models(tmp_path, monkeypatch):
     monkeypatch.setattr(embedded, "ASSETS", tmp_path / "none")
-    with pytest.raises(FileNotFoundError, match="not in this installation"):
+    with pytest.raises(FileNotFoundError, match="this installation lacks the embedded models"):
         DiffusionPipeline.from_pretrained("shapes")

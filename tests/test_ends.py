@@ -160,7 +160,7 @@ def test_replay_uses_what_a_file_names_only_where_it_is_trusted(run, monkeypatch
     for settings, said in hostile:
         command = "animate" if settings.get("minit2v") == "animate" else "generate"
         code, out, err = run(command, "--replay", video("a.mp4", **settings))
-        assert code == 1 and f"a.mp4 names {said}: with --trust they are used" in err and err.count("\n") == 1, err
+        assert code == 1 and f"a.mp4 names {said}: give --trust to use them" in err and err.count("\n") == 1, err
     monkeypatch.undo()
 
 
@@ -170,7 +170,7 @@ def test_replay_needs_no_trust_for_the_models_of_this_package_and_those_given(ru
     assert run("generate", "--replay", video("a.mp4", model="a/b"), "--model", "shapes", "-o", "b.mp4")[0] == 0
     copy = shutil.copytree(Path(cli.__file__).parents[1] / "assets" / "shapes", tmp_path / "copy")
     code, out, err = run("generate", "--replay", video("a.mp4", model=str(copy)), "--trust", "-o", "c.mp4")
-    assert code == 0 and f"a.mp4 names what is used now: model '{copy}'" in err
+    assert code == 0 and f"a.mp4 names: model '{copy}'" in err
 
 
 def test_settings_of_a_file_that_are_none_are_one_line(run):

@@ -247,8 +247,8 @@ def test_the_authors_files_are_counted_like_the_folder_that_they_become(make_off
 @pytest.mark.parametrize("arguments, words", [
     (["shapez"], "no model 'shapez' (nearest: 'shapes')"),
     (["shapes", "-o", "page.txt"], "must end in .html"),
-    (["shapes-motion", "--adapter", "motion-v1-5"], "give the image model"),
-    (["ms-1.7b", "--steps", "3"], "--steps belongs to --prompt"),
+    (["shapes-motion", "--adapter", "motion-v1-5"], "give an image model"),
+    (["ms-1.7b", "--steps", "3"], "--steps needs --prompt"),
     (["ms-1.7b", "--prompt", "a cat"], "a name without weights"),
     (["shapes-motion", "--num-frames", "17"], "knows the positions of 16"),
     (["shapes", "--height", "60"], "height must be a multiple of 8"),

@@ -159,7 +159,7 @@ def test_inspect_reads_what_another_file_wins_over(capsys, copy):
     merges, vocab, index, config = files
     words = json.loads(files[vocab])
     for path, text, says in (
-        (merges, "", "merges are missing, .* .tokenizer.json is read in its place."),
+        (merges, "", "merges are missing, .* .minit2v reads tokenizer.json instead."),
         (vocab, "{}", "broken|merges are missing|do not fit"),
         (vocab, json.dumps(words | {"a": words["b"], "b": words["a"]}), "another vocabulary than tokenizer.json"),
         (index, json.dumps(json.loads(files[index]) | {"_minit2v": []}), "_minit2v must be an object, not "),

@@ -213,7 +213,7 @@ def test_every_embedded_and_published_kind(dtype, tmp_path):
 def test_the_command(capsys):
     assert main(["plan", "--model", "shapes", "--num-frames", "8", "--memory", "100MB"]) == 0
     out = capsys.readouterr().out
-    assert "the fastest that fits into 0.09 GiB" in out and re.search(r"as it is +\d", out)
+    assert "the fastest plan that fits into 0.09 GiB" in out and re.search(r"as it is +\d", out)
     assert main(["plan", "--model", "shapes", "--device", "cpu", "--memory", "1MB"]) == 1
     assert "nothing fits" in capsys.readouterr().out
     assert main(["plan", "--memory", "8 apples"]) == 2

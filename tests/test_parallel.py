@@ -219,7 +219,7 @@ def test_other_settings_and_files_that_are_not_whole_get_other_names(generate, a
     assert read_metadata(folder / name)["prompt"] == "a red bar"  # which says nothing of its frames
     with Processes(generate(folder), 1, tmp_path / "logs") as processes:
         assert processes.wait() == [1]
-        assert f"warning: {folder / name} is not whole" in processes.said()[0]
+        assert f"warning: {folder / name} is not complete" in processes.said()[0]
     assert files_of(folder).keys() == {*alone, "a-red-bar-3-2.mp4"}
     with Processes(generate(folder, "--steps", 2), 2, tmp_path / "logs") as processes:
         assert sorted(processes.wait()) == [0, 1]
@@ -250,7 +250,7 @@ def test_what_several_processes_cannot_share(second_of_two, capsys, tmp_path, mo
     Path("list").write_text("a cat\n")
     assert cli.main(["generate", *words]) == 2
     said = capsys.readouterr().err
-    assert "several processes share a list of prompts: give --prompts FILE and -o FOLDER" in said
+    assert "which share a list of prompts: give --prompts FILE and -o FOLDER" in said
     assert os.listdir() == ["list"]
 
 

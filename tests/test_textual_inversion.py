@@ -122,7 +122,7 @@ def test_a_folder_and_its_files(pipe, tmp_path):
     assert pipe.load_textual_inversion(tmp_path, weight_name="learned_embeds.bin") == {"<toy>": 2}
     pipe.unload_textual_inversion()
     assert pipe.load_textual_inversion(tmp_path.parent, subfolder=tmp_path.name) == {"<toy>": 1}
-    with pytest.raises(ValueError, match="is a file, in which there is no weight_name"):
+    with pytest.raises(ValueError, match="is a file: weight_name and subfolder are only for"):
         pipe.load_textual_inversion(tmp_path / "learned_embeds.bin", weight_name="learned_embeds.bin")
     with pytest.raises(FileNotFoundError, match="has no nothing.bin; the files there: learned_embeds.bin"):
         pipe.load_textual_inversion(tmp_path, weight_name="nothing.bin")
@@ -261,16 +261,16 @@ def test_a_word_is_logged(pipe, caplog):
     caplog.set_level("INFO")
     pipe.load_textual_inversion([vectors(3), vectors(1)], ["<a>", "<b>"])
     assert [r.getMessage() for r in caplog.records] == [
-        "'<a>' is a word of prompts now, of 3 vectors.", "'<b>' is a word of prompts now, of 1 vector."]  # fmt: skip
+        "The word '<a>' now stands for 3 vectors.", "The word '<b>' now stands for 1 vector."]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- refused
 
 
 @pytest.mark.parametrize("content,token,why", [
-    ({"<a>": vectors(2, 768)}, None, "have 768 numbers, and this text encoder's have 24: .* Stable Diffusion 1.x"),
-    ({"<a>": vectors(2, 1024)}, None, "have 1024 numbers, and this text encoder's have 24: .* ModelScope"),
-    ({"<a>": vectors(2, 7)}, None, "have 7 numbers, and this text encoder's have 24$"),
+    ({"<a>": vectors(2, 768)}, None, "have width 768, but this text encoder needs 24: .* Stable Diffusion 1.x"),
+    ({"<a>": vectors(2, 1024)}, None, "have width 1024, but this text encoder needs 24: .* ModelScope"),
+    ({"<a>": vectors(2, 7)}, None, "have width 7, but this text encoder needs 24$"),
     ({"clip_l": vectors(2, 768), "clip_g": vectors(2, 1280)}, None, "an embedding of SDXL"),
     (vectors(2), None, "no word: give one as token="),
     ({"emb_params": vectors(2)}, None, "no word: give one as token="),
@@ -285,25 +285,25 @@ def test_a_word_is_logged(pipe, caplog):
     ({"\ud800": vectors()}, None, "is not a word"),
     ({"x" * 201: vectors()}, None, "is not a word"),
     ({"wow!": vectors()}, None, "would not be found in a prompt"),
-    ({"<a>": vectors(76)}, None, "has 76 vectors, and a prompt has room for 75"),
-    ({"<a>": vectors(0)}, None, r"is \(0, 24\)"),
-    ({"<a>": torch.zeros(1, 2, DIM)}, None, r"is \(1, 2, 24\)"),
-    ({"<a>": torch.tensor(1.0)}, None, r"is \(\)"),
-    ({"<a>": torch.zeros(2, DIM).long()}, None, "of torch.int64"),
+    ({"<a>": vectors(76)}, None, "has 76 vectors, but a prompt has room for 75"),
+    ({"<a>": vectors(0)}, None, r"not \(0, 24\)"),
+    ({"<a>": torch.zeros(1, 2, DIM)}, None, r"not \(1, 2, 24\)"),
+    ({"<a>": torch.tensor(1.0)}, None, r"not \(\)"),
+    ({"<a>": torch.zeros(2, DIM).long()}, None, "not torch.int64"),
     ({"<a>": vectors(2) / 0}, None, "holds NaN or infinity"),
     ({"<a>": vectors(2).double() * 1e300}, None, "does not fit torch.float32"),
     ({"<a>": 5}, None, "is a int, not vectors"),
     ({}, None, "it has 0 entries"),
     ({5: vectors()}, None, "5 is not a word"),
-    ({"lora_te_x.lora_down.weight": vectors(4)}, None, "LoRAs are loaded with load_lora_weights"),
+    ({"lora_te_x.lora_down.weight": vectors(4)}, None, "load LoRAs with load_lora_weights"),
     ({"string_to_param": {}}, None, "its string_to_param is {}"),
     ({"string_to_param": 5}, None, "its string_to_param is 5"),
-    (a1111(vectors(2), extra=vectors(2)), None, "beside string_to_param it has the tensor 'extra'"),
-    ({"<a>": vectors(), "<b>": vectors()}, "<c>", "there are 2 words .*, and token= names 1"),
+    (a1111(vectors(2), extra=vectors(2)), None, "beside string_to_param it has an unknown tensor 'extra'"),
+    ({"<a>": vectors(), "<b>": vectors()}, "<c>", "there are 2 words .*, but token= names 1"),
     ({"<a>": vectors(), "<b>": vectors()}, ["<c>", "<c>"], "names a word twice"),
     ([vectors(), vectors()], ["<c>"], "there are 2 embeddings, but token= has 1"),
     ([vectors(), vectors()], "<c>", "there are 2 embeddings, but token= has 1"),
-    ([vectors(), vectors(2, 7)], ["<c>", "<d>"], "'<d>' have 7 numbers"),
+    ([vectors(), vectors(2, 7)], ["<c>", "<d>"], "'<d>' have width 7"),
     ([vectors(), vectors()], ["<c>", "<c>"], "the word '<c>' was added before"),
 ])  # fmt: skip
 def test_refused_and_nothing_has_changed(pipe, content, token, why):
@@ -342,7 +342,7 @@ def test_a_vocabulary_of_clips_own_size():
 def test_parts_that_are_missing_or_do_not_belong_together(folder):
     pipe = TextToVideoSDPipeline.from_pretrained(folder)
     pipe.tokenizer = CLIPTokenizer.clip()
-    with pytest.raises(ValueError, match="the tokenizer has 49,408 ids, and the text encoder 518 rows"):
+    with pytest.raises(ValueError, match="the tokenizer has 49,408 ids, but the text encoder 518 rows"):
         pipe.load_textual_inversion(vectors(), token="<a>")
     for name in ("tokenizer", "text_encoder"):
         pipe = TextToVideoSDPipeline.from_pretrained(folder)
@@ -362,7 +362,7 @@ def test_fused_into_the_table_nothing_is_added(pipe):
     pipe.unload_textual_inversion()
     pipe.fuse_lora()
     before = state(pipe)
-    with pytest.raises(ValueError, match="a LoRA is fused into the text encoder's table"):
+    with pytest.raises(ValueError, match="a LoRA is fused into the text encoder's token table"):
         pipe.load_textual_inversion(vectors(2), token="<toy>")
     assert_same_state(pipe, before)
     pipe.unfuse_lora()

@@ -136,8 +136,8 @@ def test_kinds_of_training():
         (["--train", "lora", "--rank", "1000"], "rank 1000 is larger than"),
         (["--train", "lora", "--adapter", "shapes-motion"], "needs a UNet2DConditionModel"),
         (["--train", "image", "--num-frames", "4"], "one frame at a time"),
-        (["--train", "lora", "--dtype", "float16"], "--dtype goes without --train"),
-        (["--rank", "4"], "--rank goes with --train"),
+        (["--train", "lora", "--dtype", "float16"], "--dtype cannot be used with --train"),
+        (["--rank", "4"], "--rank needs --train"),
         (["--train", "lora", "--processes", "3"], "batch 4 does not divide among 3 processes"),
         (["--train", "lora", "--accumulate", "3"], "accumulate must divide the 4 clips"),
     ],
@@ -157,7 +157,7 @@ def test_the_command_prints_and_chooses(capsys, monkeypatch):
     assert lines[0].split()[:4] == ["MiB", "at", "the", "peak"] and "0.11 M parameters trained, 4.03 M frozen" in err
     assert [line.split("  ")[0] for line in lines[1:-1]] == [
         "float32", "float32, checkpointing", "bf16", "bf16, checkpointing", "bf16, checkpointing, 8-bit optimizer"]
-    assert lines[-1].startswith("the fastest that fits into 57.22 MiB: ")
+    assert lines[-1].startswith("the fastest plan that fits into 57.22 MiB: ")
     numbers = [float(x) for x in lines[1].split()[1:]]
     assert sum(numbers[:-1]) == pytest.approx(numbers[-1], abs=0.05)
     assert kept.least().method == Method("bf16", True, 1, eight_bits=True)

@@ -132,9 +132,9 @@ def test_restyle_and_animate(work, first):
     ({"lora": {"/etc/passwd": 1}}, "/etc/passwd is not offered here"),
     ({"lora": {"/etc/passwd": 0}}, "/etc/passwd is not offered here"),
     ({"command": "restyle"}, "choose a video to restyle first"),
-    ({"command": "restyle", "video": "/etc/passwd"}, "is no file in"),
-    ({"command": "convert"}, "'convert' is none of generate, restyle, animate"),
-    ({"output": "/tmp"}, "a form has no field 'output'"),
+    ({"command": "restyle", "video": "/etc/passwd"}, "is not a file in"),
+    ({"command": "convert"}, "unknown command 'convert'; the commands are generate, restyle, animate"),
+    ({"output": "/tmp"}, "the page has no field 'output'"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said_and_the_next_video_can_be_made(work, change, words):
     before = sorted(work.folder.rglob("*"))
@@ -173,9 +173,9 @@ def outside(work) -> list[str]:
 def test_no_path_leads_out_of_the_folder(work, outside):
     for name in outside:
         for call in (work.inside, work.settings, work.keep):
-            with pytest.raises(ValueError, match="is no file in"):
+            with pytest.raises(ValueError, match="is not a file in"):
                 call(name)
-        assert "is no file in" in refused(work, FORM | {"command": "restyle", "video": name or "."})
+        assert "is not a file in" in refused(work, FORM | {"command": "restyle", "video": name or "."})
     assert "link.mp4" not in [path.name for path in work.videos()]
 
 

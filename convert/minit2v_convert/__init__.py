@@ -1,1 +1,1 @@
-"""Tables and readers of every published checkpoint layout: state dict in, state dict out."""
+"""Reads and converts every published checkpoint layout, with tables of the names of tensors."""

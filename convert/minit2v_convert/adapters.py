@@ -1,4 +1,4 @@
-"""LoRAs of Stable Diffusion 1.5 in kohya's names and in peft's, and IP-Adapter's numbers."""
+"""LoRAs for Stable Diffusion 1.5 with kohya's or peft's names, and the numbered layers of IP-Adapter."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -8,19 +8,19 @@ from .configs import CLIP_L, IP_ADAPTER, UNET2D
 from .shapes import Config, Get
 from .table import Format, Rows
 
-# Kohya's names, `lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight`, have underscores for dots. The way
-# back cannot be guessed, since `to_q` has one of its own: it is looked up.
+# Kohya's names, `lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight`, have underscores in place of dots. The
+# way back is a look-up, because names such as `to_q` have their own underscores.
 LEAVES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "alpha": "alpha"}
 
 
 def kohya_name(name: str) -> str:
-    """`down_blocks.0.attentions.0.proj_in.lora_A.weight` -> as above, without what it begins with."""
+    """`down_blocks.0.attentions.0.proj_in.lora_A.weight` -> the name above without its prefix `lora_unet_`."""
     leaf = next(leaf for leaf in LEAVES if name.endswith(leaf))
     return f"{name.removesuffix('.' + leaf).replace('.', '_')}.{LEAVES[leaf]}"
 
 
 def kohya_stems(prefix: str, modules: Iterable[str]) -> dict[str, str]:
-    """{"lora_unet_conv_in": "conv_in", ...}"""
+    """{kohya's name: diffusers' name}, such as {"lora_unet_conv_in": "conv_in", ...}."""
     return {prefix + name.replace(".", "_"): name for name in modules}
 
 
@@ -28,7 +28,7 @@ def kohya_stems(prefix: str, modules: Iterable[str]) -> dict[str, str]:
 
 
 def any_lora(c: Config) -> shapes.Shapes:
-    """An adapter of some layers of a network: {layer: rank}. The scale is alpha / rank, 1 where there is no alpha."""
+    """The shapes of a LoRA for some layers of a network. c["ranks"]: {layer: rank}. Without an alpha the scale is 1."""
     layers = LORA_TARGETS[c["named"]]()
     out: shapes.Shapes = {}
     for module, rank in c["ranks"].items():
@@ -63,7 +63,7 @@ KOHYA_TEXT = replace(PEFT_TEXT, spell=kohya_name)
 
 # --------------------------------------------------------------------------------------------------------- IP-Adapter
 
-# The k-th attention to the text (down, up, mid) has the number 2k+1: the attentions to the image itself count too.
+# The k-th attention to the text (in the order down, up, mid) has the number 2k+1, because self-attentions count, too.
 IP_ADAPTER_ROWS: Rows = [
     *[(f"ip_adapter.{2 * k + 1}.to_{{x}}.weight", f"{name}.processor.to_{{x}}.0.weight")
       for k, name in enumerate(shapes.attended(shapes.unet2d(UNET2D)))],

@@ -1,6 +1,6 @@
-"""AnimateDiff's own files (guoyww): motion modules, motion LoRAs, the domain adapter, SparseCtrl.
+"""The files of AnimateDiff's authors (guoyww): motion modules, motion LoRAs, the domain adapter, SparseCtrl.
 
-The image model in them, where there is one, already has the names of diffusers.
+If such a file contains the image model, its names are already those of diffusers.
 """
 
 from dataclasses import replace
@@ -19,12 +19,12 @@ WHERE = ("down_blocks.{i}.motion_modules.{j}.", "mid_block.motion_modules.{j}.",
 
 
 def modules(rows: Rows) -> Rows:
-    """Rows of one transformer block -> of all motion modules; around the block the names are the same."""
+    """The rows of all motion modules, from the rows of one transformer block. Names around the block do not change."""
     block = below("transformer_blocks.{k}.", "transformer_blocks.{k}.", rows)
     return [row for w in WHERE for row in below(w + "temporal_transformer.", w, [*block, ("{*}", "{*}")])]
 
 
-# Each attention has a copy of the sinusoids.
+# Each attention has a copy of the position encodings.
 MOTION_ROWS = modules([("attention_blocks.{0,1}.pos_encoder.pe", "pos_embed.pe"), *ATTENTIONS, *NORMS])
 
 SDXL = {**MOTION, "block_out_channels": [320, 640, 1280], "use_motion_mid_block": False}
@@ -39,22 +39,22 @@ MODULES = Format("motion_adapter", shapes.motion_adapter, configs.infer_motion, 
 
 
 def resnet_norms(c: Config) -> Config:
-    """What the norms of the image model around the authors' motion modules span, a field of our own; {} if unknown.
+    """Our config field `resnet_norms`: whether the image model's norms span a video or a frame. {} if unknown.
 
-    Their files are of the length that was trained, so that 24 positions are v1's, and 32 are not.
+    The authors' files have as many positions as were trained: 24 in v1, 32 in later versions.
     """
     if c["use_motion_mid_block"] or c["motion_max_seq_length"] == 32:
         return {"resnet_norms": "frame"}
     return {"resnet_norms": "video"} if c["motion_max_seq_length"] == 24 else {}
 
 
-# Diffusers gives v1 the 32 positions of v3.
+# In diffusers' files v1 has 32 positions, like v3.
 ADAPTER = replace(MODULES, rows=SAME, computed={},
                   known={v.replace("v3", "v1 or v3"): c for v, c in MOTION_CONFIGS.items()})  # fmt: skip
 
 # --------------------------------------------------------------------------------------------------------------- LoRAs
 
-LORA_LAYERS: Rows = [  # of one attention; `processor` is where diffusers 0.11 to 0.17 kept them
+LORA_LAYERS: Rows = [  # of one attention; diffusers 0.11 to 0.17 kept LoRAs in its `processor`
     ("processor.to_out_lora.down.{p}", "to_out.0.lora_A.{p}"),
     ("processor.to_out_lora.up.{p}", "to_out.0.lora_B.{p}"),
     ("processor.{x}_lora.down.{p}", "{x}.lora_A.{p}"),
@@ -67,7 +67,7 @@ MOTION_LORA_ROWS: Rows = [
     for row in below(f"{w}temporal_transformer.transformer_blocks.{{k}}.attention_blocks.{n}.",
                      f"{w}transformer_blocks.{{k}}.attn{n + 1}.", LORA_LAYERS)
 ]  # fmt: skip
-LORA_ROWS: Rows = below("{*}.", "{*}.", LORA_LAYERS)  # the names on the hub, and the domain adapter's everywhere
+LORA_ROWS: Rows = below("{*}.", "{*}.", LORA_LAYERS)  # names in files on the hub, and in every domain adapter
 
 MOTION_LORA = Format("lora", shapes.motion_lora, configs.infer_motion_lora,
                      {"v2": {**MOTION, "rank": 64}, "v1 or v3": {**MOTION_CONFIGS["v3"], "rank": 64}},
@@ -81,7 +81,7 @@ PEFT_DOMAIN_ADAPTER = replace(DOMAIN_ADAPTER, rows=SAME)
 # ---------------------------------------------------------------------------------------------------------- SparseCtrl
 
 SPARSE_MODULES = modules([("attention_blocks.0.pos_encoder.pe", "pos_embed.pe"), ATTENTIONS[0], NORMS[0], NORMS[2]])
-SPARSE_ROWS: Rows = [  # motion modules on the way down only
+SPARSE_ROWS: Rows = [  # only the encoder has motion modules
     *[row for row in SPARSE_MODULES if row[1].startswith("down_blocks")],
     *SAME,
 ]

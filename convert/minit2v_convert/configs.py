@@ -1,7 +1,7 @@
-"""The published `config.json`s, and what of one can be read back from the shapes in a file: `infer_*`.
+"""The published `config.json`s, and functions `infer_*` that find the fields of a config from the shapes in a file.
 
-Shapes do not tell how many heads an attention has, nor how many groups a norm, and never what size of image a network
-was made for: of a network of another size than the published ones these are as published, until a config says them.
+Shapes do not tell the number of heads in an attention, the number of groups in a norm, or the image size. For a network
+of another size than the published ones, these fields get the published values, unless a config is given.
 """
 
 import math
@@ -72,8 +72,8 @@ IP_ADAPTER: Config = {**UNET2D, "image_dim": 1024, "tokens": 4, "resampler": 0}
 
 
 def _numbered(get: Get, template: str, leaves: tuple[str, ...]) -> Iterator[Shape]:
-    """The shapes at `template` with {} = 0, 1, ... while there are any: of the first of the leaves that is there."""
-    for n in range(64):  # no published network has more of anything; what a broken file says has an end
+    """The shapes at `template` with {} = 0, 1, ..., until one is missing. leaves: alternatives for its end."""
+    for n in range(64):  # more than in any published network; a limit for damaged files
         shape = _first(get, *(template.format(n) + leaf for leaf in leaves))
         if not shape:
             return
@@ -89,7 +89,8 @@ def _first(get: Get, *names: str) -> Shape | None:
 
 
 def infer_unet(base: Config, get: Get) -> Config:
-    """Works for both UNets; what the shapes do not say (heads of SD 1.5, groups, sample size) is as published."""
+    """The config of a UNet for images or videos. Fields that shapes do not tell are those of `base`, a published one.
+    """
     kind = base["down_block_types"][0].removeprefix("CrossAttnDownBlock")
     widths = [s[0] for s in _numbered(get, "down_blocks.{}.resnets.0.", RES_BLOCK)]
     attend = [any(True for _ in _numbered(get, f"down_blocks.{n}.attentions.{{}}.", TRANSFORMER))
@@ -109,7 +110,7 @@ def infer_unet(base: Config, get: Get) -> Config:
     if shape := _first(get, "conv_out.weight", "conv_out.bias"):
         found["out_channels"] = shape[0]
     if shape := _first(get, "transformer_in.proj_in.weight", "transformer_in.proj_in.bias"):
-        found["attention_head_dim"] = shape[0] // 8  # always 8 heads, of the width that the other attentions have
+        found["attention_head_dim"] = shape[0] // 8  # it has 8 heads, with the same width as in the other attentions
     return {**base, **found}
 
 
@@ -185,14 +186,14 @@ def infer_clip_image(base: Config, get: Get) -> Config:
     return {**base, **found}
 
 
-# What shapes tell of a config.
+# The fields of a config that can be inferred from shapes.
 SAID = ("block_out_channels", "layers_per_block", "motion_layers_per_block", "in_channels", "out_channels",
         "latent_channels", "cross_attention_dim", "use_motion_mid_block", "hidden_size", "intermediate_size",
         "num_hidden_layers", "vocab_size", "max_position_embeddings", "patch_size", "image_size")  # fmt: skip
 
 
 def said(config: Config) -> Config:
-    """The fields that shapes tell, too, in one spelling."""
+    """The fields that shapes also tell, in a common form, to compare two configs."""
     found: dict[str, Any] = {name: config[name] for name in SAID if name in config}
     if "UNet3D" in str(config.get("_class_name")) and "attention_head_dim" in config:
         found["attention_head_dim"] = config["attention_head_dim"]
@@ -206,13 +207,13 @@ def said(config: Config) -> Config:
 
 
 def told(config: Config) -> Config:
-    """The fields of a config read from shapes that these tell."""
+    """The fields of an inferred config that come from shapes, and not from the published one."""
     kind = ("attention_head_dim",) * ("UNet3D" in str(config.get("_class_name")))
     return {n: config[n] for n in (*SAID, *kind, "down_block_types", "up_block_types") if n in config}
 
 
 def unfit(config: Config) -> str:
-    """Why no network has these heads and groups, "" where one may."""
+    """The reason why heads or groups do not fit the widths, or ""."""
     widths = [config["hidden_size"]] if "hidden_size" in config else list(config.get("block_out_channels", ()))
     kinds = config.get("down_block_types", ["CrossAttn"] * len(widths))
     attending = [w for w, kind in zip(widths, kinds, strict=False) if str(kind).startswith("CrossAttn")] + widths[-1:]
@@ -243,6 +244,6 @@ def infer_motion_lora(base: Config, get: Get) -> Config:
 
 
 def infer_spatial_lora(base: Config, get: Get) -> Config:
-    """The widths are Stable Diffusion's: an adapter does not say how many levels without attention there are."""
+    """The config of a spatial LoRA. Its widths are Stable Diffusion's, because it has no layers in the last level."""
     rank = next(_numbered(get, "down_blocks.0.attentions.{}.", LORA), None)
     return {**base, "rank": rank[1]} if rank else base

@@ -1,4 +1,4 @@
-"""What a `torch.save` file has around its tensors: trainers' dictionaries, and names with a prefix."""
+"""Finds the tensors in the content of a `torch.save` file, inside the dictionaries of trainers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,39 +8,39 @@ from torch import Tensor
 
 from .rename import nearest
 
-WRAPPERS = ("state_dict", "module", "controlnet")  # one inside the other, in any order
-GROUPS = ("image_proj", "ip_adapter")  # IP-Adapter's two dictionaries, which are one file with dots elsewhere
+WRAPPERS = ("state_dict", "module", "controlnet")  # dictionaries around the tensors, nested in any order
+GROUPS = ("image_proj", "ip_adapter")  # IP-Adapter's two dictionaries; other files have them as prefixes with a dot
 TRAINERS = {
-    "epoch": "how far the training was",
-    "global_step": "how far the training was",
-    "loops": "how far the training was",
-    "optimizer_states": "the optimizer's, with which training goes on",
-    "optimizer": "the optimizer's, with which training goes on",
-    "lr_schedulers": "the optimizer's, with which training goes on",
-    "native_amp_scaling_state": "the optimizer's, with which training goes on",
-    "callbacks": "the trainer's",
-    "hyper_parameters": "the trainer's",
-    "hparams_name": "the trainer's",
-    "hparams_type": "the trainer's",
-    "datamodule_hparams_name": "the trainer's",
-    "datamodule_hparams_type": "the trainer's",
-    "datamodule_hyper_parameters": "the trainer's",
-    "checkpoint_callback_best_model_score": "the trainer's",
-    "checkpoint_callback_best_model_path": "the trainer's",
-    "early_stop_callback_wait": "the trainer's",
-    "early_stop_callback_patience": "the trainer's",
-    "MixedPrecision": "the optimizer's, with which training goes on",
-    "MixedPrecisionPlugin": "the optimizer's, with which training goes on",
-    "pytorch-lightning_version": "the trainer's",
-    "animatediff_config": "a copy of the training's configuration",
+    "epoch": "the progress of the training",
+    "global_step": "the progress of the training",
+    "loops": "the progress of the training",
+    "optimizer_states": "the state of the optimizer, only needed to resume training",
+    "optimizer": "the state of the optimizer, only needed to resume training",
+    "lr_schedulers": "the state of the optimizer, only needed to resume training",
+    "native_amp_scaling_state": "the state of the optimizer, only needed to resume training",
+    "callbacks": "settings of the trainer",
+    "hyper_parameters": "settings of the trainer",
+    "hparams_name": "settings of the trainer",
+    "hparams_type": "settings of the trainer",
+    "datamodule_hparams_name": "settings of the trainer",
+    "datamodule_hparams_type": "settings of the trainer",
+    "datamodule_hyper_parameters": "settings of the trainer",
+    "checkpoint_callback_best_model_score": "settings of the trainer",
+    "checkpoint_callback_best_model_path": "settings of the trainer",
+    "early_stop_callback_wait": "settings of the trainer",
+    "early_stop_callback_patience": "settings of the trainer",
+    "MixedPrecision": "the state of the optimizer, only needed to resume training",
+    "MixedPrecisionPlugin": "the state of the optimizer, only needed to resume training",
+    "pytorch-lightning_version": "settings of the trainer",
+    "animatediff_config": "a copy of the training settings",
 }
 
 
 @dataclass(frozen=True)
 class Contents:
-    """The tensors under their names; the dictionaries they were in, outermost first; what else was there, and why not.
+    """The content of a file. tensors: {name: tensor}. path: the dictionaries around them, the outermost first.
 
-    None of `ignored` can come back: a file converted to a folder and back is the tensors alone.
+    ignored: {other content: reason}. It is lost if the file is converted to a folder and back.
     """
 
     tensors: dict[str, Tensor]
@@ -49,7 +49,7 @@ class Contents:
 
 
 def unwrap(content: Any) -> Contents:
-    """The tensors of what `torch.load` returned. Raises ValueError where it is not tensors by name."""
+    """The tensors in the result of `torch.load`. Raises ValueError if it is not a dictionary of tensors."""
     path: list[str] = []
     ignored: dict[str, str] = {}
     while True:
@@ -64,7 +64,7 @@ def unwrap(content: Any) -> Contents:
             where = ".".join([*path, str(name)])
             if name not in TRAINERS:
                 known = [*WRAPPERS, *GROUPS, *TRAINERS]
-                raise ValueError(f"{where!r} is a {type(value).__name__}: nothing is known of it"
+                raise ValueError(f"{where!r} is an unknown {type(value).__name__}"
                                  f"{nearest(str(name), known)}")  # fmt: skip
             ignored[where] = TRAINERS[name]
         if not inner:
@@ -72,7 +72,7 @@ def unwrap(content: Any) -> Contents:
         path.append(inner[0])
         content = content[inner[0]]
         if len(path) > 4:
-            raise ValueError(f"{'.'.join(path)}: dictionaries without end")
+            raise ValueError(f"{'.'.join(path)}: too many nested dictionaries")
     for group in groups:
         for name, value in content[group].items():
             if not isinstance(value, Tensor):

@@ -1,10 +1,10 @@
-"""A model in one layout -> the same model in another, in files.
+"""Converts the files of a model from one layout to another.
 
     convert("v1-5-pruned.ckpt", "sd15")                         # a folder in the layout of diffusers
     convert("sd15", "again.safetensors", to="single-file")      # and back
 
-What a file is, its content says (`detect`). Everything is checked before anything is written, tensors are streamed
-(`stream`), and what is written has a temporary name until it is whole.
+The layout of a file is recognised by its content (`detect`). Everything is checked before anything is written. Tensors
+are streamed one by one (`stream`). The output has a temporary name until it is complete.
 """
 
 import json
@@ -43,8 +43,9 @@ from .stream import (
 LAYOUTS = ("diffusers", "authors", "single-file")
 Check = Callable[[str, Config], Any]
 Progress = Callable[[str, int, int], Any]
-UNSAID = "shapes do not tell heads and groups, and the published ones do not fit: give a config (config=, --config)"
-VERSION = "0.30.0"  # of diffusers, whose layout it is, as its own files say
+UNSAID = ("the shapes do not tell the numbers of heads and groups, and the published ones do not fit: give a config "
+          "(config=, --config)")  # fmt: skip
+VERSION = "0.30.0"  # the version of diffusers whose layout is written
 SCHEDULE = {
     "_diffusers_version": VERSION, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
     "clip_sample": False, "num_train_timesteps": 1000, "prediction_type": "epsilon", "set_alpha_to_one": False,
@@ -54,9 +55,10 @@ SCHEDULE = {
 
 @dataclass(frozen=True)
 class Family:
-    """The pipeline around a UNet: what no file of the authors has. repository: on the hub, where its tokenizer is.
+    """The pipeline of a UNet, which the authors' files do not describe.
 
-    pad_token: with which the tokenizer, CLIP's in all of them, fills prompts up.
+    repository: a repository on the hub with its tokenizer. pad_token: the token with which the CLIP tokenizer pads
+    prompts.
     """
 
     pipeline: str
@@ -75,10 +77,10 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Component:
-    """One network to be written, or to be loaded: `tensors()` are under diffusers' names.
+    """One network to write or to load.
 
-    title: of the file that it comes from. guessed: it is of no published size, and what shapes do not say (heads,
-    groups) is in the config as it would be in the published model's. notes: what was put right in the config.
+    title: the layout of its file. guessed: its size is not a published one, so the fields that shapes do not tell
+    (heads, groups) have the published model's values. notes: messages about corrected fields of the config.
     """
 
     plan: Plan
@@ -93,22 +95,22 @@ class Component:
         return _class_of(self.config or {})
 
     def tensors(self) -> dict[str, Tensor]:
-        """Mapped where no axis or row has to be moved."""
+        """{diffusers' name: tensor}. A tensor stays memory-mapped if it is not rearranged."""
         return {step.name: made(step, lambda _, name: self.source.read(name)) for step in self.plan.steps}
 
     def configured(self, config: Config, where: str) -> "Component":
-        """With this config.json. ValueError where it is that of another network than the weights'."""
+        """The component with this config.json. ValueError if the config does not fit the weights. where: its path."""
         assert self.config is not None
         if _class_of(config) not in ("", self.cls):
-            raise ValueError(f"{where} is that of a {_class_of(config)}, and the weights are those of a {self.cls}")
+            raise ValueError(f"{where} is for a {_class_of(config)}, but the weights are for a {self.cls}")
         said, found = configs.said(config), configs.said(self.config)
         for name in said:
             if name in found and said[name] != found[name]:
-                raise ValueError(f"{where} says {name} {said[name]}, and the weights in {self.source.path} have "
+                raise ValueError(f"{where} has {name} {said[name]}, but the weights in {self.source.path} have "
                                  f"{found[name]}")  # fmt: skip
-        notes, name = self.notes, "motion_max_seq_length"  # which published folders are known to have wrong
+        notes, name = self.notes, "motion_max_seq_length"  # wrong in some published folders
         if name in self.config and config.get(name, self.config[name]) != self.config[name]:
-            notes += (f"{where}: {name} {config[name]} put right, the weights have {self.config[name]}",)
+            notes += (f"{where}: {name} {config[name]} is corrected to {self.config[name]}, as in the weights",)
             config = {**config, name: self.config[name]}
         return replace(self, config=config, guessed=False, notes=notes)
 
@@ -120,22 +122,23 @@ def _class_of(config: Config) -> str:
 
 @dataclass
 class Conversion:
-    """What will be written. plans and texts: by path below the output. notes: what is not converted or not there."""
+    """The files to write. plans, texts, copies: by path in the output. notes: messages about omitted or missing parts.
+    """
 
     plans: dict[str, Plan] = field(default_factory=dict)
     sources: dict[str, Mapping[str, Source]] = field(default_factory=dict)  # path -> {step.component: source}
     texts: dict[str, str] = field(default_factory=dict)
     copies: dict[str, Path] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    omitted: frozenset[str] = frozenset()  # components that are not converted at all, of which a note tells
+    omitted: frozenset[str] = frozenset()  # components that are not converted; a note gives the reason
 
     def lines(self) -> list[str]:
-        """The mapping, tensor by tensor."""
+        """Lines with the old and new name of every tensor."""
         out = []
         for name, plan in self.plans.items():
             out += [f"{name}: {len(plan.steps)} tensors, {size_of(plan):,} bytes", *(f"  {s}" for s in plan.steps)]
             out += [f"  {source} is left out: {why}" for source, why in plan.ignored.items()]
-        return out + [f"{name}: written anew" for name in self.texts] + [f"{name}: copied" for name in self.copies]
+        return out + [f"{name}: new" for name in self.texts] + [f"{name}: copied" for name in self.copies]
 
 
 def convert(
@@ -153,31 +156,38 @@ def convert(
     progress: Progress | None = None,
     check: Check | None = None,
 ) -> Conversion:
-    """Convert a file, or a folder in the layout of diffusers or of ModelScope. Returns what was, or would be, written.
+    """Convert a checkpoint file, or a folder in the layout of diffusers or of ModelScope.
 
-    dst: a folder, or a file where one file of weights is all. to: diffusers, authors, single-file; what is in that
-    layout already stays in it, for another dtype or another kind of file. dtype: of the weights; as they are if None.
-    ema: take a single file's moving average. tokenizer: a folder, for authors' files, which have none. config: a folder
-    in the layout of diffusers, or a config.json, for what authors' files do not say. variant: of a folder's weights.
-    safe_serialization: whether diffusers' folders get `.safetensors`, else `.bin`.
-    progress: told, after each tensor, the file, the tensor's bytes, and the bytes of all.
-    check: told the class of each network and its config, where one is given; raises ValueError on what does not load.
-    Raises ValueError in one line, before anything is written, on what is not known or not complete; FileExistsError
-    where `dst` is there already; OSError where it cannot be written.
+    Returns the files that were written, or with `dry_run` would be.
+
+    dst: a new folder, or a new file if the output is a single file of weights.
+    to: "diffusers", "authors" or "single-file". It may be the layout of `src`, to change the dtype or the file format.
+    dtype: the dtype of the weights. None keeps it.
+    ema: take the moving average of a single file.
+    tokenizer: a folder with a tokenizer, because the authors' files have none.
+    config: a folder in the layout of diffusers, or a config.json, for fields that the authors' files do not tell.
+    variant: the variant of a folder's weights, such as "fp16".
+    safe_serialization: write `.safetensors` in folders of diffusers, else `.bin`.
+    progress: called after each tensor with the file, the bytes of the tensor, and the bytes of all tensors.
+    check: called with the class and config of each network if `config` is given. It raises ValueError if the network
+        cannot be made.
+
+    Raises ValueError, before anything is written, if the source is unknown or not complete; FileExistsError if `dst`
+    exists; OSError if it cannot be written.
     """
     if to not in LAYOUTS:
-        raise ValueError(f"there is no layout {to!r}{nearest(to, LAYOUTS)}; there are {', '.join(LAYOUTS)}")
+        raise ValueError(f"there is no layout {to!r}{nearest(to, LAYOUTS)}; the layouts are {', '.join(LAYOUTS)}")
     src, dst = Path(src), Path(dst)
     if dtype is not None and dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        raise ValueError(f"dtype: weights are float32, float16, bfloat16 or float64, not {dtype}")
+        raise ValueError(f"dtype must be float32, float16, bfloat16 or float64, not {dtype}")
     only = {"ema": ema, "tokenizer": tokenizer, "config": config, "safe_serialization": not safe_serialization}
     if to != "diffusers" and (what := [name for name, given in only.items() if given]):
-        raise ValueError(f"{what[0]}: only a folder in the layout of diffusers has any use for it, not {to}")
+        raise ValueError(f"{what[0]} can only be used with to=\"diffusers\", not with {to!r}")
     if not safe_serialization and dst.suffix == ".safetensors":
-        raise ValueError(f"{dst}: .bin files are asked for, and this name is that of another kind")
+        raise ValueError(f"{dst} ends in .safetensors, but .bin was chosen: change the name or the option")
     if dst.name == "-" or dst.name.lower() in WEIGHTS or dst.suffix.lower() in WEIGHTS and dst.suffix not in WEIGHTS:
-        raise ValueError(f"{shown(dst)}: a file's name is as name{dst.suffix.lower() or WEIGHTS[0]}, with a small "
-                         "ending, and any other name is a folder's")  # fmt: skip
+        raise ValueError(f"{shown(dst)} is not a valid name: give a file such as name{dst.suffix.lower() or WEIGHTS[0]}"
+                         " (ending in lower case), or a folder")  # fmt: skip
     target = _target(dst)
     if not dry_run:
         _check_free(target, dst)
@@ -189,8 +199,8 @@ def convert(
     work.plans = {name: retyped(plan, dtype) for name, plan in work.plans.items()}
     if dst.suffix in WEIGHTS:
         if len(work.plans) > 1 or work.texts or work.copies:
-            raise ValueError(f"{dst}: this becomes {len(work.plans) + len(work.texts) + len(work.copies)} files, "
-                             "which need a folder")  # fmt: skip
+            raise ValueError(f"{dst} is the name of a file, but the output has "
+                             f"{len(work.plans) + len(work.texts) + len(work.copies)} files: give a folder")
     if not dry_run:
         _write(work, target, progress)
     return work
@@ -199,13 +209,15 @@ def convert(
 def components(
     src: str | Path, ema: bool = False, config: str | Path | None = None, *, mmap: bool = True
 ) -> dict[str, Component]:
-    """{component: network} of a file, or of a folder in any layout; nothing is read but headers. mmap: as of
-    `stream.open_file`."""
+    """{component: network} of a file, or of a folder in any layout. Only headers are read.
+
+    ema, config: as in `convert`. mmap: as in `stream.open_file`. ValueError if something is unknown or not complete.
+    """
     return _components(open_path(Path(src), mmap=mmap), ema, config)
 
 
 def schedule_of(src: str | Path, unet: str) -> Config:
-    """The scheduler config of authors' files with this UNet: the published model's, and what is said of it."""
+    """The scheduler config for authors' files with this UNet: the published one, changed by a configuration.json."""
     said = read_configuration(Path(src)) if Path(src).is_dir() else None
     return {**FAMILIES[unet].scheduler, **(said.scheduler if said else {})}
 
@@ -224,14 +236,14 @@ def _components(opened: Opened, ema: bool, config: str | Path | None) -> dict[st
             raise ValueError(f"{source.path}: {error}") from None
         for component, plan in plans.items():
             if component in found:
-                raise ValueError(f"{source.path} and {found[component].source.path}: both are the {component}")
+                raise ValueError(f"{source.path} and {found[component].source.path} are both the {component}")
             if said and said.files.get(component) != source.path.name:
-                raise ValueError(f"{source.path} is the {component}, for which {configuration.NAME} names "
+                raise ValueError(f"{source.path} is the {component}, but for it {configuration.NAME} names "
                                  f"{said.files.get(component) or 'no file'}")  # fmt: skip
             lora = component == "lora"
             guessed = not lora and any(p.format.component == component and not p.version for p in kind.parts)
             part = Component(plan, source, None if lora else plan.config, kind.layout.title, guessed)
-            if said and component == "unet":  # and its groups are 32, as the authors' code has them
+            if said and component == "unet":  # the config keeps 32 groups, as in the authors' code
                 part = replace(part.configured(said.unet, configuration.NAME), config=plan.config)
             if own is not None and not lora:
                 part = part.configured(own, str(source.path / CONFIG if source.path.is_dir()
@@ -243,18 +255,19 @@ def _components(opened: Opened, ema: bool, config: str | Path | None) -> dict[st
                     part, unused = part.configured(*given), False
             found[component] = part
     if unused:
-        raise ValueError(f"config: {config} has no {CONFIG} of a {' or '.join(p.cls or n for n, p in found.items())}")
+        raise ValueError(f"config: {config} has no {CONFIG} for a {' or '.join(p.cls or n for n, p in found.items())}")
     return found
 
 
 def config_in(config: str | Path, component: str) -> tuple[Config, str] | None:
-    """The config.json of a component and where it is: in its folder, or a file or folder of one component alone."""
+    """The config.json of a component and its path, or None. config: the folder of a pipeline or component, or the file.
+    """
     path = Path(config)
     for file in (path / component / CONFIG, path / CONFIG, path):
         if file.is_file() and not (file == path / CONFIG and (path / INDEX).is_file()):
             return parse_json(file), str(file)
     if not path.exists():
-        raise FileNotFoundError(f"there is no {config}")
+        raise FileNotFoundError(f"there is no file or folder {config}")
     return None
 
 
@@ -271,9 +284,9 @@ def _to_diffusers(
     check: Check | None = None,
 ) -> Conversion:
     if tokenizer is not None and (src / INDEX).is_file():
-        raise ValueError(f"tokenizer: {src} is a pipeline, which has its own")
+        raise ValueError(f"tokenizer: {src} is a pipeline, which has its own tokenizer; leave this option out")
     if config is not None and all(own is not None for _, own in opened.weights.values()):
-        raise ValueError(f"config: {src} has a {CONFIG} of its own")
+        raise ValueError(f"config: {src} has its own {CONFIG}; leave this option out")
     found = _components(opened, ema, config)
     work = Conversion(notes=list(opened.notes))
     lone = len(found) == 1 and not (src / INDEX).is_file()
@@ -285,7 +298,7 @@ def _to_diffusers(
         work.plans[name], work.sources[name] = part.plan, {"": part.source}
         if part.config is not None:
             if why := configs.unfit(part.config):
-                guess = f"; {UNSAID}" if part.config is part.plan.config else ", and its config says so"
+                guess = f"; {UNSAID}" if part.config is part.plan.config else "; correct its config.json"
                 raise ValueError(f"{part.source.path}: {why}{guess}")
             if config is not None and check is not None:
                 try:
@@ -303,12 +316,12 @@ def _to_diffusers(
         others = [p for p in sorted(src.iterdir()) if p.is_dir() and p.name not in {*found, *NO_NETWORKS}]
         for file in (f for p in others for f in sorted(p.iterdir()) if f.is_file()):
             if file.name.endswith(WEIGHTS):
-                raise ValueError(f"{file.parent} has weights, {file.name}, and no {CONFIG}")
+                raise ValueError(f"{file.parent} has the weights {file.name}, but no {CONFIG}")
             work.copies[f"{file.parent.name}/{file.name}"] = file
     elif "unet" in found and found["unet"].cls in FAMILIES and found.keys() & {"vae", "text_encoder"}:
         _add_pipeline(work, src, opened, found, tokenizer, config)
     elif tokenizer is not None:
-        raise ValueError(f"{src}: a tokenizer belongs to a whole pipeline, and this is {' and '.join(found)}")
+        raise ValueError(f"tokenizer: only a complete pipeline has one, and {src} is only {' and '.join(found)}")
     return work
 
 
@@ -320,15 +333,15 @@ def _add_pipeline(
     tokenizer: str | Path | None,
     config: str | Path | None,
 ) -> None:
-    """The index, the scheduler, the tokenizer."""
+    """Add the index, the scheduler and the tokenizer of a pipeline."""
     family = FAMILIES[found["unet"].cls]
     scheduler = schedule_of(src, found["unet"].cls)
     given = Path(config) / "scheduler" / "scheduler_config.json" if config is not None else None
     if given is not None and given.is_file():
         scheduler = parse_json(given)
     elif opened.configuration is None:
-        work.notes.append("scheduler: that of the published model; weights trained for v-prediction or zero-SNR need "
-                          "another")  # fmt: skip
+        work.notes.append("scheduler: the published model's is used; weights trained with v-prediction or zero "
+                          "terminal SNR need another")  # fmt: skip
     index: dict[str, Any] = {"_class_name": family.pipeline, "_diffusers_version": VERSION}
     index |= {"unet": ["diffusers", found["unet"].cls], "vae": ["diffusers", "AutoencoderKL"]}
     index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
@@ -344,24 +357,24 @@ def _add_pipeline(
     if tokenizer is None and config is not None and (Path(config) / "tokenizer").is_dir():
         tokenizer = Path(config) / "tokenizer"
     if tokenizer is None:
-        work.notes.append(f"tokenizer is missing: authors' files have none; take the folder tokenizer of "
+        work.notes.append(f"tokenizer is missing, because the authors' files have none: take the folder tokenizer of "
                           f"{family.repository}")  # fmt: skip
         return
     files = [f for f in sorted(Path(tokenizer).iterdir()) if f.suffix in (".json", ".txt")]
     if not {"vocab.json", "merges.txt"} <= {f.name for f in files} and "tokenizer.json" not in {f.name for f in files}:
-        raise ValueError(f"{tokenizer} is not a tokenizer: neither vocab.json and merges.txt nor tokenizer.json")
+        raise ValueError(f"{tokenizer} is not a tokenizer: it needs vocab.json and merges.txt, or tokenizer.json")
     work.copies |= {f"tokenizer/{f.name}": f for f in files}
 
 
 def _left_out(part: Component) -> list[str]:
-    """Each reason once, with the number of tensors."""
+    """Messages about what is left out: each reason once, with the number of tensors."""
     reasons: dict[str, int] = {}
     for why in part.plan.ignored.values():
         reasons[why] = reasons.get(why, 0) + 1
     lines = [f"{part.source.path.name}: {count} tensors left out, {why}" for why, count in reasons.items()]
     if part.guessed:
-        lines.append(f"{part.source.path.name}: the {part.cls} is not of the published size; what shapes do not "
-                     "say in config.json (heads, groups, sample size) is as there")  # fmt: skip
+        lines.append(f"{part.source.path.name}: the {part.cls} does not have the published size; fields of config.json "
+                     "that shapes do not tell (heads, groups, sample size) have the published values")  # fmt: skip
     return lines + [f"{part.source.path.name}: {name!r} left out, {why}"
                     for name, why in (part.source.ignored or {}).items()]  # fmt: skip
 
@@ -370,11 +383,11 @@ def _metadata_left_out(source: Source) -> str:
     names = ", ".join(name if name.isidentifier() and len(name) < 100 else repr(name[:100])
                       for name in source.metadata[:8])  # fmt: skip
     more = f" and {len(source.metadata) - 8} more" if len(source.metadata) > 8 else ""
-    return f"{source.path.name}: of its metadata is left out {names}{more}"
+    return f"{source.path.name}: left out of its metadata: {names}{more}"
 
 
 def _to_authors(src: Path, opened: Opened, layout: str) -> Conversion:
-    """From diffusers, or out of the same layout: then nothing is renamed."""
+    """From the layout of diffusers, or from the same layout; then no name changes."""
     sources = {component: source for component, (source, _) in opened.weights.items()}
     notes = list(opened.notes)
     try:
@@ -384,7 +397,7 @@ def _to_authors(src: Path, opened: Opened, layout: str) -> Conversion:
             for name, source in sources.items():
                 kind, file = kinds[name], source.path.name
                 if layout == "single-file" != kind.layout.layout:
-                    raise ValueError(f"{kind.layout.title} is not a single file: authors is its layout")
+                    raise ValueError(f"{kind.layout.title} cannot be a single file: give the layout \"authors\"")
                 work.plans[file] = rewritten(kind, source.header, source.nest)
                 work.sources[file] = {"": source}
                 work.notes += [f"{file}: {n!r} left out, {why}" for n, why in (source.ignored or {}).items()]
@@ -404,7 +417,7 @@ def _to_authors(src: Path, opened: Opened, layout: str) -> Conversion:
         work.notes += unsaid
     if (src / INDEX).is_file():
         taken = {*sources, *NO_NETWORKS, *(["scheduler"] if configuration.NAME in work.texts else [])}
-        work.notes += [f"{name} is left out: the authors' layout has weights alone" for name, value in
+        work.notes += [f"{name} is left out: the authors' layout has only weights" for name, value in
                        parse_json(src / INDEX).items() if isinstance(value, list) and any(value) and name not in taken]
     return work
 
@@ -413,7 +426,7 @@ def _to_authors(src: Path, opened: Opened, layout: str) -> Conversion:
 
 
 def _check_all_taken(work: Conversion) -> None:
-    """Each tensor of the sources is either written or left out for a reason."""
+    """Check that each tensor of the sources is either written, or left out for a reason. Else ValueError."""
     taken: dict[int, set[str]] = {}
     for path, plan in work.plans.items():
         for component, source in work.sources[path].items():
@@ -425,29 +438,30 @@ def _check_all_taken(work: Conversion) -> None:
         for component, source in sources.items():
             left = [n for n in source.header if n not in taken[id(source)]] if component not in work.omitted else []
             if left:
-                raise ValueError(f"{source.path}: {len(left)} tensors would find no place in {', '.join(work.plans)}: "
+                raise ValueError(f"{source.path}: {len(left)} tensors cannot be stored in {', '.join(work.plans)}: "
                                  f"{', '.join(map(repr, left[:3]))}{', ...' * (len(left) > 3)}")  # fmt: skip
 
 
 def _target(dst: Path) -> Path:
-    """Where `dst` is once its links are followed, so that it is that place that is looked at, and replaced."""
+    """`dst` with its links followed. This path is checked and written."""
     try:
         return dst.resolve()
     except (OSError, RuntimeError) as error:  # a link to itself
-        raise FileExistsError(f"{shown(dst)} is a link that leads nowhere: {first_line(error)}") from None
+        raise FileExistsError(f"{shown(dst)} is a link that cannot be followed: {first_line(error)}") from None
 
 
 def _check_free(target: Path, dst: Path) -> None:
-    """FileExistsError where nothing can be put in the place of `target`, to which `dst` leads."""
+    """FileExistsError if `target` exists and is not an empty folder, or cannot be replaced. dst: its name for messages.
+    """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise FileExistsError(f"{shown(dst)} is there already: nothing is replaced")
+        raise FileExistsError(f"{shown(dst)} exists already, and is not replaced: give another name")
     if target.is_dir() and (os.path.ismount(target) or target == Path.cwd()):
-        what = "the current folder" if target == Path.cwd() else "where a disk begins"
-        raise FileExistsError(f"{shown(dst)} is {what}, which a new folder cannot replace: give a name in it")
+        what = "the current folder" if target == Path.cwd() else "a mount point"
+        raise FileExistsError(f"{shown(dst)} is {what}, which a new folder cannot replace: give a new folder in it")
 
 
 def _write(work: Conversion, dst: Path, progress: Progress | None) -> None:
-    _check_free(dst, dst)  # still
+    _check_free(dst, dst)  # check again, now that the work begins
     parent = dst.parent
     missing = [p for p in (parent, *parent.parents) if not p.exists()]
     with ended_cleanly():
@@ -455,7 +469,7 @@ def _write(work: Conversion, dst: Path, progress: Progress | None) -> None:
             parent.mkdir(parents=True, exist_ok=True)
             size, free = sum(map(size_of, work.plans.values())), shutil.disk_usage(parent).free
             if size > free:
-                raise OSError(f"{shown(dst)} takes {size:,} bytes, and there are {free:,}")
+                raise OSError(f"{shown(dst)} needs {size:,} bytes, but the disk has only {free:,} free")
             if dst.suffix in WEIGHTS:
                 with replacing(dst) as temporary:
                     _write_plan(work, next(iter(work.plans)), temporary, size, progress)
@@ -470,7 +484,7 @@ def _write(work: Conversion, dst: Path, progress: Progress | None) -> None:
 
 def _write_folder(work: Conversion, dst: Path, size: int, progress: Progress | None) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{dst.name[:30]}.", dir=dst.parent) as temporary:
-        new = Path(temporary) / dst.name  # since the temporary one is for nobody else to read
+        new = Path(temporary) / dst.name  # a subfolder, because only the owner may read a temporary folder
         for name in [*work.plans, *work.texts, *work.copies]:
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             if name in work.plans:

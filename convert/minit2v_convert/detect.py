@@ -1,7 +1,7 @@
-"""What a file of weights is, from the names, shapes and dtypes in it alone.
+"""Detects the layout of a checkpoint from the names, shapes and dtypes in its header.
 
-`detect(header)` compares the names with every layout whose signs are in them, each with the config that the shapes
-speak for, and takes the layout that explains the most.
+`detect(header)` tries every layout whose signs are in the names. For each layout it infers a config from the shapes.
+Then it takes the layout that explains the most tensors.
 """
 
 import math
@@ -25,13 +25,13 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """One way in which files are published.
+    """A layout in which checkpoints are published.
 
     layout: authors, single-file, trainer, diffusers, kohya or peft.
-    parts: (what the names begin with, the formats that may be there).
-    signs: pieces of names, each of which some name has. without: pieces that no name has.
-    ignored: names outside the parts that are not converted, each with the reason.
-    refused: why a file in this layout is only recognised; "" where it is converted.
+    parts: (prefix of the names, formats that are possible after it).
+    signs: parts of names; each must be in some name. without: parts that must be in no name.
+    ignored: {template of names outside the parts: reason why they are not converted}.
+    refused: the reason why such a file is recognised but not converted, or "".
     """
 
     title: str
@@ -45,11 +45,12 @@ class Layout:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One network in a file. `version` is the known network whose shapes it has, "" for one of another size.
+    """One network in a file.
 
-    mapped: names that find their place. missing and misshapen (name -> what is wrong) use the file's own names.
-    declined: optional tensors (without the prefix) that are not taken over, with the reason.
-    computed: whether tensors of diffusers' that the file lacks will be computed.
+    version: the known network with the same shapes, or "" for another size. mapped: names that fit the format.
+    missing: names that the file lacks. misshapen: {name: error}. These three use the file's own names.
+    declined: {optional tensor, without the prefix: reason why it is not converted}.
+    computed: whether tensors that diffusers needs, but the file lacks, will be computed.
     """
 
     format: Format
@@ -71,10 +72,10 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Kind:
-    """What a file is. Names are the file's own.
+    """The result of `detect`. Names are the file's own.
 
-    absent: components that files of this layout have and this one has not. ignored: name -> reason. unknown: names
-    that nothing explains. parameters: numbers in floating point. positions: rows of the position embedding.
+    absent: components of this layout that the file lacks. ignored: {name: reason}. unknown: names that are in no
+    table. parameters: the number of floating-point values. positions: the rows of the position encodings.
     """
 
     layout: Layout
@@ -102,7 +103,7 @@ class Kind:
 
     @property
     def complete(self) -> bool:
-        """Every name and shape as it should be, nothing missing, nothing unexplained."""
+        """Whether all names and shapes are right, and none is missing or unknown."""
         return not (self.missing or self.misshapen or self.unknown or self.absent)
 
     @property
@@ -110,7 +111,8 @@ class Kind:
         return ", ".join(dict.fromkeys(part.described for part in self.parts))
 
     def faults(self) -> list[str]:
-        """What is wrong with what is there: the first three names of each kind, unknown ones with the nearest one."""
+        """Lines about wrong tensors: the first three names of each kind; for unknown names also the nearest known one.
+        """
         lines = []
         expected = list(self.missing) or [name for part in self.parts for name in part.mapped]
         unknown = [repr(n) + nearest(n, expected) if len(n) < 200 else f"{n[:100]!r}..." for n in self.unknown[:3]]
@@ -127,18 +129,19 @@ class Kind:
     def describe(self) -> list[str]:
         """The lines for `inspect`."""
         lines = [f"{self.layout.title}: {self.version}" if self.version else self.layout.title]
-        lines.append(f"layout: {self.layout.layout}{f', every name behind {self.prefix!r}' if self.prefix else ''}")
+        lines.append(f"layout: {self.layout.layout}{f', every name after {self.prefix!r}' if self.prefix else ''}")
         for part in self.parts:
             lines.append(f"{part.format.component}: {len(part.mapped)} tensors, {part.described}")
         dtypes = ", ".join(f"{count} {dtype}" for dtype, count in self.dtypes.items())
         lines.append(f"{self.parameters:,} parameters, {self.bytes:,} bytes, {dtypes}")
         if unsaid := [p.format.component for p in self.parts if not p.version and p.format.component != "lora"]:
-            lines.append(f"of {', '.join(unsaid)}: shapes do not tell heads and groups, so a config.json has to")
+            lines.append(f"{', '.join(unsaid)}: the shapes do not tell the numbers of heads and groups; a config.json "
+                         "is needed")
         if self.positions:
             lines.append(f"{self.positions} positions")
         for why, count in Counter(self.ignored.values()).items():
             lines.append(f"not converted: {count} tensors, {why}")
-        lines += [f"there is no {component} in it" for component in self.absent]
+        lines += [f"the file has no {component}" for component in self.absent]
         return lines + [f"wrong: {fault}" for fault in self.faults()]
 
 
@@ -157,7 +160,7 @@ PLAIN_TEXT = Format("text_encoder", shapes.clip_text, configs.infer_clip,
 BARE_TEXT = Format("text_encoder", shapes.clip_text, configs.infer_clip, PLAIN_TEXT.known, ldm.BARE_TEXT.rows,
                    optional=ldm.IDS)  # fmt: skip
 VAES = (ldm.AUTOENCODER, ldm.HALF_OLD_AUTOENCODER)
-LATER = "recognised, not converted: nothing here can use it yet"
+LATER = "recognised, but not converted: minit2v cannot use it yet"
 
 LAYOUTS = (
     Layout("ModelScope's UNetSD", "authors", (("", (modelscope.UNETSD,)),), ("temopral_conv",)),
@@ -169,7 +172,7 @@ LAYOUTS = (
         ("cond_stage_model.transformer.", (ldm.TEXT, ldm.BARE_TEXT)),
     ), ("model.diffusion_model.",), without=("cond_stage_model.model.",),
            ignored={**ldm.BUFFERS, **ldm.COUNTERS, **ldm.AVERAGE, **ldm.DREAMBOOTH}),
-    Layout("Stable Diffusion 2.x, of which only the VAE is run here (ModelScope's VQGAN_autoencoder.pth)", "authors",
+    Layout("Stable Diffusion 2.x, of which minit2v uses only the VAE (ModelScope's VQGAN_autoencoder.pth)", "authors",
            (("first_stage_model.", VAES),), ("first_stage_model.", "cond_stage_model.model."), ignored=ldm.UNUSED),
     Layout("VAE in a checkpoint (ModelScope's VQGAN_autoencoder.pth)", "authors",
            (("first_stage_model.", VAES),), ("first_stage_model.",), ignored=ldm.UNUSED),
@@ -201,7 +204,7 @@ LAYOUTS = (
     Layout("SparseCtrl", "diffusers", (("", (animatediff.HUB_SPARSE_CONTROL,)),),
            ("controlnet_", "motion_modules."), without=("temporal_transformer.",), refused=LATER),
     Layout("IP-Adapter", "authors", (("", (adapters.IP,)),), ("ip_adapter.",),
-           refused="recognised, not converted: it has one layout, which load_ip_adapter reads"),
+           refused="recognised, but not converted: it has only one layout, which load_ip_adapter reads"),
     Layout("CLIP image encoder", "diffusers", (("", (adapters.IMAGE_ENCODER,)),), ("vision_model.",)),
     Layout("UNet3DConditionModel", "diffusers", (("", (PLAIN_UNET3D,)),), ("temp_convs.",)),
     Layout("UNet2DConditionModel", "diffusers", (("", (PLAIN_UNET2D,)),), ("resnets.", "time_emb_proj."),
@@ -219,15 +222,15 @@ LAYOUTS = (
 
 
 def detect(header: Header) -> Kind:
-    """What the file with this header is. Raises ValueError in one line where it is nothing that is known.
+    """Detect the layout of the file with this header: {name: (shape, dtype)}.
 
-    A family that is not run here is named.
+    Raises ValueError if no layout fits. The message names the family if minit2v knows it but cannot run it.
     """
     if not header:
-        raise ValueError("there are no tensors in it")
+        raise ValueError("the file has no tensors")
     for name, (shape, dtype) in header.items():
         if dtype not in SIZES:
-            raise ValueError(f"{name[:200]!r} is of the unknown type {dtype!r}{nearest(str(dtype), list(SIZES))}")
+            raise ValueError(f"{name[:200]!r} has the unknown dtype {dtype!r}{nearest(str(dtype), list(SIZES))}")
         if any(not isinstance(n, int) or n < 0 for n in shape):
             raise ValueError(f"{name[:200]!r} has the impossible shape {list(shape)}")
     prefix = "module." if all(name.startswith("module.") for name in header) else ""
@@ -239,7 +242,7 @@ def detect(header: Header) -> Kind:
     found = [kind for kind in found if any(part.mapped for part in kind.parts)]
     if not found:
         first = next(iter(header))[:200]
-        raise ValueError(f"no known layout has names like {first!r}; there are {len(header)} tensors")
+        raise ValueError(f"no known layout has names like {first!r}; the file has {len(header)} tensors")
     return min(found, key=_rank)
 
 
@@ -268,7 +271,7 @@ def _compare(layout: Layout, prefix: str, header: Header) -> Kind:
     ignored |= {prefix + name: why for name in left if (why := reason(layout.ignored, name, {}))}
     unknown = tuple(prefix + name for name in left if prefix + name not in ignored)
     if layout.layout in ("kohya", "peft"):
-        absent = []  # an adapter may be of one network
+        absent = []  # an adapter may be for a single network
     parameters = sum(math.prod(shape) for shape, dtype in header.values() if dtype[0] in "FB" and dtype != "BOOL")
     size = sum(math.prod(shape) * SIZES[dtype] for shape, dtype in header.values())
     dtypes = Counter(dtype for _, dtype in header.values())
@@ -281,15 +284,15 @@ def _misfit(part: Part) -> tuple[int, ...]:
 
 
 def fit(fmt: Format, prefix: str, names: Header) -> Part:
-    """The format with the config that explains most of these names.
+    """The part with the config that explains most of these names.
 
-    Where no config explains them all and a published network as many, it is the published one, with tensors missing.
+    If no config explains all of them, a published network that explains as many is preferred, with tensors missing.
     """
     get = fmt.reader(lambda name: tuple(names[name][0]) if name in names else None, names)
     base = next(iter(fmt.known.values()))
     try:
         best = fit_config(fmt, prefix, names, fmt.infer(base, get))
-    except (IndexError, ValueError):  # too little is there, or of impossible shapes
+    except (IndexError, ValueError):  # too few tensors, or impossible shapes
         best = None
     if best is None or best.missing or best.misshapen or len(best.mapped) < len(names):
         known = [fit_config(fmt, prefix, names, config) for config in fmt.known.values()]
@@ -317,7 +320,7 @@ def fit_config(fmt: Format, prefix: str, names: Header, config: Config) -> Part:
                 continue
             shape, dtype = names[name]
             if only and dtype != only:
-                declined[name] = f"of use only in {only}: other dtypes round it"
+                declined[name] = f"only useful in {only}, because other dtypes round it"
             elif tuple(shape) == want or entry.ones and tuple(shape) == want[: -entry.ones]:
                 mapped.add(prefix + name)
             else:

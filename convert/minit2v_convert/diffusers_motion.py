@@ -1,4 +1,4 @@
-"""The diffusers layouts of `MotionAdapter` (guoyww's adapters in diffusers) and of `UNetMotionModel`."""
+"""The diffusers layouts of `MotionAdapter` and of `UNetMotionModel` (AnimateDiff)."""
 
 from .diffusers_unet2d import PROJECTIONS, image_rules
 from .diffusers_unet3d import transformer

@@ -12,7 +12,7 @@ PROJECTIONS = [
 
 
 def image_rules() -> Rules:
-    """The names of the image model, with which those of a UNet with motion modules begin."""
+    """The rules for the image model. A UNet with motion modules has the same names, and more."""
     level = [*res_block(), *SKIP, *SPATIAL]
     mid = [(source, target.removeprefix("blocks.")) for source, target in [*res_block(), *SPATIAL]]
     return [

@@ -14,7 +14,7 @@ def res_block() -> Rules:
 
 
 def transformer(theirs: str, ours: str) -> Rules:
-    """A transformer whose blocks go by these names."""
+    """The rules for a transformer. theirs, ours: the prefixes of its blocks."""
     return [
         ("norm.{*}", "norm.{*}"),
         ("proj_in.{*}", "proj_in.{*}"),
@@ -28,7 +28,7 @@ def transformer(theirs: str, ours: str) -> Rules:
 
 RES = [  # one ResBlock and its temporal convolution
     *res_block(),
-    # The four layers sit in an nn.Sequential each: (norm, silu, conv), from the second on (norm, silu, dropout, conv).
+    # Each of the four layers is an nn.Sequential: the first (norm, silu, conv), the others (norm, silu, dropout, conv).
     ("temp_convs.{j}.conv1.0.{*}", "blocks.{j}.temporal_conv.norms.0.{*}"),
     ("temp_convs.{j}.conv1.2.{*}", "blocks.{j}.temporal_conv.convs.0.{*}"),
     *[(f"temp_convs.{{j}}.conv{k + 1}.0.{{*}}", f"blocks.{{j}}.temporal_conv.norms.{k}.{{*}}") for k in (1, 2, 3)],
@@ -36,7 +36,7 @@ RES = [  # one ResBlock and its temporal convolution
 ]
 SKIP = [("resnets.{j}.conv_shortcut.{*}", "blocks.{j}.res.skip.{*}")]  # where a block changes the number of channels
 TRANSFORMER = transformer("transformer_blocks.0.", "block.")
-WAYS = [  # in, out, and from level to level
+WAYS = [  # the first and last layers, and those between the levels
     ("time_embedding.linear_1.{*}", "time_mlp.0.{*}"),
     ("time_embedding.linear_2.{*}", "time_mlp.2.{*}"),
     ("conv_in.{*}", "conv_in.{*}"),

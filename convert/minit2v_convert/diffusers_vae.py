@@ -1,4 +1,4 @@
-"""diffusers `AutoencoderKL` <-> minit2v `AutoencoderKL`."""
+"""The diffusers layout of `AutoencoderKL`, the VAE."""
 
 from .rename import Layout, under
 
@@ -30,7 +30,7 @@ LAYOUT = Layout(
         ("quant_conv.{*}", "quant_conv.{*}"),
         ("post_quant_conv.{*}", "post_quant_conv.{*}"),
     ],
-    aliases=[  # the names of before diffusers 0.17; published repositories hold both, some in one folder
+    aliases=[  # names from before diffusers 0.17; published repositories have both, some in one folder
         (f"{{half}}.mid_block.attentions.0.{old}.{{*}}", f"{{half}}.mid_block.attentions.0.{new}.{{*}}")
         for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
     ],

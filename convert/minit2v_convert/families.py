@@ -1,4 +1,4 @@
-"""Other families of models: known by what their files say, so that an error can name them. They are not run here."""
+"""Recognises families of models that minit2v cannot run, so that an error can name them."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,12 +6,12 @@ from typing import Any
 
 SDXL, SD2, SD3 = "Stable Diffusion XL", "Stable Diffusion 2.x", "Stable Diffusion 3"
 SVD, HOTSHOT, LCM = "Stable Video Diffusion", "Hotshot-XL", "a latent consistency model (LCM)"
-INPAINTING = "an inpainting model (9 channels in)"
-CHANNELS = {5: "a model of images and depth (5 channels in)", 9: INPAINTING,
-            8: "a model that is given an image, such as InstructPix2Pix (8 channels in)"}  # fmt: skip
+INPAINTING = "an inpainting model (9 input channels)"
+CHANNELS = {5: "a model for images and depth (5 input channels)", 9: INPAINTING,
+            8: "a model with an image as input, such as InstructPix2Pix (8 input channels)"}  # fmt: skip
 
-WIDTH = 320  # channels behind the first convolution of Stable Diffusion
-# The first letters of a pipeline's class in model_index.json.
+WIDTH = 320  # output channels of the first convolution of Stable Diffusion
+# The beginning of a pipeline's class in model_index.json -> its family.
 PIPELINES = {
     "AnimateDiffSDXL": "AnimateDiff for Stable Diffusion XL",
     "CogVideoX": "CogVideoX",
@@ -30,7 +30,7 @@ PIPELINES = {
     "StableVideoDiffusion": SVD,
     "Wan": "Wan",
 }
-# What only their networks have in names of tensors, the first that fits.
+# Patterns in names of tensors that only these families have. The first one that fits counts.
 NAMES = (
     (r"\.time_stack\.|\.temporal_res_block\.", SVD),
     (r"\.temporal_attentions\.", HOTSHOT),
@@ -43,13 +43,13 @@ NAMES = (
 
 
 def of_index(index: Mapping[str, Any]) -> str:
-    """The family that a model_index.json speaks of, "" where it may be one that is run here."""
+    """The family of a model_index.json, or "" if minit2v may be able to run it."""
     name = str(index.get("_class_name"))
     return next((family for begin, family in PIPELINES.items() if name.startswith(begin)), "")
 
 
 def of_unet(config: Mapping[str, Any]) -> str:
-    """The family of a UNet's config.json, "" where it may be one that is run here."""
+    """The family of a UNet's config.json, or "" if minit2v may be able to run it."""
     cls = config.get("_class_name")
     if cls == "UNetSpatioTemporalConditionModel":
         return SVD
@@ -66,14 +66,14 @@ def of_unet(config: Mapping[str, Any]) -> str:
 
 
 def _of_channels(channels: Any, width: Any) -> str:
-    """The family of a first convolution, where it is as wide as the published models': a fork's own is not refused."""
+    """The family for these input channels, or "". A convolution of another width may be a fork's, and is accepted."""
     return CHANNELS.get(channels, "") if type(channels) is int and width == WIDTH else ""
 
 
 def of_header(header: Mapping[str, tuple[Sequence[int], str]]) -> str:
-    """The family of a file of weights, from its header: name -> (shape, dtype). "" where it may be one run here.
+    """The family of a checkpoint with this header, {name: (shape, dtype)}, or "" if minit2v may be able to run it.
 
-    Not of a whole file of Stable Diffusion 2, of which ModelScope took the VAE.
+    A complete file of Stable Diffusion 2 gives "", because ModelScope uses its VAE.
     """
     text = "\n".join(header)
     for sign, family in NAMES:
@@ -100,7 +100,7 @@ def _shape(header: Mapping[str, tuple[Sequence[int], str]], name: str) -> Sequen
 
 
 def refuse(family: str, what: object = "this") -> None:
-    """ValueError that says what it is, where it is of another family."""
+    """ValueError if there is a family. what: the file or model, for the message."""
     if family:
-        raise ValueError(f"{what} is {family}, which is not run here; image models of Stable Diffusion 1.x, ModelScope "
-                         "and Zeroscope are")  # fmt: skip
+        raise ValueError(f"{what} is {family}, which minit2v cannot run; it runs image models of Stable Diffusion 1.x, "
+                         "ModelScope and Zeroscope")  # fmt: skip

@@ -1,6 +1,6 @@
-"""Which files of a folder are weights, and what stands beside them: of diffusers', of ModelScope's, of any others.
+"""Finds the weights and configs in a folder in the layout of diffusers, of ModelScope, or of other authors.
 
-    opened = open_path("zeroscope")            # {component: (weights by their header, config.json)}, and notes
+    opened = open_path("zeroscope")            # {component: (open weights file, config.json)}, and notes
 """
 
 import os
@@ -17,23 +17,23 @@ from .stream import PICKLES, Source, open_file, parse_json
 
 WEIGHTS = (".safetensors", *PICKLES)
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "pytorch_lora_weights")
-# The variant stands before the number of a shard, in files of before 2025 behind it.
+# The variant is before the number of a shard, and in files from before 2025 after it.
 NAME = re.compile(rf"({'|'.join(STEMS)})(?:\.(?P<v>[\w-]+?))?(?:-(?P<n>\d{{5}})-of-(?P<count>\d{{5}}))?"
                   r"(?:\.(?P<v_behind>[\w-]+?))?(?P<ending>\.safetensors|\.bin)")  # fmt: skip
 NO_NETWORKS = {
     "safety_checker": "a classifier of single images",
     "feature_extractor": "prepares images for the safety checker",
-    "image_encoder": "turns image prompts into vectors: it belongs to an IP-Adapter, and is converted by itself",
+    "image_encoder": "it belongs to an IP-Adapter; convert it by itself",
 }
-WEIGHTLESS = re.compile("Scheduler|Tokenizer|Processor|Extractor")  # in the names of classes
+WEIGHTLESS = re.compile("Scheduler|Tokenizer|Processor|Extractor")  # in names of classes without weights
 INDEX, CONFIG = "model_index.json", "config.json"
 
 
 @dataclass
 class Opened:
-    """weights: by component in a folder of diffusers, else by file: the open file, and its config.json.
+    """weights: {name: (open file, its config.json)}. A name is a component in diffusers' layout, else a file.
 
-    configuration: what ModelScope's configuration.json says, where there is one.
+    notes: messages about files that are left out. configuration: ModelScope's configuration.json, or None.
     """
 
     weights: dict[str, tuple[Source, Config | None]]
@@ -42,9 +42,9 @@ class Opened:
 
 
 def open_path(src: Path, variant: str | None = None, mmap: bool = True) -> Opened:
-    """A file, or a folder in any layout; nothing is read but headers. ValueError where it has no weights.
+    """Open a file, or a folder in any layout. Only headers and configs are read.
 
-    mmap: as of `open_file`.
+    variant: of the weights in a folder, such as "fp16". mmap: as in `open_file`. ValueError if there are no weights.
     """
     if not src.is_dir():
         if variant is not None:
@@ -63,7 +63,7 @@ def open_path(src: Path, variant: str | None = None, mmap: bool = True) -> Opene
         for name in named:
             if not (src / name / CONFIG).is_file():
                 missing = f"{src / name} has no {CONFIG}" if (src / name).is_dir() else f"there is no {src / name}"
-                raise ValueError(f"{missing}, and {INDEX} names it")
+                raise ValueError(f"{missing}, but {INDEX} names it")
         for part in sorted(p for p in src.iterdir() if (p / CONFIG).is_file()):
             if part.name in NO_NETWORKS:
                 opened.notes.append(f"{part.name} is left out: {NO_NETWORKS[part.name]}")
@@ -78,7 +78,7 @@ def open_path(src: Path, variant: str | None = None, mmap: bool = True) -> Opene
 
 
 def networks(index: Config) -> list[str]:
-    """The parts that a pipeline's index names and that have weights."""
+    """The components with weights in a pipeline's index."""
     check_parts(index)
     classes = {name: str(value[-1]) for name, value in index.items()
                if isinstance(value, list) and value and value[-1] and name not in NO_NETWORKS}  # fmt: skip
@@ -86,14 +86,14 @@ def networks(index: Config) -> list[str]:
 
 
 def check_parts(index: Config) -> None:
-    """ValueError where the index names a part as none can be called: each is the name of a folder beside it."""
+    """ValueError if the index has a name that cannot be a folder beside it, because names become paths."""
     for name in index:
         if not re.fullmatch(r"[\w-]+", name):
-            raise ValueError(f"{INDEX} names the part {name[:100]!r}, which is not a name of a folder beside it")
+            raise ValueError(f"{INDEX} names the part {name[:100]!r}, which cannot be the name of a folder beside it")
 
 
 def is_authors_layout(path: str | Path) -> bool:
-    """Whether it is a file, or a folder with ModelScope's files, and no folder of diffusers."""
+    """Whether it is a file, or a folder with ModelScope's files. False for a folder in the layout of diffusers."""
     path = Path(path).expanduser()
     if not path.is_dir():
         return path.is_file()
@@ -102,7 +102,7 @@ def is_authors_layout(path: str | Path) -> bool:
 
 
 def read_configuration(folder: Path) -> Configuration | None:
-    """What configuration.json says, None where there is none. ValueError names the file."""
+    """The content of configuration.json, or None if there is none. ValueError if it is not valid."""
     path = folder / configuration.NAME
     if not path.is_file():
         return None
@@ -113,7 +113,7 @@ def read_configuration(folder: Path) -> Configuration | None:
 
 
 def _authors_files(src: Path, mmap: bool) -> Opened:
-    """Files side by side. Where a configuration.json names them, those and no others."""
+    """Open the weights files in a folder of authors. If a configuration.json names files, only those are opened."""
     said = read_configuration(src)
     there = sorted(p.name for p in src.iterdir() if p.suffix in WEIGHTS)
     names = [n for n in there if said is None or n in said.files.values()]
@@ -123,13 +123,13 @@ def _authors_files(src: Path, mmap: bool) -> Opened:
     missing = {} if said is None else {c: n for c, n in said.files.items() if n not in there}
     if "unet" in missing:
         raise ValueError(f"{src} has no {missing['unet']}, which {configuration.NAME} names as the unet")
-    notes = [f"{configuration.NAME} names {n} as the {c}, and it is not there" for c, n in missing.items()]
+    notes = [f"{configuration.NAME} names {n} as the {c}, but the file is missing" for c, n in missing.items()]
     notes += [f"{n} is left out: {configuration.NAME} does not name it" for n in there if n not in names]
     return Opened({n: (open_file(src / n, mmap), None) for n in names}, notes, said)
 
 
 def variants(names: Iterable[str], stems: Sequence[str] = STEMS) -> dict[str, list[str]]:
-    """{variant, "" for none: the names of its files}."""
+    """{variant: names of its files}. Files without a variant are under ""."""
     found: dict[str, list[str]] = {}
     for name in sorted(names):
         if (m := NAME.fullmatch(name)) and m[1] in stems:
@@ -138,9 +138,9 @@ def variants(names: Iterable[str], stems: Sequence[str] = STEMS) -> dict[str, li
 
 
 def _weights(folder: Path, variant: str | None, mmap: bool) -> tuple[Source, list[str]]:
-    """The weights of one component, and notes: `.safetensors` before `.bin`, one file before shards.
+    """The weights of one component, and notes. It prefers `.safetensors` to `.bin`, and one file to shards.
 
-    Without `variant` those that have none, or the only variant that there is.
+    variant: None takes the files without a variant, or the only variant in the folder.
     """
     found = variants(os.listdir(folder))
     notes = []
@@ -148,7 +148,7 @@ def _weights(folder: Path, variant: str | None, mmap: bool) -> tuple[Source, lis
         if len(found) > 1:
             raise ValueError(f"{folder} has the variants {' and '.join(found)} of its weights: give one as variant")
         variant = next(iter(found))
-        notes.append(f"{folder.name}: of its weights there is only the variant {variant}, which is taken")
+        notes.append(f"{folder.name}: its weights have only the variant {variant}, which is used")
     if not (names := found.get(variant or "", [])):
         there = [n for n in sorted(os.listdir(folder)) if n.endswith(WEIGHTS)]
         wanted = f"weights of the variant {variant!r}" if variant else f"{STEMS[0]}.safetensors or the like"
@@ -171,7 +171,7 @@ def _joined(folder: Path, shards: list[Source]) -> Source:
     for shard in shards:
         for name in shard.header:
             if name in where:
-                raise ValueError(f"{shard.path} repeats {name!r}, which another shard has")
+                raise ValueError(f"{shard.path} repeats {name!r}, which another shard also has")
             where[name] = shard
     header = {name: source.header[name] for name, source in where.items()}
     metadata = tuple(dict.fromkeys(name for shard in shards for name in shard.metadata))

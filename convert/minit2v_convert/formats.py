@@ -1,4 +1,4 @@
-"""From one layout to another, as plans: what to write, in which order, out of which tensors.
+"""Plans a conversion between layouts: which tensors to write, in which order, and from which sources.
 
     kind = detect(header)                                  # header: {name: (shape, dtype)}, no data
     for component, plan in to_diffusers(kind, header).items():
@@ -7,13 +7,13 @@
 
     files, omitted = from_diffusers({"unet": header, "vae": header, ...}, "authors")    # {file name: plan} back again
 
-A plan is made from headers alone: names, shapes and dtypes are all checked when it exists, nothing has been read, and
-the output's header can be written before its first tensor. `make` is the only place where data is touched; no step
-needs more than its own sources. What a plan does not take stands in `ignored` with the reason.
+A plan is made from headers alone, without reading data. All names, shapes and dtypes are checked when it is made. So
+the header of the output can be written before its first tensor. Only `make` reads data, and a step needs only its own
+sources. Tensors that a plan does not take are in `ignored`, with the reason.
 
-What does not come back from a folder, and is on those lists: the noise schedules and moving averages of single files,
-trainers' counters, the image tower and the last block of OpenCLIP (whose file is therefore refused, `omitted`).
-Motion modules get the copies of their position embedding back.
+A folder of diffusers has no place for some tensors, which are on these lists. They are the noise schedules and moving
+averages of single files, the counters of trainers, and OpenCLIP's image encoder and last block. Therefore OpenCLIP's
+file cannot be made again (`omitted`). Motion modules get the copies of their position encodings back.
 """
 
 import math
@@ -37,9 +37,10 @@ INTS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Step:
     """One tensor of the output.
 
-    sources: the names to read, from the file of `component` ("" where there is one file).
-    op: copy; reshape (axes of size 1); rows (part `part` of `parts`); join (the sources, one below the other); same
-        (the sources are one tensor under several names); sinusoids (computed, no source).
+    sources: the names to read, from the file of `component` ("" if there is only one file).
+    op: how the tensor is made. "copy" and "reshape" (for axes of size 1) take one source. "rows" takes part `part` of
+        the `parts` parts of its rows. "join" concatenates the sources along the rows. "same" takes one of several
+        sources, which are copies. "sinusoids" is computed without a source.
     """
 
     name: str
@@ -61,9 +62,9 @@ class Step:
 class Plan:
     """One file of the output.
 
-    config: what its config.json says, None where there is none. nest: dictionaries around the tensors in a pickle.
-    exact: tensors that keep their dtype whatever becomes of the others.
-    ignored: source names that are not taken, each with the reason; after `from_diffusers` as "component/name".
+    config: the content of its config.json, or None. nest: the dictionaries around the tensors in a pickle.
+    exact: tensors that always keep their dtype.
+    ignored: {name of a source that is not taken: reason}. From `from_diffusers` a name is "component/name".
     """
 
     steps: tuple[Step, ...]
@@ -74,7 +75,7 @@ class Plan:
 
 
 def make(step: Step, tensors: Sequence[Tensor]) -> Tensor:
-    """The tensor of a step, from the sources in its order; a view of them where it can be one."""
+    """The tensor of a step. tensors: its sources, in the order of the step. The result may be a view of them."""
     if step.op == "sinusoids":
         return sinusoids(*step.shape[1:]).to(DTYPES[step.dtype])[None]
     if step.op == "join":
@@ -83,7 +84,8 @@ def make(step: Step, tensors: Sequence[Tensor]) -> Tensor:
     if step.op == "same":
         for name, other in zip(step.sources[1:], tensors[1:], strict=True):
             if x.dtype != other.dtype or not torch.equal(_bits(x), _bits(other)):
-                raise ValueError(f"{step.sources[0]!r} and {name!r} should be one tensor and differ: only one is kept")
+                raise ValueError(f"{step.sources[0]!r} and {name!r} must be equal, because only one can be kept, but "
+                                 "they differ")
     if step.op == "rows":
         n = x.shape[0] // step.parts
         x = x[n * step.part : n * (step.part + 1)]
@@ -95,7 +97,10 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def sinusoids(rows: int, dim: int) -> Tensor:
-    """(rows dim): sine and cosine in turns, of wavelengths 2 pi to 20000 pi, as AnimateDiff computes them."""
+    """Position encodings (rows dim) as AnimateDiff computes them.
+
+    Even columns are sines, odd columns cosines, with wavelengths from 2 pi to 20000 pi.
+    """
     position = torch.arange(rows).unsqueeze(1)
     rate = torch.exp(torch.arange(0, dim, 2) * (-math.log(10000.0) / dim))
     table = torch.zeros(rows, dim)
@@ -108,10 +113,10 @@ def sinusoids(rows: int, dim: int) -> Tensor:
 
 
 def to_diffusers(kind: Kind, header: Header, *, ema: bool = False) -> dict[str, Plan]:
-    """{component: the plan of its file in a folder}. `ema` takes a single file's moving average for the UNet.
+    """{component: plan of its file in a folder of diffusers}.
 
-    Raises ValueError in one line where a tensor is missing, unknown, or of another shape or dtype. Components that a
-    single file lacks (`kind.absent`) are no error here: what is there is converted.
+    ema: take the moving average of the UNet's weights, if a single file has one. Raises ValueError if a tensor is
+    missing or unknown, or has a wrong shape or dtype. A single file may lack whole components (`kind.absent`).
     """
     title = kind.layout.title
     if kind.layout.refused:
@@ -129,15 +134,16 @@ def to_diffusers(kind: Kind, header: Header, *, ema: bool = False) -> dict[str, 
 
 
 def _averaged(kind: Kind, header: Header) -> tuple[list[Part], dict[str, str]]:
-    """The parts and the list of what is ignored, with the moving average for the UNet."""
+    """(parts, ignored) with the moving average in place of the UNet's weights."""
     unet = next((p for p in kind.parts if p.format is ldm.UNET), None)
     plain = {name[len(kind.prefix) :]: x for name, x in header.items()}
     average = unet and fit_config(ldm.EMA, kind.prefix, plain, unet.config)
     if unet is None or average is None or average.missing or average.misshapen:
         there = len(average.mapped) if average else 0
-        raise ValueError(f"{kind.layout.title}: no moving average to take, {there} tensors of one are in it")
+        raise ValueError(f"{kind.layout.title}: the file has no complete moving average; {there} tensors of one are in "
+                         "it")
     ignored = {name: why for name, why in kind.ignored.items() if name not in average.mapped}
-    ignored |= dict.fromkeys(sorted(unet.mapped), "the moving average is taken for it")
+    ignored |= dict.fromkeys(sorted(unet.mapped), "the moving average is taken instead")
     return [average if p is unet else p for p in kind.parts], ignored
 
 
@@ -148,7 +154,7 @@ def _config(part: Part) -> Config | None:
 
 
 def _read(part: Part, header: Header) -> list[Step]:
-    """A step for each tensor of diffusers' of a part, in the order of the network."""
+    """A step for each of diffusers' tensors in this part, in the order of the network."""
     table = part.format.table(part.config)
     by_name = {}
     some = next((header[name][1] for name in part.mapped), "F32")
@@ -157,7 +163,7 @@ def _read(part: Part, header: Header) -> list[Step]:
         there = all(name in part.mapped for name in sources)
         for n, name in enumerate(entry.diffusers):
             shape, written = table.shapes[name], part.format.written + name
-            if not there:  # optional, or computed
+            if not there:  # the tensor is optional, or will be computed
                 if name in table.computed:
                     by_name[name] = Step(written, shape, some, (), table.computed[name])
                 continue
@@ -176,7 +182,7 @@ def _read(part: Part, header: Header) -> list[Step]:
 def _float(name: str, header: Header, optional: bool) -> str:
     dtype = header[name][1]
     if dtype not in FLOATS and not optional:
-        raise ValueError(f"{name!r} is {dtype}: weights in {', '.join(FLOATS)} are converted, no other")
+        raise ValueError(f"{name!r} is {dtype}, but only weights in {', '.join(FLOATS)} can be converted")
     return dtype
 
 
@@ -193,7 +199,7 @@ AUTHORS_FILES: dict[str, tuple[Format, str, str, tuple[str, ...]]] = {
 }
 MODELSCOPE_VAE = (ldm.AUTOENCODER, "first_stage_model.", "VQGAN_autoencoder.pth", ("state_dict",))
 NESTED = ("Stable Diffusion 1.x", "VAE in a checkpoint (ModelScope's VQGAN_autoencoder.pth)",
-          "VAE of latent diffusion")  # titles: in a dictionary within their pickles
+          "VAE of latent diffusion")  # titles of layouts whose pickles have a `state_dict` around the tensors
 SINGLE_FILE = {  # component: format, prefix, the class in diffusers or transformers
     "unet": (ldm.UNET, "model.diffusion_model.", "UNet2DConditionModel"),
     "vae": (ldm.AUTOENCODER, "first_stage_model.", "AutoencoderKL"),
@@ -204,20 +210,20 @@ SINGLE_FILE = {  # component: format, prefix, the class in diffusers or transfor
 def from_diffusers(
     headers: Mapping[str, Header], layout: str, *, positions: bool = True
 ) -> tuple[dict[str, Plan], dict[str, str]]:
-    """({file name: plan}, {component: why it is not written}) from the headers of a folder's weights.
+    """({file name: plan}, {component: reason why it is not written}) from the headers of a folder's weights.
 
-    headers: by component; a lone file's component may be "". layout: "authors" or "single-file"; the authors'
-    layout of Stable Diffusion is a single file.
-    positions: whether motion modules get their position embeddings (AnimateLCM's have none).
-    Raises ValueError where a header is not a complete network in the layout of diffusers, or nothing can be written.
+    headers: {component: header}; the component of a single file may be "". layout: "authors" or "single-file". For
+    Stable Diffusion both are a single file. positions: whether motion modules get their position encodings (those of
+    AnimateLCM have none). Raises ValueError if a header is not a complete network in the layout of diffusers, or if
+    nothing can be written.
     """
     if layout not in ("authors", "single-file"):
-        raise ValueError(f"no layout {layout!r}{nearest(layout, ['authors', 'single-file'])}")
+        raise ValueError(f"there is no layout {layout!r}{nearest(layout, ['authors', 'single-file'])}")
     kinds = {component: detect(header) for component, header in headers.items()}
     for component, kind in kinds.items():
         if kind.layout.layout not in ("diffusers", "peft"):
-            raise ValueError(f"{component or 'it'} is {kind.layout.title} ({kind.layout.layout}), not of diffusers: "
-                             "convert it to that first")
+            raise ValueError(f"{component or 'it'} is {kind.layout.title} ({kind.layout.layout}), not in the layout of "
+                             "diffusers: convert it to that layout first")
     plans = {c: to_diffusers(kind, headers[c]) for c, kind in kinds.items()}
     titles = {kind.layout.title for kind in kinds.values()}
     if layout == "single-file" or "UNet2DConditionModel" in titles:
@@ -228,9 +234,9 @@ def from_diffusers(
         modelscope_s = "UNet3DConditionModel" in titles
         target = AUTHORS_FILES.get(kind.layout.title)
         if name == "lora" and len(kind.parts) > 1:
-            raise ValueError(f"{component or 'it'}: a LoRA of {len(kind.parts)} networks has no file of the authors, "
-                             "which is of one")  # fmt: skip
-        if name == "lora":  # in peft's names; there the layout does not say of what it is an adapter
+            raise ValueError(f"{component or 'it'}: this LoRA changes {len(kind.parts)} networks, but a file in the "
+                             "authors' layout can change only one")  # fmt: skip
+        if name == "lora":  # peft's names do not tell which network it changes, but the shapes do
             target = next((t for t in AUTHORS_FILES.values() if t[0].shapes is kind.parts[0].format.shapes), None)
         if name == "vae" and modelscope_s:
             target = MODELSCOPE_VAE
@@ -260,13 +266,12 @@ def _single_file(kinds: Mapping[str, Kind], plans: Mapping[str, dict[str, Plan]]
     ignored: dict[str, str] = {}
     there = [name for found in plans.values() for name in found]
     if "unet" not in there and "vae" not in there:
-        raise ValueError(f"a single file without a UNet or a VAE is nothing that is read: here is "
-                         f"{' and '.join(there)}")  # fmt: skip
+        raise ValueError(f"a single file needs a UNet or a VAE, and here is only {' and '.join(there)}")
     for component, kind in kinds.items():
         (name, plan), *_ = plans[component].items()
         if name not in SINGLE_FILE or kind.layout.title != SINGLE_FILE[name][2] or _is_open_clip(kind):
-            raise ValueError(f"{component or 'it'}: {kind.layout.title} ({kind.version}) is not part of a single file "
-                             "of Stable Diffusion 1.x")  # fmt: skip
+            raise ValueError(f"{component or 'it'}: {kind.layout.title} ({kind.version}) cannot be part of a single "
+                             "file of Stable Diffusion 1.x")  # fmt: skip
         fmt, prefix, _ = SINGLE_FILE[name]
         steps += _write(fmt, prefix, kind.parts[0], plan, component, True)
         ignored |= _ignored(component, plan)
@@ -274,14 +279,14 @@ def _single_file(kinds: Mapping[str, Kind], plans: Mapping[str, dict[str, Plan]]
 
 
 def _write(fmt: Format, prefix: str, part: Part, plan: Plan, component: str, positions: bool) -> list[Step]:
-    """A step for each of the authors' tensors, from diffusers' that `plan` finds in the file."""
+    """A step for each of the authors' tensors, from diffusers' tensors in `plan`."""
     table = fmt.table(part.config)
     found = {step.name.removeprefix(part.format.written): step for step in plan.steps}
     out = []
     for entry in table.entries:
         have = [found[name] for name in entry.diffusers if name in found]
         if len(have) < len(entry.diffusers) or not positions and entry.diffusers[0] in table.computed:
-            continue  # optional tensors, or those that are not wanted: `to_diffusers` has seen to the others
+            continue  # optional or unwanted tensors; `to_diffusers` has checked the others
         shape = entry.authors_shape(table.shapes)
         op = "join" if len(have) > 1 else "reshape" if entry.ones else "copy"
         sources = tuple(source for step in have for source in step.sources)
@@ -290,11 +295,11 @@ def _write(fmt: Format, prefix: str, part: Part, plan: Plan, component: str, pos
 
 
 def rewritten(kind: Kind, header: Header, nest: tuple[str, ...]) -> Plan:
-    """A file in the authors' layout as it is, for another dtype or container; nothing is renamed or left out.
+    """The plan for a file that stays in the authors' layout, for another dtype or container. No name changes.
 
-    nest: the dictionaries around the tensors in the source. Raises ValueError where the file is not complete.
+    nest: the dictionaries around the tensors in the source. Raises ValueError if the file is not complete.
     """
-    to_diffusers(kind, header)  # the checks
+    to_diffusers(kind, header)  # only for its checks
     steps = tuple(Step(name, tuple(shape), dtype, (name,)) for name, (shape, dtype) in header.items())
     if not nest and kind.layout.title in NESTED:
         nest = ("state_dict",)

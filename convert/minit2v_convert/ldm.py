@@ -1,7 +1,7 @@
-"""CompVis' latent diffusion: UNet, VAE and text encoder of Stable Diffusion 1.x as single files have them.
+"""The layout of CompVis' latent diffusion: UNet, VAE and text encoder of Stable Diffusion 1.x in single files.
 
-The UNet's blocks stand in two flat lists. `n` of them make a level on either way: on the way in the ResBlocks and what
-goes to the next level, on the way out one ResBlock more, the last of them with what goes to the next level behind it.
+The UNet's blocks are in two flat lists, with `n` entries for each level. In the encoder these are the ResBlocks and the
+downsampling layer. In the decoder there is one ResBlock more, and the last entry also has the upsampling layer.
 """
 
 import re
@@ -49,7 +49,7 @@ def unet_numbers(c: Config) -> Numbers:
 
 
 def glance(names: Iterable[str]) -> Numbers:
-    """n is the index of the first block that goes to the next level."""
+    """n is the index of the first downsampling layer."""
     found = (re.fullmatch(r"input_blocks\.(\d+)\.(0\.)?op\.\w+", name) for name in names)
     return {"n": min((int(m[1]) for m in found if m), default=3)}
 
@@ -86,7 +86,7 @@ VAE_ROWS: Rows = [
 AUTOENCODER = Format("vae", shapes.vae, configs.infer_vae, {"Stable Diffusion's": VAE}, VAE_ROWS,
                      numbers=lambda c: {"last": len(c["block_out_channels"]) - 1})  # fmt: skip
 
-# The attention's names in diffusers before 0.17. The folder of Stable Diffusion 1.5 has them in one file of two.
+# Names of the attention in diffusers before 0.17. One of two files in the folder of Stable Diffusion 1.5 has them.
 OLD_VAE_ROWS: Rows = [
     *[(f"{{half}}.mid_block.attentions.0.{old}.{{p}}", f"{{half}}.mid_block.attentions.0.{new}.{{p}}")
       for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))],
@@ -94,7 +94,7 @@ OLD_VAE_ROWS: Rows = [
 ]  # fmt: skip
 OLD_AUTOENCODER = replace(AUTOENCODER, rows=OLD_VAE_ROWS)
 
-# What a script that was not told of diffusers' new names writes: those, between the old ones around them.
+# An old conversion script leaves diffusers' new names of the attention between the authors' names.
 HALF_OLD_VAE_ROWS: Rows = [
     *below("{half}.mid.attn_1.", "{half}.mid_block.attentions.0.", [
         (f"{n}.{p}", f"{n}.{p}", *[CONV2D] * (p == "weight"))
@@ -105,9 +105,9 @@ HALF_OLD_AUTOENCODER = replace(AUTOENCODER, rows=HALF_OLD_VAE_ROWS)
 
 # -------------------------------------------------------------------------------------------------------- text encoder
 
-IDS = {POSITION_IDS: "I64"}  # 0, 1, 2, ...: in fp16 merges they are rounded, and of no use
+IDS = {POSITION_IDS: "I64"}  # 0, 1, 2, ...; useless in fp16 merges, where they are rounded
 TEXT = Format("text_encoder", shapes.clip_text, configs.infer_clip, {"CLIP ViT-L/14": CLIP_L}, optional=IDS)
-BARE_TEXT = replace(TEXT, rows=[("{*}", "text_model.{*}")])  # some merges
+BARE_TEXT = replace(TEXT, rows=[("{*}", "text_model.{*}")])  # in some merged models
 
 # --------------------------------------------------------------------------------------------- what else is in the file
 
@@ -124,11 +124,11 @@ COUNTERS = {name: "a counter of the trainer's moving average" for name in ("mode
 AVERAGE = {"model_ema.{*}": "the moving average of the UNet's weights, taken instead of them with ema=True"}
 PLACES = ("", "transformer.", "transformer.text_model.")
 DREAMBOOTH = {
-    "embedding_manager.{*}": "words of textual inversion, which stand in files of their own",
-    **{f"cond_stage_model.{place}logit_scale": "of the contrastive loss" for place in PLACES},
-    **{f"cond_stage_model.{place}text_projection{end}": "behind the text encoder's last layer"
+    "embedding_manager.{*}": "words of textual inversion, which belong in separate files",
+    **{f"cond_stage_model.{place}logit_scale": "only for the contrastive loss" for place in PLACES},
+    **{f"cond_stage_model.{place}text_projection{end}": "after the text encoder's last layer, not used"
        for place in PLACES for end in ("", ".weight")},
-    **dict.fromkeys(("logvar", "lvlb_weights"), "of the training's loss"),
+    **dict.fromkeys(("logvar", "lvlb_weights"), "only for the training loss"),
 }  # fmt: skip
 LOSS = {"loss.{*}": "the discriminator and the perceptual loss: only training needs them"}
 UNUSED = {

@@ -1,6 +1,7 @@
-"""ModelScope's text-to-video: `text2video_pytorch_model.pth` (UNetSD; Zeroscope's too), `open_clip_pytorch_model.bin`.
+"""The layout of ModelScope's text-to-video, which Zeroscope also uses.
 
-Its third file, `VQGAN_autoencoder.pth`, is a checkpoint of latent diffusion (`ldm`).
+`text2video_pytorch_model.pth` is the UNet (UNetSD). `open_clip_pytorch_model.bin` is the text encoder. The third file,
+`VQGAN_autoencoder.pth`, has the layout of latent diffusion (`ldm`).
 """
 
 from . import configs, shapes
@@ -9,7 +10,7 @@ from .ldm import IDS, RES, SKIP, WAYS, glance, unet_numbers
 from .shapes import Config, Get
 from .table import CONV1D, Format, Numbers, Rows, below
 
-TEMPORAL: Rows = [  # linear layers now, convolutions over time of size 1 then
+TEMPORAL: Rows = [  # diffusers has linear layers, the authors have convolutions of size 1
     ("proj_in.weight", "proj_in.weight", CONV1D),
     ("proj_out.weight", "proj_out.weight", CONV1D),
     ("{*}", "{*}"),
@@ -18,7 +19,7 @@ UNETSD_ROWS: Rows = [
     *WAYS,
     *below("input_blocks.0.1.", "transformer_in.", TEMPORAL),
     *below("input_blocks.{n*i+j+1}.0.", "down_blocks.{i}.resnets.{j}.", [*RES, *SKIP]),
-    ("input_blocks.{n*i+j+1}.0.temopral_conv.{*}", "down_blocks.{i}.temp_convs.{j}.{*}"),  # sic
+    ("input_blocks.{n*i+j+1}.0.temopral_conv.{*}", "down_blocks.{i}.temp_convs.{j}.{*}"),  # the authors' spelling
     ("input_blocks.{n*i+j+1}.1.{*}", "down_blocks.{i}.attentions.{j}.{*}"),
     *below("input_blocks.{n*i+j+1}.2.", "down_blocks.{i}.temp_attentions.{j}.", TEMPORAL),
     ("input_blocks.{n*i+n}.op.{p}", "down_blocks.{i}.downsamplers.0.conv.{p}"),
@@ -37,7 +38,7 @@ UNETSD_ROWS: Rows = [
 
 
 def unetsd_numbers(c: Config) -> Numbers:
-    """As in latent diffusion, with one more layer before what goes to the next level: the temporal attention."""
+    """As in latent diffusion, but with the temporal attention before the upsampling layer."""
     numbers = unet_numbers(c)
     return {**numbers, "up": [3 if up == 2 else 1 for up in numbers["up"]]}
 
@@ -65,7 +66,7 @@ def open_clip_shapes(c: Config) -> shapes.Shapes:
 
 
 def infer_open_clip(base: Config, get: Get) -> Config:
-    """The UNet was trained on what enters the last block, so diffusers' encoder has one block less."""
+    """The config for diffusers, with one block less, because the UNet was trained on the input of the last block."""
     found = configs.infer_clip(base, get)
     return {**found, "num_hidden_layers": found["num_hidden_layers"] - 1}
 
@@ -74,14 +75,13 @@ OPEN_CLIP = Format(
     "text_encoder", open_clip_shapes, infer_open_clip, {"OpenCLIP ViT-H/14": CLIP_H}, OPEN_CLIP_ROWS,
     numbers=lambda c: {"last": c["num_hidden_layers"]},
     ignored={
-        "visual.{*}": "the image tower: text-to-video reads text",
-        "transformer.resblocks.{last}.{*}": "the last block: the UNet takes what enters it",
-        "text_projection": "behind the last block",
-        "logit_scale": "of the contrastive loss",
+        "visual.{*}": "the image encoder, which text-to-video does not use",
+        "transformer.resblocks.{last}.{*}": "the last block, because the UNet takes its input",
+        "text_projection": "after the last block",
+        "logit_scale": "only for the contrastive loss",
     },
 )  # fmt: skip
-# What diffusers' text encoder cannot give back, for those who want the authors' file.
 OPEN_CLIP_LOST = (
-    "open_clip_pytorch_model.bin cannot be made from diffusers' text encoder, which has neither its image tower nor "
-    "its last block: keep the authors' file"
+    "open_clip_pytorch_model.bin cannot be made from diffusers' text encoder, which lacks the image encoder and the "
+    "last block: keep the authors' file"
 )

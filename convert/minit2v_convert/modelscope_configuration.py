@@ -1,10 +1,10 @@
-"""ModelScope's `configuration.json`: which file is what, the UNet's sizes, how the noise was trained.
+"""Reads and writes ModelScope's `configuration.json`: names of files, sizes of the UNet, and the noise schedule.
 
-    said = read(parse_json(folder / "configuration.json"))       # in the names of diffusers
+    said = read(parse_json(folder / "configuration.json"))       # with diffusers' names of fields
     content, notes = write(unet_config, scheduler_config)        # and back
 
-It stands beside `text2video_pytorch_model.pth`, `VQGAN_autoencoder.pth` and `open_clip_pytorch_model.bin`. Most of it
-shapes tell, too. The number of groups in a norm it does not say: that is 32 in the authors' code.
+The file is beside `text2video_pytorch_model.pth`, `VQGAN_autoencoder.pth` and `open_clip_pytorch_model.bin`. Most of
+its fields could also be inferred from shapes. It lacks the number of groups in a norm: 32 in the authors' code.
 """
 
 from collections.abc import Mapping
@@ -22,15 +22,15 @@ FILES = {  # field of model_args: component, the authors' file
     "ckpt_autoencoder": ("vae", "VQGAN_autoencoder.pth"),
 }
 PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-HEADS, GROUPS = 8, 32  # of the temporal transformer behind the first convolution; of every norm
-# Fields that decide nothing here, as the published file has them, each with the reason.
+HEADS, GROUPS = 8, 32  # heads of the temporal transformer after the first convolution; groups of every norm
+# Fields that are not used: (value in the published file, reason).
 IGNORED: Mapping[str, tuple[Any, str]] = {
     "unet_y_dim": (768, "the network has no layer of that width"),
-    "unet_dropout": (0.1, "only training drops anything"),
-    "var_type": ("fixed_small", "the noise that a DDPM sampler adds is the scheduler's affair"),
+    "unet_dropout": (0.1, "only training uses dropout"),
+    "var_type": ("fixed_small", "the variance of a DDPM sampler is set in the scheduler"),
     "loss_type": ("mse", "only training has a loss"),
 }
-ARGUMENTS = {"max_frames": 16, "tiny_gpu": 1}  # of the authors' pipeline: how many frames it makes, and where
+ARGUMENTS = {"max_frames": 16, "tiny_gpu": 1}  # arguments of the authors' pipeline: number of frames, device
 READ = ("unet_in_dim", "unet_dim", "unet_context_dim", "unet_out_dim", "unet_dim_mult", "unet_num_heads",
         "unet_head_dim", "unet_res_blocks", "unet_attn_scales", "temporal_attention", "num_timesteps",
         "mean_type")  # fmt: skip
@@ -39,7 +39,7 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 
 @dataclass(frozen=True)
 class Configuration:
-    """files: component -> name. unet and scheduler: the fields of their configs that are said."""
+    """files: {component: file name}. unet, scheduler: the fields of their configs that the file gives."""
 
     files: Mapping[str, str]
     unet: Config
@@ -47,10 +47,10 @@ class Configuration:
 
 
 def read(content: Mapping[str, Any]) -> Configuration:
-    """What it says, in the names of diffusers. Raises ValueError on what is missing, unknown or not known here."""
+    """The content with diffusers' names of fields. Raises ValueError on missing, unknown or unsupported fields."""
     model = _object(content, "model")
     if model.get("type") != TYPE:
-        raise ValueError(f"it is the configuration of a {model.get('type')!r}, not of a {TYPE!r}")
+        raise ValueError(f"model.type must be {TYPE!r}, not {model.get('type')!r}")
     arguments, c = _object(model, "model_args"), _object(model, "model_cfg")
     for name in c:
         if name not in READ and name not in IGNORED:
@@ -64,26 +64,26 @@ def read(content: Mapping[str, Any]) -> Configuration:
     for field, (component, _) in FILES.items():
         name = files.get(component, field)
         if not isinstance(name, str) or not name or "/" in name:
-            raise ValueError(f"{field} should be the name of a file beside it, not {files[component]!r}")
+            raise ValueError(f"{field} must be the name of a file in the same folder, not {files[component]!r}")
     for name in ("unet_in_dim", "unet_dim", "unet_context_dim", "unet_out_dim", "unet_head_dim", "unet_res_blocks",
                  "num_timesteps"):  # fmt: skip
         if type(c[name]) is not int or c[name] < 1:
-            raise ValueError(f"{name} should be a whole number, not {c[name]!r}")
+            raise ValueError(f"{name} must be a whole number of at least 1, not {c[name]!r}")
     if not c["unet_dim_mult"]:
-        raise ValueError("unet_dim_mult is empty")
+        raise ValueError("unet_dim_mult is empty; it must be a list of numbers such as [1, 2, 4, 4]")
     for name in ("unet_dim_mult", "unet_attn_scales"):
         if not isinstance(c[name], list) or any(type(n) not in (int, float) or not 0 < n < 1000 for n in c[name]):
-            raise ValueError(f"{name} should be a list of numbers, not {c[name]!r}")
+            raise ValueError(f"{name} must be a list of numbers, not {c[name]!r}")
     if c["unet_num_heads"] != HEADS:
-        raise ValueError(f"only unet_num_heads {HEADS} is known here, not {c['unet_num_heads']!r}")
-    if str(c["temporal_attention"]) != "True":  # the published one is a string
-        raise ValueError(f"only temporal_attention 'True' is known here, not {c['temporal_attention']!r}")
+        raise ValueError(f"unet_num_heads must be {HEADS}, not {c['unet_num_heads']!r}")
+    if str(c["temporal_attention"]) != "True":  # a string in the published file
+        raise ValueError(f"temporal_attention must be 'True', not {c['temporal_attention']!r}")
     if str(c["mean_type"]) not in PREDICTIONS:
-        raise ValueError(f"mean_type {c['mean_type']!r} is not among {', '.join(PREDICTIONS)}")
+        raise ValueError(f"mean_type must be one of {', '.join(PREDICTIONS)}, not {c['mean_type']!r}")
     levels = len(c["unet_dim_mult"])
     scales = [0.5**n for n in range(levels)]
     if strange := [s for s in c["unet_attn_scales"] if s not in scales]:
-        raise ValueError(f"unet_attn_scales has {strange[0]}, and the {levels} levels are of the scales {scales}")
+        raise ValueError(f"unet_attn_scales has {strange[0]}, but the {levels} levels have the scales {scales}")
     attend = [scale in c["unet_attn_scales"] for scale in scales]
     unet = {
         "block_out_channels": [round(c["unet_dim"] * m) for m in c["unet_dim_mult"]],
@@ -101,12 +101,13 @@ def read(content: Mapping[str, Any]) -> Configuration:
 
 def _object(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if not isinstance(content.get(name), Mapping):
-        raise ValueError(f"it has no object {name!r}")
+        raise ValueError(f"the object {name!r} is missing")
     return content[name]
 
 
 def write(unet: Config, scheduler: Config) -> tuple[dict[str, Any], list[str]]:
-    """(the content, what it cannot say) of a UNet3DConditionModel's config.json and its scheduler's."""
+    """(content, messages about fields that it cannot store) from the configs of a UNet3DConditionModel and a scheduler.
+    """
     first, *_ = widths = unet["block_out_channels"]
     multiples = [w // first if w % first == 0 else w / first for w in widths]
     attend = [kind.startswith("CrossAttn") for kind in unet["down_block_types"]]
@@ -114,15 +115,15 @@ def write(unet: Config, scheduler: Config) -> tuple[dict[str, Any], list[str]]:
     prediction = scheduler.get("prediction_type", "epsilon")
     notes = []
     if (groups := unet.get("norm_num_groups", GROUPS)) != GROUPS:
-        notes.append(f"{NAME}: cannot say norm_num_groups {groups}; in the authors' code it is {GROUPS}")
+        notes.append(f"{NAME} cannot store norm_num_groups {groups}; in the authors' code it is {GROUPS}")
     if prediction not in kinds:
-        notes.append(f"{NAME}: cannot say prediction_type {prediction!r}")
+        notes.append(f"{NAME} cannot store prediction_type {prediction!r}")
     for name, value in BETAS.items():
         if scheduler.get(name, value) != value:
-            notes.append(f"{NAME}: cannot say {name} {scheduler[name]!r}; in the authors' code it is {value!r}")
+            notes.append(f"{NAME} cannot store {name} {scheduler[name]!r}; in the authors' code it is {value!r}")
     for name in ("rescale_betas_zero_snr", "trained_betas"):
         if scheduler.get(name):
-            notes.append(f"{NAME}: cannot say {name}")
+            notes.append(f"{NAME} cannot store {name}")
     model_cfg = {
         "unet_in_dim": unet["in_channels"],
         "unet_dim": first,

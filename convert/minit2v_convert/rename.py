@@ -1,4 +1,4 @@
-"""The diffusers layout is a table of (diffusers' name, our name) templates, applied once, in either direction."""
+"""Renames tensors between diffusers' names and minit2v's, by a table of templates that works in both directions."""
 
 import difflib
 import re
@@ -23,7 +23,7 @@ def _compile(template: str) -> re.Pattern[str]:
 
 
 def rename_one(name: str, rules: Rules) -> tuple[str, int] | None:
-    """The new name and the index of the rule that made it; None where no rule knows the name."""
+    """The new name and the index of the rule that made it, or None if no rule matches."""
     for n, (source, target) in enumerate(rules):
         if m := _compile(source).fullmatch(name):
             return re.sub(r"\{(\*|\w+)\}", lambda g, m=m: m["rest" if g[1] == "*" else g[1]], target), n
@@ -31,10 +31,10 @@ def rename_one(name: str, rules: Rules) -> tuple[str, int] | None:
 
 
 def rename(state: Mapping[str, V], rules: Rules) -> dict[str, V]:
-    """Apply a table to the names of `state`; the values pass through untouched.
+    """Apply a table to the names of `state`. The values do not change.
 
-    `{x}` stands for one dot-free part of a name, `{*}` for the rest of it. The first rule that matches wins.
-    Raises KeyError on a name that no rule knows, ValueError on two names for one target.
+    `{x}` matches one part of a name without dots, and `{*}` matches the rest. The first rule that matches is used.
+    Raises KeyError on a name that no rule matches, ValueError on two names that get the same new name.
 
     >>> rename({"a.2.resnets.0.bias": 1}, [("a.{i}.resnets.{j}.{*}", "down.{i}.blocks.{j}.res.{*}")])
     {'down.2.blocks.0.res.bias': 1}
@@ -65,17 +65,17 @@ def inverse(rules: Rules) -> list[tuple[str, str]]:
 
 
 def under(source: str, target: str, rules: Rules) -> list[tuple[str, str]]:
-    """The same rules one level deeper on both sides."""
+    """The same rules with a prefix on both sides."""
     return [(source + s, target + t) for s, t in rules]
 
 
 def shown(text: object) -> str:
-    """For messages: line breaks, control characters and what is not a character at all, escaped."""
+    """A text for messages. Line breaks, control characters and invalid characters are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def nearest(name: object, known: Sequence[str]) -> str:
-    """` (nearest: ...)`, or nothing where nothing is near. name: what a file says, of any kind and length."""
+    """" (nearest: ...)" with the most similar known name, or "" if none is similar. name: any value from a file."""
     if not isinstance(name, str) or len(name) > 200:
         return ""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -84,13 +84,13 @@ def nearest(name: object, known: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """The diffusers layout of one network (transformers' of CLIP).
+    """The layout of one network in diffusers, or of CLIP in transformers. "Our" names are those of minit2v's modules.
 
-    rules: exact and invertible; the spelling that is written on the way out.
-    aliases: other spellings in such files, rewritten to the spelling of `rules` before they apply.
-    ignored: source names that mean nothing to us, each with its reason.
-    squeezed: our names whose tensor in a file may carry trailing axes of size 1 (1x1 convolutions for linear layers).
-    conv1x1: such names again, whose tensor in a file is always written as a convolution's.
+    rules: (diffusers' name, our name). They can be inverted, and give the names that are written to files.
+    aliases: (other name in such files, the name that `rules` knows). They are applied first.
+    ignored: {name that is not needed: reason}.
+    squeezed: our names of linear layers that a file may store as 1x1 convolutions, with trailing axes of size 1.
+    conv1x1: the same, but these are always written as convolutions.
     """
 
     rules: Rules
@@ -100,14 +100,14 @@ class Layout:
     conv1x1: Sequence[str] = ()
 
     def own(self, names: Iterable[str]) -> set[str]:
-        """Those of our names that no rule knows: of what a network has beyond diffusers'."""
+        """Our names that no rule matches. They belong to layers that diffusers' network does not have."""
         rules = inverse(self.rules)
         return {name for name in names if rename_one(name, rules) is None}
 
     def match(self, names: Iterable[str], own: Collection[str] = ()) -> tuple[dict[str, str], list[str]]:
-        """({our name: diffusers' name}, names of the file that no rule knows); names without meaning are in neither.
+        """({our name: name in the file}, names in the file that no rule matches). Ignored names are in neither.
 
-        own: names that stand for themselves where no rule knows them. Raises ValueError on two names for one target.
+        own: names that stay the same if no rule matches. Raises ValueError on two names that get the same new name.
         """
         spelled = {}
         for name in names:
@@ -127,16 +127,17 @@ class Layout:
         return found, unknown
 
     def to_ours(self, state: Mapping[str, V]) -> dict[str, V]:
-        """Diffusers' names -> our names. Raises KeyError or ValueError as `rename`."""
+        """Rename from diffusers' names to ours. Raises KeyError or ValueError as `rename` does."""
         found, unknown = self.match(state)
         if unknown:
             raise KeyError(_no_rule(unknown))
         return {ours: self.squeeze(ours, state[name]) for ours, name in found.items()}
 
     def to_diffusers(self, state: Mapping[str, V], own: Collection[str] = ()) -> dict[str, V]:
-        """Our names -> diffusers' names; those of `own` stay as they are.
+        """Rename from our names to diffusers'. Names in `own` stay the same.
 
-        Raises KeyError on another name that no rule knows, ValueError where one of `own` means something else there.
+        Raises KeyError on a name that no rule matches, ValueError if a name in `own` is the name of another tensor
+        there.
         """
         convs = [_compile(c) for c in self.conv1x1]
         shaped = {
@@ -147,11 +148,11 @@ class Layout:
         renamed = rename({name: x for name, x in shaped.items() if name not in own}, inverse(self.rules))
         for name in sorted(own):
             if name in renamed or rename_one(name, [*self.aliases, *self.rules]) is not None:
-                raise ValueError(f"{name!r} is the name of another tensor in the files of this network: choose another")
+                raise ValueError(f"{name!r} is already a name in the files of this network: rename your layer")
         return renamed | {name: value for name, value in shaped.items() if name in own}
 
     def squeeze(self, name: str, value: Any) -> Any:
-        """`value` without the trailing axes of size 1 that our name does not have."""
+        """`value` without trailing axes of size 1, if our layer does not have them."""
         if any(_compile(s).fullmatch(name) for s in (*self.squeezed, *self.conv1x1)) and getattr(value, "ndim", 0) > 2:
             while value.ndim > 2 and value.shape[-1] == 1:
                 value = value.squeeze(-1)

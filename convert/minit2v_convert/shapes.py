@@ -1,7 +1,7 @@
-"""The tensors of every network: names as diffusers and transformers have them, and shapes, from its config.
+"""Lists the tensors of every network from its config: {name in diffusers or transformers: shape}.
 
-A converter builds no model. What it needs of one is this list: it checks a file against it before anything is written,
-and says what is missing. The way back, from shapes to a config, is `configs`.
+A converter does not build the model. It compares a file with this list before anything is written, and reports missing
+tensors. `configs` does the opposite, and infers a config from shapes.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,8 +10,8 @@ from typing import Any
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
 Config = Mapping[str, Any]
-Get = Callable[[str], Shape | None]  # the shape of diffusers' name, None where the file has not got it
-Tree = dict[str, Any] | list[Any]  # of dicts and lists whose leaves are shapes
+Get = Callable[[str], Shape | None]  # diffusers' name -> its shape, or None if the file does not have it
+Tree = dict[str, Any] | list[Any]  # nested dicts and lists whose leaves are shapes
 
 POSITION_IDS = "text_model.embeddings.position_ids"
 
@@ -69,7 +69,8 @@ def attention(dim: int, context: int) -> Tree:
 def transformer(
     channels: int, context: int | None = None, dim: int | None = None, conv1x1: bool = False, attentions: int = 2
 ) -> Tree:
-    """One block of `attentions` attentions, the second one to the context where there is one."""
+    """A transformer with one block. Of its `attentions` attentions, the second one is to the context, if there is one.
+    """
     dim = dim or channels
     block: dict[str, Any] = {}
     for n in range(1, attentions + 1):
@@ -90,7 +91,7 @@ def motion_module(dim: int, rows: int, attentions: int = 2) -> Tree:
 
 
 def _unet(c: Config, temporal: bool, motion: Callable[[int], Tree] | None = None) -> Tree:
-    """The U of all UNets. `motion` makes the motion module of a width, where there are any."""
+    """The parts that all UNets share. motion: width -> motion module, or None for a UNet without them."""
     widths, layers = c["block_out_channels"], c["layers_per_block"]
     emb, first, last = 4 * widths[0], widths[0], widths[-1]
 
@@ -149,7 +150,7 @@ def unet2d(c: Config) -> Shapes:
 
 
 def motion_adapter(c: Config) -> Shapes:
-    """The motion modules alone, as `MotionAdapter` keeps them."""
+    """`MotionAdapter`: only the motion modules."""
     widths, layers = c["block_out_channels"], c["motion_layers_per_block"]
 
     def level(width: int, count: int) -> Tree:
@@ -166,12 +167,12 @@ def unet_motion(c: Config) -> Shapes:
 
 
 def sparse_control(c: Config) -> Shapes:
-    """`SparseControlNetModel`: the way down of a UNet with smaller motion modules, and a convolution for each skip."""
+    """`SparseControlNetModel`: a UNet's encoder with smaller motion modules, and a convolution for each skip."""
     tree = _unet(c, False, lambda width: motion_module(width, c["motion_max_seq_length"], attentions=1))
     widths, layers = c["block_out_channels"], c["layers_per_block"]
     del tree["up_blocks"], tree["conv_norm_out"], tree["conv_out"], tree["mid_block"]["motion_modules"]
     skips = [widths[0], *(w for n, w in enumerate(widths) for _ in range(layers + (n < len(widths) - 1)))]
-    channels = c["conditioning_channels"] + 1  # and the mask
+    channels = c["conditioning_channels"] + 1  # the mask is one more channel
     if c["use_simplified_condition_embedding"]:
         embedding = conv(channels, widths[0], 3, 3)
     else:
@@ -274,7 +275,7 @@ def clip_image(c: Config) -> Shapes:
 
 
 def lora(layers: Shapes, rank: int) -> Shapes:
-    """Two factors for each of these weights (out, in, ...), in peft's names."""
+    """Two factors for each of these weights (out, in, ...), with peft's names."""
     out: Shapes = {}
     for name, (outputs, *inputs) in layers.items():
         stem = name.removesuffix(".weight")
@@ -284,7 +285,7 @@ def lora(layers: Shapes, rank: int) -> Shapes:
 
 
 def attention_weights(shapes: Shapes) -> Shapes:
-    """The projections of every attention: what motion LoRAs and the domain adapter adapt."""
+    """The projections of every attention, which motion LoRAs and the domain adapter change."""
     return {n: s for n, s in shapes.items() if ".to_" in n and n.endswith(".weight")}
 
 
@@ -297,14 +298,15 @@ def spatial_lora(c: Config) -> Shapes:
 
 
 def attended(shapes: Shapes) -> dict[str, int]:
-    """The attentions to the text, in the order of the reference's processors (down, up, mid), with their widths."""
+    """{attention to the text: its width}, in the order of the reference's processors (down, up, mid)."""
     names = [n.removesuffix(".to_k.weight") for n in shapes if n.endswith(".attn2.to_k.weight")]
     names.sort(key=lambda n: n.startswith("mid_block"))
     return {n: shapes[f"{n}.to_k.weight"][0] for n in names}
 
 
 def ip_adapter(c: Config) -> Shapes:
-    """The key and value projections for image tokens in each attention to the text, and what makes the tokens."""
+    """An IP-Adapter: the network that makes image tokens, and key and value projections for each attention to the text.
+    """
     dim = c["cross_attention_dim"]
     out: Shapes = {}
     for name, width in attended(unet2d(c)).items():

@@ -1,6 +1,7 @@
-"""Checkpoint files of any size that take no disk: true names, shapes and dtypes around a hole that reads as zeros.
+"""Writes sparse checkpoint files. They have real names, shapes and dtypes, but a hole of zeros in place of the data.
 
-They measure what loading costs, and test that every name of the published files finds its place, without a download.
+Such files take almost no disk space. Tests use them to measure loading, and to load all published names without a
+download.
 """
 
 import json
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-# safetensors' names of the dtypes that published checkpoints have
+# The dtypes of published checkpoints, under the names of safetensors.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -23,7 +24,7 @@ Manifest = Mapping[str, tuple[Sequence[int], str]]  # name -> (shape, dtype name
 
 
 def write_sparse_safetensors(path: str | Path, manifest: Manifest) -> Path:
-    """A `.safetensors` file: the header, then a hole."""
+    """Write a `.safetensors` file with a header and a hole. manifest: {name: (shape, dtype)}."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, (shape, dtype) in manifest.items():
@@ -39,8 +40,8 @@ def write_sparse_safetensors(path: str | Path, manifest: Manifest) -> Path:
 
 
 def write_sparse_bin(path: str | Path, manifest: Manifest) -> Path:
-    """A `torch.save` file: a zip archive whose stored tensors are holes."""
-    # Memory that is never touched is never given, so neither is the model in RAM.
+    """Write a `torch.save` file, a zip archive whose tensors are holes. manifest: {name: (shape, dtype)}."""
+    # The system gives no memory for pages that are never touched, so the model takes no RAM either.
     state = {name: torch.empty(tuple(shape), dtype=DTYPES[dtype]) for name, (shape, dtype) in manifest.items()}
     with torch.serialization.skip_data():
         torch.save(state, path)

@@ -1,11 +1,11 @@
-"""Files of weights of any size: opened by their headers, read tensor by tensor, written tensor by tensor.
+"""Opens, reads and writes checkpoint files of any size, one tensor at a time.
 
-    source = open_file("model.ckpt")                       # nothing is read but names, shapes and dtypes
+    source = open_file("model.ckpt")                       # reads only names, shapes and dtypes
     x = source.read("conv_in.weight")                      # memory-mapped
-    write_file("model.safetensors", plan, read)            # one tensor in memory, a temporary name until it is whole
+    write_file("model.safetensors", plan, read)            # holds one tensor in memory
 
-Headers are not believed: sizes, offsets and dtypes are checked before torch sees them. A pickle is gone through,
-operation by operation, and is opened only if it does nothing but list tensors. Bad content raises ValueError in a line.
+Headers are not trusted: sizes, offsets and dtypes are checked before torch uses them. A pickle is checked operation by
+operation, and is opened only if it does nothing but list tensors. Bad content raises ValueError, in one line.
 """
 
 import errno
@@ -38,17 +38,18 @@ DTYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-LONGEST_HEADER = 2**25  # bytes: the largest published ones have half a million, and JSON in memory is ten times as much
+LONGEST_HEADER = 2**25  # bytes; the largest published header has 500,000, and JSON takes ten times as much memory
 LARGEST = 2**48  # numbers in a tensor
-LARGEST_JSON = 2**26  # bytes: a tokenizer's are 3 MB
+LARGEST_JSON = 2**26  # bytes; the file of a tokenizer has 3 MB
 PICKLES = (".bin", ".pth", ".pt", ".ckpt")
 
 
 @dataclass(frozen=True)
 class Source:
-    """An open file. `nest` and `ignored`: what a pickle has around its tensors (`containers`).
+    """An open file. header: {name: (shape, dtype)}. read: gives the tensor of a name.
 
-    metadata: the names in a safetensors file's `__metadata__`, but for that of its framework.
+    nest, ignored: the dictionaries around the tensors of a pickle, and its other content (`containers`). metadata: the
+    names in a safetensors file's `__metadata__`, except `format`.
     """
 
     path: Path
@@ -64,25 +65,27 @@ class Source:
 
 
 def open_file(path: str | Path, mmap: bool = True) -> Source:
-    """A `.safetensors` or `torch.save` file, known by its content. OSError where it cannot be read at all.
+    """Open a `.safetensors` or `torch.save` file, which is recognised by its content.
 
-    mmap: tensors are the file's own pages, read when they are used. They change when the file is written to, and using
-    them ends the process (SIGBUS) when it has been cut off meanwhile. False: `read` copies them into memory, a
-    safetensors file's one by one; ValueError where the file has changed since it was opened.
+    mmap: with True the tensors are memory-mapped, and are read from the file when they are used. If the file is
+    changed, they change too; if it is shortened, using them ends the process (SIGBUS). With False, `read` copies the
+    tensors into memory; ValueError if a safetensors file has changed since it was opened.
+
+    Raises ValueError on bad content, OSError if the file cannot be read.
     """
     path = Path(path)
     return _open_safetensors(path, mmap) if is_safetensors(path) else _open_pickle(path, mmap)
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether it is such a file, by its content, else one of torch.save. ValueError where it can be neither."""
+    """Whether the content is that of a safetensors file, or else of torch.save. ValueError if it can be neither."""
     _check_regular(path)
     with path.open("rb") as file:
         head = file.read(512)
     if not head:
         raise ValueError(f"{path} is empty")
     if head.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` where it was cloned")
+        raise ValueError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` in its repository")
     if head.lstrip()[:1] == b"<":
         raise ValueError(f"{path} is a web page, not weights: download the file itself")
     return head[8:9] == b"{" or path.suffix == ".safetensors"
@@ -106,15 +109,17 @@ def _quote(text: object) -> str:
 
 
 def read_header(path: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], dict[str, int], tuple[str, ...]]:
-    """{name: (shape, dtype)}, {name: where in the file it begins} and the names in the metadata of a `.safetensors`
-    file, checked to the byte."""
+    """({name: (shape, dtype)}, {name: first byte in the file}, names in the metadata) of a `.safetensors` file.
+
+    Every byte is checked. ValueError if the file is damaged.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise _broken(path, "it is truncated, or no safetensors file")
+            raise _broken(path, "it is truncated, or not a safetensors file; download it again")
         if length > LONGEST_HEADER:
-            raise _broken(path, f"a header of {length} bytes is none")
+            raise _broken(path, f"its header has {length} bytes, and the limit is {LONGEST_HEADER}")
         text = file.read(length)
     try:
         entries = json.loads(text, object_pairs_hook=_without_repeats, parse_constant=_no_constant)
@@ -138,7 +143,7 @@ def read_header(path: Path) -> tuple[dict[str, tuple[tuple[int, ...], str]], dic
             raise _broken(path, f"the header is broken: {_quote(name)} begins at byte {begin} of the data, not at {at}")
         at = end
     if at != size - 8 - length:
-        raise _broken(path, f"it is truncated, or no safetensors file: its tensors take {at} bytes, there are "
+        raise _broken(path, f"it is truncated, or not a safetensors file: its tensors take {at} bytes, but there are "
                             f"{size - 8 - length}")  # fmt: skip
     metadata = entries.get("__metadata__")
     return header, begins, tuple(n for n in metadata if n != "format") if isinstance(metadata, dict) else ()
@@ -148,7 +153,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{_quote(next(n for n in names if names.count(n) > 1))} is there twice")
+        raise ValueError(f"it has {_quote(next(n for n in names if names.count(n) > 1))} twice")
     return found
 
 
@@ -159,18 +164,18 @@ def _no_constant(name: str) -> None:
 def _checked(entry: Any) -> tuple[tuple[int, ...], str, int, int]:
     """Shape, dtype, begin and end."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise ValueError("should have a dtype, a shape and data_offsets")
+        raise ValueError("must have a dtype, a shape and data_offsets")
     shape, dtype, offsets = entry["shape"], entry["dtype"], entry["data_offsets"]
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or any(type(n) is not int or n < 0 for n in numbers):
             raise ValueError(f"has {_quote(numbers)}, which are not whole numbers")
     if not isinstance(dtype, str) or dtype not in SIZES:
-        raise ValueError(f"is of the unknown type {_quote(dtype)}")
+        raise ValueError(f"has the unknown dtype {_quote(dtype)}")
     if len(offsets) != 2 or len(shape) > 16 or math.prod(n or 1 for n in shape) > LARGEST:
         raise ValueError(f"has the impossible shape {_quote(shape)} or offsets {_quote(offsets)}")
     begin, end = offsets
     if math.prod(shape) * SIZES[dtype] != end - begin:
-        raise ValueError(f"takes {_quote(end - begin)} bytes, which {dtype} {_quote(shape)} does not")
+        raise ValueError(f"takes {_quote(end - begin)} bytes, which does not fit {dtype} {_quote(shape)}")
     return tuple(shape), dtype, begin, end
 
 
@@ -178,7 +183,7 @@ def _open_safetensors(path: Path, mapped: bool) -> Source:
     opened = _stamp(path.stat())
     header, begins, metadata = read_header(path)
     with path.open("rb") as file:
-        # A private map, because torch wants to be allowed to write; it takes memory only where it is written to.
+        # A private map, because torch needs write access. It takes memory only for pages that are written.
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if mapped else None
 
     def read(name: str) -> Tensor:
@@ -192,7 +197,7 @@ def _open_safetensors(path: Path, mapped: bool) -> Source:
         with path.open("rb") as file:
             file.seek(begins[name])
             if file.readinto(_bytes(copy)) < copy.nbytes or _stamp(os.fstat(file.fileno())) != opened:
-                raise _broken(path, "it was written to while it was read")
+                raise _broken(path, "the file has changed since it was opened")
         return copy
 
     return Source(path, header, read, metadata=metadata)
@@ -204,15 +209,15 @@ def _stamp(stat: os.stat_result) -> tuple[int, ...]:
 
 # ------------------------------------------------------------------------------------------------------------- pickles
 
-# What torch.save writes for tensors. torch's own list also has what takes memory without end (`bytearray`).
+# The names that torch.save writes for tensors. torch's own list also allows `bytearray`, which can fill the memory.
 STORAGES = ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool", "Untyped")
 ALLOWED = {
     "collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
     "torch.storage UntypedStorage", "torch Size", *(f"torch {kind}Storage" for kind in STORAGES),
     *(str(dtype).replace(".", " ") for dtype in DTYPES.values()),
 }  # fmt: skip
-# What trainers put beside weights. It becomes placeholders that do nothing: none of it is imported, made or called, but
-# for the few that torch itself knows (bytes, devices, counters).
+# Objects of trainers beside the weights. They become placeholders that do nothing. None of them is imported or called,
+# except the few that torch itself allows (bytes, devices, counters).
 TRAINERS = ("pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "torchmetrics", "omegaconf",
             "ldm", "diffusers", "transformers", "torch.optim")  # fmt: skip
 BESIDE = {
@@ -229,16 +234,16 @@ OPERATIONS = {
     "SHORT_BINSTRING", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET", "GLOBAL", "REDUCE", "BUILD", "BINPERSID",
     "SETITEM", "SETITEMS", "APPEND", "APPENDS", "NEWOBJ",
 }  # fmt: skip
-LARGEST_TUPLE = 10**5  # with all that is in it: hashing tuples of tuples of tuples can take for ever
-LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch before 1.6 began a file
+LARGEST_TUPLE = 10**5  # items, with nested ones, because hashing nested tuples can take forever
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first bytes of a file from torch before 1.6
 LONGEST_PICKLE = 2**27
 
 
 def load_pickle(path: Path, mapped: bool = True, stand_ins: Mapping[str, type] | None = None) -> Any:
-    """What torch.save has written, with placeholders for what trainers put beside tensors. ValueError in one line.
+    """The content of a torch.save file, with placeholders for objects of trainers. ValueError if it is not safe.
 
-    stand_ins: further names that the pickle may want ("torch.nn.modules.container ParameterDict"), and the classes that
-    are made in their place.
+    mapped: memory-map the tensors. stand_ins: further names that the pickle may import, such as
+    "torch.nn.modules.container ParameterDict", and the classes that replace them.
     """
     stand_ins = stand_ins or {}
     with path.open("rb") as file:
@@ -247,14 +252,15 @@ def load_pickle(path: Path, mapped: bool = True, stand_ins: Mapping[str, type] |
         beside = (_check_zip if zipped else _check_legacy)(path, stand_ins)
         known: list[tuple[Callable[..., Any], str]] = [(c, n.replace(" ", ".")) for n, c in stand_ins.items()]
         with torch.serialization.safe_globals(_placeholders(beside - stand_ins.keys()) + known):
-            # What torch < 1.6 wrote cannot be mapped.
+            # Files from torch before 1.6 cannot be memory-mapped.
             return torch.load(path, map_location="cpu", mmap=zipped and mapped, weights_only=True)
     except _Refused as error:
-        raise ValueError(f"{path} is refused: its pickle wants {error}, which weights do not need") from None
-    except Exception as error:  # a broken file breaks its reader anywhere
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # it is: seeking to before the beginning
+        raise ValueError(f"{path} is refused: its pickle imports {error}, which may run code and is not needed for "
+                         "weights") from None
+    except Exception as error:  # a damaged file can raise any exception
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # EINVAL: the file has a bad offset
             raise
-        torch_says = str(error).split("WeightsUnpickler error: ")[-1].strip()  # behind a page of advice
+        torch_says = str(error).split("WeightsUnpickler error: ")[-1].strip()  # after a page of advice
         raise _broken(path, shown(first_line(ValueError(torch_says)) if torch_says else first_line(error))) from None
 
 
@@ -266,7 +272,7 @@ def _open_pickle(path: Path, mapped: bool) -> Source:
         contents = unwrap(content)
         header = {name: _header_of(name, x) for name, x in contents.tensors.items()}
     except ValueError as error:
-        raise ValueError(f"{path} does not hold weights alone: {first_line(error)}") from None
+        raise ValueError(f"{path} holds more than weights: {first_line(error)}") from None
     return Source(path, header, lambda name: contents.tensors[name].detach(), contents.path, contents.ignored)
 
 
@@ -275,7 +281,7 @@ class _Refused(Exception):
 
 
 class _Inert:
-    """Stands for an object of a trainer. Nothing that a pickle does to it has an effect."""
+    """A placeholder for an object of a trainer. Operations of the pickle on it have no effect."""
 
     def __new__(cls, *_: Any) -> "_Inert":
         return object.__new__(cls)
@@ -290,39 +296,39 @@ def _empty(*_: Any) -> dict[Any, Any]:
 
 
 def _placeholders(names: set[str]) -> list[tuple[Callable[..., Any], str]]:
-    """For torch, which looks for Python 3's names of what Python 2 named otherwise."""
+    """Placeholders under the names of Python 3, because torch translates the names of Python 2."""
     from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 
     found = []
     for old in sorted(names):
         module, name = old.split(" ", 1)
         new = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-        # What is filled like a dictionary has to be one.
+        # A defaultdict is filled like a dictionary, so its placeholder must be one.
         found.append((_empty if name == "defaultdict" else type(name, (_Inert,), {}), ".".join(new)))
     return found
 
 
 def _is_trainers(name: str) -> bool:
-    """Of a module and a name, with a blank between."""
+    """Whether "module name" is an object that trainers put beside weights."""
     module = name.split(" ")[0]
     return name in BESIDE or any(module == root or module.startswith(f"{root}.") for root in TRAINERS)
 
 
 def _check_zip(path: Path, stand_ins: Mapping[str, type]) -> set[str]:
-    """That it holds what torch.save writes and no more than it has room for: no bomb unfolds.
+    """Check that a zip archive is like those of torch.save, and is not compressed (no zip bomb).
 
-    Returns the names of what trainers put beside the weights.
+    Returns the names of objects that trainers put beside the weights.
     """
     size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if any(e.compress_type != zipfile.ZIP_STORED or e.compress_size != e.file_size for e in entries):
-            raise ValueError("it is compressed, and torch.save does not compress")
+            raise ValueError("it is compressed, but torch.save does not compress")
         if any(e.header_offset + e.file_size > size for e in entries):
-            raise ValueError("it has less room than it says")
+            raise ValueError("the sizes in it are larger than the file")
         pickles = [e for e in entries if e.filename.endswith("/data.pkl")]
         if len(pickles) != 1 or pickles[0].file_size > LONGEST_PICKLE:
-            raise ValueError("it is a zip archive, but not of torch.save")
+            raise ValueError("it is a zip archive, but not from torch.save")
         with archive.open(pickles[0]) as file:
             return _check_operations(file, stand_ins)
 
@@ -330,14 +336,17 @@ def _check_zip(path: Path, stand_ins: Mapping[str, type]) -> set[str]:
 def _check_legacy(path: Path, stand_ins: Mapping[str, type]) -> set[str]:
     with path.open("rb") as file:
         if file.read(len(LEGACY)) != LEGACY:
-            raise ValueError("it is neither a safetensors file nor one of torch.save")
-        # a version, the system, the content, the storages' names
+            raise ValueError("it is neither a safetensors file nor a torch.save file")
+        # four pickles: a version, the system, the content, the names of the storages
         return set().union(*(_check_operations(file, stand_ins) for _ in range(4)))
 
 
 class _Thing(NamedTuple):
-    """What is known of an object in a pickle: how much is in it, and what it is, where that is a text, the name of
-    something that is imported, or a tuple of things."""
+    """An object in a pickle, as far as it is known without making it.
+
+    size: the number of objects in it. text: its value if it is a text. imported: its name if it is imported. items:
+    its items if it is a pair.
+    """
 
     size: int = 1
     text: str | None = None
@@ -346,7 +355,7 @@ class _Thing(NamedTuple):
 
 
 def _check_operations(file: Any, stand_ins: Mapping[str, type]) -> set[str]:
-    """Go through a pickle without doing what it says; the names of what trainers put there. _Refused or ValueError."""
+    """Read a pickle without executing it. Returns the names of trainers' objects. Raises _Refused or ValueError."""
     import pickletools
     from pickletools import markobject
 
@@ -366,7 +375,7 @@ def _check_operations(file: Any, stand_ins: Mapping[str, type]) -> set[str]:
         if name not in OPERATIONS:
             raise ValueError(f"its pickle has the operation {name}, which torch.save does not write")
         if name == "PROTO" and argument != 2:
-            raise ValueError(f"its pickle is of protocol {argument}, and torch.save writes 2")
+            raise ValueError(f"its pickle has protocol {argument}, but torch.save writes 2")
         if name in ("BINPUT", "LONG_BINPUT"):
             memo[argument] = stack[-1]
             continue
@@ -383,7 +392,7 @@ def _check_operations(file: Any, stand_ins: Mapping[str, type]) -> set[str]:
         things = [x for x in taken if x is not markobject][::-1]
         size = 1 + sum(x.size for x in things) if name.startswith("TUPLE") else 1
         if size > LARGEST_TUPLE:
-            raise ValueError("its pickle has tuples within tuples without end")
+            raise ValueError("its pickle has too many nested tuples")
         if name in ("REDUCE", "NEWOBJ", "BUILD"):
             _check_call(name, *things)
         made = _Thing(size, argument if isinstance(argument, str) and name != "GLOBAL" else None,
@@ -394,21 +403,22 @@ def _check_operations(file: Any, stand_ins: Mapping[str, type]) -> set[str]:
 
 
 def _check_call(operation: str, called: _Thing, given: _Thing) -> None:
-    """That what is called was imported, and what is built was made. `encode` may make bytes of Latin-1, no other."""
+    """Check that only imported names are called, and only made objects are built. `encode` may only use Latin-1."""
     if (operation == "BUILD") == (called.imported is not None):
-        raise ValueError(f"its pickle has the operation {operation} where torch.save writes none")
+        raise ValueError(f"its pickle has the operation {operation} at a place where torch.save writes none")
     if called.imported == "_codecs encode" and (
             len(given.items) != 2 or given.items[1].text not in ("latin1", "latin-1")):
-        raise _Refused("_codecs.encode with something else than Latin-1")
+        raise _Refused("_codecs.encode with another encoding than Latin-1")
     if operation == "NEWOBJ" and called.imported in ALLOWED:
-        raise ValueError(f"its pickle makes a {_quote(called.imported)} as torch.save does not")
+        raise ValueError(f"its pickle makes a {_quote(called.imported)} in a way that torch.save does not")
 
 
 def _header_of(name: str, x: Tensor) -> tuple[tuple[int, ...], str]:
     if x.layout is not torch.strided or x.device.type != "cpu" or x.dtype not in NAMES:
-        raise ValueError(f"{_quote(name)} is of the type {x.dtype}, {x.layout}, on {x.device}: no weight is")
+        raise ValueError(f"{_quote(name)} must be a dense tensor of a usual dtype, not {x.dtype}, {x.layout}, on "
+                         f"{x.device}")
     if x.numel() * x.element_size() > x.untyped_storage().nbytes():
-        raise ValueError(f"{_quote(name)} is {_quote(list(x.shape))}, and there are fewer numbers behind it")
+        raise ValueError(f"{_quote(name)} has the shape {_quote(list(x.shape))}, but its data are shorter")
     return tuple(x.shape), NAMES[x.dtype]
 
 
@@ -416,16 +426,16 @@ def _header_of(name: str, x: Tensor) -> tuple[tuple[int, ...], str]:
 
 
 def _check_regular(path: Path) -> None:
-    """ValueError on pipes and devices, which may never end. What is not there, or a folder, the reader says."""
+    """ValueError on pipes and devices, which may never end. Reading reports missing files and folders."""
     if path.exists() and not path.is_file() and not path.is_dir():
         raise ValueError(f"{path} is a pipe or a device, not a file")
 
 
 def parse_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. ValueError in one line where there is none, OSError where it cannot be read."""
+    """The object in a JSON file. ValueError if it has none, OSError if it cannot be read."""
     _check_regular(path)
     if path.is_file() and path.stat().st_size > LARGEST_JSON:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes: no config has")
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, which is too large for a config")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -440,25 +450,25 @@ def json_text(content: Mapping[str, Any]) -> str:
 
 
 class _Ended(BaseException):
-    """A signal that ends the process has come."""
+    """Raised by a signal that ends the process."""
 
 
 @contextmanager
 def ended_cleanly() -> Iterator[None]:
-    """SIGTERM and SIGHUP leave the block as an exception, so that it cleans up; then they end the process as always.
+    """Inside the block SIGTERM and SIGHUP raise an exception, so that the block cleans up. Then they end the process.
 
-    Nothing changes outside the main thread, and where the program has a handler of its own or ignores them (nohup).
+    This has no effect outside the main thread, or if the program has its own handler or ignores the signal (nohup).
     """
     came: list[int] = []
 
     def end(number: int, frame: Any) -> None:
-        if not came:  # a second one must not interrupt the cleaning up
+        if not came:  # a second signal must not interrupt the clean-up
             came.append(number)
             raise _Ended
 
     before: list[int] = []
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP"):  # there is no SIGHUP on Windows
+        for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) is signal.SIG_DFL:
                 signal.signal(number, end)
@@ -474,10 +484,10 @@ def ended_cleanly() -> Iterator[None]:
 
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """An empty file beside `path` that takes its place if all goes well, and is removed if not. OSErrors pass.
+    """Yield an empty file beside `path`. It replaces `path` if the block succeeds, and is removed otherwise.
 
-    Its name cannot be guessed, so nobody can put a link there before; threads and machines that share a folder do not
-    meet. It has the ending of `path`, by which libraries know what to write.
+    Its name is random. So nobody can put a link there before, and threads or machines that share a folder use different
+    files. It has the ending of `path`, because some libraries choose the file format by it. OSErrors are not changed.
     """
     ending = path.suffix if len(path.suffix) < 20 else ""
     temporary = path.with_name(f".{path.stem[:30]}-{secrets.token_hex(16)}{ending}")
@@ -485,7 +495,7 @@ def beside(path: Path) -> Iterator[Path]:
         try:
             flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
             descriptor = os.open(temporary, flags, 0o666)
-            mode = os.fstat(descriptor).st_mode  # the umask's; safetensors writes files that nobody else can read
+            mode = os.fstat(descriptor).st_mode  # the umask's, because safetensors writes files only for the owner
             os.close(descriptor)
             yield temporary
             temporary.chmod(mode)
@@ -498,9 +508,9 @@ def beside(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """`beside` in a folder that is made where it is missing; whatever goes wrong is an OSError that names `path`.
+    """`beside`, which also makes a missing folder. Every error becomes an OSError that names `path`.
 
-    A ValueError is about what should be written, and passes.
+    Except ValueError, which is about the content and is not changed.
     """
     path = Path(path)
     try:
@@ -509,14 +519,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
             yield temporary
     except ValueError:
         raise
-    except Exception as error:  # each library that writes has its own
+    except Exception as error:  # libraries raise their own exceptions
         raise OSError(f"cannot write {shown(path)}: {first_line(error)}") from error
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """ValueError where a number does not fit the dtype, or was none before, or whole numbers are to be weights."""
+    """Cast a tensor. ValueError on NaN, infinity, numbers too large for the dtype, or integers to be cast to floats."""
     if dtype.is_floating_point and not x.dtype.is_floating_point:
-        raise ValueError(f"is {NAMES.get(x.dtype, x.dtype)}: weights are floating-point numbers")
+        raise ValueError(f"is {NAMES.get(x.dtype, x.dtype)}, but weights must be floating-point numbers")
     y = x.to(dtype)
     if y.numel() and not all(map(torch.isfinite, torch.aminmax(y))):
         if not torch.isfinite(x).all():
@@ -526,7 +536,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def retyped(plan: Plan, dtype: torch.dtype | None) -> Plan:
-    """The plan with every weight in `dtype`; whole numbers and what is exact stay as they are."""
+    """The plan with every weight in `dtype`. Integers, and tensors in `plan.exact`, keep their dtype."""
     if dtype is None:
         return plan
     steps = (replace(s, dtype=NAMES[dtype]) if DTYPES[s.dtype].is_floating_point and s.name not in plan.exact else s
@@ -535,12 +545,12 @@ def retyped(plan: Plan, dtype: torch.dtype | None) -> Plan:
 
 
 def size_of(plan: Plan) -> int:
-    """Bytes of the tensors."""
+    """The size of all tensors in bytes."""
     return sum(math.prod(s.shape) * SIZES[s.dtype] for s in plan.steps)
 
 
 def made(step: Step, read: Callable[[Step, str], Tensor]) -> Tensor:
-    """The tensor of a step in the step's dtype. ValueError names it where it cannot be."""
+    """The tensor of a step in the step's dtype. ValueError, with its name, if it cannot be cast."""
     x = make(step, [read(step, name) for name in step.sources])
     if x.dtype == DTYPES[step.dtype]:
         return x
@@ -553,10 +563,10 @@ def made(step: Step, read: Callable[[Step, str], Tensor]) -> Tensor:
 def write_file(
     path: Path, plan: Plan, read: Callable[[Step, str], Tensor], done: Callable[[int], Any] = lambda n: None
 ) -> None:
-    """Write a plan's tensors, one in memory at a time: a pickle by the name's ending, else safetensors.
+    """Write a plan's tensors, with one in memory at a time. The ending of `path` chooses a pickle or safetensors.
 
-    read(step, source name) -> tensor. done: told the bytes of each tensor that is written. Written to `path` itself;
-    `replacing` gives it a temporary one.
+    read: (step, source name) -> tensor. done: called with the bytes of each tensor. This writes to `path` directly, so
+    callers give the temporary file of `replacing`.
     """
     (_write_pickle if path.suffix in PICKLES else _write_safetensors)(path, plan, lambda step: made(step, read), done)
 
@@ -568,7 +578,7 @@ def _bytes(x: Tensor) -> memoryview:
 def _write_safetensors(
     path: Path, plan: Plan, tensor: Callable[[Step], Tensor], done: Callable[[int], Any]
 ) -> None:
-    steps = sorted(plan.steps, key=lambda s: -SIZES[s.dtype])  # so that each begins at a multiple of its size
+    steps = sorted(plan.steps, key=lambda s: -SIZES[s.dtype])  # so each tensor begins at a multiple of its item size
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for s in steps:
@@ -583,12 +593,12 @@ def _write_safetensors(
 
 
 STORAGE_OF = {"F32": "Float", "F16": "Half", "BF16": "BFloat16", "F64": "Double", "I64": "Long", "I32": "Int"}
-ALIGNMENT = 64  # of each tensor in the archive, as torch.save has it
+ALIGNMENT = 64  # bytes, for each tensor in the archive, as in torch.save
 
 
 @dataclass(frozen=True)
 class _Slot:
-    """Stands for a tensor's numbers while the pickle is written."""
+    """A placeholder for a tensor's storage while the pickle is written."""
 
     key: str
     step: Step
@@ -596,7 +606,7 @@ class _Slot:
 
 @dataclass(frozen=True)
 class _Stub:
-    """Stands for a tensor while the pickle is written: reads as one."""
+    """A placeholder for a tensor while the pickle is written. Reading the pickle gives a tensor."""
 
     slot: _Slot
 
@@ -607,7 +617,7 @@ class _Stub:
 
 
 def _write_pickle(path: Path, plan: Plan, tensor: Callable[[Step], Tensor], done: Callable[[int], Any]) -> None:
-    """What torch.save writes, but with the tensors coming one by one."""
+    """Write the format of torch.save, with one tensor in memory at a time."""
     import io
     import pickle
 
@@ -634,7 +644,7 @@ def _write_pickle(path: Path, plan: Plan, tensor: Callable[[Step], Tensor], done
 
 @contextmanager
 def _aligned(archive: zipfile.ZipFile, name: str) -> Iterator[BinaryIO]:
-    """An entry whose content begins at a multiple of ALIGNMENT, by a field that readers pass over."""
+    """An entry whose content begins at a multiple of ALIGNMENT. The padding is in a field that readers skip."""
     info = zipfile.ZipInfo(name)
     begin = archive.fp.tell() + 30 + len(name) + 20 + 4  # the entry's header, its 64-bit sizes, the field's own header
     padding = -begin % ALIGNMENT

@@ -1,17 +1,17 @@
-"""Tables between the authors' layouts (trainers' and kohya's, too) and the names of diffusers and transformers.
+"""Tables between the authors' layouts (also those of trainers and kohya) and the names of diffusers and transformers.
 
-A row is (authors' name, diffusers' name): templates as in `rename`, and three signs more.
+A row is (authors' name, diffusers' name). Both are templates as in `rename`, with three more signs:
 
     {n*i+j+1}  {last-i}  {up[i]}   in an authors' name: arithmetic with the placeholders of diffusers' name and
                                    with numbers of the network (here `n`, `last`, `up`, which its `Format` defines)
-    {q,k,v}                        in a diffusers' name: the authors' tensor holds these, one below the other
-    {0,1}                          in an authors' name: the same tensor stands under each of the names
+    {q,k,v}                        in a diffusers' name: the rows of the authors' tensor are these tensors, in order
+    {0,1}                          in an authors' name: copies of one tensor have these names
 
-A third element says that the authors write a linear layer as a convolution, with that many axes of size 1 behind.
-The first row whose diffusers' side matches wins.
+A row may have a third element. Then the authors store a linear layer as a convolution, with so many trailing axes of
+size 1. The first row whose diffusers' side matches is used.
 
-All names that a network has are known from its config (`shapes`), so a table is written out once, from diffusers'
-names to the authors'. The way back is looked up in what was written: nothing has to be solved for i and j.
+The config of a network gives all its names (`shapes`). So a table is expanded once, from diffusers' names to the
+authors'. The way back is a look-up in the expanded table, and needs no equation for i and j.
 """
 
 import json
@@ -25,7 +25,7 @@ from .shapes import Config, Get, Shape, Shapes
 
 Row = tuple[str, str] | tuple[str, str, int]
 Rows = Sequence[Row]
-Numbers = Mapping[str, Any]  # int, or a tuple of them
+Numbers = Mapping[str, Any]  # the values are int, or a list of int
 
 CONV1D, CONV2D = 1, 2  # third elements
 SAME: Rows = [("{*}", "{*}")]
@@ -34,12 +34,12 @@ SIGN = re.compile(r"\{([^{}]*)\}")
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the authors' file, or several names of it; one of diffusers' file, or several that are its rows."""
+    """One tensor of the authors, and the tensors of diffusers that are the same or its rows."""
 
-    authors: tuple[str, ...]  # names
-    diffusers: tuple[str, ...]
+    authors: tuple[str, ...]  # all its names; several if the file has copies
+    diffusers: tuple[str, ...]  # one name, or several for its rows
     ones: int  # trailing axes of size 1 that only the authors' tensor has
-    row: int  # of the table
+    row: int  # index of the row in the table
 
     def authors_shape(self, shapes: Shapes) -> Shape:
         shape = shapes[self.diffusers[0]]
@@ -47,7 +47,7 @@ class Entry:
 
 
 def below(authors: str, diffusers: str, rows: Rows) -> list[Row]:
-    """The same rows, deeper on both sides."""
+    """The same rows with a prefix on both sides."""
     return [(authors + a, diffusers + d, *ones) for a, d, *ones in rows]
 
 
@@ -73,7 +73,7 @@ def _terms(sign: str) -> list[tuple[str, str, str]]:
 
 
 def evaluate(sign: str, values: Numbers) -> Any:
-    """What stands for `{sign}`: a placeholder's text, or arithmetic as above."""
+    """The value of `{sign}`: the text of a placeholder, or the result of the arithmetic above."""
     if sign in values:
         return values[sign]
     if sign.endswith("]"):
@@ -100,7 +100,7 @@ def fill_in(template: str, values: Numbers) -> tuple[str, ...]:
 
 
 def authors_names(rows: Rows, name: str, numbers: Numbers) -> tuple[tuple[str, ...], int, str | None] | None:
-    """(authors' names, the row's index, which of {q,k,v}) of one name of diffusers'."""
+    """(authors' names, index of the row, which of {q,k,v}) for one name of diffusers. None if no row matches."""
     for n, row in enumerate(rows):
         if m := pattern(row[1]).fullmatch(name):
             found = m.groupdict()
@@ -109,23 +109,23 @@ def authors_names(rows: Rows, name: str, numbers: Numbers) -> tuple[tuple[str, .
 
 
 def write_out(rows: Rows, names: Iterable[str], numbers: Numbers) -> list[Entry]:
-    """The whole table. Raises ValueError where the rows are not one to one over these names."""
+    """The expanded table. Raises ValueError if the rows do not map these names one to one."""
     found: dict[tuple[str, ...], tuple[int, dict[str | None, str]]] = {}
     for name in names:
         hit = authors_names(rows, name, numbers)
         if hit is None:
-            raise ValueError(f"no row knows {name!r}")
+            raise ValueError(f"no row of the table matches {name!r}")
         authors, n, choice = hit
         parts = found.setdefault(authors, (n, {}))[1]
         if choice in parts:
-            raise ValueError(f"{parts[choice]!r} and {name!r} are both {authors[0]!r}")
+            raise ValueError(f"{parts[choice]!r} and {name!r} both become {authors[0]!r}")
         parts[choice] = name
     out = []
     for authors, (n, parts) in found.items():
         signs = [s for s in SIGN.findall(rows[n][1]) if "," in s]
         order: Sequence[str | None] = signs[0].split(",") if signs else [None]
         if missing := [c for c in order if c not in parts]:
-            raise ValueError(f"{authors[0]!r}: nothing for {missing}")
+            raise ValueError(f"{authors[0]!r}: no tensor for {missing}")
         out.append(Entry(authors, tuple(parts[c] for c in order), rows[n][2] if len(rows[n]) > 2 else 0, n))
     return out
 
@@ -138,15 +138,16 @@ def _no_numbers(_: Any) -> Numbers:
 class Format:
     """One network in one layout.
 
-    component: the folder it has in a pipeline.
-    shapes, infer: of the network (`shapes`); known: configs of published models, the usual one first.
-    rows: the table. numbers: those it needs, from a config. glance: those that `infer` needs, from a file's names.
-    ignored: authors' names that are not converted, each with the reason.
-    optional: tensors of diffusers' that may be absent on either side, with the one dtype in which they are taken over
-        ("" for any).
-    computed: tensors of diffusers' that some authors' files lack, and what makes them.
-    spell: what is done to the authors' names after the table.
-    written: what stands before diffusers' names in a file.
+    component: its folder in a pipeline.
+    shapes: config -> shapes of all tensors. infer: shapes in a file -> config. known: {title: config} of published
+        models, the usual one first.
+    rows: the table. numbers: config -> its numbers for the table. glance: names in a file -> the numbers that `infer`
+        needs.
+    ignored: {authors' name that is not converted: reason}.
+    optional: {diffusers' tensor that may be missing: the only dtype in which it is converted, or "" for any}.
+    computed: {diffusers' tensor that some authors' files lack: the operation that computes it}.
+    spell: a function that is applied to the authors' names after the table.
+    written: the prefix of diffusers' names in a file.
     """
 
     component: str
@@ -163,11 +164,12 @@ class Format:
     written: str = ""
 
     def table(self, config: Config) -> "Table":
-        """The table written out for one network."""
+        """The expanded table for one network."""
         return _table(self, json.dumps(config, sort_keys=True))
 
     def reader(self, get: Get, names: Iterable[str]) -> Get:
-        """`get` of authors' names -> `get` of diffusers' names, without the axes that only the authors have."""
+        """A `get` for diffusers' names, from a `get` for authors' names. Axes that only the authors have are removed.
+        """
         numbers = self.glance(names)
 
         def get_diffusers(name: str) -> Shape | None:
@@ -188,7 +190,7 @@ class Format:
 
 @dataclass(frozen=True)
 class Table:
-    """shapes: by diffusers' name. optional, computed: diffusers' names, with what the format says of them."""
+    """An expanded table. shapes: {diffusers' name: shape}. optional, computed: as in `Format`, for single names."""
 
     entries: Sequence[Entry]
     shapes: Shapes
@@ -211,7 +213,7 @@ def _table(fmt: Format, config: str) -> Table:
 
 
 def reason(ignored: Mapping[str, str], name: str, numbers: Numbers) -> str | None:
-    """Why `name` is not converted; None where it is not on the list."""
+    """The reason why `name` is not converted, or None if it is not on the list."""
     for template, why in ignored.items():
         literal = SIGN.sub(lambda m: str(numbers[m[1]]) if m[1] in numbers else m[0], template)
         if pattern(literal).fullmatch(name):

@@ -1,4 +1,4 @@
-"""transformers' names of CLIP's two encoders, as published `text_encoder` and `image_encoder` folders have them."""
+"""The transformers layouts of CLIP's text encoder and image encoder, as in published folders."""
 
 from .rename import Layout, under
 
@@ -24,15 +24,15 @@ LAYOUT = Layout(
         *under("text_model.", "", LAYER),
         ("text_model.final_layer_norm.{p}", "norm_out.{p}"),
     ],
-    # Some merges, and the state dict of transformers >= 5.6, have no `text_model.` level. Files always had one.
+    # Some merged models, and state dicts of transformers >= 5.6, lack the prefix `text_model.`.
     aliases=[
         ("embeddings.{*}", "text_model.embeddings.{*}"),
         ("encoder.{*}", "text_model.encoder.{*}"),
         ("final_layer_norm.{*}", "text_model.final_layer_norm.{*}"),
     ],
     ignored={
-        "text_model.embeddings.position_ids": "0, 1, 2, ...: a buffer of old transformers, in fp16 merges even rounded",
-        "embeddings.position_ids": "the same where the `text_model.` level is missing",
+        "text_model.embeddings.position_ids": "0, 1, 2, ...: a buffer of old transformers; fp16 rounds it",
+        "embeddings.position_ids": "the same without the prefix `text_model.`",
     },
 )
 
@@ -41,7 +41,7 @@ VISION = Layout(
         ("vision_model.embeddings.class_embedding", "class_token"),
         ("vision_model.embeddings.patch_embedding.weight", "patches.weight"),
         ("vision_model.embeddings.position_embedding.weight", "positions.weight"),
-        ("vision_model.pre_layrnorm.{p}", "norm_in.{p}"),  # so it is spelled
+        ("vision_model.pre_layrnorm.{p}", "norm_in.{p}"),  # transformers' own spelling
         *under("vision_model.", "", LAYER),
         ("vision_model.post_layernorm.{p}", "norm_out.{p}"),
         ("visual_projection.weight", "projection.weight"),

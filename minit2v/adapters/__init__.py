@@ -1,4 +1,5 @@
-"""What is put into a model that is loaded, and taken out again without a trace: LoRA, textual inversion, IP-Adapter.
+"""Adapters for a loaded model: LoRA, textual inversion and IP-Adapter. Unloading restores the model exactly.
 
-Each file reads what people have, knows it by its content, and refuses in one line what does not fit the model.
+Each module reads the usual file formats and recognises them by their content. If a file does not fit the model, it
+raises an error of one line.
 """

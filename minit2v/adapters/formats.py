@@ -1,11 +1,11 @@
-"""What a file of LoRA is, by its names and shapes alone: each tensor finds the layer that it changes, or it is a fault.
+"""Recognises LoRA files by the names and shapes in them. A tensor that belongs to no layer is an error.
 
-A LoRA (Hu et al. 2021, arXiv:2106.09685) adds to the weight of a layer W (o i *k), in which k is a kernel's size:
+A LoRA (Hu et al. 2021, arXiv:2106.09685) changes the weight W (o i *k) of a layer, where k is the kernel's size:
 
     W + w * alpha / r * up @ down        down (r i *k), up (o r), of rank r; w the user's weight
 
-Trainers spell that in many ways. `read` knows them by content, and looks every name up in what the networks at hand
-have for layers: nothing is guessed from underscores.
+Trainers write different names. `read` recognises them, and looks up every name among the layers of the loaded
+networks. So it never has to guess which underscores of a name were dots.
 """
 
 import json
@@ -32,7 +32,7 @@ Shapes = Mapping[str, tuple[int, ...]]  # layer, in diffusers' or transformers' 
 KOHYA, PEFT, LORALIB = "kohya", "peft", "Text-To-Video-Finetuning (loralib)"
 OLD, PROCESSORS = "diffusers 0.18 to 0.2x", "diffusers before 0.18 (processors)"
 ROLES = {"down": "down", "up": "up", "mid": "mid", "A": "down", "B": "up"}
-# What a name ends in: the role of the tensor, and the form of the file. The first that fits.
+# The end of a name tells the role of the tensor and the form of the file. The first pattern that fits counts.
 ENDINGS = (
     (r"\.lora_(?P<role>down|up|mid)\.weight$", KOHYA),
     (r"\.lora_(?P<role>A|B)(\.(?P<segment>[^.]+))?\.weight$", PEFT),
@@ -42,7 +42,7 @@ ENDINGS = (
     (r"\.alpha$", ""),
 )
 SEGMENT = ENDINGS[1][0]  # the name of an adapter in peft's networks
-# What stands beside, or in the place of, the two factors in files of other methods.
+# Names of tensors in files of other methods.
 OTHERS = (
     (r"\.hada_", "a LoHa (LyCORIS): products of two low-rank products"),
     (r"\.lokr_", "a LoKr (LyCORIS): Kronecker products"),
@@ -55,7 +55,7 @@ OTHERS = (
     (r"\.vera_", "a VeRA"),
     (r"\.lora_B(\.[^.]+)?\.bias$", "a LoRA with biases (lora_bias)"),
 )  # fmt: skip
-# Of networks that are not run here.
+# Names in LoRAs of networks that minit2v does not have.
 STRANGERS = (
     (r"^lora_te[12]_|^text_encoder_2\.", families.SDXL),
     (r"^lora_te3_|^text_encoder_3\.", families.SD3),
@@ -68,19 +68,19 @@ WIDTHS = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x or ModelScope
 PREFIXES = {"lora_unet_": "unet", "unet.": "unet", "lora_te_": "text_encoder", "text_encoder.": "text_encoder"}
 PEFT_PREFIX = "base_model.model."
 EMBEDDING = "token_embedding"
-TO_TEXT = "attn2.to_k"  # attends to the text; in time, to the frames
-SHOWN = 4  # tensors that a message lists
+TO_TEXT = "attn2.to_k"  # in spatial transformers its input is the text, in temporal ones the frames
+SHOWN = 4  # the most tensors that a message lists
 
 
 class Refused(ValueError):
-    """A file that is not a LoRA of these networks, also with strict=False."""
+    """The file is not a LoRA for these networks. It cannot be loaded with strict=False either."""
 
 
 # ------------------------------------------------------------------------------------------------------------- networks
 
 
 class Target(NamedTuple):
-    """A network that a file may change: its layers, and every name under which files speak of one."""
+    """A network that a file may change: its layers, and all names that files use for them."""
 
     component: str
     title: str
@@ -89,10 +89,10 @@ class Target(NamedTuple):
 
 
 def target(component: str, title: str, sizes: Shapes, attention: Sequence[bool] = (), layers: Any = None) -> Target:
-    """The target with its spellings: diffusers' names with dots and underscores, the authors', those of AnimateDiff.
+    """The target with all spellings of its layers: diffusers' names with dots or underscores, and the authors' names.
 
-    attention, layers: of a UNet, per level whether its blocks have transformers, and how many there are on the way
-    down. Of an encoder neither.
+    attention, layers: only for a UNet. For each level, whether its blocks have transformers; and the number of blocks
+    per level of the encoder.
     """
     return Target(component, title, sizes, _spellings(tuple(sizes), tuple(attention), layers))
 
@@ -111,7 +111,7 @@ def _spellings(names: tuple[str, ...], attention: tuple[bool, ...], layers: Any)
 
 
 def _tables(names: Sequence[str], attention: Sequence[bool], layers: Any) -> list[tuple[Rows, Numbers]]:
-    """The authors' tables that fit a UNet, which count all blocks of one way through."""
+    """The tables with the authors' names for this UNet. The authors number the blocks of all levels together."""
     if not attention:
         return []
     tables: list[tuple[Rows, Numbers]] = [(animatediff.MOTION_ROWS, {})]
@@ -143,9 +143,10 @@ class Layer:
 
 @dataclass(eq=False, repr=False)
 class Reading:
-    """What a file holds. layers: component -> layer, in diffusers' name -> its tensors.
+    """The content of a file. layers: component -> diffusers' name of a layer -> its tensors.
 
-    homeless: tensor -> why it has no place, and names like its own. Every tensor is either in a layer or there.
+    homeless: tensor -> (why it belongs to no layer, a function that gives similar names). Every tensor is either in
+    `layers` or here.
     """
 
     layers: dict[str, dict[str, Layer]]
@@ -156,26 +157,27 @@ class Reading:
         return list(dict.fromkeys(layer.form for layers in self.layers.values() for layer in layers.values()))
 
     def complaint(self) -> str:
-        """One line about the tensors that have no place, "" where all have one."""
+        """One line about the tensors that belong to no layer, or "" if there are none."""
         if not self.homeless:
             return ""
         count, by_layer = len(self.homeless), {ending(name)[0]: name for name in reversed(self.homeless)}
-        names = [*reversed(by_layer.values())]  # one of each layer
+        names = [*reversed(by_layer.values())]  # one tensor for each layer
         shown = []
         for name in names[:SHOWN]:
             why, near = self.homeless[name]
             shown.append(f"{name[:160]!r} {why}{near()}")
-        more = f"; and those of {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        return f"{count} tensor{'s' * (count > 1)} of the LoRA without a place: {'; '.join(shown)}{more}"
+        more = f"; and those of {len(names) - SHOWN} more layers" if len(names) > SHOWN else ""
+        fit = "tensors of the LoRA fit" if count > 1 else "tensor of the LoRA fits"
+        return f"{count} {fit} no layer: {'; '.join(shown)}{more}"
 
 
 def is_lora(names: Iterable[str]) -> bool:
-    """Whether there are names of a LoRA, or of what is called so."""
+    """Whether there are names of a LoRA, or of a similar method."""
     return any(ending(name)[1] in ("down", "up") or _other(name) for name in names)
 
 
 def ending(name: str) -> tuple[str, str, str]:
-    """(what stands before, the role, the form) of a tensor's name; role "" where it is none of a LoRA's."""
+    """(the beginning of a tensor's name, its role, the form of the file). The role is "" if it is not of a LoRA."""
     for pattern, form in ENDINGS:
         if m := re.search(pattern, name):
             role = m.groupdict().get("role")
@@ -188,10 +190,10 @@ def _other(name: str) -> str:
 
 
 def read(header: Header, targets: Sequence[Target]) -> Reading:
-    """Where each tensor of a file belongs. Raises Refused, in one line, where it is not a LoRA of these networks."""
+    """Find the layer of each tensor in a file. Raises Refused if it is not a LoRA for these networks."""
     for name in header:
         if what := _other(name):
-            raise Refused(f"it is {what}, which is not read here ({name[:200]!r})")
+            raise Refused(f"it is {what}, which minit2v cannot read ({name[:200]!r})")
     roles = {name: ending(name) for name in header}
     if not any(role in ("down", "up") for _, role, _ in roles.values()):
         raise Refused(f"it is not a LoRA: {_what(header)}")
@@ -210,15 +212,15 @@ def read(header: Header, targets: Sequence[Target]) -> Reading:
         component, module = where
         layer = layers[component].setdefault(module, Layer(form))
         if form and layer.form and form != layer.form:
-            raise Refused(f"{module!r} is there in two forms, {layer.form} and {form}")
+            raise Refused(f"the file has {module!r} in two forms, {layer.form} and {form}")
         layer.form = layer.form or form
         if role in layer.names:
-            raise Refused(f"{layer.names[role]!r} and {name!r} are both of {module!r}")
+            raise Refused(f"{layer.names[role]!r} and {name!r} are both for {module!r}")
         layer.names[role] = name
     for t in targets:
         forms = {layer.form for layer in layers[t.component].values() if layer.form}
         if len(forms) > 1:
-            raise Refused(f"its names are of two forms, {' and '.join(sorted(forms))}")
+            raise Refused(f"its names have two forms, {' and '.join(sorted(forms))}")
         for module, layer in list(layers[t.component].items()):
             why = _unfit(layer, header, t.shapes[module], module.endswith(EMBEDDING))
             if why:
@@ -229,7 +231,7 @@ def read(header: Header, targets: Sequence[Target]) -> Reading:
 
 def _what(header: Header) -> str:
     if not header:
-        return "there are no tensors in it"
+        return "it has no tensors"
     try:
         return f"it is {detect(header).layout.title}"
     except ValueError as error:
@@ -239,27 +241,27 @@ def _what(header: Header) -> str:
 def _refuse_strangers(
     header: Header, roles: Mapping[str, tuple[str, str, str]], targets: Sequence[Target]
 ) -> None:
-    """Refused where the file is of a network that is not run here, or of another than these."""
+    """Raises Refused if the file is for a network that minit2v does not have, or for others than these."""
     for name in header:
         for sign, family in STRANGERS:
             if re.search(sign, name):
-                raise Refused(f"it is a LoRA of {family}, which is not run here ({name[:200]!r})")
+                raise Refused(f"it is a LoRA of {family}, which minit2v cannot run ({name[:200]!r})")
     unet = next((t for t in targets if t.component == "unet"), None)
     if any("motion_modules" in n for n in header) and not any("motion_modules" in n for t in targets for n in t.shapes):
-        where = f"{unet.title} has no motion modules" if unet else "there is no UNet here"
-        raise Refused(f"it is a motion LoRA of AnimateDiff, and {where}")
+        where = f"{unet.title} has no motion modules" if unet else "the pipeline has no UNet"
+        raise Refused(f"it is a motion LoRA for AnimateDiff, but {where}")
     widths = {shape[1] for name, shape in (unet.shapes.items() if unet else ()) if name.endswith(TO_TEXT)}
     for name, (shape, _) in header.items():
         stem, role, _ = roles[name]
         if unet is None or role != "down" or not re.search(r"attn2[._](processor\.)?to_[kv]$", stem):
             continue
         if len(shape) > 1 and shape[1] in WIDTHS.keys() - widths:
-            raise Refused(f"it is a LoRA of {WIDTHS[shape[1]]}, whose texts are {shape[1]} wide, and those of this "
-                          f"{unet.title} are not ({name[:200]!r})")  # fmt: skip
+            raise Refused(f"it is a LoRA for {WIDTHS[shape[1]]}, with text embeddings of width {shape[1]}, which does "
+                          f"not fit this {unet.title} ({name[:200]!r})")  # fmt: skip
 
 
 def _split(stem: str, targets: Sequence[Target]) -> tuple[list[Target], str]:
-    """The networks that a name may be of, and the rest of it."""
+    """The networks that the prefix of a name allows, and the name without its prefix."""
     stem = stem.removeprefix(PEFT_PREFIX)
     for prefix, component in PREFIXES.items():
         if stem.startswith(prefix):
@@ -268,7 +270,7 @@ def _split(stem: str, targets: Sequence[Target]) -> tuple[list[Target], str]:
 
 
 def _spelled(rest: str, form: str, component: str) -> str:
-    """The processors of old put themselves into the names of layers: `attn1.processor.to_q_lora`."""
+    """A layer's name without the old attention processors, which were part of it: `attn1.processor.to_q_lora`."""
     if form != PROCESSORS:
         return rest
     rest = rest.replace(".processor.", ".")
@@ -288,12 +290,12 @@ def _place(stem: str, form: str, targets: Sequence[Target]) -> tuple[str, str] |
 
 def _stray(stem: str, form: str, targets: Sequence[Target]) -> tuple[str, Callable[[], str]]:
     found, rest = _split(stem, targets)
-    if not found:  # the pipeline may be one half of a whole one
+    if not found:  # the pipeline may lack a network
         begins = (c for p, c in PREFIXES.items() if stem.removeprefix(PEFT_PREFIX).startswith(p))
         component = next(begins, "network")
-        return f"is of a {component}, of which there is none here", str
+        return f"is for a {component}, which the pipeline does not have", str
 
-    def near() -> str:  # slow: only for what is shown
+    def near() -> str:  # slow, so it is called only for tensors in a message
         names = [(_spelled(rest, form, t.component), n) for t in found for n in t.spellings]
         words = {*re.split(r"[._]", rest)}
         alike = sorted(((len(words & {*re.split(r"[._]", n)}), n) for _, n in names
@@ -304,16 +306,16 @@ def _stray(stem: str, form: str, targets: Sequence[Target]) -> tuple[str, Callab
 
 
 def _unfit(layer: Layer, header: Header, weight: Sequence[int], embedding: bool) -> str:
-    """What is wrong with the tensors of a layer whose weight has this shape; "" where nothing is."""
+    """The error of a layer's tensors, or "" if they fit its weight of this shape."""
     if embedding and layer.form != LORALIB:
-        return f"is of the words' table, which only files of {LORALIB} change"
+        return f"is for the token table, which only files of {LORALIB} can change"
     for role in ("down", "up"):
         if role not in layer.names:
             return f"has no {role} factor beside it"
     shape = {role: list(header[name][0]) for role, name in layer.names.items()}
     for role, name in layer.names.items():
         if not re.fullmatch(r"B?F\d+(_\w+)?", header[name][1]):
-            return f"is of whole numbers ({header[name][1]})" if role == "alpha" else f"has a {role} in whole numbers"
+            return f"is an integer ({header[name][1]})" if role == "alpha" else f"has a {role} factor of integers"
     if "alpha" in shape and math.prod(shape["alpha"]) != 1:
         return f"has an alpha of shape {shape['alpha']}, not one number"
     (o, i), kernel = weight[:2], [*weight[2:]]
@@ -332,18 +334,18 @@ def _unfit(layer: Layer, header: Header, weight: Sequence[int], embedding: bool)
             s = shape["up"][1] if len(shape["up"]) > 1 else 0
             want |= {"mid": [s, r, *kernel], "up": [o, s, *ones]}
             if not kernel:
-                return "has mid weights, which only convolutions have"
+                return "has a mid factor, which only convolutions can have"
         wrong = [role for role in want if _plain(shape[role]) != _plain(want[role])]
     if not r:
-        return "is of rank 0"
+        return "has rank 0"
     if wrong:
         role = wrong[0]
-        return f"is {shape[role]} as {role}, not {want[role]}, as its layer {list(weight)} needs"
+        return f"has a {role} factor of shape {shape[role]}, not {want[role]}, as its layer {list(weight)} needs"
     return ""
 
 
 def _plain(shape: Sequence[int]) -> list[int]:
-    """Without the trailing axes of size 1 that a 1x1 convolution has, and some files' products have not."""
+    """The shape without trailing axes of size 1. A 1x1 convolution has them, but some files leave them out."""
     found = [*shape]
     while len(found) > 2 and found[-1] == 1:
         found.pop()
@@ -354,7 +356,7 @@ def _plain(shape: Sequence[int]) -> list[int]:
 
 
 def published() -> dict[str, list[Target]]:
-    """The published models that LoRAs are for: title -> networks."""
+    """{title: networks} of the published models for which there are LoRAs."""
 
     def layers(shapes_: shapes.Shapes) -> Shapes:
         known = {n.removesuffix(".weight"): tuple(s) for n, s in shapes_.items() if n.endswith(".weight")}
@@ -375,7 +377,7 @@ def published() -> dict[str, list[Target]]:
 def describe(
     header: Header, tensor: Callable[[str], Tensor], configs: Mapping[str, "Config"], models: Mapping[str, list[Target]]
 ) -> tuple[list[str], bool]:
-    """The lines that say what a file of LoRA is, and whether all of it fits one of the models. Raises Refused."""
+    """Lines that describe a LoRA file, and whether all of it fits one of the models. Raises Refused."""
     readings, refusals = {}, []
     for title, targets in models.items():
         try:
@@ -386,9 +388,9 @@ def describe(
         raise refusals[0]
     title = min(readings, key=lambda t: len(readings[t].homeless))
     reading = readings[title]
-    forms = " and ".join(reading.forms) or "names that are known"
-    whose = title if reading.layers else "networks of another size, or of no known ones"
-    lines = [f"LoRA of {whose}, in {forms}"]
+    forms = " and ".join(reading.forms) or "known names"
+    whose = title if reading.layers else "networks of another size, or for unknown networks"
+    lines = [f"LoRA for {whose}, in the form of {forms}"]
     for component, layers in reading.layers.items():
         ranks: Counter[int] = Counter()
         scales: Counter[float] = Counter()
@@ -418,14 +420,14 @@ def _where(layers: Mapping[str, Layer]) -> str:
 
 
 class Config(NamedTuple):
-    """The fields of peft's LoraConfig that say alpha: adapter_config.json, or the metadata that diffusers writes."""
+    """The fields about alpha in peft's LoraConfig, from adapter_config.json or from the metadata of diffusers."""
 
     alpha: float | None = None
     patterns: Mapping[str, float] = {}
     rank_stabilised: bool = False
 
     def alpha_of(self, module: str, r: int) -> float:
-        """Alpha such that alpha / r is the layer's scale; r, so a scale of 1, where nothing says another."""
+        """The alpha of a layer, so that alpha / r is its scale. The default is r, which is a scale of 1."""
         alpha = self.alpha
         for pattern, value in self.patterns.items():
             if module == pattern or module.endswith(f".{pattern}"):
@@ -437,22 +439,22 @@ class Config(NamedTuple):
 
 
 def config_of(said: Mapping[str, Any], where: str) -> Config:
-    """Raises Refused where it asks for what is not a plain LoRA, or says what is not a number."""
+    """The fields about alpha. Raises Refused if the config is not for a plain LoRA, or if a value is not a number."""
     for flag, what in (("use_dora", "a DoRA"), ("lora_bias", "a LoRA with biases"), ("fan_in_fan_out", "transposed")):
         if said.get(flag):
-            raise Refused(f"{where}: {flag}: it is {what}, which is not read here")
+            raise Refused(f"{where}: {flag} is set: it is {what}, which minit2v cannot read")
     kind = said.get("peft_type")
     if kind not in (None, "LORA"):
-        raise Refused(f"{where}: peft_type is {str(kind)[:50]!r}: of peft's methods only LORA is read here")
+        raise Refused(f"{where}: peft_type is {str(kind)[:50]!r}, and minit2v can read only LORA")
     alpha = said.get("lora_alpha")
     patterns = said.get("alpha_pattern") or {}
     if not isinstance(patterns, Mapping):
-        raise Refused(f"{where}: alpha_pattern must be names and numbers")
+        raise Refused(f"{where}: alpha_pattern must be an object {{name: number}}")
     numbers = {}
     for name, value in patterns.items():
         plain = str(name).removeprefix("^").replace("\\.", ".")
         if not re.fullmatch(r"[\w.]+", plain):
-            raise Refused(f"{where}: alpha_pattern has {str(name)[:100]!r}, which is not a name of a layer")
+            raise Refused(f"{where}: alpha_pattern has {str(name)[:100]!r}, which is not the name of a layer")
         numbers[plain] = _number(value, f"{where}: alpha of {plain[:100]}")
     return Config(None if alpha is None else _number(alpha, f"{where}: lora_alpha"), numbers,
                   bool(said.get("use_rslora")))  # fmt: skip
@@ -468,7 +470,7 @@ METADATA = "lora_adapter_metadata"  # the key in a safetensors file's metadata, 
 
 
 def configs_of(metadata: Mapping[str, str]) -> dict[str, Config]:
-    """Component -> what a file's metadata says of it: {"unet.lora_alpha": 6, ...} as JSON."""
+    """{component: config} from a file's metadata, which is JSON such as {"unet.lora_alpha": 6, ...}."""
     if METADATA not in metadata:
         return {}
     try:
@@ -513,7 +515,7 @@ class Factors:
 def factors(
     layer: Layer, weight: Sequence[int], tensor: Callable[[str], Tensor], config: Config, module: str
 ) -> Factors:
-    """The factors of a layer whose weight has this shape, in their usual form. Refused on what is not finite."""
+    """The factors of a layer in their usual form. weight: its shape. Raises Refused on NaN or infinity."""
     given = {role: tensor(name).detach() for role, name in layer.names.items()}
     for role, x in given.items():
         if not bool(x.float().isfinite().all()):
@@ -527,7 +529,7 @@ def factors(
         down, up = _of_loralib(down, up, kernel)
     else:
         r, up = down.shape[0], up.flatten(1)
-        if "mid" in given:  # Tucker's form: the kernel is in the middle, between two products
+        if "mid" in given:  # Tucker decomposition: the kernel is in the middle factor
             down, up, mid = (_wide(x) for x in (down.flatten(1), up, given["mid"]))
             down = (mid.movedim(1, -1) @ down).movedim(-1, 1).contiguous()
     if "alpha" in given:
@@ -538,11 +540,11 @@ def factors(
 
 
 def _of_loralib(down: Tensor, up: Tensor, kernel: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """(B @ A).view(o, i, k, k) as down (r i *k), up (o r).
+    """Convert loralib's factors of a convolution, (B @ A).view(o, i, k, k), into down (r i *k) and up (o r).
 
-    A (rk ik), B (ok rk): row n of the product, of k rows for each output, holds the n-th part of its i k k numbers, so
-    each of the k parts has factors of its own, and the rank is k times as large. Of a kernel (k 1 1) the mean over the
-    second k is taken.
+    A is (rk ik) and B is (ok rk). The product has k rows for each output. Row n of them holds the n-th part of the
+    output's i * k * k numbers. So each of the k parts gets factors of its own, and the rank becomes k times as large.
+    For a kernel (k 1 1), the mean over the second k is taken.
     """
     k = max(kernel)
     rank, width = down.shape
@@ -558,5 +560,5 @@ def _of_loralib(down: Tensor, up: Tensor, kernel: Sequence[int]) -> tuple[Tensor
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In float32, or float64."""
+    """The tensor in float32, or in float64 if it has that dtype already."""
     return x if x.dtype == torch.float64 else x.float()

@@ -1,9 +1,9 @@
-"""IP-Adapters: out of their files, into the attentions of a UNet, and out again (docs/adapters.md).
+"""IP-Adapters (Ye et al. 2023, arXiv:2308.06721): reads their files, and puts them into a UNet (docs/adapters.md).
 
-    adapter = read(source, unet)            known by its content, checked, nothing changed yet
-    install(unet, [adapter, ...])           each attention to the text becomes an ImageAttention
+    adapter = read(source, unet)            recognises and checks the file; changes nothing yet
+    install(unet, [adapter, ...])           makes every attention to the text an ImageAttention
     set_scales(unet, [0.7, ...])
-    remove(unet)                            as before, to the bit
+    remove(unet)                            restores the UNet exactly
 
 The networks are in minit2v/models/image_prompt.py.
 """
@@ -33,15 +33,15 @@ from ..models.image_prompt import FullProjection, ImageAttention, ImageProjectio
 from ..models.layers import Attention, TransformerBlock
 from ..models.unet import Level, UNet
 
-PUBLISHED = "h94/IP-Adapter"  # where the adapters and their image encoders are
-# By the width of the vectors of whole pictures that an adapter reads: ViT-H's and ViT-bigG's.
+PUBLISHED = "h94/IP-Adapter"  # the repository with the adapters and their image encoders
+# Width of the image embeddings -> the folder of the image encoder: ViT-H and ViT-bigG.
 ENCODERS = {1024: "models/image_encoder", 1280: "sdxl_models/image_encoder"}
 FAMILIES = {1024: " (Stable Diffusion 2's)", 2048: " (Stable Diffusion XL's)"}
-FACE_ID = "an IP-Adapter FaceID, which reads insightface's vectors of faces: only adapters that read pictures are here"
+FACE_ID = "it is an IP-Adapter FaceID, which reads face vectors of insightface; only adapters for images are supported"
 
 
 class KeysValues(nn.Module):
-    """What one attention gets."""
+    """The projections that one attention gets."""
 
     def __init__(self, dim: int, inner: int):
         super().__init__()
@@ -49,12 +49,12 @@ class KeysValues(nn.Module):
 
 
 class IPAdapter(nn.Module):
-    """An adapter as its file has it, under the file's names: image_proj, and ip_adapter's 1, 3, 5, ..."""
+    """An adapter with the names of its file: image_proj, and ip_adapter.1, ip_adapter.3, ip_adapter.5, ..."""
 
     def __init__(self, image_proj: nn.Module, dim: int, widths: Sequence[int]):
         super().__init__()
         self.image_proj = image_proj
-        # The reference numbers all attentions, and those to the image itself have the even numbers.
+        # The reference numbers all attentions. Self-attentions have the even numbers.
         self.ip_adapter = nn.ModuleDict({str(2 * k + 1): KeysValues(dim, width) for k, width in enumerate(widths)})
 
 
@@ -65,7 +65,7 @@ AS_IT_IS = Layout(rules=[("{*}", "{*}")])
 
 
 class Source(NamedTuple):
-    """Where an adapter is: what messages call it, its tensors, and the folder (root, subfolder) that it lies in."""
+    """The place of an adapter: its name for messages, its tensors, and its folder (root, subfolder)."""
 
     label: str
     open: Callable[[], dict[str, Tensor]]
@@ -73,10 +73,10 @@ class Source(NamedTuple):
 
 
 def find(what: Any, subfolder: str | None, weight_name: str | None, **where: Any) -> Source:
-    """An adapter's file in a folder or hub repository, a file, owner/name/file on the hub, the address of one, or its
-    content (a dictionary).
+    """Find an adapter.
 
-    `where` as of `hub.find_folder`. FileNotFoundError where it is not there, ValueError where that is not clear.
+    what: a file, a folder, a hub id, "owner/name/file" on the hub, a URL, or the tensors as a dictionary. where: as in
+    `hub.find_folder`. Raises FileNotFoundError if there is no such file, TypeError or ValueError on wrong arguments.
     """
     if isinstance(what, Mapping):
         try:
@@ -85,11 +85,11 @@ def find(what: Any, subfolder: str | None, weight_name: str | None, **where: Any
             raise ValueError(f"the IP-Adapter given as a dictionary: {error}") from None
         return Source("the IP-Adapter given as a dictionary", lambda: dict(tensors), None)
     if not isinstance(what, str | Path):
-        raise TypeError(f"an IP-Adapter is a folder, a file, a hub id or a dictionary, not a {type(what).__name__}")
+        raise TypeError(f"an IP-Adapter must be a folder, file, hub id or dictionary, not a {type(what).__name__}")
     path = Path(hub.local(what, **where)).expanduser()
     if path.is_file():
         if weight_name is not None and weight_name != path.name:
-            raise ValueError(f"{path} is a file: weight_name {weight_name!r} is one of a folder or hub id")
+            raise ValueError(f"{path} is a file: weight_name {weight_name!r} is only for a folder or hub id")
         return Source(str(path), lambda: open_weights(path, mmap=False), (path.parent, ""))
     parts = str(what).split("/")
     if weight_name is None and len(parts) > 2 and parts[-1].endswith(WEIGHTS) and not path.parent.is_dir():
@@ -106,8 +106,8 @@ def find(what: Any, subfolder: str | None, weight_name: str | None, **where: Any
             return [weight_name]
         weights = [name for name in names if name.endswith(WEIGHTS)]
         if len(weights) != 1:
-            there = f"of {', '.join(weights)} say which as weight_name" if weights else "no file of weights is there"
-            raise FileNotFoundError(f"one file of weights alone: {there}")
+            there = f"choose one of {', '.join(weights)} as weight_name" if weights else "it has none"
+            raise FileNotFoundError(f"single weights file: {there}")
         return weights
 
     folder, (name,) = hub.find_folder(what, subfolder or None, choose, **where)
@@ -115,7 +115,7 @@ def find(what: Any, subfolder: str | None, weight_name: str | None, **where: Any
 
 
 def read(source: Source, unet: UNet) -> IPAdapter:
-    """The adapter, in the UNet's dtype and on its device. ValueError in one line where it is none, or not for it."""
+    """The adapter, in the UNet's dtype and on its device. ValueError if it is no IP-Adapter, or is for another UNet."""
     tensors = source.open()
     shapes = {name: tuple(x.shape) for name, x in tensors.items()}
     dim = unet.config.cross_attention_dim
@@ -132,12 +132,15 @@ def read(source: Source, unet: UNet) -> IPAdapter:
 
 
 def projection_of(shapes: Mapping[str, tuple[int, ...]], dim: int) -> nn.Module:
-    """The network that makes tokens, known by its names and shapes. ValueError where it is none of the three."""
+    """The network that makes image tokens, recognised by names and shapes. ValueError if none of the three fits.
+
+    shapes: {name in the file: shape}. dim: the width of the UNet's text embeddings.
+    """
 
     def size(name: str, axis: int, ndim: int = 2) -> int:
         shape = shapes.get(f"image_proj.{name}")
         if shape is None or len(shape) != ndim or not all(shape):
-            found = "it is not there" if shape is None else f"not {shape}"
+            found = "but it is missing" if shape is None else f"not the shape {shape}"
             raise ValueError(f"'image_proj.{name}' must have {ndim} axes, {found}")
         return shape[axis]
 
@@ -148,19 +151,19 @@ def projection_of(shapes: Mapping[str, tuple[int, ...]], dim: int) -> nn.Module:
         raise ValueError(FACE_ID)
     if not names or not any(name.startswith("ip_adapter.") for name in shapes):
         first = repr(next(iter(shapes)))[:200] if shapes else "nothing"
-        raise ValueError(f"no IP-Adapter, which has image_proj and ip_adapter; in it are {len(shapes)} tensors, "
-                         f"{first} first")  # fmt: skip
+        raise ValueError(f"it is not an IP-Adapter, because it lacks image_proj or ip_adapter; it has {len(shapes)} "
+                         f"tensors, first {first}")  # fmt: skip
     width = next((s[1] for name, s in shapes.items() if name.endswith(".to_k_ip.weight") and len(s) == 2), dim)
     if width != dim:
-        raise ValueError(f"an IP-Adapter for texts of width {width}{FAMILIES.get(width, '')}, and the UNet's are of "
-                         f"width {dim}")  # fmt: skip
+        raise ValueError(f"it is an IP-Adapter for text embeddings of width {width}{FAMILIES.get(width, '')}, but the "
+                         f"UNet needs width {dim}")  # fmt: skip
     if "latents" in names:
         layers = {name.split(".")[1] for name in names if name.startswith("layers.")}
         if len(layers) > MOST_LAYERS:
-            raise ValueError(f"{len(layers)} layers of a resampler are more than {MOST_LAYERS}")
+            raise ValueError(f"its resampler has {len(layers)} layers, and the limit is {MOST_LAYERS}")
         inner = size("layers.0.0.to_q.weight", 0)
         if inner % 64:
-            raise ValueError(f"'image_proj.layers.0.0.to_q.weight' must have heads of 64 rows, not {inner} rows")
+            raise ValueError(f"'image_proj.layers.0.0.to_q.weight' must have a multiple of 64 rows, not {inner}")
         return Resampler(size("proj_in.weight", 1), size("latents", 1, 3), size("latents", 2, 3), inner // 64,
                          len(layers), dim)  # fmt: skip
     if "proj.3.weight" in names:
@@ -168,15 +171,16 @@ def projection_of(shapes: Mapping[str, tuple[int, ...]], dim: int) -> nn.Module:
     if "proj.weight" in names:
         rows = size("proj.weight", 0)
         if rows % dim:
-            raise ValueError(f"'image_proj.proj.weight' must make tokens of width {dim}, not {rows} rows")
+            raise ValueError(f"'image_proj.proj.weight' must have a multiple of {dim} rows, not {rows}")
         return ImageProjection(size("proj.weight", 1), rows // dim, dim)
-    raise ValueError(f"no IP-Adapter that is known: its image_proj has {', '.join(sorted(names)[:3])}, ...")
+    raise ValueError(f"it is an unknown kind of IP-Adapter: its image_proj has {', '.join(sorted(names)[:3])}, ...")
 
 
 def find_encoder(source: Source, adapter: IPAdapter, folder: str, **arguments: Any) -> CLIPVisionModelWithProjection:
-    """The image encoder beside an adapter's file, in `folder`; where none is there, the published one on the hub.
+    """The image encoder in `folder` beside an adapter's file. If there is none, the published one from the hub.
 
-    folder: with a slash, below the root of the repository and not beside the file. arguments: of `from_pretrained`.
+    folder: a name is beside the file; a path with a slash begins at the root of the repository. arguments: those of
+    `from_pretrained`. Raises OSError if no image encoder can be loaded.
     """
     where = {k: v for k, v in arguments.items() if k != "dtype"}
     if source.beside is not None:
@@ -193,27 +197,27 @@ def find_encoder(source: Source, adapter: IPAdapter, folder: str, **arguments: A
     if not adapter.image_proj.reads_states:
         part = ENCODERS.get(adapter.image_proj.features, part)
     try:
-        arguments["revision"] = None  # that of the adapter's repository
+        arguments["revision"] = None  # the given revision is for the adapter's repository
         return CLIPVisionModelWithProjection.from_pretrained(PUBLISHED, subfolder=part, **arguments)
     except OSError as error:
-        raise OSError(f"{source.label} has no image encoder beside it, and the published one cannot be had: {error}; "
-                      "give the pipeline its image_encoder, or image_encoder_folder=None and later "
-                      "ip_adapter_image_embeds") from error  # fmt: skip
+        raise OSError(f"{source.label} has no image encoder beside it, and the published one cannot be loaded: {error};"
+                      " give the pipeline an image_encoder, or give image_encoder_folder=None here and "
+                      "ip_adapter_image_embeds later") from error  # fmt: skip
 
 
 def check_encoder(encoder: CLIPVisionModelWithProjection, projection: Any, label: str) -> None:
-    """ValueError where the adapter reads other vectors than the encoder makes."""
+    """ValueError if the adapter needs vectors of another width than the encoder makes."""
     made = encoder.config.hidden_size if projection.reads_states else encoder.config.projection_dim
     if made != projection.features:
-        raise ValueError(f"{label} reads vectors of width {projection.features}, and the image_encoder makes them "
-                         f"{made} wide: it belongs to another one")  # fmt: skip
+        raise ValueError(f"{label} needs image embeddings of width {projection.features}, but the image_encoder makes "
+                         f"width {made}: use the image encoder of this adapter")  # fmt: skip
 
 
 # In the UNet --------------------------------------------------------------------------------------------------------
 
 
 class Place(NamedTuple):
-    """An attention to the text, and where it is: down, mid or up, the number of the block, and of itself in that."""
+    """An attention to the text, and its place: down, mid or up, the block's index, and its own index in the block."""
 
     part: str
     block: int
@@ -222,7 +226,7 @@ class Place(NamedTuple):
 
 
 def places(unet: UNet) -> list[Place]:
-    """All attentions to the text in the published order: down, up, and the middle last."""
+    """All attentions to the text in the order of the files: down, up, and the middle last."""
     found = []
     levels = [("down", i, level.blocks) for i, level in enumerate(unet.down) if isinstance(level, Level)]
     levels += [("up", i, level.blocks) for i, level in enumerate(unet.up) if isinstance(level, Level)]
@@ -237,15 +241,15 @@ def attentions(unet: UNet) -> list[Any]:
 
 
 def projections(unet: UNet) -> list[Any]:
-    """What makes the tokens of each adapter that is in the UNet."""
+    """The networks that make the image tokens, one for each adapter in the UNet."""
     return list(unet.image_projections or ())
 
 
 def install(unet: UNet, adapters: Sequence[IPAdapter]) -> None:
-    """Put adapters into the UNet, in the place of those that are there. No copy. Their scales are 1."""
+    """Replace the UNet's adapters by these. They are not copied. Their scales are 1."""
     for attention in attentions(unet):
         if type(attention) not in (Attention, ImageAttention):
-            raise TypeError(f"an IP-Adapter goes into an Attention, and the UNet has a {type(attention).__name__}")
+            raise TypeError(f"an IP-Adapter needs a UNet with Attention layers, not {type(attention).__name__}")
     remove(unet)
     for k, place in enumerate(places(unet)):
         parts: list[Any] = [adapter.ip_adapter[str(2 * k + 1)] for adapter in adapters]
@@ -262,11 +266,15 @@ def remove(unet: UNet) -> None:
 
 
 def set_scales(unet: UNet, scale: Any) -> None:
-    """A number for one adapter, or a dictionary of blocks (`expand`); or a list with one of these for each, or in it a
-    list with a number for each picture that has a mask. ValueError on anything else, and then nothing changes."""
+    """Set the scales of the adapters.
+
+    scale: a number or a dictionary of blocks (`expand`) for a single adapter, or a list with one of these for each
+    adapter. In the list, an adapter with masks may have a list with a number for each picture. ValueError on anything
+    else; then nothing changes.
+    """
     count = len(projections(unet))
     if not count:
-        raise ValueError("there is no IP-Adapter whose scale could be set: load_ip_adapter first")
+        raise ValueError("no IP-Adapter is loaded: call load_ip_adapter first")
     given = list(scale) if isinstance(scale, list | tuple) else [scale]
     if len(given) != count:
         raise ValueError(f"{len(given)} scales for {count} IP-Adapters: give a list with one for each")
@@ -277,10 +285,11 @@ def set_scales(unet: UNet, scale: Any) -> None:
 
 
 def expand(scale: Any, there: Sequence[Place]) -> list[Scale]:
-    """The scale of each attention: what a dictionary leaves out is 0, as in diffusers.
+    """The scale of each attention.
 
-    {"down": x, "mid": x, "up": x}: x a number, or a list with one for each attention of a block, or
-    {"block_1": such a number or list}, the blocks counted from 0 as they are passed.
+    scale: a number, or {"down": x, "mid": x, "up": x}. Here x is a number, a list with a number for each attention of a
+    block, or {"block_1": number or list}. Blocks are counted from 0 in the order in which they run. Attentions that the
+    dictionary does not name get 0, as in diffusers.
     """
     if not isinstance(scale, Mapping):
         return [_leaf(scale)] * len(there)
@@ -304,8 +313,8 @@ def expand(scale: Any, there: Sequence[Place]) -> list[Scale]:
             slots = [n for n, place in enumerate(there) if (place.part, place.block) == (part, block)]
             each = list(inner) if isinstance(inner, list | tuple) else [inner]
             if len(each) not in (1, len(slots)):
-                raise ValueError(f"an IP-Adapter's scale: {part!r}, block_{block} has {len(slots)} attentions, not "
-                                 f"{len(each)}")  # fmt: skip
+                raise ValueError(f"an IP-Adapter's scale: {part!r}, block_{block} has {len(slots)} attentions, but "
+                                 f"{len(each)} scales are given")  # fmt: skip
             for n, one in zip(slots, each * (len(slots) // len(each)), strict=True):
                 out[n] = _leaf(one)
     return out
@@ -328,17 +337,17 @@ def _number(value: Any) -> float:
 
 @dataclass(frozen=True)
 class Pictures:
-    """What a call shows the UNet beside its texts.
+    """The image features of one call, for each adapter.
 
-    features, for each adapter: (b i c), or CLIP's states (b i l c); or (b f i ...) with others for each frame. b is
-    that of a prediction's texts, with guidance the negative ones first. masks: as in `Prompt`.
+    features: (b i c), or CLIP's hidden states (b i l c), for i pictures. With pictures for each frame: (b f i ...). b
+    is the batch of the texts; with guidance the negative ones come first. masks: as in `Prompt`.
     """
 
     features: list[Tensor]
     masks: list[Masks | None]
 
     def beside(self, unet: UNet) -> Callable[[Tensor], Prompt]:
-        """What makes a Prompt of a text (b l d): the tokens are made now, once."""
+        """A function that makes a Prompt from a text embedding (b l d). The image tokens are computed once, here."""
         tokens = []
         for projection, x in zip(projections(unet), self.features, strict=True):
             axes = x.ndim - (2 if projection.reads_states else 1)
@@ -349,18 +358,19 @@ class Pictures:
 
 
 def pixels_of(entry: Any, encoder: CLIPVisionModelWithProjection) -> Tensor:
-    """An adapter's pictures -> (i g 3 s s): i pictures, each of g frames, which is 1 where none has one for each.
+    """The pixels (i g 3 s s) of an adapter's i pictures, each for g frames. g is 1 if a picture is for all frames.
 
-    entry: a picture (`CLIPVisionModelWithProjection.pixels`), a list of some, or in that list lists with a picture for
-    each frame. A tensor (3 s s) or (i 3 s s) is pixels that are prepared already. ValueError on anything else.
+    entry: a picture (`CLIPVisionModelWithProjection.pixels`), a list of pictures, or a list of lists with a picture for
+    each frame. A tensor (3 s s) or (i 3 s s) has pixels that are prepared already. ValueError on anything else.
     """
     several = isinstance(entry, list | tuple) or getattr(entry, "ndim", 0) == 4
     images = [[*one] if isinstance(one, list | tuple) else [one] for one in (entry if several else [entry])]
     if not images or not all(images):
-        raise ValueError("ip_adapter_image: a list without pictures")
+        raise ValueError("ip_adapter_image: the list has no pictures")
     frames = {len(one) for one in images} - {1}
     if len(frames) > 1:
-        raise ValueError(f"ip_adapter_image: pictures for {' and for '.join(map(str, sorted(frames)))} frames")
+        raise ValueError(f"ip_adapter_image: the lists have pictures for {' and for '.join(map(str, sorted(frames)))} "
+                         "frames; give all the same number")
     try:
         stacks = [torch.stack([_pixels(picture, encoder) for picture in one]) for one in images]
     except ValueError as error:
@@ -373,22 +383,22 @@ def _pixels(picture: Any, encoder: CLIPVisionModelWithProjection) -> Tensor:
         return encoder.pixels(picture)
     s = encoder.config.image_size
     if tuple(picture.shape) != (3, s, s) or not picture.is_floating_point():
-        raise ValueError(f"a tensor is pixels that are prepared for the image encoder, floating-point (3, {s}, {s}), "
+        raise ValueError(f"a tensor must have pixels prepared for the image encoder, floating-point (3, {s}, {s}), "
                          f"not {tuple(picture.shape)} of {picture.dtype}")  # fmt: skip
     if not torch.isfinite(picture).all():
-        raise ValueError("a tensor holds NaN or infinity")
+        raise ValueError("the tensor holds NaN or infinity")
     return picture.float().cpu()
 
 
 def check_embeds(embeds: Any, read: Sequence[Any], several: int, count: int) -> list[Tensor]:
-    """What was made of pictures before, an entry for each adapter. ValueError where it is not that.
+    """Check image embeddings that were computed before, one entry for each adapter. ValueError if they do not fit.
 
-    several: 2 with guidance, else 1; count: of the videos.
+    read: the adapters' projections. several: 2 with guidance, else 1. count: the number of videos.
     """
     if not isinstance(embeds, list | tuple) or len(embeds) != len(read):
         what = f"{len(embeds)} entries" if isinstance(embeds, list | tuple) else f"a {type(embeds).__name__}"
-        raise ValueError(f"ip_adapter_image_embeds must be a list of a tensor for each of the {len(read)} IP-Adapters, "
-                         f"not {what}")  # fmt: skip
+        raise ValueError(f"ip_adapter_image_embeds must be a list with a tensor for each of the {len(read)} "
+                         f"IP-Adapters, not {what}")  # fmt: skip
     for x, projection in zip(embeds, read, strict=True):
         axes = 3 + projection.reads_states
         rows = {several, several * count}
@@ -398,7 +408,7 @@ def check_embeds(embeds: Any, read: Sequence[Any], several: int, count: int) -> 
             found = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
             inner = f"pictures, {'states, ' * projection.reads_states}{projection.features}"
             n = " or ".join(map(str, sorted(rows)))
-            raise ValueError(f"ip_adapter_image_embeds: each must be a floating-point tensor, here ({n}, {inner}) or "
+            raise ValueError(f"ip_adapter_image_embeds: each must be a floating-point tensor ({n}, {inner}) or "
                              f"({n}, frames, {inner}), not {found}")  # fmt: skip
         if not torch.isfinite(x).all():
             raise ValueError("ip_adapter_image_embeds hold NaN or infinity")
@@ -406,7 +416,10 @@ def check_embeds(embeds: Any, read: Sequence[Any], several: int, count: int) -> 
 
 
 def check_masks(masks: Any, counts: Sequence[int], unet: UNet) -> list[Tensor | None]:
-    """For each adapter its mask (1 i H W), or None. counts: the pictures of each. ValueError on anything else."""
+    """The mask (1 i H W) of each adapter, or None. counts: the number of pictures of each adapter.
+
+    masks: a list of tensors, one for each adapter. ValueError if they do not fit.
+    """
     if masks is None:
         given: list[Any] = [None] * len(counts)
     elif isinstance(masks, Tensor) and masks.ndim == 4:  # diffusers' older form: (adapters 1 H W)
@@ -422,8 +435,8 @@ def check_masks(masks: Any, counts: Sequence[int], unet: UNet) -> list[Tensor | 
     for n, (mask, count) in enumerate(zip(given, counts, strict=True)):
         for scale in scales[n]:
             if isinstance(scale, tuple) and (mask is None or len(scale) != count):
-                what = "without masks for them" if mask is None else f"and {count} pictures with masks"
-                raise ValueError(f"IP-Adapter {n} has a scale for each of {len(scale)} pictures, {what}")
+                what = "no masks: give ip_adapter_masks" if mask is None else f"masks for {count} pictures"
+                raise ValueError(f"IP-Adapter {n} has a scale for each of {len(scale)} pictures, but {what}")
         if mask is None:
             continue
         if not isinstance(mask, Tensor) or mask.ndim != 4 or len(mask) != 1 or not mask.numel():
@@ -438,9 +451,9 @@ def check_masks(masks: Any, counts: Sequence[int], unet: UNet) -> list[Tensor | 
 
 
 def fit_mask(mask: Tensor, height: int, width: int, unet: UNet, published: bool = False) -> Masks:
-    """mask (1 i H W) for the grid of each level of the U, which begins with latents of this height and width.
+    """Resize a mask (1 i H W) to the grid of each level of the UNet: {number of pixels: mask (i, pixels)}.
 
-    published: as diffusers does it, for what it takes for the grid: from the mask's own ratio of sides.
+    height, width: those of the latents. published: compute the grid as diffusers does, from the mask's aspect ratio.
     """
     out: Masks = {}
     for _ in unet.down:
@@ -462,25 +475,26 @@ def _published_mask(mask: Tensor, p: int) -> Tensor:
 
 
 class IPAdapterMaskProcessor:
-    """Makes masks of pictures: white is where an IP-Adapter's picture is to be seen."""
+    """Makes masks from images. An IP-Adapter's picture has an effect where its mask is white."""
 
     def preprocess(self, image: Any, height: int | None = None, width: int | None = None) -> Tensor:
-        """A picture, or a list of some -> (n 1 height width) of zeros and ones, in float32.
+        """A tensor (n 1 height width) of zeros and ones in float32, from n images.
 
-        Resized to height and width, or to its own, less what is over multiples of 8. ValueError: it is not a picture.
+        image: a PIL image, an array (h w) of uint8, or a list of these. height, width: pixels of the mask (default:
+        those of the first image). Both are rounded down to multiples of 8. Raises ValueError on anything else.
         """
         images, masks = list(image) if isinstance(image, list | tuple) else [image], []
         for one in images:
             if isinstance(one, np.ndarray) and one.ndim == 2 and one.dtype == np.uint8:
                 one = Image.fromarray(one)
             if not isinstance(one, Image.Image):
-                raise ValueError(f"a mask must be a PIL image or an array (h w) of bytes, not a {type(one).__name__}")
-            if not masks:  # all are of the first one's size
+                raise ValueError(f"a mask must be a PIL image or an array (h w) of uint8, not a {type(one).__name__}")
+            if not masks:  # all get the first one's size
                 w, h = (width or one.width) // 8 * 8, (height or one.height) // 8 * 8
             if w < 8 or h < 8:
-                raise ValueError(f"a mask must have 8 pixels or more each way, not {w}x{h}")
+                raise ValueError(f"a mask must be at least 8 pixels wide and high, not {w}x{h}")
             grey = np.array(one.resize((w, h), Image.Resampling.LANCZOS).convert("L"))
             masks.append((torch.from_numpy(grey).float() / 255 >= 0.5).float()[None])
         if not masks:
-            raise ValueError("a list without masks")
+            raise ValueError("the list of masks is empty")
         return torch.stack(masks)

@@ -1,7 +1,8 @@
-"""LoRA: what is loaded for each network, what of it is active and with which weight, as branches or in the weights.
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): loads, activates, fuses and saves the LoRAs of each network.
 
-What is loaded stays on the CPU as the file has it. Of that, what is active is put beside the layers (`low_rank`), or
-into their weights, of which the originals are kept. A state is changed only when all that can go wrong is past.
+The factors of a loaded LoRA stay on the CPU, in the file's dtype. Active LoRAs run as branches beside the layers
+(`low_rank`), or are fused into the weights; then the original weights are kept. Everything that can fail is done
+before a state changes.
 """
 
 import json
@@ -39,7 +40,8 @@ class LoRAs:
     """The LoRAs of one network.
 
     loaded: name -> layer -> factors. weights: name -> layer -> weight. active: names, in the order of `set_adapters`.
-    merged: those whose change is in the weights, which were `originals` before. call_scale: of the call that runs.
+    merged: names of fused LoRAs. originals: layer -> its weight before fusing. call_scale: a factor for the call that
+    is running.
     """
 
     loaded: dict[str, dict[str, Factors]] = field(default_factory=dict)
@@ -55,7 +57,7 @@ class LoRAs:
                        merged=[*self.merged], originals=dict(self.originals))
 
     def beside(self) -> list[str]:
-        """The names of those that run as branches."""
+        """The names of the LoRAs that run as branches."""
         return [n for n in self.active if n not in self.merged] if self.enabled else []
 
 
@@ -67,7 +69,7 @@ def loras_of(network: nn.Module) -> LoRAs:
 
 
 def layers_of(network: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """diffusers' name of a layer -> (its own, the shape of its weight in diffusers' files)."""
+    """{diffusers' name of a layer: (minit2v's name, shape of its weight in diffusers' files)}."""
     weights = {f"{name}.weight": m.weight.detach() for name, m in network.named_modules()
                if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d) or name == "tokens"}  # fmt: skip
     own = network.layout.own(weights)
@@ -78,7 +80,7 @@ def layers_of(network: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def target_of(component: str, network: Any, known: Mapping[str, tuple[str, tuple[int, ...]]] | None = None) -> Target:
-    """known: its `layers_of`, where they are at hand."""
+    """The target of a network. known: its `layers_of`, if they were computed before."""
     shapes = {name: shape for name, (_, shape) in (known or layers_of(network)).items()}
     layers = getattr(network.config, "layers_per_block", None)
     layers = layers[0] if isinstance(layers, tuple) and len({*layers}) == 1 else layers
@@ -91,7 +93,7 @@ Plan = list[tuple[nn.Module, list[tuple[Branch, Factors, float]]]]
 @torch.inference_mode(False)
 @torch.no_grad()
 def plan(network: nn.Module, state: LoRAs) -> Plan:
-    """The branches of each layer that has some, or is to have some, in this state. Nothing is changed yet."""
+    """The branches of each layer in the new state, also for layers that lose theirs. Nothing changes yet."""
     names = state.beside()
     now = {path: m for path, m in network.named_modules() if branches_of(m)}
     wanted = dict.fromkeys([*now, *(path for name in names for path in state.loaded[name])])
@@ -114,7 +116,7 @@ def plan(network: nn.Module, state: LoRAs) -> Plan:
 
 
 def _shaped(factors: Factors, layer: Any) -> tuple[Tensor, Tensor]:
-    """Copies of down and up as the layer needs them, in its dtype and on its device."""
+    """Copies of down and up in the layer's shapes, dtype and device."""
     weight = layer.weight
     down, up = (x.to(weight.device, weight.dtype, copy=True) for x in (factors.down, factors.up))
     return down if isinstance(layer, nn.Embedding) else down.reshape(len(down), *weight.shape[1:]), up
@@ -123,7 +125,7 @@ def _shaped(factors: Factors, layer: Any) -> tuple[Tensor, Tensor]:
 def _check_fits(factors: Factors, layer: Any) -> None:
     dtype = layer.weight.dtype
     if dtype == torch.float16 and not all(bool(x.to(dtype).isfinite().all()) for x in (factors.down, factors.up)):
-        raise ValueError(f"a LoRA does not fit {dtype}: it would not be finite; use bfloat16 or float32")
+        raise ValueError(f"the LoRA has numbers too large for {dtype}: use bfloat16 or float32")
 
 
 @torch.inference_mode(False)
@@ -131,7 +133,7 @@ def _check_fits(factors: Factors, layer: Any) -> None:
 def carry_out(found: Plan) -> None:
     for layer, branches in found:
         for branch, factors, scale in branches:
-            if branch.source is not factors:  # another file, of the same shapes: CUDA graphs read the same memory
+            if branch.source is not factors:  # new factors of the same shapes: keep the memory that CUDA graphs read
                 branch.down.copy_(factors.down.reshape(branch.down.shape))
                 branch.up.copy_(factors.up)
                 branch.source = factors
@@ -140,7 +142,7 @@ def carry_out(found: Plan) -> None:
 
 
 def change(networks: Networks, states: Mapping[str, LoRAs]) -> None:
-    """Bring every network into its new state, or, where one cannot be, none."""
+    """Bring every network into its new state. If that fails for one network, no network changes."""
     plans = {component: plan(networks[component], state) for component, state in states.items()}
     for component, state in states.items():
         carry_out(plans[component])
@@ -148,14 +150,14 @@ def change(networks: Networks, states: Mapping[str, LoRAs]) -> None:
 
 
 def keep(network: Any, state: LoRAs) -> None:
-    """In the object that is there: networks in different modes may share it, as they share their layers."""
+    """Write the state into the existing object, because networks with the same layers may share it."""
     network.loras = loras_of(network)
     vars(network.loras).update(vars(state))
 
 
 @contextmanager
 def scaled(network: Any, scale: float) -> Iterator[None]:
-    """All branches with `scale` times their weight, in the block."""
+    """Multiply the weights of all branches by `scale`, inside a `with` block."""
     if scale == 1 or not loras_of(network).loaded:
         yield
         return
@@ -169,10 +171,10 @@ def scaled(network: Any, scale: float) -> Iterator[None]:
 
 
 def carry_over(source: Any, network: Any) -> None:
-    """To a copy of a network, of which the layers have the same names, the same LoRAs."""
+    """Give a copy of a network, whose layers have the same names, the same LoRAs."""
     state = loras_of(source).copy()
     if state.loaded or state.originals:
-        state.originals = {path: x.clone() for path, x in state.originals.items()}  # which will be its weights
+        state.originals = {path: x.clone() for path, x in state.originals.items()}  # unfusing makes them weights
         change({"": network}, {"": state})
 
 
@@ -180,7 +182,7 @@ def carry_over(source: Any, network: Any) -> None:
 
 
 class File(NamedTuple):
-    """A file of LoRA, or a dictionary of tensors."""
+    """A LoRA file, or a dictionary of tensors."""
 
     label: str
     header: formats.Header
@@ -197,9 +199,11 @@ class File(NamedTuple):
 def open_dict(tensors: Mapping[Any, Any]) -> File:
     for name, x in tensors.items():
         if not isinstance(name, str) or not isinstance(x, Tensor):
-            raise ValueError(f"a LoRA is tensors by name: {str(name)[:100]!r} is a {type(x).__name__}")
+            raise ValueError(f"a LoRA must be a dictionary {{name: tensor}}, but {str(name)[:100]!r} is a "
+                             f"{type(x).__name__}")
         if x.dtype not in NAMES or x.layout is not torch.strided or x.is_meta:
-            raise ValueError(f"{name[:100]!r} is of {x.dtype}, {x.layout}, on {x.device}: no weight is")
+            raise ValueError(f"{name[:100]!r} must be a dense tensor of a usual dtype with values, not {x.dtype}, "
+                             f"{x.layout}, on {x.device}")
     header = {name: (tuple(x.shape), NAMES[x.dtype]) for name, x in tensors.items()}
     return File("the dictionary", header, lambda name: tensors[name].detach().cpu().clone(), {}, None)
 
@@ -208,7 +212,11 @@ def open_lora(
     path: str | Path, weight_name: str | None = None, subfolder: str | None = None,
     use_safetensors: bool | None = None, **where: Any,
 ) -> File:  # fmt: skip
-    """A file, or that of a folder or hub id: `weight_name`, else the usual name, else the only one."""
+    """Open a LoRA file. path: the file, or a folder or hub id.
+
+    There the file is `weight_name`, else the one with the usual name, else the only one. Raises FileNotFoundError, or
+    ValueError if the file cannot be read.
+    """
     file = file_of(path, weight_name, subfolder, use_safetensors, **where)
     return _opened(file, str(path) if Path(path).name == file.name else f"{path}/{file.name}", file.parent / CONFIG)
 
@@ -217,11 +225,11 @@ def file_of(
     path: str | Path, weight_name: str | None = None, subfolder: str | None = None,
     use_safetensors: bool | None = None, **where: Any,
 ) -> Path:  # fmt: skip
-    """Where `open_lora` reads. Raises FileNotFoundError."""
+    """The path of the file that `open_lora` opens. Raises FileNotFoundError."""
     here = Path(hub.local(path, **where)).expanduser()
     if here.is_file():
         if weight_name is not None or subfolder is not None:
-            raise ValueError(f"{path} is a file, in which there is no weight_name or subfolder")
+            raise ValueError(f"{path} is a file: weight_name and subfolder are only for folders and hub ids")
         return here
     if Path(path).suffix in SUFFIXES and not here.is_dir():
         raise FileNotFoundError(f"there is no file {path}")
@@ -234,7 +242,7 @@ def file_of(
 
 
 def has_file(folder: Path) -> bool:
-    """Whether there is what `open_lora` would open, and it is a LoRA."""
+    """Whether the folder has a file that `open_lora` would open, and it is a LoRA."""
     try:
         names = _choose(None, None)([p.name for p in folder.iterdir() if p.is_file()])
         return formats.is_lora(open_file(folder / names[0]).header)
@@ -259,19 +267,19 @@ def _choose(weight_name: str | None, use_safetensors: bool | None) -> hub.Choose
                 return [*(usual or there), *beside]
             if there:
                 raise FileNotFoundError(f"{WEIGHTS}{ending}; choose with weight_name= among {', '.join(there)}")
-        raise FileNotFoundError(f"file of LoRA ({', '.join(endings)}); the files there: {', '.join(names) or 'none'}")
+        raise FileNotFoundError(f"LoRA file ({', '.join(endings)}); the files there: {', '.join(names) or 'none'}")
 
     return choose
 
 
 def _opened(path: Path, label: str, config: Path) -> File:
-    source = open_file(path, mmap=False)  # copies: whoever writes to the file later does not change them
+    source = open_file(path, mmap=False)  # copies, which do not change if the file changes later
     beside = parse_json(config) if path.stem == "adapter_model" and config.is_file() else None
     return File(label, source.header, source.read, read_metadata(path) if source.metadata else {}, beside)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Of a safetensors file whose header was checked."""
+    """The metadata of a safetensors file. Its header must have been checked before."""
     with path.open("rb") as file:
         said = json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__")
     return {n: v for n, v in said.items() if isinstance(v, str)} if isinstance(said, dict) else {}
@@ -281,9 +289,10 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def load(networks: Networks, file: File, name: str | None, strict: bool, hotswap: bool) -> str:
-    """Load a file's LoRA under a name, and make it the active one of each network that it changes. Returns the name.
+    """Load a file's LoRA under a name, and make it the only active one of each network that it changes.
 
-    ValueError in one line where it does not fit; then nothing has changed.
+    Returns the name. strict: with False, tensors that fit no layer are left out, and the log names them. hotswap:
+    replace the LoRA of this name. ValueError if the LoRA does not fit; then nothing has changed.
     """
     states = {component: loras_of(network) for component, network in networks.items()}
     taken = {n for state in states.values() for n in state.loaded}
@@ -292,9 +301,9 @@ def load(networks: Networks, file: File, name: str | None, strict: bool, hotswap
     if not isinstance(name, str) or not name:
         raise ValueError(f"adapter_name must be a text, not {name!r}")
     if name in taken and not hotswap:
-        raise ValueError(f"there is a LoRA {name!r} already: choose another adapter_name, or hotswap=True replaces it")
+        raise ValueError(f"there already is a LoRA {name!r}: give another adapter_name, or hotswap=True to replace it")
     if hotswap and name not in taken:
-        raise ValueError(f"hotswap: there is no LoRA {name!r} to be replaced{nearest(name, sorted(taken))}")
+        raise ValueError(f"hotswap=True: there is no LoRA {name!r} to replace{nearest(name, sorted(taken))}")
     _check_not_merged(states, [name])
     try:
         factors, homeless = read_factors(networks, file, strict)
@@ -333,11 +342,11 @@ def load(networks: Networks, file: File, name: str | None, strict: bool, hotswap
 def read_factors(
     networks: Networks, file: File, strict: bool = True
 ) -> tuple[dict[str, dict[str, Factors]], str]:
-    """component -> layer of the network -> factors; and what is said of tensors without a place. Raises Refused."""
+    """({component: {layer: factors}}, a message about tensors that fit no layer, or ""). Raises Refused."""
     known = {c: layers_of(network) for c, network in networks.items()}
     reading = formats.read(file.header, [target_of(c, network, known[c]) for c, network in networks.items()])
     if reading.homeless and (strict or not reading.layers):
-        hint = "; strict=False loads the rest" if reading.layers else ""
+        hint = "; give strict=False to load the others" if reading.layers else ""
         raise Refused(reading.complaint() + hint)
     configs = file.configs()
     found: dict[str, dict[str, Factors]] = {}
@@ -346,8 +355,8 @@ def read_factors(
             path, shape = known[component][module]
             inner = networks[component].get_submodule(path)
             if not can_branch(inner):
-                raise Refused(f"it changes {module!r}, which here is a {type(inner).__name__}: only Linear and "
-                              "convolutions of one group are known")  # fmt: skip
+                raise Refused(f"it changes {module!r}, which here is a {type(inner).__name__}; only nn.Linear, and "
+                              "convolutions with zero padding and one group, can have a LoRA")  # fmt: skip
             config = configs.get(component, Config())
             found.setdefault(component, {})[path] = formats.factors(layer, shape, file.read, config, module)
     return found, reading.complaint()
@@ -361,7 +370,7 @@ def states_of(networks: Networks) -> dict[str, LoRAs]:
 
 
 def names_of(given: Any, states: Mapping[str, LoRAs], what: str) -> list[str]:
-    """One name or several, each of which is loaded for some network. ValueError names the nearest."""
+    """A list of one name or several. ValueError if one is not loaded for any network, or is given twice."""
     names = [given] if isinstance(given, str) else [*given]
     known = list(dict.fromkeys(n for state in states.values() for n in state.loaded))
     for name in names:
@@ -369,7 +378,7 @@ def names_of(given: Any, states: Mapping[str, LoRAs], what: str) -> list[str]:
             there = f"; loaded are {', '.join(map(repr, known))}" if known else "; none is loaded"
             raise ValueError(f"{what}: there is no LoRA {name!r}{nearest(name, known)}{there}")
     if twice := [n for n in names if names.count(n) > 1]:
-        raise ValueError(f"{what}: {twice[0]!r} is there twice")
+        raise ValueError(f"{what}: {twice[0]!r} is given twice")
     return names
 
 
@@ -403,27 +412,26 @@ def _of_component(component: str, weight: Any) -> Any:
         return weight
     for name in weight:
         if name not in COMPONENTS:
-            raise ValueError(f"set_adapters: a weight for {name!r}, which is not a network{nearest(name, COMPONENTS)}; "
-                             'they are {"unet": ..., "text_encoder": ...}')  # fmt: skip
+            raise ValueError(f"set_adapters: there is no network {name!r}{nearest(name, COMPONENTS)}; give weights as "
+                             '{"unet": ..., "text_encoder": ...}')  # fmt: skip
     value = weight.get(component, 1.0)
     if component == "text_encoder" and isinstance(value, dict):
-        raise ValueError("set_adapters: the text encoder has no blocks, its weight is one number")
+        raise ValueError("set_adapters: the text encoder has no blocks; its weight must be one number")
     return value
 
 
 def weight_of(weight: Any, path: str, unet: Any) -> float:
-    """The weight of one layer: a number; or of blocks, {"down": ..., "mid": ..., "up": {"block_1": ...}}.
+    """The weight of one layer. weight: a number, or {"down": ..., "mid": ..., "up": {"block_1": ...}}.
 
-    A block's weight is a number, or a list with one for each of its transformers, for what stands beside them, too.
-    Where nothing is said it is 1.
+    The weight of a block is a number, or a list with a number for each of its transformers. Layers beside a
+    transformer, such as its ResBlock, get the same number. The weight of layers that are not named is 1.
     """
     if not isinstance(weight, dict):
         return _number(weight, "a weight")
     for part in weight:
         if part not in ("down", "mid", "up"):
             near = nearest(part, ("down", "mid", "up"))
-            raise ValueError(f"set_adapters: {part!r} is not part of a UNet{near}; they "
-                             "are down, mid and up")  # fmt: skip
+            raise ValueError(f"set_adapters: {part!r} is not a part of a UNet{near}; the parts are down, mid and up")
     found = 1.0
     for part, value in weight.items():
         steps = path.split(".")
@@ -443,7 +451,8 @@ def weight_of(weight: Any, path: str, unet: Any) -> float:
             numbers = [*given] if isinstance(given, list | tuple) else [given]
             numbers = [_number(n, f"{part} {block}") for n in numbers]
             if len(numbers) not in (1, count):
-                raise ValueError(f"set_adapters: {part} {block} has {count} transformers, and {len(numbers)} weights")
+                raise ValueError(f"set_adapters: {part} {block} has {count} transformers, but {len(numbers)} weights "
+                                 "are given")
             if steps[0] == part and steps[1] == str(known.index(block)):
                 k = int(steps[3]) if steps[2] == "blocks" and len(numbers) > 1 else 0
                 found = numbers[k]
@@ -491,7 +500,11 @@ def enable(networks: Networks, on: bool) -> None:
 @torch.inference_mode(False)
 @torch.no_grad()
 def fuse(networks: Networks, scale: float, given: Any) -> None:
-    """Add weight * scale * alpha / r * up @ down to the weights. FloatingPointError where one would not be finite."""
+    """Add weight * scale * alpha / r * up @ down to the weights of the layers.
+
+    given: names of LoRAs, or None for all active ones. ValueError on a name that is not loaded, or if none is active.
+    FloatingPointError if a weight would become infinite or NaN. After an error nothing has changed.
+    """
     states = states_of(networks)
     _number(scale, "lora_scale")
     if given is not None:
@@ -516,11 +529,11 @@ def fuse(networks: Networks, scale: float, given: Any) -> None:
                                        if path in state.loaded[n]])  # fmt: skip
                 if not bool(torch.isfinite(fused).all()):
                     raise FloatingPointError(f"fuse_lora: in {fused.dtype} the weight of {path!r} would not be finite")
-                state.originals.setdefault(path, before.cpu())  # on the CPU itself, no copy
+                state.originals.setdefault(path, before.cpu())  # no copy if it is on the CPU already
                 layer.weight.data = fused
                 done.append((layer.weight, before))
         change(networks, new)
-        logger.info("fuse_lora: %s went into the weights of %d layers.", ", ".join(map(repr, names)), len(done))
+        logger.info("fuse_lora: %s is fused into the weights of %d layers.", ", ".join(map(repr, names)), len(done))
     except BaseException:
         for weight, before in done:
             weight.data = before
@@ -532,7 +545,7 @@ def _fused(layer: Any, parts: Sequence[tuple[Factors, float]]) -> Tensor:
     wide = weight.to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
     for factors, w in parts:
         delta = factors.delta(wide) * w
-        if isinstance(layer, nn.Embedding):  # behind are the words that came after the LoRA
+        if isinstance(layer, nn.Embedding):  # later rows are words that were added after the LoRA
             delta = F.pad(delta.T, (0, 0, 0, len(wide) - delta.shape[1]))
         wide = wide + delta.reshape(wide.shape)
     out = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device)
@@ -542,7 +555,7 @@ def _fused(layer: Any, parts: Sequence[tuple[Factors, float]]) -> Tensor:
 @torch.inference_mode(False)
 @torch.no_grad()
 def unfuse(networks: Networks) -> None:
-    """The weights of before, to the last bit; what was fused runs as branches again, with its weights."""
+    """Restore the original weights exactly. The fused LoRAs run as branches again, with the same weights."""
     states = states_of(networks)
     if not any(state.originals for state in states.values()):
         logger.warning("unfuse_lora() changes nothing: no LoRA is fused.")
@@ -561,7 +574,11 @@ def unfuse(networks: Networks) -> None:
 
 
 def save(networks: Networks, folder: str | Path, given: Any, weight_name: str | None, safe: bool) -> None:
-    """Each LoRA that is loaded, or named, as a file of peft's names, which diffusers loads; several by their names."""
+    """Save LoRAs, each as a file with peft's names, which diffusers can load.
+
+    given: names of LoRAs, or None for all that are loaded. Several LoRAs get files with their own names. safe: write
+    .safetensors, not .bin. ValueError on wrong arguments; then nothing is written.
+    """
     states = states_of(networks)
     if given is None:
         names = list(dict.fromkeys(n for state in states.values() for n in state.loaded))
@@ -570,12 +587,12 @@ def save(networks: Networks, folder: str | Path, given: Any, weight_name: str | 
     if not names:
         raise ValueError("save_lora_weights: no LoRA is loaded")
     if len(names) > 1 and weight_name is not None:
-        raise ValueError(f"save_lora_weights: one weight_name for {len(names)} LoRAs: choose with adapter_names=")
+        raise ValueError(f"save_lora_weights: one weight_name for {len(names)} LoRAs: choose one with adapter_names=")
     ending = "safetensors" if safe else "bin"
     made = []
     for name in names:
         if len(names) > 1 and (Path(name).name != name or name.startswith(".")):
-            raise ValueError(f"save_lora_weights: {name!r} cannot be the name of a file: save it alone")
+            raise ValueError(f"save_lora_weights: {name!r} cannot be a file name: save it alone, with a weight_name")
         tensors: dict[str, Tensor] = {}
         said: dict[str, Any] = {}
         for component, state in states.items():
@@ -596,36 +613,37 @@ def save_layers(
     weight_name: str | None,
     safe: bool,
 ) -> None:
-    """component -> (tensors in peft's names, peft's LoraConfig), as one file."""
+    """Save layers as one file. layers: {component: (tensors with peft's names, peft's LoraConfig)}."""
     tensors: dict[str, Tensor] = {}
     said: dict[str, Any] = {}
     for component, (given, config) in layers.items():
         for name, x in (given or {}).items():
             if not isinstance(x, Tensor) or formats.ending(str(name))[1] == "":
-                raise ValueError(f"save_lora_weights: {str(name)[:100]!r}, a {type(x).__name__}, is none of LoRA")
+                raise ValueError(f"save_lora_weights: {str(name)[:100]!r}, a {type(x).__name__}, is not a tensor of a "
+                             "LoRA")
             tensors[f"{component}.{name}"] = x
         if config and not given:
-            raise ValueError(f"save_lora_weights: metadata of {component}, of which there are no layers")
+            raise ValueError(f"save_lora_weights: there are metadata for {component}, but no layers")
         said |= {f"{component}.{n}": sorted(v) if isinstance(v, set) else v for n, v in (config or {}).items()}
     if not tensors:
-        raise ValueError("save_lora_weights: there are no tensors in the layers")
+        raise ValueError("save_lora_weights: the layers have no tensors")
     write(Path(folder) / (weight_name or f"{WEIGHTS}.{'safetensors' if safe else 'bin'}"), tensors, said, safe)
 
 
 def to_peft(network: Any, layers: Mapping[str, Factors]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors in peft's names, and its LoraConfig. Without one, alpha is the rank everywhere."""
+    """({peft's name: tensor}, peft's LoraConfig). A file without a config has alpha = rank everywhere."""
     names = {path: (module, shape) for module, (path, shape) in layers_of(network).items()}
     tensors, ranks, alphas = {}, {}, {}
     for path, f in layers.items():
         module, shape = names[path]
         if isinstance(network.get_submodule(path), nn.Embedding):
-            raise ValueError(f"save_lora_weights: it changes the words' table ({module}), for which peft's files have "
-                             "no place: fuse_lora() and save_pretrained() save it")  # fmt: skip
+            raise ValueError(f"save_lora_weights: the LoRA changes the token table ({module}), which peft's files "
+                             "cannot store: use fuse_lora() and save_pretrained()")  # fmt: skip
         ones = [1] * (len(shape) - 2)
         tensors[f"{module}.lora_A.weight"] = f.down if f.down.ndim == len(shape) else f.down.reshape(
             *f.down.shape, *ones)  # fmt: skip
         tensors[f"{module}.lora_B.weight"] = f.up.reshape(*f.up.shape, *ones)
-        # As what a name ends in, since transformers >= 5.6 has no `text_model.`.
+        # peft matches the end of a name. transformers >= 5.6 has no `text_model.`, so it is left out.
         ranks[module.removeprefix("text_model.")] = f.rank
         alphas[module.removeprefix("text_model.")] = f.alpha
     r, alpha = (max(set(v.values()), key=[*v.values()].count) for v in (ranks, alphas))
@@ -646,7 +664,8 @@ def to_peft(network: Any, layers: Mapping[str, Factors]) -> tuple[dict[str, Tens
 def write(path: Path, tensors: Mapping[str, Tensor], said: Mapping[str, Any], safe: bool) -> None:
     state = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     if said and not safe:
-        raise ValueError(f"{path.name}: alphas other than the ranks need a .safetensors file, which has room for them")
+        raise ValueError(f"{path.name}: a .bin file cannot store alphas that differ from the ranks: save as "
+                         ".safetensors")
     with replacing(path) as temporary:
         if safe:
             from safetensors.torch import save_file

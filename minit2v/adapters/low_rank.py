@@ -1,8 +1,7 @@
 """Layers with low-rank branches beside their weights: y = W x + sum of scale * up(down(x)).
 
-A layer becomes one of these in its place, by its class alone: it stays the same module with the same parameters, so
-that names, optimizers and whoever else holds it see no change. Its branches are in no state dict, except those that
-are trained.
+To get branches, a layer only changes its class. It stays the same module with the same parameters, so names,
+optimizers and other references stay valid. Only branches that are trained are in the state dict.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,25 +13,25 @@ from ..models.blocks import Upsample
 
 
 class Branch(nn.Module):
-    """down (r i *k), up (o r), scale (): buffers, so that they follow the layer to its device and dtype."""
+    """A loaded branch: down (r i *k), up (o r), scale (). They are buffers, so they move with the layer."""
 
     def __init__(self, name: str, source: object, down: Tensor, up: Tensor):
         super().__init__()
         self.name = name
-        self.source = source  # what `down` and `up` are copies of
+        self.source = source  # the factors from which `down` and `up` were copied
         self.register_buffer("down", down, persistent=False)
         self.register_buffer("up", up, persistent=False)
-        self.register_buffer("scale", down.new_ones(()), persistent=False)  # a tensor: CUDA graphs read it anew
+        self.register_buffer("scale", down.new_ones(()), persistent=False)  # a tensor, so that CUDA graphs see changes
 
     def given(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the layer multiplies: x, down, up."""
+        """(x, down, up) for the products."""
         return x, self.down, self.up
 
 
 class TrainedBranch(nn.Module):
-    """The same with parameters: float32 or wider, and multiplied in the dtype of x.
+    """A branch with parameters of float32 or wider. The products are computed in the dtype of x.
 
-    In 16 bits most steps of the optimizer would be rounded to nothing.
+    With 16-bit parameters, rounding would lose most of the optimizer's small steps.
     """
 
     def __init__(self, down: Tensor, up: Tensor, scale: float, dropout: float = 0.0):
@@ -45,8 +44,11 @@ class TrainedBranch(nn.Module):
 
 
 def running(layer: nn.Module) -> "Iterator[Branch | TrainedBranch]":
-    """The branches that are not switched off. (Such a one is left out, and not multiplied by 0: were it switched
-    between forward and backward, gradient checkpointing, which runs the layer again, would notice.)"""
+    """The branches that are on.
+
+    A branch that is off is left out, and not multiplied by 0. Gradient checkpointing runs the layer again in the
+    backward pass, and so detects if a branch was switched in between.
+    """
     return (b for b in layer.branches if getattr(b, "on", True))  # type: ignore[union-attr,return-value]
 
 
@@ -66,7 +68,7 @@ class LowRankConv2d(nn.Conv2d):
     branches: nn.ModuleList
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x (n i h w) -> (n o h w): `down` has the layer's kernel, stride and padding, `up` is 1x1."""
+        """x (n i h w) -> (n o h w). `down` has the layer's kernel, stride and padding. `up` is a 1x1 convolution."""
         y = super()._conv_forward(x, weight, bias)
         for b in running(self):
             given, down, up = b.given(x)
@@ -76,7 +78,7 @@ class LowRankConv2d(nn.Conv2d):
 
 
 class LowRankUpsample(LowRankConv2d, Upsample):
-    """Upsample doubles the image, and then convolves as LowRankConv2d does."""
+    """Upsample doubles height and width, and then convolves as LowRankConv2d does."""
 
     forward = Upsample.forward
 
@@ -98,7 +100,7 @@ class LowRankEmbedding(nn.Embedding):
     branches: nn.ModuleList
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (...) -> (... o). Rows behind those of a branch are of words that came later: it does not change them."""
+        """ids (...) -> (... o). Rows after those of a branch belong to words added later, which it does not change."""
         y = super().forward(ids)
         for b in self.branches:
             table = F.pad(b.down.T, (0, 0, 0, self.num_embeddings - b.down.shape[1]))
@@ -117,7 +119,7 @@ WITH_BRANCHES = {plain: branched for branched, plain in PLAIN.items()}
 
 
 def can_branch(layer: nn.Module) -> bool:
-    """Whether it is exactly one of the layers above, and a convolution over zeros, in one group."""
+    """Whether the layer has one of the classes above. A convolution must have zero padding and one group."""
     plain = PLAIN.get(type(layer), type(layer))
     if plain not in WITH_BRANCHES:
         return False
@@ -127,7 +129,7 @@ def can_branch(layer: nn.Module) -> bool:
 
 
 def branches_of(layer: nn.Module) -> list[Branch]:
-    """Those of LoRAs that are loaded."""
+    """The branches of loaded LoRAs."""
     return [b for b in _all_branches(layer) if isinstance(b, Branch)]
 
 
@@ -140,17 +142,17 @@ def _all_branches(layer: nn.Module) -> list[nn.Module]:
 
 
 def set_branches(layer: nn.Module, branches: Sequence[Branch]) -> None:
-    """Give the layer these branches in place of those of loaded LoRAs that it has."""
+    """Replace the layer's branches of loaded LoRAs."""
     _put(layer, [*trained_branches_of(layer), *branches])
 
 
 def set_trained_branches(layer: nn.Module, branches: Sequence[TrainedBranch]) -> None:
-    """Give the layer these branches in place of those that were trained."""
+    """Replace the layer's trained branches."""
     _put(layer, [*branches, *branches_of(layer)])
 
 
 def _put(layer: nn.Module, branches: Sequence[nn.Module]) -> None:
-    """None: it is a plain layer again."""
+    """Set all branches. With an empty list the layer gets its plain class again."""
     if _all_branches(layer) == [*branches]:
         return
     if not branches:

@@ -1,6 +1,7 @@
-"""Textual inversion (Gal et al. 2022, arXiv:2208.01618): words that stand for vectors which were learned.
+"""Textual inversion (Gal et al. 2022, arXiv:2208.01618): new words for prompts that stand for learned vectors.
 
-The text encoder gets a row for each vector, the tokenizer a word that becomes these rows. All else stays as it was.
+The text encoder's token table gets a row for each vector. The tokenizer gets a word for these rows. Nothing else
+changes.
 """
 
 import copy
@@ -27,18 +28,18 @@ Source = str | Path | Tensor | Mapping[str, Any]
 FILES = ("learned_embeds.safetensors", "learned_embeds.bin")
 ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 MOST_WORDS = 1000  # in a file
-LARGEST = 2**27  # bytes, of a file that may be an embedding
+LARGEST = 2**27  # bytes; a larger file is not tried as an embedding
 PICTURES = {b"\x89PNG": "PNG", b"RIFF": "WebP", b"\xff\xd8\xff": "JPEG"}
 
 
 class Parameters:
-    """Stands for a ParameterDict in a pickle: its tensors by name."""
+    """Replaces a ParameterDict in a pickle, and has its tensors by name."""
 
     def __init__(self, *_: Any):
         self.tensors: dict[str, Tensor] = {}
 
     def __setstate__(self, state: Any) -> None:
-        """The attributes of a ParameterDict: its tensors are in `_parameters`."""
+        """Read the attributes of a ParameterDict, whose tensors are in `_parameters`."""
         parameters = state.get("_parameters") if isinstance(state, dict) else None
         self.tensors = dict(parameters) if isinstance(parameters, dict) else {}
 
@@ -49,15 +50,18 @@ STAND_INS = {"torch.nn.modules.container ParameterDict": Parameters}
 def load(
     tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, sources: Sequence[tuple[Source, Any]], **where: Any
 ) -> dict[str, int]:
-    """Give both the words of all sources; {word: number of vectors}. Where one is refused, nothing has changed.
+    """Add the words of all sources to the tokenizer and the text encoder. Returns {word: number of vectors}.
 
-    sources: (file, folder, hub id, state dict or tensor; its word, a list of words, or None). where: as in `find`.
+    sources: pairs (source, word). A source is a file, folder, hub id, state dict or tensor (n d) or (d). Its word is a
+    text, a list of texts, or None for the word in the file. where: as in `find`.
+
+    ValueError or TypeError if an embedding does not fit, or if a word is taken. Then nothing has changed.
     """
     _check(tokenizer, text_encoder)
     rows, dim = text_encoder.tokens.weight.shape
     if rows != tokenizer.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size:,} ids, and the text encoder {rows:,} rows: they do "
-                         "not belong together, and words cannot be added")  # fmt: skip
+        raise ValueError(f"words cannot be added, because the tokenizer has {tokenizer.vocab_size:,} ids, but the text "
+                         f"encoder {rows:,} rows: load both from the same model")  # fmt: skip
     new, room = copy.deepcopy(tokenizer), tokenizer.model_max_length - 2
     found: dict[str, Tensor] = {}
     for source, token in sources:
@@ -65,10 +69,10 @@ def load(
         with read_from(label, (ValueError,)):
             for word, vectors in name(words, token).items():
                 if vectors.shape[1] != dim:
-                    raise ValueError(f"the vectors of {quoted(word)} have {vectors.shape[1]} numbers, and this text "
-                                     f"encoder's have {dim}{_trained_for(vectors.shape[1])}")  # fmt: skip
+                    raise ValueError(f"the vectors of {quoted(word)} have width {vectors.shape[1]}, but this text "
+                                     f"encoder needs {dim}{_trained_for(vectors.shape[1])}")  # fmt: skip
                 if len(vectors) > room:
-                    raise ValueError(f"{quoted(word)} has {len(vectors)} vectors, and a prompt has room for {room}")
+                    raise ValueError(f"{quoted(word)} has {len(vectors)} vectors, but a prompt has room for {room}")
                 new.add_word(word, len(vectors))
                 try:
                     found[word] = cast(vectors, text_encoder.dtype)
@@ -78,12 +82,12 @@ def load(
     _set_rows(text_encoder, torch.cat([table.detach(), *(x.to(table.device) for x in found.values())]))
     vars(tokenizer).update(vars(new))
     for word, vectors in found.items():
-        logger.info("%r is a word of prompts now, of %d vector%s.", word, len(vectors), "s" * (len(vectors) > 1))
+        logger.info("The word %r now stands for %d vector%s.", word, len(vectors), "s" * (len(vectors) > 1))
     return {word: len(vectors) for word, vectors in found.items()}
 
 
 def unload(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, words: Iterable[str] | None = None) -> None:
-    """Take words, all where none are named, out of both again. ValueError on a word that is not there."""
+    """Remove words from both again. words: None removes all added words. ValueError on a word that was not added."""
     _check(tokenizer, text_encoder)
     gone = {*tokenizer.remove_words(tokenizer.words if words is None else words)}
     if gone:
@@ -95,10 +99,11 @@ def _check(tokenizer: Any, text_encoder: Any) -> None:
     if not isinstance(tokenizer, CLIPTokenizer):
         raise TypeError(f"words can be added to a CLIPTokenizer of minit2v, not to a {type(tokenizer).__name__}")
     if not isinstance(text_encoder, CLIPTextModel) or not isinstance(text_encoder.tokens, nn.Embedding):
-        raise TypeError("the text encoder's table of tokens is none that rows can be added to")
+        raise TypeError(f"words can be added to a CLIPTextModel of minit2v with an nn.Embedding as its token table, "
+                        f"not to a {type(text_encoder).__name__}")  # fmt: skip
     if "tokens" in lora.loras_of(text_encoder).originals:
-        raise ValueError("a LoRA is fused into the text encoder's table of tokens: unfuse_lora() before words come or "
-                         "go, and fuse it again")  # fmt: skip
+        raise ValueError("a LoRA is fused into the text encoder's token table: call unfuse_lora(), change the words, "
+                         "and fuse it again")  # fmt: skip
 
 
 def _set_rows(text_encoder: CLIPTextModel, table: Tensor) -> None:
@@ -109,7 +114,7 @@ def _set_rows(text_encoder: CLIPTextModel, table: Tensor) -> None:
 
 
 def describe(path: Path) -> list[str]:
-    """The lines that say what words a file holds; none where it is not an embedding."""
+    """Lines that describe the words in a file. Empty if it is not an embedding."""
     if path.stat().st_size > LARGEST:
         return []
     try:
@@ -123,11 +128,12 @@ def describe(path: Path) -> list[str]:
 
 def _trained_for(dim: int) -> str:
     models = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x, ModelScope or Zeroscope", 1280: "SDXL"}
-    return f": they were trained for {models[dim]}" if dim in models else ""
+    return f": the embedding was trained for {models[dim]}" if dim in models else ""
 
 
 def name(words: dict[str | None, Tensor], token: Any) -> dict[str, Tensor]:
-    """The vectors under `token`, a word or a list of words, where it is given; else under the file's own words."""
+    """{word: vectors (n d)} with the words of `token` (a text or a list of texts), or the file's own words for None.
+    """
     if token is None:
         if None in words:
             raise ValueError("the vectors have no word: give one as token=")
@@ -135,14 +141,14 @@ def name(words: dict[str | None, Tensor], token: Any) -> dict[str, Tensor]:
     tokens = [token] if isinstance(token, str) else list(token)
     if len(tokens) != len(words):
         there = ", ".join(quoted(w) for w in list(words)[:5] if w is not None) or "one without a name"
-        raise ValueError(f"there are {len(words)} words ({there}), and token= names {len(tokens)}")
+        raise ValueError(f"there are {len(words)} words ({there}), but token= names {len(tokens)}")
     if len({*tokens}) < len(tokens):
         raise ValueError("token= names a word twice")
     return dict(zip(tokens, words.values(), strict=True))
 
 
 def read(source: Source, **where: Any) -> tuple[str, dict[str | None, Tensor]]:
-    """(what it is called, {word: vectors (n d)}); a word is None where there is no name for it."""
+    """(name of the source for messages, {word: vectors (n d)}). A word is None if the source has no name for it."""
     if isinstance(source, Tensor | Mapping):
         label = "the tensor" if isinstance(source, Tensor) else "the state dict"
         with read_from(label, (ValueError,)):
@@ -151,9 +157,9 @@ def read(source: Source, **where: Any) -> tuple[str, dict[str | None, Tensor]]:
     with path.open("rb") as file:
         head = file.read(4)
     if kind := next((kind for magic, kind in PICTURES.items() if head.startswith(magic)), None):
-        raise ValueError(f"{path} is a {kind} picture: an embedding inside of one is read by AUTOMATIC1111 alone; "
-                         "there it can be saved as .pt")  # fmt: skip
-    # Copied: the rows go into the text encoder's table, and no file need stay as it is.
+        raise ValueError(f"{path} is a {kind} picture: only AUTOMATIC1111 reads embeddings in pictures; save it there "
+                         "as .pt")  # fmt: skip
+    # No memory map: the rows are copied into the text encoder's table anyway, and the file may change later.
     content = open_file(path, mmap=False).tensors if is_safetensors(path) else load_pickle(path, False, STAND_INS)
     with read_from(path, (ValueError,)):
         words = parse(content)
@@ -162,12 +168,15 @@ def read(source: Source, **where: Any) -> tuple[str, dict[str | None, Tensor]]:
 
 def find(path_or_id: str | Path, *, weight_name: str | None = None, subfolder: str | None = None,
          use_safetensors: bool | None = None, **hub_arguments: Any) -> Path:  # fmt: skip
-    """The file of an embedding: itself, or in a folder or hub repository, there under its usual name or alone."""
+    """The path of an embedding's file: `path_or_id` itself, or a file in this folder or hub repository.
+
+    There it is `weight_name`, else a file with the usual name, else the only file. Raises FileNotFoundError.
+    """
     path_or_id = hub.local(path_or_id, **hub_arguments)
     here = Path(path_or_id).expanduser()
     if here.exists() and not here.is_dir():
         if weight_name is not None or subfolder is not None:
-            raise ValueError(f"{path_or_id} is a file, in which there is no weight_name or subfolder")
+            raise ValueError(f"{path_or_id} is a file: weight_name and subfolder are only for folders and hub ids")
         return here
     if here.suffix in ENDINGS and not here.is_dir():
         raise FileNotFoundError(f"there is no file {str(path_or_id)!r}")
@@ -190,7 +199,7 @@ def find(path_or_id: str | Path, *, weight_name: str | None = None, subfolder: s
 
 
 def parse(content: Any) -> dict[str | None, Tensor]:
-    """{word: vectors (n d)} out of what a file holds. ValueError where that is not an embedding."""
+    """{word: vectors (n d)} from the content of a file. ValueError if it is not an embedding."""
     if isinstance(content, Tensor):
         return {None: _vectors("it", content)}
     if not isinstance(content, Mapping):
@@ -200,10 +209,10 @@ def parse(content: Any) -> dict[str | None, Tensor]:
     if odd := next((k for k in content if not isinstance(k, str)), None):
         raise ValueError(f"it is not an embedding: {quoted(odd)} is not a word")
     if {"clip_l", "clip_g"} & content.keys():
-        raise ValueError("it is an embedding of SDXL, for two text encoders (clip_l, clip_g): here is one; the part of "
-                         'clip_l alone can be given, as the state dict {word: load_file(path)["clip_l"]}')  # fmt: skip
+        raise ValueError("it is an embedding of SDXL, for two text encoders (clip_l, clip_g), but this model has one; "
+                         'load its part for clip_l, as a state dict {word: load_file(path)["clip_l"]}')  # fmt: skip
     if odd := next((k for k in content if k.endswith((".weight", ".bias", ".alpha"))), None):
-        raise ValueError(f"it is not an embedding: it has {quoted(odd)}; LoRAs are loaded with load_lora_weights")
+        raise ValueError(f"it is not an embedding: it has {quoted(odd)}; load LoRAs with load_lora_weights")
     if not content or len(content) > MOST_WORDS:
         raise ValueError(f"it is not an embedding: it has {len(content)} entries")
     if content.keys() == {"emb_params"}:
@@ -212,7 +221,10 @@ def parse(content: Any) -> dict[str | None, Tensor]:
 
 
 def _parse_a1111(content: Mapping[str, Any]) -> dict[str | None, Tensor]:
-    """AUTOMATIC1111's, and before it rinongal's: the word stands for `*`, and is the name, or the file's."""
+    """The format of rinongal's code, and later of AUTOMATIC1111. The vectors are stored under `*`.
+
+    The word is in the field `name`. Without it, it is the name of the file.
+    """
     params = content["string_to_param"]
     params = params.tensors if isinstance(params, Parameters) else params
     if isinstance(params, nn.ParameterDict):
@@ -220,7 +232,7 @@ def _parse_a1111(content: Mapping[str, Any]) -> dict[str | None, Tensor]:
     if not isinstance(params, Mapping) or not params:
         raise ValueError(f"it is not an embedding: its string_to_param is {quoted(params)}")
     if odd := next((k for k, x in content.items() if isinstance(x, Tensor)), None):
-        raise ValueError(f"beside string_to_param it has the tensor {quoted(odd)}, of which nothing is known")
+        raise ValueError(f"beside string_to_param it has an unknown tensor {quoted(odd)}")
     if len(params) == 1:
         word = content.get("name")
         return {word if isinstance(word, str) and word else None: _vectors("'*'", *params.values())}
@@ -232,7 +244,7 @@ def _vectors(label: str, x: Any) -> Tensor:
     if not isinstance(x, Tensor):
         raise ValueError(f"{label} is a {type(x).__name__}, not vectors")
     if x.layout is not torch.strided or x.ndim not in (1, 2) or not x.numel():
-        raise ValueError(f"{label} is {tuple(x.shape)}: a word has vectors (number, width), or one (width)")
+        raise ValueError(f"{label} must be vectors (number, width) or one vector (width), not {tuple(x.shape)}")
     if not x.is_floating_point():
-        raise ValueError(f"{label} is of {x.dtype}: vectors are floating-point numbers")
+        raise ValueError(f"{label} must be floating-point vectors, not {x.dtype}")
     return x.detach().reshape(-1, x.shape[-1])

@@ -1,7 +1,8 @@
-"""The `minit2v` command: a file for each of its commands, what they share in arguments, loading, messages and ends.
+"""The `minit2v` command. Most commands have a file of their own; `videos.py` has generate, restyle and animate.
 
-Nothing outside this folder imports it, except `minit2v/ui`, whose page runs the same commands. What needs torch is
-imported when its command runs, so that `minit2v --help` and a wrong option answer at once.
+The other files hold what the commands share: arguments, loading, messages, and how a command begins and ends.
+Outside this folder only `minit2v/ui` imports it, because its page runs the same commands. A command imports torch
+only when it runs. So `minit2v --help` and a wrong option answer at once.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ __all__ = ["main"]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0, 1 after an error, 2 on wrong usage, 130 when interrupted.
 
-    SIGTERM and SIGHUP end the process as always, with nothing half-written. The environment stays as it is.
+    SIGTERM and SIGHUP end the process as usual, and no unfinished file stays. The environment is not changed.
     """
     open_closed_streams()
     with importing():
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 else:
                     from .videos import run
             return run(args)
-    except SystemExit as e:  # of argparse, which has said why
+    except SystemExit as e:  # argparse has printed the reason
         return e.code if isinstance(e.code, int) else 1
     except KeyboardInterrupt:
         if debug:

@@ -1,4 +1,4 @@
-"""What `--lora`, `--motion-lora` and `--embedding` name: how it is written, where it is, and what it does."""
+"""`--lora`, `--motion-lora` and `--embedding`: parses their values, finds the files, and loads them."""
 
 import argparse
 import hashlib
@@ -23,7 +23,7 @@ Given = tuple[str, Any]  # file, folder or hub id, and its weight or word
 
 
 def lora(text: str) -> Given:
-    """`FILE[:weight]`. The last colon counts, if a number is behind it: paths may have colons of their own."""
+    """(FILE, weight) from `FILE[:weight]`. A path may have colons: only the last one counts, before a number."""
     head, colon, tail = text.rpartition(":")
     weight = _number(tail) if colon else None
     if not text or colon and not head or colon and not tail:
@@ -36,7 +36,7 @@ def lora(text: str) -> Given:
 
 
 def embedding(text: str) -> Given:
-    """`FILE[:word]`. The last colon counts, if no more of a path is behind it."""
+    """(FILE, word) from `FILE[:word]`. Only the last colon counts, if no part of a path follows it."""
     head, colon, tail = text.rpartition(":")
     if not text or colon and not head or colon and not tail:
         raise argparse.ArgumentTypeError(f"must be FILE or FILE:word, not {text!r}")
@@ -54,33 +54,33 @@ def _number(text: str) -> float | None:
 
 
 def _is_whole(text: str, head: str) -> bool:
-    """Whether `text` is a path, with the colon in it."""
+    """Whether the whole of `text`, with its colon, is a path."""
     if not Path(text).exists():
         return False
     if Path(head).exists():
-        raise argparse.ArgumentTypeError(f"{text!r}: there are both {head!r} and {text!r}: rename one of them")
+        raise argparse.ArgumentTypeError(f"the files {head!r} and {text!r} both exist: rename one of them")
     return True
 
 
 def check_prompt(prompt: str) -> str | None:
-    """What is wrong with a prompt that names a LoRA as another program would; None: nothing."""
+    """The error of a prompt that names a LoRA in AUTOMATIC1111's way, or None."""
     if (tag := TAG.search(prompt)) is None:
         return None
     weight = f":{tag[3]}" if tag[3] and _number(tag[3]) is not None else ""
-    return (f"{tag[0]} is not text here: a LoRA is given with --lora {tag[2] or 'FILE'}.safetensors{weight}, and taken "
-            "out of the prompt")  # fmt: skip
+    return (f"{tag[0]} is not read in a prompt: remove it, and give --lora {tag[2] or 'FILE'}.safetensors{weight}")
 
 
 def words(name: str, stored: Any) -> list[str]:
-    """The options that give what a video's metadata says of one of these settings. ValueError where it says none."""
+    """The options for one of these settings in a video's metadata. ValueError if the metadata are not valid."""
     if not isinstance(stored, list):
-        raise ValueError(f"{name} {stored!r}")
+        raise ValueError(f"{name} must be a list, not {stored!r}")
     made = []
     for entry in stored:
         path = entry.get("path") if isinstance(entry, dict) else None
         extra = entry.get("word" if name == "embedding" else "weight") if isinstance(entry, dict) else None
         if not isinstance(path, str) or not isinstance(extra, str | int | float | None) or isinstance(extra, bool):
-            raise ValueError(f"{name} {entry!r}")
+            extra_name = "word" if name == "embedding" else "weight"
+            raise ValueError(f"{name}: an entry must be an object with a path and a {extra_name}, not {entry!r}")
         made.append(f"--{name.replace('_', '-')}={path}" + (f":{extra}" if extra is not None else ""))
     return made
 
@@ -91,14 +91,14 @@ def digests(stored: Mapping[str, Any]) -> dict[str, str]:
 
 
 def say_changes(settings: Mapping[str, Any], before: Mapping[str, str]) -> None:
-    """Of the files that the settings name those that are others than when the video was made."""
+    """Warn about files that have changed since the video was made."""
     for path, sha256 in digests(settings).items():
         if before.get(path, sha256) != sha256:
-            say(f"warning: {path} has changed since the video was made, which may come out differently")
+            say(f"warning: {path} has changed since the video was made, so the new video may differ")
 
 
 def put_into(pipe: Any, settings: dict[str, Any]) -> None:
-    """Load what the settings name; they get in its place what is stored in the video: path, weight or word, SHA-256."""
+    """Load the adapters of the settings. Replaces them by what the video stores: path, weight or word, SHA-256."""
     for name in OPTIONS:
         settings[name] = [dict(zip(("path", "word" if name == "embedding" else "weight"), given, strict=True))
                           for given in settings.get(name, ())]  # fmt: skip
@@ -110,7 +110,7 @@ def put_into(pipe: Any, settings: dict[str, Any]) -> None:
 
             file = _settle(entry, find(entry["path"]))
             for word, count in pipe.load_textual_inversion(file, token=entry["word"]).items():
-                say(f"{word!r} is a word of {count} vector{'s' * (count > 1)}")
+                say(f"the word {word!r} stands for {count} vector{'s' * (count > 1)}")
     names: list[str] = []
     weights: list[float] = []
     for option in ("lora", "motion_lora"):
@@ -130,20 +130,22 @@ def put_into(pipe: Any, settings: dict[str, Any]) -> None:
 
 
 class _naming:
-    """Errors name the option and what was given to it."""
+    """Puts the option and its value before the message of an error."""
 
     def __init__(self, option: str, path: str):
-        self.what = f"{option} {path}"
+        self.option, self.path = option, path
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
         if isinstance(error, ValueError | OSError | TypeError):
-            raise (OSError if isinstance(error, OSError) else ValueError)(f"{self.what}: {one_line(error)}") from error
+            text = one_line(error)
+            text = text if text.startswith(self.path) else f"{self.path}: {text}"  # name the file only once
+            raise (OSError if isinstance(error, OSError) else ValueError)(f"{self.option} {text}") from error
 
 
 def _motion(name: str) -> str:
-    """The hub id of a motion that guoyww has published; files, folders and hub ids as they are."""
+    """The hub id of a motion that guoyww has published. Files, folders and hub ids stay as they are."""
     if Path(name).exists() or "/" in name or name.endswith(FILES):
         return name
     from ..files import embedded
@@ -151,7 +153,7 @@ def _motion(name: str) -> str:
     if embedded.find(name):
         return name
     if name not in MOTIONS:
-        raise ValueError(f"there is no such file, and no motion of that name{nearest(name, MOTIONS)}; there are "
+        raise ValueError(f"there is no such file, and no motion of that name{nearest(name, MOTIONS)}; the motions are "
                          f"{', '.join(MOTIONS)}")  # fmt: skip
     return HUB_MOTION + name
 
@@ -163,7 +165,7 @@ def _find_lora(name: str) -> Path:
 
 
 def _settle(entry: dict[str, Any], file: Path) -> Path:
-    """What is stored of a file, which is found from other folders, too."""
+    """Store a file's absolute path and SHA-256 in the settings. Returns the file."""
     from ..files import embedded
 
     if embedded.find(entry["path"]) is None and Path(entry["path"]).expanduser().exists():
@@ -185,8 +187,8 @@ def _say_layers(pipe: Any, name: str, option: str) -> None:
 
 
 def say_unused(pipe: Any, prompts: list[str]) -> None:
-    """Words that no prompt has, in which a user believes."""
+    """Warn about embeddings whose word is in no prompt."""
     ids = {n for prompt in prompts for n in pipe.tokenizer.encode(prompt)}
     for word, (first, *_) in pipe.tokenizer.words.items():
         if first not in ids:
-            say(f"warning: no prompt has the word {word!r}, so it changes nothing")
+            say(f"warning: no prompt contains the word {word!r}, so its embedding changes nothing")

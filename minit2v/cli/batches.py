@@ -1,8 +1,8 @@
-"""A list of prompts, made into a folder by one process, or by several that torchrun starts.
+"""Makes the videos of a list of prompts in a folder, with one process or with several that torchrun starts.
 
-No process waits for another. Each takes every n-th prompt of the list and leaves out what the folder has already, so
-the same command goes on after a kill, also with another number of processes. `report.json` in the folder says what
-became of each prompt.
+No process waits for another. Each of n processes takes every n-th prompt, and skips videos that are in the folder
+already. So the same command continues after a kill, also with another number of processes. `report.json` in the
+folder has the result of each prompt.
 """
 
 import itertools
@@ -18,15 +18,15 @@ from typing import Any
 from .messages import one_line, process, say
 
 REPORT = "report.json"
-NOT_COMPARED = ("versions",)  # a video of another version of torch is there all the same
-LEFT_OVER = 60  # seconds after which an unfinished file that nobody holds is removed
+NOT_COMPARED = ("versions",)  # a video from another version of torch still counts as made
+LEFT_OVER = 60  # seconds after which an unfinished file is removed if no process has locked it
 
 
 class Batch:
-    """What this process is to make.
+    """The videos that this process makes.
 
-    folder: where all videos go. entries: (prompt, {frame: text}) of the whole list. paths: the name of each video
-    where nothing is there yet. about: what the file of an entry stores.
+    folder: where all videos go. entries: (prompt, {frame: text}) of the whole list. paths: the name of each video in
+    an empty folder. about: gives the metadata that the file of an entry stores.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class Batch:
         self._report({n: found.get(n) for n in self.own})
 
     def _places(self) -> dict[int, tuple[Path, bool]]:
-        """Of the own videos: the file, and whether it is there already, whole and with the same settings.
+        """{prompt's number: (file, whether it is there already, complete and with the same settings)}.
 
-        Another video of that name stays: the new one gets a number. All processes find the same names, since what the
-        others make meanwhile has the name that is found for it here.
+        Only for the prompts of this process. Another video with the same name stays, and the new one gets a number.
+        All processes compute the same names, also while the others make their videos.
         """
         groups: dict[Path, list[int]] = {}
         for n, path in enumerate(self.paths):
@@ -77,7 +77,7 @@ class Batch:
 
         if not is_whole(path):
             if n in self.own:
-                say(f"warning: {path} is not whole; it stays, and the video gets another name")
+                say(f"warning: {path} is not complete; it stays, and the video gets another name")
             return False
         try:
             return _plain(read_metadata(path)) == self.stored[n]
@@ -85,7 +85,7 @@ class Batch:
             return False
 
     def say_made(self, n: int, path: Path, seconds: float, what: str) -> None:
-        """Note a video that is made; several processes say how far all of them are."""
+        """Record and report a finished video. If there are several processes, also report how many are done."""
         self.seconds.append(seconds)
         done, failed = self._report({n: {"file": path.name, "seconds": round(seconds, 2)}})
         if self.size == 1:
@@ -98,7 +98,7 @@ class Batch:
         self._report({n: {"error": one_line(error)}})
 
     def _report(self, news: dict[int, dict[str, Any] | None]) -> tuple[int, int]:
-        """Write what is new about these prompts (None: nothing yet). Returns how many are made, and how many failed."""
+        """Update the report for these prompts (None: no result yet). Returns the numbers of made and failed videos."""
         from minit2v_convert.stream import replacing
 
         from ..files.saving import locked
@@ -108,9 +108,9 @@ class Batch:
         keys = [_key(stored) for stored in self.stored]
         with locked(self.folder):
             old: dict[str, Any] = {}
-            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or not ours
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # no report yet, or another's
                 read = json.loads(path.read_text(encoding="utf-8"))
-                if read["settings"] == settings:  # else of another list
+                if read["settings"] == settings:  # otherwise the report belongs to another list
                     old = {_key(video): {k: v for k, v in video.items() if k in ("file", "seconds", "error")}
                            for video in read["videos"]}  # fmt: skip
             known = {n: old[key] for n, key in enumerate(keys) if key in old}
@@ -129,16 +129,18 @@ class Batch:
         return made, failed
 
     def exit_code(self, failed: int) -> int:
-        """1 where prompts failed. Under torchrun only the process that ends last returns it, as torchrun then ends all
-        others; so it counts the failures of all."""
+        """1 if a prompt failed, else 0.
+
+        torchrun ends all processes when one returns 1. So only the process that ends last returns it, for all.
+        """
         if self.size == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
             return 1 if failed else 0
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # nobody else counts
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # no shared store to count in
             return 0
         from torch import distributed
 
         store, _, _ = next(distributed.rendezvous("env://"))
-        # A restart counts anew, in the same store.
+        # After a restart the store is the same, but the count must begin again.
         store = distributed.PrefixStore(f"minit2v {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
         store.add("failed", failed)
         if store.add("ended", 1) < self.size:
@@ -147,7 +149,7 @@ class Batch:
 
 
 def unique(entries: list[tuple[str, dict[int, str]]]) -> list[tuple[str, dict[int, str]]]:
-    """Each prompt once, in the order of the list: with one seed for all, the same text is the same video."""
+    """Each prompt once, in the order of the list. All have the same seed, so the same text gives the same video."""
     found: dict[str, tuple[str, dict[int, str]]] = {}
     for text, at in entries:
         found.setdefault(repr((text, sorted(at.items()))), (text, at))
@@ -160,7 +162,7 @@ def numbered(path: Path, k: int) -> Path:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether an MP4 file is as long as its parts say. One that was cut off can have all its metadata."""
+    """Whether an MP4 file is as long as its parts say. A file that was cut off can still have all its metadata."""
     at, end = 0, path.stat().st_size
     with path.open("rb") as file:
         while at < end:
@@ -175,7 +177,7 @@ def is_whole(path: Path) -> bool:
 
 
 def _plain(stored: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back, without what is not compared."""
+    """The settings as JSON returns them, without those that are not compared."""
     return json.loads(json.dumps({k: v for k, v in stored.items() if k not in NOT_COMPARED}, default=str))
 
 
@@ -190,7 +192,7 @@ def _time(seconds: float) -> str:
 
 
 def remove_left_over(folder: Path) -> None:
-    """What a process had in hand when it was killed."""
+    """Remove unfinished files of processes that were killed."""
     for path in (*folder.glob(".minit2v-*"), *folder.glob(".report-*.json")):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime < LEFT_OVER or (path.is_dir() and _is_held(path)):
@@ -199,7 +201,7 @@ def remove_left_over(folder: Path) -> None:
 
 
 def _is_held(folder: Path) -> bool:
-    """Whether a process writes to it (`locked`)."""
+    """Whether a process has locked the folder (`locked`)."""
     try:
         import fcntl
     except ImportError:

@@ -1,4 +1,4 @@
-"""`minit2v bisect`: a step with each fused operation in turn as a Triton kernel, against float64."""
+"""`minit2v bisect`: runs a step with one fused operation at a time as a Triton kernel, and compares it with float64."""
 
 import argparse
 import os
@@ -11,7 +11,7 @@ from .messages import say, tell
 
 
 def run(args: argparse.Namespace) -> int:
-    """The exit code: 1 where an operation is too far off."""
+    """The exit code: 1 if the error of an operation is too large."""
     device = find_device(args.device)
     if device.type != "cuda":
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     unet = bisect.load(args.model, getattr(torch, args.dtype), device)
     inputs = bisect.inputs(unet, args.frames, args.height, args.width)
     say(f"{type(unet).__name__} of {args.model}, one step, x {tuple(inputs[0].shape)}, {args.dtype} on {device}"
-         + (": by Triton's interpreter, which is slow" if device.type != "cuda" else ""))
+         + (", run by Triton's interpreter, which is slow" if device.type != "cuda" else ""))
     good = True
     for line, fine in bisect.lines(bisect.bisect(unet, *inputs, setting)):
         tell(line)

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(cls: str, config: Mapping[str, Any]) -> None:
-    """ValueError where the network of this class does not take the config."""
+    """Raises ValueError if the network of this class cannot be made from the config."""
     for network in (UNet2DConditionModel, UNet3DConditionModel, UNetMotionModel, MotionAdapter, AutoencoderKL,
                     CLIPTextModel):  # fmt: skip
         if network.__name__ == cls:
@@ -59,12 +59,12 @@ def _lines(work: Conversion, dst: str, dry_run: bool) -> list[str]:
 
 
 def _here(path_or_id: str) -> Path:
-    """A path as it is, the folder of a model of this package, or a file fetched from the hub."""
+    """The path itself, the folder of an embedded model, or a file downloaded from the hub."""
     return embedded.find(path_or_id) or Path(hub.local(path_or_id)).expanduser()
 
 
 def _tokenizer(path_or_id: str) -> Path:
-    """A folder that has a tokenizer's files: a folder given, or the folder `tokenizer` of a model or hub id."""
+    """A folder with a tokenizer's files: the folder given, or the folder `tokenizer` of a model or hub id."""
     here = _here(path_or_id)
     if here.is_dir() and not (here / "model_index.json").is_file():
         return here
@@ -78,7 +78,7 @@ def _tokenizer(path_or_id: str) -> Path:
 
 
 def _config(path_or_id: str) -> Path:
-    """A folder or file given, or the small files of a hub id."""
+    """The folder or file given, or a folder with the config files of a hub id."""
     here = _here(path_or_id)
     if here.exists():
         return here

@@ -1,5 +1,7 @@
-"""How the command begins and ends cleanly: Ctrl-C while modules are imported, streams that are closed, settings that
-belong to a call alone. No torch, and little else, so that it stands before anything can be interrupted."""
+"""How the command begins and ends cleanly: Ctrl-C during imports, closed streams, settings of a single call.
+
+This module imports very little, and not torch. So it is ready before anything can be interrupted.
+"""
 
 import os
 import signal
@@ -9,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-OURS = ("MINIT2V_KERNELS", "TRITON_INTERPRET")  # variables that options set, for what is imported later
+OURS = ("MINIT2V_KERNELS", "TRITON_INTERPRET")  # options set these variables for modules that are imported later
 
 
 def _end(number: int, frame: Any) -> None:
@@ -19,9 +21,9 @@ def _end(number: int, frame: Any) -> None:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Ctrl-C ends the process at once: nothing is written yet, and an import that is interrupted raises anything."""
+    """Ctrl-C ends the process at once. Nothing is written yet, and an interrupted import can raise any exception."""
     ours = (threading.current_thread() is threading.main_thread()
-            and signal.getsignal(signal.SIGINT) is signal.default_int_handler)  # not where it is ignored (nohup)
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler)  # false if nohup ignores Ctrl-C
     if ours:
         signal.signal(signal.SIGINT, _end)
     try:
@@ -33,7 +35,7 @@ def importing() -> Iterator[None]:
 
 @contextmanager
 def settings_of_a_call() -> Iterator[None]:
-    """The environment is afterwards as it was."""
+    """Restore the environment variables that a command has set."""
     before = {name: os.environ.get(name) for name in OURS}
     try:
         yield
@@ -46,8 +48,10 @@ def settings_of_a_call() -> Iterator[None]:
 
 
 def open_closed_streams() -> None:
-    """Standard streams that the caller has closed lead nowhere. Left closed, the next file would get their number, and
-    what is meant for stderr would be written into it."""
+    """Connect standard streams that the caller has closed to the null device.
+
+    Otherwise the next opened file would get the number of a closed stream, and error messages would go into it.
+    """
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         if getattr(sys, name) is None:
             try:

@@ -1,4 +1,4 @@
-"""`minit2v inspect`: what is in a model, from its configs and the headers of its weights' files alone."""
+"""`minit2v inspect`: shows what is in a model. It reads only the configs and the headers of the weights files."""
 
 import argparse
 import importlib
@@ -38,23 +38,23 @@ from ..pipelines.base import DiffusionPipeline
 from .messages import tell
 
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pth", ".pt", ".msgpack", ".onnx")
-IMAGES = "StableDiffusionPipeline"  # no pipeline of this package, but one half of AnimateDiff's
+IMAGES = "StableDiffusionPipeline"  # not a pipeline of this package, but AnimateDiff's image model
 
 
 class Source(Protocol):
-    """Where a model lies. `part` is a component's folder, "" the model itself."""
+    """The place of a model. `part` is the folder of a component, or "" for the model's own folder."""
 
     def sizes(self, part: str) -> dict[str, int]:
-        """The files of a part, in bytes; empty where there is no such part."""
+        """{file: size in bytes} of a part; empty if there is no such part."""
 
     def json(self, part: str, name: str) -> dict[str, Any]:
         """The object in a JSON file."""
 
     def tensors(self, part: str, name: str) -> dict[str, Tensor]:
-        """The tensors of a weights' file, on `meta`."""
+        """The tensors of a weights file, on `meta`."""
 
     def tokenizer(self, part: str) -> CLIPTokenizer:
-        """The tokenizer, read whole."""
+        """The tokenizer. Its files are read completely."""
 
 
 class Folder:
@@ -77,7 +77,7 @@ class Folder:
 
 
 class Repository:
-    """A repository on the hub: its small files are fetched, of the weights only the headers."""
+    """A repository on the hub. Its small files are downloaded, and the headers of its weights."""
 
     def __init__(self, repo: str, revision: str | None):
         from huggingface_hub import HfApi
@@ -85,8 +85,8 @@ class Repository:
         self.api, self.repo, self.revision = HfApi(), repo, revision
         try:
             info = self.api.model_info(repo, revision=revision, files_metadata=True)
-        except Exception as e:  # the hub's library has had three HTTP libraries, each with its own exceptions
-            raise OSError(f"{repo}: the hub does not say what is in it: {first_line(e)}") from None
+        except Exception as e:  # versions of huggingface_hub use three HTTP libraries, each with its own exceptions
+            raise OSError(f"{repo}: the hub did not list its files: {first_line(e)}") from None
         self.files = {s.rfilename: s.size or 0 for s in info.siblings or ()}
 
     def sizes(self, part: str) -> dict[str, int]:
@@ -99,7 +99,7 @@ class Repository:
 
     def tensors(self, part: str, name: str) -> dict[str, Tensor]:
         if not name.endswith(".safetensors"):
-            raise ValueError(f"{name} would have to be downloaded: a pickle has no header")
+            raise ValueError(f"{name} is a pickle, which has no header; it must be downloaded to inspect it")
         path = f"{part}/{name}" if part else name
         try:
             header = self.api.parse_safetensors_file_metadata(self.repo, path, revision=self.revision).tensors
@@ -113,7 +113,7 @@ class Repository:
 
 def _meta(file: str, name: str, dtype: str, shape: Sequence[int]) -> Tensor:
     if dtype not in DTYPES:
-        raise ValueError(f"{file}: {name!r} is of the unknown type {dtype!r}")
+        raise ValueError(f"{file}: {name!r} has the unknown dtype {dtype!r}")
     return torch.empty(shape, dtype=DTYPES[dtype], device="meta")
 
 
@@ -121,7 +121,7 @@ def _meta(file: str, name: str, dtype: str, shape: Sequence[int]) -> Tensor:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The exit code: 1 where something in the model does not fit."""
+    """The exit code: 1 if something in the model does not fit."""
     lines, good = report(args.model, revision=getattr(args, "revision", None),
                          variant=getattr(args, "variant", None))
     tell(*lines)
@@ -139,7 +139,7 @@ def report(model: str, revision: str | None = None, variant: str | None = None) 
     if pipeline_files.INDEX in there:
         with read_from(model):
             index = source.json("", pipeline_files.INDEX)
-            pipeline_files.check_index(index)  # before a name becomes a path
+            pipeline_files.check_index(index)  # before its names are used as paths
         families.refuse(families.of_index(index), model)
         if "config.json" in source.sizes("unet"):
             families.refuse(families.of_unet(source.json("unet", "config.json")), model)
@@ -164,7 +164,7 @@ def report(model: str, revision: str | None = None, variant: str | None = None) 
 
 
 def _repository(repo: str, revision: str | None) -> Source:
-    """What the hub has; where it cannot be asked, what the cache has of it."""
+    """The repository on the hub. If the hub cannot be reached, the files in the cache."""
     hub.check_hub_id(repo)
     try:
         return Repository(repo, revision)
@@ -173,12 +173,12 @@ def _repository(repo: str, revision: str | None) -> Source:
             folder, _ = hub.find_folder(repo, None, lambda names: [], revision=revision, local_files_only=True)
         except FileNotFoundError:
             raise e from None
-        warnings.warn(f"{e}; this is what the cache has", stacklevel=2)
+        warnings.warn(f"{e}; only the files in the cache are shown", stacklevel=2)
         return Folder(folder)
 
 
 def _parts(index: dict[str, Any]) -> tuple[str, dict[str, str | None], list[str]]:
-    """The pipeline's class, {component: its class} and what is wrong with the index."""
+    """The pipeline's class, {component: its class} and the errors in the index."""
     name = str(index.get("_class_name"))[:200]
     parts: dict[str, str | None] = {}
     faults = []
@@ -186,25 +186,25 @@ def _parts(index: dict[str, Any]) -> tuple[str, dict[str, str | None], list[str]
         if part.startswith("_") or part in pipeline_files.UNUSED or entry in pipeline_files.NOTHING:
             continue
         if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str):
-            faults.append(f"{part}: the index should have [library, class], not {quoted(entry)}")
+            faults.append(f"{part}: the index must have [library, class] for it, not {quoted(entry)}")
             continue
         parts[part] = entry[1][:200]
     pipeline = DiffusionPipeline.CLASSES.get("AnimateDiffPipeline" if name == IMAGES else name)
     if pipeline is None:
-        faults.append(f"the pipeline {name!r} is not here{nearest(name, [*DiffusionPipeline.CLASSES, IMAGES])}")
+        faults.append(f"minit2v has no pipeline {name!r}{nearest(name, [*DiffusionPipeline.CLASSES, IMAGES])}")
     else:
         needed = [part for part in pipeline.COMPONENTS if part not in pipeline.OPTIONAL]
-        faults += [f"{part}: missing in the index, {name} needs it" for part in needed if part not in parts]
+        faults += [f"{part}: missing in the index; {name} needs it" for part in needed if part not in parts]
     return name + ", an image model that animate takes as --base" * (name == IMAGES), parts, faults
 
 
 def _inspect(
     source: Source, part: str, cls: str | None, variant: str | None, name: str
 ) -> tuple[tuple[str, ...], int, list[str]]:
-    """The row of one component, its number of parameters, and what is wrong with it. name: its folder's or model's."""
+    """The row of one component, its number of parameters, and its errors. name: that of its folder or model."""
     sizes = source.sizes(part)
     if not sizes:
-        return (part, cls or "", "", "", "", "no files"), 0, ["there are no files in its folder"]
+        return (part, cls or "", "", "", "", "no files"), 0, ["its folder has no files"]
     try:
         if cls is None or cls in pipeline_files.CLASSES and not cls.startswith("CLIPTokenizer"):
             return _inspect_network(source, part, cls, variant, name, sizes)
@@ -219,24 +219,24 @@ def _inspect(
         schedulers = importlib.import_module("minit2v.schedulers")
         known = [n for n in dir(schedulers) if n.endswith("Scheduler")]
         if cls not in known:
-            return shown, 0, [f"the class {cls!r} is not here{nearest(cls, [*known, *pipeline_files.CLASSES])}"]
+            return shown, 0, [f"minit2v has no class {cls!r}{nearest(cls, [*known, *pipeline_files.CLASSES])}"]
         getattr(schedulers, cls).from_config(source.json(part, "scheduler_config.json"))
         return shown, 0, []
-    except (*BROKEN, OSError) as e:  # a file may say anything
+    except (*BROKEN, OSError) as e:  # a file can contain anything
         return (part, cls or "", "", "", "", _files(sizes)), 0, [first_line(e)]
 
 
 def _second_vocabulary(source: Source, part: str, names: Iterable[str], tokenizer: CLIPTokenizer) -> list[str]:
-    """What is wrong with vocab.json and merges.txt beside the tokenizer.json that is read: others read them."""
+    """The errors of vocab.json and merges.txt beside tokenizer.json. minit2v does not read them, other programs do."""
     if not isinstance(source, Folder) or not {"tokenizer.json", "vocab.json", "merges.txt"} <= {*names}:
         return []
     try:
         second = CLIPTokenizer._read(source.root / part, [n for n in names if n != "tokenizer.json"])
     except (*BROKEN, OSError) as e:
-        return [f"{first_line(e)} (tokenizer.json is read in its place)"]
+        return [f"{first_line(e)} (minit2v reads tokenizer.json instead)"]
     one, two = (json.loads(t.backend.to_str())["model"] for t in (tokenizer, second))
     return [] if all(one[k] == two[k] for k in ("vocab", "merges")) else [
-        "vocab.json and merges.txt have another vocabulary than tokenizer.json, which is read"]
+        "vocab.json and merges.txt have another vocabulary than tokenizer.json, which minit2v reads"]
 
 
 def _inspect_network(
@@ -246,16 +246,17 @@ def _inspect_network(
     families.refuse(families.of_unet(config))
     cls = (cls or str(config.get("_class_name") or (config.get("architectures") or [None])[0]))[:200]
     if cls not in pipeline_files.CLASSES:
-        raise ValueError(f"config.json is that of {cls!r}, which is not here{nearest(cls, [*pipeline_files.CLASSES])}")
+        raise ValueError(f"config.json is for {cls!r}, a class that minit2v does not have"
+                         f"{nearest(cls, [*pipeline_files.CLASSES])}")
     network = getattr(importlib.import_module(f"minit2v.{pipeline_files.CLASSES[cls]}"), cls)
     tensors: dict[str, Tensor] = {}
     files, unreadable = _files(sizes), ""
     try:
         own = variants(sizes, (network.weights_name, "pytorch_model"))
-        lone = next(iter(own)) if variant is None and len(own) == 1 else None  # what has to be asked for by its name
+        lone = next(iter(own)) if variant is None and len(own) == 1 else None  # loading needs `variant=` for it
         choose = hub.choose_weights(network.weights_name, variant or lone or None, None)
         chosen = [n for n in choose(list(sizes)) if n != "config.json"]
-        files = _files({n: sizes[n] for n in chosen}) + f" (to be loaded with variant {lone})" * bool(lone)
+        files = _files({n: sizes[n] for n in chosen}) + f" (load it with variant {lone})" * bool(lone)
         if unread := [n for n in sizes if n.endswith(WEIGHTS) and n not in chosen]:
             files += f" (not read: {_files({n: sizes[n] for n in unread})})"
         for file in chosen:
@@ -283,13 +284,13 @@ def _inspect_network(
     keys = f"all {fits} match" if not (missing or unknown or shapes) else f"{fits} of {len(expected)} match"
     whole = [repr(found[n]) for n, x in have.items() if expected[n].is_floating_point() and not x.is_floating_point()]
     faults = {"missing": [*map(repr, missing)], "unknown": [*map(repr, unknown)], "of another shape": shapes,
-              "in whole numbers": whole}
+              "of integers": whole}
     wrong = [f"{len(items)} keys {what}: {_some(items)}" for what, items in faults.items() if items]
     return (*shown, dtype, keys, files), count, wrong
 
 
 def _version(config: Any, name: str) -> str:
-    """Of networks with motion modules: which of AnimateDiff's they are like, and the most frames that they make."""
+    """For networks with motion modules: AnimateDiff's version, and the largest number of frames."""
     if not hasattr(config, "motion_max_seq_length"):
         return ""
     frames = config.motion_max_seq_length
@@ -304,7 +305,7 @@ def _some(items: list[str]) -> str:
 
 
 def _files(sizes: dict[str, int]) -> str:
-    """Names and sizes; shards of one file as one."""
+    """Names and sizes. The shards of a file are counted together."""
     merged: dict[str, list[int]] = {}
     for name, size in sizes.items():
         merged.setdefault(re.sub(r"-\d{5}-of-", "-*-of-", name), []).append(size)
@@ -327,7 +328,7 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
 
 
 def _report_folder(folder: Path) -> tuple[list[str], bool]:
-    """What ModelScope's files in a folder are, and whether they are complete and fit each other."""
+    """The report on a folder of ModelScope's files, and whether they are complete and fit each other."""
     try:
         opened = open_path(folder)
     except ValueError as error:
@@ -345,7 +346,7 @@ def _report_folder(folder: Path) -> tuple[list[str], bool]:
         whole = False
     if said := opened.configuration:
         missing = [n for n in said.files.values() if not (folder / n).is_file()]
-        lines += [f"{NAME}: {n} is not there" for n in missing]
+        lines += [f"{NAME}: the file {n} is missing" for n in missing]
         fields = ", ".join(f"{name} {value}" for name, value in said.scheduler.items())
         lines.append(f"{NAME}: {fields}")
         whole = whole and not missing
@@ -353,7 +354,7 @@ def _report_folder(folder: Path) -> tuple[list[str], bool]:
 
 
 def _report_file(path: Path) -> tuple[list[str], bool]:
-    """What a file of weights is, from its header, and whether it is complete."""
+    """The report on a checkpoint file, from its header, and whether it is complete."""
     is_lora = False
     try:
         source = open_file(path)
@@ -376,13 +377,13 @@ def _report_file(path: Path) -> tuple[list[str], bool]:
     whole = [n for part in kind.parts for n in sorted(part.mapped)
              if source.header[n][1] not in FLOATS and not n.endswith(POSITION_IDS)]  # fmt: skip
     if whole:
-        lines.append(f"wrong: {len(whole)} in whole numbers: {_some([*map(repr, whole)])}")
+        lines.append(f"wrong: {len(whole)} tensors of integers: {_some([*map(repr, whole)])}")
     good = kind.complete and not whole
     return [*lines, "complete" if good else "not complete"], good
 
 
 def _report_lora(file: lora.File, title: str) -> tuple[list[str], bool]:
-    """What a file of LoRA changes, and whether all of it fits a published model, or one of this package."""
+    """The report on a LoRA file, and whether all of it fits a published model or an embedded one."""
     try:
         lines, good = formats.describe(file.header, file.read, file.configs(), formats.published())
         if not good:
@@ -394,7 +395,7 @@ def _report_lora(file: lora.File, title: str) -> tuple[list[str], bool]:
 
 
 def _embedded() -> dict[str, list[formats.Target]]:
-    """The networks of the models of this package that LoRAs can change."""
+    """The networks of the embedded models that LoRAs can change."""
 
     def network(cls: Any, name: str, part: str = "") -> Any:
         return cls.from_config(parse_json(Path(embedded.find(name) or "") / part / "config.json"))

@@ -1,4 +1,4 @@
-"""The pipeline that the options ask for, on the device that they ask for."""
+"""Loads the pipeline that the options describe, onto the chosen device."""
 
 import inspect
 import os
@@ -23,22 +23,23 @@ from . import adapters, long_videos, pictures
 from .arguments import ADAPTER
 from .messages import one_line, process, say
 
-PIPELINES = {  # (command, whether there is a video to begin with)
+PIPELINES = {  # (command, whether there is an input video)
     ("generate", False): "TextToVideoSDPipeline",
     ("restyle", True): "VideoToVideoSDPipeline",
     ("animate", False): "AnimateDiffPipeline",
     ("animate", True): "AnimateDiffVideoToVideoPipeline",
 }
-# The published adapters were trained with linear betas (docs/animatediff.md, section 12). In Stable Diffusion's own
-# schedule, `scaled_linear`, every timestep has less noise than the motion modules learned to find there, and videos
-# wash out. The other fields are those that diffusers' documentation runs AnimateDiff with.
+# The published adapters were trained with linear betas (docs/animatediff.md, section 12). Stable Diffusion's own
+# schedule, `scaled_linear`, has less noise at every timestep than the motion modules expect. Videos then look washed
+# out. The other fields have the values that diffusers' documentation uses for AnimateDiff.
 MOTION_SCHEDULE = {"beta_schedule": "linear", "timestep_spacing": "linspace", "steps_offset": 1, "clip_sample": False}
 
 
 def load(command: str, settings: dict[str, Any], video_frames: int | None) -> tuple[Any, dict[str, Any]]:
-    """The pipeline, and the arguments of its call; `settings` gets what was chosen for options that were not given.
+    """The pipeline, and the arguments of its call. The values chosen for options not given are put into `settings`.
 
-    video_frames: of the video to begin with, None where there is none.
+    video_frames: the number of frames of the input video, or None without one. Raises ValueError if options do not
+    fit the model or each other, OSError if a file cannot be found or read.
     """
     from_video = video_frames is not None
     solver, chosen = solver_of(settings["scheduler"]) if settings.get("scheduler") else (None, {})
@@ -51,7 +52,7 @@ def load(command: str, settings: dict[str, Any], video_frames: int | None) -> tu
             settings[name] = str(hub.local(settings[name]))
     main = settings.get("model") or settings["base"]
     if "config" in settings and not is_authors_layout(main):
-        raise ValueError(f"--config: {main} has configs of its own; only a file of weights lacks them")
+        raise ValueError(f"--config: {main} has its own configs; the option is only for a single checkpoint file")
     family, schedule = family_of(main, where)
     for_motion = _schedule_of_motion(family, schedule, settings) if command == "animate" else {}
     if for_motion and solver is None:
@@ -81,7 +82,7 @@ def load(command: str, settings: dict[str, Any], video_frames: int | None) -> tu
     if settings.get("free_init"):
         pipe.enable_free_init()
     long_videos.put_into(pipe, settings)
-    if "optimize" in settings:  # neither: the fast path, with the weights where they are
+    if "optimize" in settings:  # without the option: fused operations, and weights as they are
         pipe.optimize() if settings["optimize"] else pipe.restore()
 
     same = ("guidance_scale", "negative_prompt", "height", "width", "strength" if from_video else "num_frames")
@@ -96,17 +97,17 @@ def load(command: str, settings: dict[str, Any], video_frames: int | None) -> tu
     call |= pictures.load(pipe, settings)
     for name in settings.keys() & {"model", "base", "adapter", "vae", "tokenizer", "config"}:
         if embedded.find(settings[name]) is None and Path(settings[name]).exists():
-            settings[name] = os.path.abspath(settings[name])  # to be found from other folders, too
-    if not chosen:  # a name with fields says more than its class
+            settings[name] = os.path.abspath(settings[name])  # so that --replay finds it from any folder
+    if not chosen:  # a solver's name that sets fields says more than the class
         settings["scheduler"] = type(pipe.scheduler).__name__
-    # Which of several processes made a video is not a setting of it.
+    # With several processes, the index of the GPU is not a setting of the video.
     settings |= {"device": device.type if process()[1] > 1 else str(device),
                  "kernels": os.environ.get("MINIT2V_KERNELS") or "auto"}
     return pipe, call
 
 
 def family_of(path: str, where: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The class of a model's UNet, and its scheduler's config: the published model's, where the model has none."""
+    """The class of a model's UNet, and its scheduler's config. A model without one gets the published model's."""
     if is_authors_layout(path):
         found = components(path)
         if "unet" not in found or found["unet"].cls not in FAMILIES:
@@ -116,7 +117,7 @@ def family_of(path: str, where: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     entry = index.get("unet")
     unet = entry[-1] if isinstance(entry, list) and entry and isinstance(entry[-1], str) else ""
     if unet in FAMILIES and not _has_scheduler(path, index):
-        say(f"{path} has no scheduler: that of the published model is taken")
+        say(f"{path} has no scheduler: the published model's is used")
         return unet, dict(FAMILIES[unet].scheduler)
     return unet, hub.read_json(path, "scheduler_config.json", subfolder="scheduler", **where)
 
@@ -127,10 +128,11 @@ def _has_scheduler(path: str, index: dict[str, Any]) -> bool:
 
 
 def _schedule_of_motion(unet: str, own: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the noise schedule in which motion modules differ from the image model, which gets an adapter."""
-    if unet != "UNet2DConditionModel":  # a whole AnimateDiff model, or what the pipeline will refuse
+    """The fields of the noise schedule that motion modules need and the image model lacks. Also sets the adapter."""
+    if unet != "UNet2DConditionModel":  # a complete AnimateDiff model, or one that the pipeline will refuse
         if "adapter" in settings:
-            raise ValueError(f"--adapter: it goes into a UNet2DConditionModel, and {settings['base']} has a {unet}")
+            raise ValueError(f"--adapter needs a base model with a UNet2DConditionModel, but {settings['base']} has a "
+                             f"{unet}")
         return {}
     settings.setdefault("adapter", ADAPTER)
     is_stable = own.get("beta_schedule") == "scaled_linear" and own.get("prediction_type", "epsilon") == "epsilon"
@@ -138,7 +140,7 @@ def _schedule_of_motion(unet: str, own: dict[str, Any], settings: dict[str, Any]
 
 
 def _load_part(option: str, cls: Any, name: str, weights: dict[str, Any]) -> Any:
-    """What an option names: a file, a folder or hub id of the part alone, or of a whole model that has it."""
+    """The component that an option names: a file, or a folder or hub id of this component or of a complete model."""
     try:
         folder = None
         if not is_authors_layout(name):
@@ -148,16 +150,16 @@ def _load_part(option: str, cls: Any, name: str, weights: dict[str, Any]) -> Any
             try:
                 return cls.from_pretrained(name, subfolder=folder, **weights)
             except FileNotFoundError:
-                say(f"{name} has no variant {weights['variant']}: its other weights are read")
+                say(f"{name} has no variant {weights['variant']}: its weights without a variant are read")
         return cls.from_pretrained(name, subfolder=folder, **{k: v for k, v in weights.items() if k != "variant"})
     except (ValueError, OSError) as error:
         what = f"--{option}" if option != "adapter" or name != ADAPTER else (
-            "the image model needs a motion adapter, and the usual one cannot be had; give one with --adapter")
+            "the image model needs a motion adapter, and the default one cannot be loaded; give one with --adapter")
         raise (OSError if isinstance(error, OSError) else ValueError)(f"{what}: {one_line(error)}") from error
 
 
 def _check_size(main: str, vae: Any, settings: dict[str, Any], where: dict[str, Any]) -> None:
-    """ValueError on a height or width that the VAE does not know, before anything large is loaded."""
+    """Check height and width against the VAE before anything large is loaded. Raises ValueError if they do not fit."""
     if vae is not None:
         factor = vae.config.factor
     else:
@@ -165,7 +167,7 @@ def _check_size(main: str, vae: Any, settings: dict[str, Any], where: dict[str, 
             own = (components(main)["vae"].config if is_authors_layout(main) else
                    hub.read_json(main, "config.json", subfolder="vae", **where))  # fmt: skip
             factor = 2 ** (len(own["block_out_channels"]) - 1)
-        except (KeyError, TypeError, OSError, ValueError):  # loading says what is wrong
+        except (KeyError, TypeError, OSError, ValueError):  # loading will report this error better
             return
     for name in ("height", "width"):
         if settings.get(name) is not None:
@@ -174,7 +176,7 @@ def _check_size(main: str, vae: Any, settings: dict[str, Any], where: dict[str, 
 
 def _check_frames(frames: int | None, most: Any, settings: dict[str, Any]) -> None:
     if frames is not None and isinstance(most, int) and frames > most and not long_videos.is_long(settings):
-        raise ValueError(f"{frames} frames are too many: the motion adapter knows the positions of {most}; give "
+        raise ValueError(f"{frames} frames are too many: the motion adapter has position encodings for {most}; give "
                          f"--window {min(16, most)} for longer videos")
 
 
@@ -185,8 +187,10 @@ def find_device(name: str) -> Any:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"no device {name!r}; there are auto, cpu{f' and {there.type}' if there else ''}") from None
+        raise ValueError(f"unknown device {name!r}; there are auto, cpu{f' and {there.type}' if there else ''}"
+                         ) from None
     usable = device.type == "cpu" or (there is not None and device.type == there.type)
     if not usable or (device.index or 0) >= max(1, torch.accelerator.device_count()):
-        raise ValueError(f"the device {name!r} is not here; there are auto, cpu{f' and {there.type}' if there else ''}")
+        raise ValueError(f"this computer has no device {name!r}; there are auto, cpu"
+                         f"{f' and {there.type}' if there else ''}")
     return device

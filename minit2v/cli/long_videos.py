@@ -1,12 +1,12 @@
-"""Options for videos that are longer than what a model sees at a time: windows, FreeNoise, texts for single frames."""
+"""Options for videos that are longer than a model's number of frames: windows, FreeNoise, texts for single frames."""
 
 import argparse
 import json
 import re
 from typing import Any
 
-WINDOW = 16  # frames, where --loop or --window-overlap is given alone
-# All but `prompt_at`, which is not a single word.
+WINDOW = 16  # frames, if --loop or --window-overlap is given without --window
+# `prompt_at` is not in this list, because its value is not a single word.
 OPTIONS = ("window", "window_overlap", "loop", "free_noise", "prompt_interpolation", "prompt_weights")
 
 
@@ -19,7 +19,7 @@ class TextAt(argparse.Action):
             parser.error(f"argument {option}: the frame must be a whole number from 0, not {frame!r}")
         found = dict(getattr(namespace, self.dest, {}))
         if int(frame) in found:
-            parser.error(f"argument {option}: frame {int(frame)} has a text already, {found[int(frame)]!r}")
+            parser.error(f"argument {option}: frame {int(frame)} already has the text {found[int(frame)]!r}")
         setattr(namespace, self.dest, found | {int(frame): text})
 
 
@@ -30,11 +30,12 @@ def add_options(sub: argparse.ArgumentParser, whole: Any) -> None:
     sub.add_argument("--window-overlap", type=whole, metavar="N",
                      help="number of frames that two windows share (default: 4)")
     sub.add_argument("--loop", action=argparse.BooleanOptionalAction,
-                     help="make a loop: the last frame leads to the first")
+                     help="make a loop, whose last frame leads back to the first")
     sub.add_argument("--free-noise", action=argparse.BooleanOptionalAction,
                      help="repeat the noise of the first window, so that all windows look alike (FreeNoise)")
     sub.add_argument("--prompt-at", nargs=2, action=TextAt, metavar=("FRAME", "TEXT"),
-                     help="use another text from this frame on; the frames before lead to it; can be repeated")
+                     help="use another text from this frame on; the frames before change smoothly towards it; can be "
+                     "repeated")
     sub.add_argument("--prompt-interpolation", choices=("linear", "spherical"),
                      help="how to go from one text to the next (default: linear)")
     sub.add_argument("--prompt-weights", action=argparse.BooleanOptionalAction,
@@ -42,9 +43,10 @@ def add_options(sub: argparse.ArgumentParser, whole: Any) -> None:
 
 
 def prompt_of(line: str) -> tuple[str, dict[int, str]]:
-    """A line of a file of prompts: a text, or JSON {"0": text, "24": text} -> the first text, and those of frames.
+    """A line of a file of prompts -> the first text, and {frame: text} of the later ones.
 
-    ValueError where a line begins like JSON, with `{"`, and is not that.
+    A line is a text, or JSON {"0": text, "24": text}. ValueError if a line begins like JSON, with `{"`, but is not
+    such an object.
     """
     if not line.startswith('{"'):
         return line, {}
@@ -58,7 +60,7 @@ def prompt_of(line: str) -> tuple[str, dict[int, str]]:
 
 
 def read_texts(stored: Any) -> dict[int, str]:
-    """{"24": text} of JSON -> {24: text}. ValueError where it is something else."""
+    """{"24": text} from JSON -> {24: text}. ValueError if it is something else."""
     if not isinstance(stored, dict) or not stored:
         raise ValueError("it is not an object with texts")
     for frame, text in stored.items():
@@ -68,23 +70,23 @@ def read_texts(stored: Any) -> dict[int, str]:
 
 
 def texts_of(prompt: str, at: dict[int, str]) -> Any:
-    """What a pipeline takes as its prompt."""
+    """The `prompt` argument of a pipeline."""
     return {0: prompt} | at if at else prompt
 
 
 def is_long(settings: dict[str, Any]) -> bool:
-    """Whether a video may have more frames than the model sees."""
+    """Whether a video may have more frames than the model sees at a time."""
     return any(settings.get(name) for name in ("window", "window_overlap", "loop", "free_noise"))
 
 
 def put_into(pipe: Any, settings: dict[str, Any]) -> None:
-    """Enable what the settings ask for. ValueError, with the options' names, where they do not fit."""
+    """Enable the techniques of the settings. ValueError, with the name of the option, if a value does not fit."""
     if settings.get("prompt_weights"):
         pipe.prompt_weights = "a1111"
     most = getattr(pipe.unet.config, "motion_max_seq_length", None)
     length = settings.get("window") or min(WINDOW, most or WINDOW)
     if most is not None and length > most:
-        raise ValueError(f"--window {length}: the motion adapter knows the positions of {most} frames")
+        raise ValueError(f"--window {length}: the motion adapter has position encodings for {most} frames only")
     if settings.get("free_noise"):
         pipe.enable_free_noise(length, max(1, length // 4))
     if any(settings.get(name) for name in ("window", "window_overlap", "loop")):

@@ -1,5 +1,7 @@
-"""The doors through which text leaves the command. What may be of a file (names, metadata, errors) is escaped here, and
-nowhere else: `say` on stderr, one line for each thing; `tell` on stdout."""
+"""All text that the command prints: `say` writes a line to stderr, `tell` writes results to stdout.
+
+Names, metadata and errors may come from a file. They are escaped here, and nowhere else.
+"""
 
 import logging
 import os
@@ -11,28 +13,28 @@ from typing import Any, TextIO
 
 from minit2v_convert.rename import shown
 
-LONGEST = 2000  # characters of a line: what a file says can be of any length
+LONGEST = 2000  # characters in a line, because a text from a file can be very long
 
 
 def process() -> tuple[int, int]:
-    """(number of this process from 0, how many there are), as torchrun says it; (0, 1) where it has not started us."""
+    """(number of this process from 0, number of processes), from torchrun's variables; (0, 1) without torchrun."""
     found = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
     return (int(found[0]), int(found[1])) if all(map(str.isdecimal, found)) else (0, 1)
 
 
 def say(text: str) -> None:
-    """A line on stderr. Of several processes each says which one it is."""
+    """Print a line to stderr. If there are several processes, the line begins with this one's number."""
     rank, size = process()
     write(sys.stderr, f"minit2v{f' {rank + 1}/{size}' if size > 1 else ''}: {clean(text)}\n")
 
 
 def tell(*lines: str) -> None:
-    """Lines on stdout."""
+    """Print lines to stdout."""
     write(sys.stdout, "".join(f"{shown(line)}\n" for line in lines))
 
 
 def tell_path(path: str | os.PathLike) -> None:
-    """A path on stdout: at a terminal escaped, else byte for byte, as a script needs it."""
+    """Print a path to stdout: escaped for a terminal, byte for byte for a script."""
     text = os.fspath(path)
     if sys.stdout.isatty() or not hasattr(sys.stdout, "buffer"):
         return tell(text)
@@ -45,13 +47,13 @@ def tell_path(path: str | os.PathLike) -> None:
 
 
 def clean(text: str) -> str:
-    """Escaped, and cut where it is longer than anybody reads."""
+    """The text escaped, and cut after `LONGEST` characters."""
     text = shown(text)
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
 def write(stream: TextIO, text: str) -> None:
-    """Whatever the stream's encoding is: what it lacks is escaped. Nobody reads any more: that is no error."""
+    """Write to a stream. Characters that its encoding lacks are escaped. A reader that has gone away is no error."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
@@ -59,12 +61,12 @@ def write(stream: TextIO, text: str) -> None:
     except BrokenPipeError:
         _lead_nowhere(stream)
     except OSError:
-        if stream is not sys.stderr:  # a full disk; on stderr nobody could be told
+        if stream is not sys.stderr:  # the disk is full; if stderr itself fails, nothing can be reported
             raise
 
 
 class Progress:
-    """stderr for progress bars: where it takes no more (a full disk), the work goes on."""
+    """stderr for progress bars. If it cannot be written (the disk is full), the work continues."""
 
     def write(self, text: str) -> None:
         write(sys.stderr, text)
@@ -78,9 +80,9 @@ class Progress:
 
 
 class Lines:
-    """stderr for the progress bars of several processes: a whole line each time, as bars would overwrite each other."""
+    """stderr for the progress of several processes: whole lines, because bars would overwrite each other."""
 
-    # For tqdm: the first after so many seconds, and then as seldom.
+    # Settings of tqdm: a line every 30 seconds.
     config = {"delay": 30, "mininterval": 30, "bar_format": "{desc}step {n_fmt} of {total_fmt}, {remaining} left"}
 
     def write(self, text: str) -> None:
@@ -91,18 +93,18 @@ class Lines:
 
 
 def _lead_nowhere(stream: TextIO) -> None:
-    """So that Python does not fail on it once more when it ends."""
+    """Connect the stream to the null device, so that Python does not fail again when it closes the stream."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
 
 
 def one_line(e: BaseException) -> str:
-    """What an error says, in one line."""
+    """The message of an error, in one line."""
     if isinstance(e, OSError) and e.strerror:
         return f"{e.filename}: {e.strerror}" if e.filename else e.strerror
     if type(e).__name__ == "OutOfMemoryError" and not str(e).startswith("out of memory"):
-        return f"out of memory: fewer frames, a smaller size or --dtype float16 need less ({str(e).split('.')[0]})"
+        return f"out of memory: try fewer frames, a smaller size or --dtype float16 ({str(e).split('.')[0]})"
     text = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
     return " ".join(text.split()) or type(e).__name__
 
@@ -114,10 +116,10 @@ class _Escaped(logging.Formatter):
 
 @contextmanager
 def said_in_one_line() -> Iterator[None]:
-    """Warnings and the package's log messages as single lines, each once."""
+    """Print each warning and log message of the package as one line, once."""
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-        text = " ".join(str(message).split())  # the tokenizer quotes what it cuts off, and a prompt can be a book
+        text = " ".join(str(message).split())  # it can be long: the tokenizer quotes the text that it cuts off
         say(f"warning: {text if len(text) <= 300 else text[:297] + '...'}")
 
     handler = logging.StreamHandler(sys.stderr)

@@ -1,4 +1,4 @@
-"""`--ip-adapter` and `--image` of `minit2v animate`: the pictures that IP-Adapters are shown."""
+"""`--ip-adapter` and `--image` of `minit2v animate`: IP-Adapters, and the pictures that they use as prompts."""
 
 import argparse
 import hashlib
@@ -10,14 +10,15 @@ from typing import Any
 
 from .messages import one_line, say
 
-OPTIONS = ("ip_adapter", "image")  # settings that are lists; beside them, under "..._sha256", what is in the files
+OPTIONS = ("ip_adapter", "image")  # settings that are lists; digests of the files are stored as "..._sha256"
 
 
 def add_arguments(parser: Any) -> None:
     parser.add_argument("--ip-adapter", action="append", metavar="FILE", help="use an image as a prompt with this "
                         "IP-Adapter: a file, or owner/name/file on the hub; can be repeated")
-    parser.add_argument("--image", action="append", type=_picture, metavar="PICTURE[:SCALE]", help="the image, and "
-                        "its weight (default: 1); with one IP-Adapter it can be repeated, else give one for each")
+    parser.add_argument("--image", action="append", type=_picture, metavar="PICTURE[:SCALE]", help="the image for the "
+                        "IP-Adapter, and its weight (default: 1); can be repeated. Several IP-Adapters need one image "
+                        "each")
 
 
 def _picture(text: str) -> str:
@@ -25,31 +26,31 @@ def _picture(text: str) -> str:
     if not where:
         raise argparse.ArgumentTypeError(f"{text!r} is not a PICTURE[:SCALE]")
     if where != text and Path(text).exists():
-        raise argparse.ArgumentTypeError(f"{text!r}: a picture has this whole name: add a scale, {text}:1")
+        raise argparse.ArgumentTypeError(f"{text!r} is the whole name of a picture: add a scale, {text}:1")
     return f"{where}:{scale:g}"
 
 
 def split(text: str) -> tuple[str, float]:
-    """PICTURE[:SCALE]. The last colon counts, if a number is behind it."""
+    """(PICTURE, SCALE) from PICTURE[:SCALE]. The scale begins after the last colon, if a number follows it."""
     found = re.fullmatch(r"(.*):([-+]?(?:\d+\.?\d*|\.\d+))", text, re.DOTALL)
     return (text, 1.0) if found is None else (found[1], float(found[2]))
 
 
 def check(args: argparse.Namespace) -> None:
-    """Ends with wrong usage where there is one without the other, or not one for each."""
+    """End with a usage error if one option is given without the other, or if their numbers do not fit."""
     adapters, images = getattr(args, "ip_adapter", []), getattr(args, "image", [])
     if adapters and not images:
-        args.usage_error("--ip-adapter: it is shown which picture? Give --image PICTURE")
+        args.usage_error("--ip-adapter needs a picture: give --image PICTURE")
     if images and not adapters:
-        args.usage_error("--image: it is shown by which adapter? Give --ip-adapter FILE")
+        args.usage_error("--image needs an IP-Adapter: give --ip-adapter FILE")
     if len(adapters) > 1 and len(images) != len(adapters):
         args.usage_error(f"{len(images)} --image for {len(adapters)} --ip-adapter: give one for each")
     if len(adapters) == 1 and len({split(image)[1] for image in images}) > 1:
-        args.usage_error("--image: all pictures of one --ip-adapter count the same, give them one scale")
+        args.usage_error("--image: the pictures of one --ip-adapter have different scales; give all of them the same")
 
 
 def load(pipe: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """Put the adapters into the pipeline; returns the argument of its call. Settings get what finds the files again."""
+    """Load the adapters into the pipeline; returns the argument of its call. `settings` gets absolute paths."""
     if "ip_adapter" not in settings:
         return {}
     from ..adapters import ip_adapter
@@ -74,12 +75,12 @@ def load(pipe: Any, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _found_again(name: str) -> str:
-    """A path from any folder; an address or a name on the hub as it is."""
+    """An absolute path, which is valid in every folder. A URL or a name on the hub stays as it is."""
     return os.path.abspath(name) if Path(name).exists() else name
 
 
 def digests(stored: Mapping[str, Any]) -> dict[str, str]:
-    """{adapter or picture: SHA-256} of what made a video, a picture's of its pixels."""
+    """{adapter or picture: SHA-256} from a video's settings. For a picture it is the SHA-256 of its pixels."""
     found: dict[str, str] = {}
     for name in OPTIONS:
         what, sums = stored.get(name), stored.get(f"{name}_sha256")
@@ -89,7 +90,7 @@ def digests(stored: Mapping[str, Any]) -> dict[str, str]:
 
 
 def say_changes(settings: Mapping[str, Any], before: Mapping[str, str]) -> None:
-    """Of the files that the settings name those that are others than when the video was made."""
+    """Warn about files that have changed since the video was made."""
     for what, now in digests(settings).items():
         if before.get(what, now) != now:
-            say(f"warning: {what} has changed since the video was made, which may come out differently")
+            say(f"warning: {what} has changed since the video was made, so the new video may differ")

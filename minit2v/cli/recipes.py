@@ -1,7 +1,8 @@
-"""The options of `minit2v train`: those of a recipe, under their own names with dashes."""
+"""The options of `minit2v train`: one for each field of a recipe. Its name has dashes in place of underscores."""
 
 import argparse
 import dataclasses
+import typing
 from typing import Any
 
 from ..training.recipe import HINTS, Recipe, parse, words
@@ -10,15 +11,15 @@ SEVERAL = ("data", "targets", "validation_prompts", "prior_prompts")  # options 
 
 
 def add_options(parser: Any) -> None:
-    """Every option of a recipe. What is not given leaves no trace."""
+    """Add an option for every field of a recipe. An option that was not given has no attribute in the namespace."""
 
     parser.add_argument("config", nargs="?", default=None, metavar="CONFIG", help="a .toml file with options, or the "
-                        "run.json of a run; options given here win")
+                        "run.json of an earlier run; options on the command line replace those in the file")
     for f in dataclasses.fields(Recipe):
         flag, help_text = f"--{f.name.replace('_', '-')}", f.metadata["help"].replace("%", "%%")
         default = f.default if f.default not in (None, "", (), False) else ""
         if default != "":
-            help_text += f": {default}"
+            help_text += f" (default: {default})"
 
         def one(text: str, name: str = f.name) -> Any:
             try:
@@ -35,10 +36,12 @@ def add_options(parser: Any) -> None:
             parser.add_argument(flag, nargs="+", metavar="TEXT", help=help_text)
         else:
             known = words(hint)
-            parser.add_argument(flag, type=one, metavar=None if known else "VALUE", choices=known or None,
-                                help=help_text)  # fmt: skip
-    parser.add_argument("--check", action="store_true", default=False, help="show what would be trained on, and end")
-    parser.add_argument("--resume-anyway", action="store_true", default=False, help="go on with a run although its "
+            kinds = typing.get_args(hint) or (hint,)
+            metavar = None if known else "N" if int in kinds else "X" if float in kinds else "TEXT"
+            parser.add_argument(flag, type=one, metavar=metavar, choices=known or None, help=help_text)
+    parser.add_argument("--check", action="store_true", default=False, help="show the training clips with "
+                        "their captions, and do not train")
+    parser.add_argument("--resume-anyway", action="store_true", default=False, help="resume a run although its "
                         "options have changed")
 
 
@@ -51,5 +54,5 @@ class _Timesteps(argparse.Action):
         elif len(values) == 2 and all(v.isdecimal() for v in values):
             value = (int(values[0]), int(values[1]))
         else:
-            parser.error(f"{option} takes one word, or the lowest and the highest timestep, not {' '.join(values)}")
+            parser.error(f"{option} must be one word, or the lowest and the highest timestep, not {' '.join(values)}")
         setattr(namespace, self.dest, value)

@@ -13,7 +13,7 @@ from ..explorer.trace import base_and_adapter, trace_model
 from ..files import embedded
 from .messages import say, tell_path
 
-PROMPT = "a red circle moving right"  # that the embedded models know
+PROMPT = "a red circle moving right"  # the embedded models were trained on such texts
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,9 +23,9 @@ def run(args: argparse.Namespace) -> int:
     base, adapter = base_and_adapter(args.model, getattr(args, "adapter", None))
     prompt = getattr(args, "prompt", PROMPT if embedded.find(base) else None)
     if prompt is None and (given := [name for name in ("steps", "seed", "device") if name in args]):
-        raise ValueError(f"--{given[0]} belongs to --prompt: give a prompt, and {base} is run on it")
+        raise ValueError(f"--{given[0]} needs --prompt, the text on which {base} is run")
     if prompt is not None and embedded.find(base) is None and not Path(base).expanduser().exists() and "/" not in base:
-        raise ValueError(f"--prompt: {base} is a name without weights; give a folder or a hub id")
+        raise ValueError(f"--prompt needs weights, and {base} is a name without weights; give a folder or a hub id")
     say(f"counting {base}")
     traced = trace_model(base, adapter, **size)
     sampled = None

@@ -1,4 +1,4 @@
-"""`minit2v ui`: a page to make videos on, served to this computer."""
+"""`minit2v ui`: a web page on which videos are made, served on this computer."""
 
 import argparse
 import time
@@ -20,6 +20,6 @@ def run(args: argparse.Namespace) -> int:
     work = Work(args.output, args.model, args.base, args.adapter, args.lora, args.device)
     with serve(work, args.host, args.port) as address:
         tell(address)
-        say(f"videos are written to {work.folder}; Ctrl-C ends the page")
+        say(f"videos are written to {work.folder}; Ctrl-C stops the server")
         while True:
             time.sleep(3600)

@@ -1,4 +1,4 @@
-"""`minit2v generate`, `restyle` and `animate`: one model, a file for each prompt."""
+"""`minit2v generate`, `restyle` and `animate`: they load one model and write one video for each prompt."""
 
 import argparse
 import hashlib
@@ -24,30 +24,30 @@ from .arguments import SUFFIXES, make_parser
 from .ends import importing
 from .messages import Lines, Progress, one_line, process, say, tell_path
 
-# The models that come with the package: what each command takes where no other is given.
+# The default models of each command. They come with the package.
 EMBEDDED = {
     "generate": {"model": "shapes"},
     "restyle": {"model": "shapes"},
     "animate": {"base": "shapes-image", "adapter": "shapes-motion"},
 }
-# What suits a model better than the defaults of its pipeline, for those names that say which model it is.
+# Settings that suit the embedded models better than the defaults of their pipelines.
 PRESETS: dict[str, dict[str, Any]] = {
     "shapes": {"num_frames": 16, "steps": 25, "guidance_scale": 1.5},
     "shapes-image": {"num_frames": 16, "steps": 25, "guidance_scale": 1.5},
 }
-# The settings that make a video, under the names of their options. They are stored in the file, and `--replay` reads
-# them back through the parser, so that a file says nothing that the command line could not.
+# The settings of a video, under the names of their options. They are stored in the video file. `--replay` reads them
+# back through the parser, so a file cannot set anything that the command line could not.
 SETTINGS = ("model", "base", "adapter", "vae", "tokenizer", "config", *adapters.OPTIONS, *pictures.OPTIONS, "revision",
             "variant", "negative_prompt", "num_frames", "steps", "guidance_scale", "strength", "free_init",
             *long_videos.OPTIONS, "scheduler", "seed", "height", "width", "fps", "dtype", "device", "compat", "kernels",
             "optimize")
-CUT = ("from", "to", "every")  # what of the video that is begun with
-DIGESTS = tuple(f"{name}_sha256" for name in pictures.OPTIONS)  # stored beside them
-DECODED_AT_ONCE = 8  # frames: what the VAE's last layers need would otherwise grow with the video
+CUT = ("from", "to", "every")  # the part of the input video that is used
+DIGESTS = tuple(f"{name}_sha256" for name in pictures.OPTIONS)  # stored with the settings
+DECODED_AT_ONCE = 8  # frames; otherwise the memory of the VAE's last layers grows with the video
 
 
 class Watch(Protocol):
-    """Who follows a video while it is made, and may end it with an exception."""
+    """Callbacks while a video is made. They may raise an exception to stop it."""
 
     def begin(self, pipe: Any, call: dict[str, Any]) -> None:
         """Before the first step. call: the arguments of the pipeline's call."""
@@ -56,10 +56,10 @@ class Watch(Protocol):
         """After each step: the pipeline's `callback_on_step_end`."""
 
     def frames(self, frames: Iterator[Any]) -> Iterator[Any]:
-        """The decoded frames on their way into the file."""
+        """Pass on the decoded frames, which go into the file."""
 
     def made(self, path: Path) -> None:
-        """The file is whole."""
+        """The file is complete."""
 
 
 def run(args: argparse.Namespace, watch: Watch | None = None) -> int:
@@ -74,7 +74,8 @@ def run(args: argparse.Namespace, watch: Watch | None = None) -> int:
     in_batch = "prompts" in args and output is not None and not _is_file(output)
     rank, processes = process()
     if processes > 1 and (not in_batch or args.prompts == "-"):
-        args.usage_error("several processes share a list of prompts: give --prompts FILE and -o FOLDER")
+        args.usage_error(f"torchrun started {processes} processes, which share a list of prompts: give --prompts FILE "
+                         "and -o FOLDER")
     entries = [(prompt, at) for prompt in args.prompt]
     if "prompts" in args:
         entries += [(prompt, own or at) for prompt, own in map(long_videos.prompt_of, _read_prompts(args.prompts))]
@@ -84,31 +85,31 @@ def run(args: argparse.Namespace, watch: Watch | None = None) -> int:
     if not prompts:
         args.usage_error("give a prompt or --prompts FILE" + " or --replay VIDEO" * (args.command != "restyle"))
     if 0 in at:
-        args.usage_error("--prompt-at 0: the prompt itself is that of the first frame")
+        args.usage_error("--prompt-at 0: frame 0 already has the prompt itself; give a later frame")
     texts = [text for prompt, at in entries for text in (prompt, *at.values())] + [given.get("negative_prompt", "")]
     for text in texts:
         if wrong := adapters.check_prompt(text):
             args.usage_error(wrong)
     if video is not None and "num_frames" in given:
-        args.usage_error("--num-frames: a video has its own number of frames")
+        args.usage_error("--num-frames: the input video sets the number of frames; shorten it with --from and --to")
     if video is None and "strength" in given:
-        args.usage_error("--strength: how far to go from which video? Give --video VIDEO")
+        args.usage_error("--strength needs an input video: give --video VIDEO")
     pictures.check(args)
     models = dict(EMBEDDED[args.command])
     if "adapter" in given and "base" not in given:
-        args.usage_error("--adapter: to which image model? Give --base MODEL")
+        args.usage_error("--adapter needs an image model: give --base MODEL")
     if given.get("base", models.get("base")) != models.get("base"):
         del models["adapter"]
     if "kernels" in args:
         os.environ["MINIT2V_KERNELS"] = args.kernels
-        if ":" in args.kernels:  # functions of the user's own are imported before anything is loaded
+        if ":" in args.kernels:  # import the user's functions before anything is loaded
             from minit2v_kernels._dispatch import own
 
             own(args.kernels)
     given = models | given
     main = given.get("model") or given["base"]
     preset = PRESETS[main] if embedded.find(main) else {}
-    # The same command must find again what it has made.
+    # In a folder the seed is 0 and not random, so that the same command finds the videos that it has made.
     settings = {"seed": 0 if in_batch else secrets.randbelow(2**32), "fps": 8.0, **preset}
     paths = _output_paths(output, prompts, given.get("seed", settings["seed"]))
     if video is not None:
@@ -116,15 +117,15 @@ def run(args: argparse.Namespace, watch: Watch | None = None) -> int:
         video, measured, source = _read_source(video, digest, {k: given.pop(k) for k in CUT if k in given})
         settings |= measured
     elif cut := [k for k in CUT if k in given]:
-        args.usage_error(f"--{cut[0]}: a part of which video? Give --video VIDEO")
+        args.usage_error(f"--{cut[0]} needs an input video: give --video VIDEO")
     settings |= given
     sound = _find_sound(source, settings["fps"], measured.get("fps")) if video is not None else None
     for path in paths:
         if not 0.01 <= settings["fps"] <= (most := 100 if path.suffix.lower() == ".gif" else 1000):
-            raise ValueError(f"{path} can have 0.01 to {most} frames per second, not {settings['fps']:g}: give --fps")
+            raise ValueError(f"{path} can have 0.01 to {most} frames per second, not {settings['fps']:g}: change --fps")
     with importing():
         from ..files.video import find_ffmpeg
-        from .loading import load  # torch takes a second, in which all errors above have been said
+        from .loading import load  # importing torch takes a second: so it comes after the checks above
 
     if any(path.suffix.lower() != ".gif" for path in paths):
         find_ffmpeg()
@@ -173,7 +174,7 @@ def run(args: argparse.Namespace, watch: Watch | None = None) -> int:
             failures.append(f"error: {_quote(prompt) + ': ' if len(prompts) > 1 else ''}{one_line(e)}")
             if batch:
                 batch.failed(n, e)
-            if processes > 1:  # hours before the others' end
+            if processes > 1:  # report it now, as the other processes may run for hours
                 say(failures[-1])
     for line in failures if processes == 1 else ():
         say(line)
@@ -199,12 +200,13 @@ def _summary(s: dict[str, Any], frames: int) -> str:
     for name in ("lora", "motion_lora"):
         parts += [f"LoRA {Path(entry['path']).name} at {entry['weight']:g}" for entry in s.get(name, ())]
     if s.get("negative_prompt"):
-        parts.append(f"not {_quote(s['negative_prompt'])}")
+        parts.append(f"negative prompt {_quote(s['negative_prompt'])}")
     return ", ".join(parts + [f"{k} {s[k]}" for k in ("revision", "variant", "compat") if s.get(k)])
 
 
 def _latents(pipe: Any, call: dict[str, Any], prompt: Any, seed: int, video: Any) -> Any:
-    """The latents (1 c f h w) of one prompt. The noise comes from the CPU: so the seed means the same everywhere."""
+    """The latents (1 c f h w) of one prompt. The noise is drawn on the CPU, so a seed means the same on every device.
+    """
     import torch
 
     extra = {} if video is None else {"video": video}
@@ -215,9 +217,9 @@ def _latents(pipe: Any, call: dict[str, Any], prompt: Any, seed: int, video: Any
 def _write(
     frames: Any, path: Path, fps: float, about: dict[str, Any], replace: bool, sound: tuple[str, float] | None = None
 ) -> Path:
-    """Write a video, and return its name: `path`, or, where that is taken and not to be replaced, with a number.
+    """Write a video, and return its path. If `path` exists and `replace` is false, the name gets a number.
 
-    sound: a file that has some, and where it begins, in seconds.
+    frames: (h w 3) each. sound: a file with sound, and the time in seconds from which it is copied.
     """
     from minit2v_convert.stream import ended_cleanly
 
@@ -241,14 +243,14 @@ def _write(
 
 
 def _named(whole: Path, path: Path) -> Path:
-    """Gives the file a name that nobody has. Whoever asks for the same at the same time gets another."""
+    """Give the file a name that is not taken. Two processes that ask for the same name get different ones."""
     for name in (batches.numbered(path, k) for k in itertools.count(1)):
         try:
             os.link(whole, name)
             return name
         except FileExistsError:
             continue
-        except OSError:  # a disk without links
+        except OSError:  # this disk has no hard links
             try:
                 os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             except FileExistsError:
@@ -265,18 +267,18 @@ def _versions() -> dict[str, str]:
 
 
 def _read_prompts(file: str) -> list[str]:
-    """The lines of a file, blank ones left out. What ends a line is a line feed, a carriage return, or both."""
+    """The lines of a file without blank ones. A line ends with a line feed, a carriage return, or both."""
     try:
-        if file == "-":  # UTF-8 whatever the terminal's encoding is
+        if file == "-":  # always UTF-8, not the terminal's encoding
             text = sys.stdin.buffer.read().decode() if hasattr(sys.stdin, "buffer") else sys.stdin.read()
         else:
             text = Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
         raise ValueError(f"{file}: not UTF-8 text ({e.reason} at byte {e.start})") from None
-    lines = re.split(r"[\r\n]+", text.removeprefix("\ufeff"))  # some editors begin a file with that mark
+    lines = re.split(r"[\r\n]+", text.removeprefix("\ufeff"))  # some editors begin a file with a byte order mark
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"{file}: no prompts in it")
+        raise ValueError(f"{file}: the file has no prompts; write one per line")
     return prompts
 
 
@@ -289,9 +291,9 @@ def _is_file(output: Path | None) -> bool:
 
 
 def _output_paths(output: Path | None, prompts: list[str], seed: int) -> list[Path]:
-    """A path for each prompt, in a folder that is there and can be written: found out before the work, not after it.
+    """A path for each prompt. The folder is created, and tested for writing, before any work begins.
 
-    Only that of a file for one prompt is sure: the others get a number where they are taken (`_write`).
+    Only the name of a file for a single prompt is final. Other names get a number if they are taken (`_write`).
     """
     is_file = _is_file(output)
     folder = output.parent if is_file else output or Path()
@@ -307,7 +309,7 @@ def _output_paths(output: Path | None, prompts: list[str], seed: int) -> list[Pa
         return [output]
     if is_file:
         return [folder / f"{output.stem}-{n + 1}{output.suffix}" for n in range(len(prompts))]
-    system = sys.getfilesystemencoding()  # which may lack letters of the prompt
+    system = sys.getfilesystemencoding()  # it may lack letters of the prompt
     words = [re.sub(r"[\W_]+", "-", prompt.lower().encode(system, "ignore").decode(system))[:40].strip("-") or "video"
              for prompt in prompts]
     return [folder / f"{w}-{seed}.mp4" for w in words]
@@ -316,11 +318,11 @@ def _output_paths(output: Path | None, prompts: list[str], seed: int) -> list[Pa
 def _read_source(
     path: str, wanted: str | None, cut: dict[str, Any]
 ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """The frames to begin with, the settings that they suggest, and what says which video, and which part, it was.
+    """The frames of the input video, default settings for it, and metadata that name the video and its part.
 
-    The frames are read a few at a time, now and again for every prompt: never is the whole video in memory.
+    The frames are read a few at a time, here and again for every prompt. So the video is never in memory as a whole.
 
-    wanted: the digest that the frames should have.
+    wanted: the SHA-256 that the frames should have. ValueError if they have another one.
     """
     from ..files.video import VideoFrames
 
@@ -330,33 +332,34 @@ def _read_source(
         total.update(frame.tobytes())
     digest = total.hexdigest()
     if wanted not in (None, digest):
-        raise ValueError(f"{path}: not the video that was begun with, its frames have changed")
+        raise ValueError(f"{path}: its frames have changed since the first video was made from it; give the original "
+                         "file")
     measured = {"strength": 0.6, "height": height, "width": width, **({"fps": frames.fps} if frames.fps else {})}
     where = path if "://" in path else str(Path(path).absolute())
     return frames, measured, {"video": where, "video_sha256": digest, **cut}
 
 
 def _find_sound(source: dict[str, Any], fps: float, of_video: float | None) -> tuple[str, float] | None:
-    """The file whose sound the new video gets, and where it begins; a line where its sound does not fit the frames."""
+    """The file whose sound the new video gets, and the start in seconds. Says why if the sound cannot be used."""
     from ..files.video import has_sound
 
     if "://" in source["video"]:
-        say("sound is taken from files only: fetch the video first, if it has some")
+        say("sound is copied from local files only: download the video first to keep its sound")
         return None
     if not has_sound(source["video"]):
         return None
     if of_video is None or abs(fps - of_video) > 1e-3 * fps:
-        say("the sound of the video is left out: at another rate its frames last longer or shorter")
+        say(f"the sound of the video is left out: it does not fit {fps:g} frames per second")
         return None
     return source["video"], source.get("from", 0.0)
 
 
 def parse(words: list[str]) -> argparse.Namespace:
-    """The arguments of a command. ValueError, in place of an end of the process, where they are none."""
+    """The arguments of a command. If they are wrong it raises ValueError, and does not end the process."""
     try:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as said:
             return make_parser().parse_args(words)
-    except SystemExit:  # also of a scheduler named `help`, which lists them
+    except SystemExit:  # also from `--scheduler help`, which prints a list
         why = said.getvalue().strip().partition(": error: ")[2].rpartition("; see ")[0]
         raise ValueError(why or "help") from None
 
@@ -370,10 +373,9 @@ def options(name: str, value: Any) -> list[str]:
 
 
 def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None, dict[str, str]]:
-    """The arguments that made a video, under those given now; the digest of the video that it began with, and those
-    of the adapters' files.
+    """The stored arguments of a video, replaced by those given now; the SHA-256 of its input video, and of adapters.
 
-    Whoever made the file may have named any model and video: they are used with `--trust` alone.
+    A file from somebody else may name any model and video. They are loaded only with `--trust`.
     """
     from ..files.video import read_metadata
 
@@ -386,7 +388,7 @@ def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None, d
         raise ValueError(f"{args.replay}: no settings of minit2v are stored in this file")
     if (command == "animate") != (args.command == "animate"):
         again = "animate" if command == "animate" else "generate"
-        raise ValueError(f"{args.replay} was made by {command}: minit2v {again} --replay makes it again")
+        raise ValueError(f"{args.replay} was made by {command}: use minit2v {again} --replay")
     given = {k: v for k, v in vars(args).items() if k not in ("command", "replay", "prompt", "prompts")}
     try:
         lists = {k: adapters.words(k, stored.get(k, [])) for k in adapters.OPTIONS}
@@ -409,7 +411,7 @@ def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None, d
             again.prompt_at = long_videos.read_texts(stored["prompt_at"])
         except ValueError as e:
             raise ValueError(f"{args.replay}: the settings stored in this file are not valid: {e}") from None
-    if "video" in given and "num_frames" in again:  # that of the video made of a text alone
+    if "video" in given and "num_frames" in again:  # the input video given now sets the number of frames
         del again.num_frames
     for name, value in [*given.items(), *([("prompts", args.prompts)] if "prompts" in args else [])]:
         setattr(again, name, value)
@@ -417,22 +419,23 @@ def _replay(args: argparse.Namespace) -> tuple[argparse.Namespace, str | None, d
     then, now = stored.get("versions"), _versions()
     then = then if isinstance(then, dict) else {}
     if changed := [f"{k} {then.get(k)} -> {v}" for k, v in now.items() if then.get(k) != v]:
-        say(f"warning: the video may come out differently, as versions have changed: {', '.join(changed)}")
+        say(f"warning: the video may differ, because versions have changed: {', '.join(changed)}")
     if "device" not in given:
         try:
             find_device(getattr(again, "device", "auto"))
         except ValueError:
-            say(f"warning: made on {again.device}, which is not here: the numbers may differ a little")
+            say(f"warning: the video was made on {again.device}, which this computer does not have: it may differ a "
+                "little")
             again.device = "auto"
     digests = pictures.digests(stored) | adapters.digests(stored)
     return again, None if "video" in given else stored.get("video_sha256"), digests
 
 
 def _check_trust(args: argparse.Namespace, stored: dict[str, Any], given: dict[str, Any]) -> None:
-    """Says what a file names outside this package. ValueError where that was neither given here nor trusted."""
-    if "kernels" not in given and ":" in str(stored.get("kernels", "")):  # code: no file chooses what is imported
-        raise ValueError(f"{args.replay} was made with functions of somebody's own, {stored['kernels']!r}: "
-                         "give --kernels to say what runs now")
+    """Print the models and videos outside this package that a file names. ValueError if they are not trusted."""
+    if "kernels" not in given and ":" in str(stored.get("kernels", "")):  # a file must not choose what is imported
+        raise ValueError(f"{args.replay} was made with custom functions, {stored['kernels']!r}, which are never loaded "
+                         "from a file: give --kernels")
     names = ("model", "base", "adapter", "vae", "tokenizer", "config", "video", *pictures.OPTIONS)
     said = {k: ", ".join(map(str, v)) if isinstance(v := stored[k], list) else str(v)
             for k in names if stored.get(k) is not None and k not in given}  # fmt: skip
@@ -444,7 +447,7 @@ def _check_trust(args: argparse.Namespace, stored: dict[str, Any], given: dict[s
         return
     what = ", ".join(f"{k} {v!r}" for k, v in named.items())
     if args.trust:
-        return say(f"{args.replay} names what is used now: {what}")
+        return say(f"using what {args.replay} names: {what}")
     own = [f"--{k}" for k in named if k != "video" or args.command == "animate"]
-    raise ValueError(f"{args.replay} names {what}: with --trust they are used"
-                     + f", or give {' and '.join(own)} of your own" * bool(own))
+    raise ValueError(f"{args.replay} names {what}: give --trust to use them"
+                     + f", or your own {' and '.join(own)}" * bool(own))

@@ -1,13 +1,13 @@
-"""The U as SVG: the way down on the left, the way up on the right, each skip connection a line between two blocks."""
+"""Draws the UNet as SVG: the encoder on the left, the decoder on the right, and a line for each skip connection."""
 
 from html import escape
 
 from ..models.blocks import MotionModule, ResBlock, SpatialTransformer, TemporalConv, TemporalTransformer
 from .trace import Node, Traced
 
-WIDTH = 440  # of the picture, in its own units: words are to be read on a phone
+WIDTH = 440  # of the picture, in SVG units; small enough to be read on a phone
 BOX, TALL, STEP, HEAD = 170, 42, 52, 26  # width and height of a block, distance of rows, height of a level's title
-INSET = 8  # by which each level stands further inside
+INSET = 8  # each level is this much narrower on both sides than the one above
 KINDS = {  # class -> (word in the picture, class in page.css)
     ResBlock: ("res", "space"),
     TemporalConv: ("conv", "time"),
@@ -18,7 +18,7 @@ KINDS = {  # class -> (word in the picture, class in page.css)
 
 
 class Picture:
-    """Collects SVG elements; `boxes` are what can be selected."""
+    """Collects SVG elements. The user can select those in `boxes`."""
 
     def __init__(self, traced: Traced):
         self.traced = traced
@@ -37,7 +37,7 @@ class Picture:
         self.below.append(f'<rect class="level" x="4" y="{y:g}" width="{WIDTH - 8}" height="{height:g}" rx="8"/>')
 
     def box(self, x: float, y: float, w: float, node: Node, words: str) -> None:
-        """A module that can be selected, with its parts in it where it is a block."""
+        """A module that can be selected. If it is a block, its parts are drawn inside."""
         parts = [c for c in self.traced.children(node.name) if type(c.module) in KINDS and node.name != "unet"]
         kind = "block" if parts else f"one {KINDS.get(type(node.module), ('', 'plain'))[1]}"
         label = f"{node.name}, {type(node.module).__name__}"
@@ -65,7 +65,7 @@ class Picture:
 
 
 def draw(traced: Traced) -> str:
-    """The SVG of a model. Everything with `data-node` names a node of the trace."""
+    """The SVG of a model. The attribute `data-node` names a node of the trace."""
     picture, nodes, unet = Picture(traced), traced.nodes, traced.unet
     levels, last = len(unet.down), len(unet.down) - 1
     p = picture
@@ -93,8 +93,8 @@ def draw(traced: Traced) -> str:
     p.text(left + wide + 9, y - 6, "timestep", "soft")
     y += TALL + 12
 
-    tops: list[list[tuple[float, float, float]]] = []  # (x, top, bottom) of what is on the way up, level by level
-    at = (left + BOX / 2, y - 12)  # the bottom of what came last on the way down
+    tops: list[list[tuple[float, float, float]]] = []  # (x, top, bottom) of the decoder's blocks, level by level
+    at = (left + BOX / 2, y - 12)  # the bottom of the encoder's last block so far
     for i in range(levels):
         level, up = unet.down[i], unet.up[last - i]
         c = nodes[f"unet.down.{i}.blocks.0"].output
@@ -132,7 +132,7 @@ def draw(traced: Traced) -> str:
             ups.append((x1 + BOX / 2, top, top + TALL))
         tops.append(ups)
         y += rows * STEP + 6
-    # The middle: from the left to the right under everything.
+    # The middle blocks go from left to right below all levels.
     c = nodes["unet.mid.0"].output
     p.level(y, HEAD + STEP)
     p.text(WIDTH / 2, y + 17, f"middle: {c[1]} channels, {c[2]} × {c[3]}", "title", "middle")

@@ -1,4 +1,4 @@
-"""The page: what was counted, measured and drawn, in one HTML file that needs nothing else."""
+"""Puts everything that was counted, measured and drawn into one HTML file, which needs no other file."""
 
 import json
 from dataclasses import asdict
@@ -29,7 +29,7 @@ FOOTER = (
 
 
 def make_page(traced: Traced, sampled: Sampled | None = None) -> str:
-    """The HTML of a traced model. ValueError where it would be over 2 MB."""
+    """The HTML of a traced model. ValueError if it would be larger than 2 MB."""
     unet, video = traced.nodes["unet"], traced.video
     kinds = traced.kinds()
     there = {KINDS[kind][1] for kind, _ in kinds}
@@ -52,8 +52,8 @@ def make_page(traced: Traced, sampled: Sampled | None = None) -> str:
         data=_data(traced, sampled),
     )  # fmt: skip
     if (size := len(page.encode())) > MOST:
-        raise ValueError(f"the page would have {size / 1e6:.1f} MB, more than {MOST / 1e6:.0f}: fewer --steps or "
-                         "--num-frames make it smaller")  # fmt: skip
+        raise ValueError(f"the page would have {size / 1e6:.1f} MB, and the limit is {MOST / 1e6:.0f} MB: give fewer "
+                         "--steps or --num-frames")  # fmt: skip
     return page
 
 
@@ -66,7 +66,7 @@ def _read(suffix: str) -> Template:
 
 
 def _data(traced: Traced, sampled: Sampled | None) -> str:
-    """JSON for page.js. In it no `<`, so that no text can end the script element."""
+    """JSON for page.js. It contains no `<`, so that no text can end the script element."""
     sources: dict[Source, int] = {}
     nodes = []
     for node in traced.nodes.values():
@@ -88,7 +88,7 @@ def _data(traced: Traced, sampled: Sampled | None) -> str:
 
 
 def _measured(traced: Traced, sampled: Sampled | None, kind: type) -> float | None:
-    """Seconds of all blocks of a kind in the UNet."""
+    """The seconds of all blocks of a kind in the UNet."""
     if sampled is None:
         return None
     return sum(sampled.seconds[name] for name, node in traced.nodes.items()

@@ -1,4 +1,4 @@
-"""A model run with its weights: how long each module takes, and what attention looks at through the steps."""
+"""Runs a model with its weights, to measure the time of each module and to see its attention maps."""
 
 import base64
 import io
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from ..models.attention_maps import attention_maps, attentions
 from .trace import Traced
 
-STEPS, FRAMES, TOKENS, SIDE = 5, 4, 12, 16  # at most so many of each in the page, and pixels of a map's side
-RUNS, PATIENCE = 3, 10.0  # runs that are timed after a first one, where that took less than so many seconds
-ROOM = 2**30  # bytes that the maps of one step may take
+STEPS, FRAMES, TOKENS, SIDE = 5, 4, 12, 16  # the most steps, frames and tokens on the page; pixels of a map's side
+RUNS, PATIENCE = 3, 10.0  # timed runs after a first one; if that takes more seconds than PATIENCE, it is the only one
+ROOM = 2**30  # the most bytes for the maps of one step
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """seconds: of one call, by the names of the trace's nodes. maps: for page.js, see `look`."""
+    """seconds: {name of the trace's node: time of one call}. maps: for page.js, see `look`."""
 
     seconds: dict[str, float]
     measured_on: str
@@ -33,9 +33,9 @@ class Sampled:
 
 
 def sample(traced: Traced, pipe: Any, call: dict[str, Any], prompt: str, seed: int) -> Sampled:
-    """Measures each module of the pipeline's networks, and makes a video of the prompt to see its attention maps.
+    """Measure the time of each module, and make a video of the prompt to get its attention maps.
 
-    call: arguments of the pipeline's call. The networks run as they are written, on the pipeline's device.
+    call: arguments of the pipeline's call. The plain networks run on the pipeline's device.
     """
     return Sampled(measure(traced, pipe), device_name(pipe), look(traced, pipe, call, prompt, seed))
 
@@ -45,7 +45,7 @@ def sample(traced: Traced, pipe: Any, call: dict[str, Any], prompt: str, seed: i
 
 @torch.no_grad()
 def measure(traced: Traced, pipe: Any) -> dict[str, float]:
-    """Seconds of every module, the median of its runs, on the inputs that were traced."""
+    """The seconds of every module (the median of its runs), on inputs with the traced shapes."""
     runs: dict[str, list[float]] = {}
 
     def tensor(shape: tuple[int, ...]) -> Tensor:
@@ -59,14 +59,14 @@ def measure(traced: Traced, pipe: Any) -> dict[str, float]:
         ids = torch.zeros(traced.nodes["text_encoder"].inputs[0][1], dtype=torch.int64, device=pipe.text_encoder.device)
         time_module(runs, "text_encoder", pipe.text_encoder, lambda: pipe.text_encoder(ids))
     seconds = {name: median(values) for name, values in runs.items()}
-    for name, node in reversed(traced.nodes.items()):  # levels of the U, which are not called by themselves
+    for name, node in reversed(traced.nodes.items()):  # levels of the UNet are not called: add up their parts
         if name not in seconds:
             seconds[name] = sum(seconds.get(child.name, 0.0) for child in traced.children(node.name))
     return seconds
 
 
 def time_module(runs: dict[str, list[float]], part: str, network: nn.Module, call: Callable[[], Any]) -> None:
-    """Append to `runs` what every module in a network took, run by run. A module is called at most once in a run."""
+    """Append the seconds of every module in a network to `runs`, run by run. Several calls in a run are added up."""
     began: list[float] = []
     took: dict[str, float] = {}
 
@@ -118,11 +118,11 @@ def device_name(pipe: Any) -> str:
 
 
 def look(traced: Traced, pipe: Any, call: dict[str, Any], prompt: str, seed: int) -> dict[str, Any]:
-    """Attention maps of some steps as images, with what page.js says of them.
+    """Attention maps of some steps as images, with the texts that page.js shows beside them.
 
-    of: {attention: {kind, says, rows, columns, marks, images}}, an image for each step: a grid of rows and columns.
-    Text and frames: of the prompt, not of the negative one, the mean of the heads. Maps of pixels at pixels are left
-    out where those of one step would take more than 1 GiB.
+    of: {attention: {kind, says, rows, columns, marks, images}}. There is an image for each step, a grid of rows and
+    columns. The maps are for the prompt, not for the negative prompt, and are the mean over the heads. Spatial
+    attention maps are left out if those of one step would take more than 1 GiB.
     """
     count = int(call["num_inference_steps"])
     steps = evenly(count, STEPS)
@@ -156,22 +156,22 @@ def look(traced: Traced, pipe: Any, call: dict[str, Any], prompt: str, seed: int
 
 
 def evenly(count: int, most: int) -> list[int]:
-    """At most so many of 0 ... count - 1, the first and the last among them."""
+    """At most `most` numbers from 0 to count - 1, evenly spread, with the first and the last."""
     n = min(count, most)
     return sorted({round(i * (count - 1) / max(1, n - 1)) for i in range(n)})
 
 
 def words(pipe: Any, prompt: str) -> list[str]:
-    """The tokens of the prompt as a reader would write them, with those that begin and end the text."""
+    """The tokens of the prompt as readable words, with the start and end tokens."""
     names = [pipe.tokenizer.decode([i]) or "?" for i in pipe.tokenizer.encode(prompt)]
     return ["start", *names[1:-1], "end"][:TOKENS]
 
 
-Grid = tuple[Tensor, dict[str, Any]]  # the image of all rows and columns, and what page.js says of them
+Grid = tuple[Tensor, dict[str, Any]]  # the image of all rows and columns, and their texts for page.js
 
 
 def text_grid(map_: Tensor, frames: list[int], tokens: list[str], sizes: dict[int, Any]) -> Grid:
-    """(1 (f p) l) -> rows frames, columns tokens; each token from its least to its most."""
+    """(1 (f p) l) -> rows are frames, columns are tokens. Each token is scaled from its minimum to its maximum."""
     count = frames[-1] + 1
     h, w = sizes[map_.shape[1] // count]
     x = rearrange(map_[0, :, : len(tokens)], "(f h w) l -> f l h w", f=count, h=h, w=w)[frames]
@@ -184,7 +184,7 @@ def text_grid(map_: Tensor, frames: list[int], tokens: list[str], sizes: dict[in
 
 
 def frames_grid(map_: Tensor, *_: Any) -> Grid:
-    """(p f f) -> one square, the mean over the pixels."""
+    """(p f f) -> one map (f f), the mean over the pixels."""
     x = map_.mean(0)
     return x / x.max().clamp_min(1e-12), {
         "rows": [""], "columns": [""],
@@ -193,7 +193,7 @@ def frames_grid(map_: Tensor, *_: Any) -> Grid:
 
 
 def pixels_grid(map_: Tensor, frames: list[int], _: Any, sizes: dict[int, Any]) -> Grid:
-    """(f p p) -> rows frames, columns five pixels that look."""
+    """(f p p) -> rows are frames, columns are five query pixels."""
     h, w = sizes[map_.shape[1]]
     places = [(y, x) for y, x in ((0.5, 0.5), (0.2, 0.2), (0.2, 0.8), (0.8, 0.2), (0.8, 0.8))]
     picked = [(int(y * h), int(x * w)) for y, x in places]
@@ -215,7 +215,7 @@ def pooled(x: Tensor) -> Tensor:
 
 
 def png(x: Tensor) -> str:
-    """(h w) or (h w 3) from 0 to 1 -> an address with the image in it."""
+    """(h w) or (h w 3) from 0 to 1 -> a data URL of the image as PNG."""
     file = io.BytesIO()
     Image.fromarray((x.float() * 255).round().clamp(0, 255).byte().cpu().numpy()).save(file, "png", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

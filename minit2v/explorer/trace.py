@@ -1,10 +1,10 @@
-"""What every module of a model does in one call, counted on `meta`: shapes, parameters, FLOPs, bytes and time.
+"""Counts shapes, parameters, FLOPs, bytes and time of every module of a model in one call, on `meta`.
 
     traced = trace_model("ms-1.7b")
     traced.nodes["unet.down.0.blocks.0.temporal"].flops
 
-No weights are needed, and nothing is computed. The numbers are of the networks as they are written, in float16: each
-operation of PyTorch by itself. Fused kernels (`minit2v/fast`) move fewer bytes.
+No weights are needed, and nothing is computed. The numbers are for the plain networks in float16, where each
+operation of PyTorch runs by itself. Fused kernels (`minit2v/fast`) move fewer bytes.
 """
 
 import inspect
@@ -33,12 +33,12 @@ from ..pipelines.planning import find_adapter, planner_of_model
 
 aten = torch.ops.aten
 KINDS = (ResBlock, TemporalConv, SpatialTransformer, TemporalTransformer, MotionModule)
-# Operations that make a tensor and write nothing, or only give a new name to memory (these lack an alias annotation).
+# Operations that allocate without writing, or that return a view (their schemas do not say so).
 FREE = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten._unsafe_view, aten._reshape_alias}
 
 
 class Device(NamedTuple):
-    """A GPU's ceilings in float16: FLOP/s of its matrix units with float32 sums, bytes/s of its memory."""
+    """A GPU's peak rates: FLOP/s of its matrix units in float16 with float32 sums, and bytes/s of its memory."""
 
     name: str
     flops: float
@@ -55,10 +55,10 @@ DEVICES = (
 
 @dataclass
 class Node:
-    """One module: what came in and went out in its first call, and sums over all its calls and all that is in it.
+    """One module: inputs and output of its first call, and sums over all its calls, including the modules in it.
 
-    inputs: (argument, shape or value). parameters: with those of the modules in it. bytes: read and written, each
-    operand of each operation once. seconds: on each of DEVICES at least, each operation after the other.
+    inputs: (argument, shape or value). bytes: read and written, each operand of each operation once. seconds: the
+    least time on each of DEVICES, if the operations run one after the other.
     """
 
     name: str
@@ -81,14 +81,14 @@ class Node:
 
 @dataclass
 class Traced:
-    """A model's networks, and a node for each of their modules. The text encoder and the VAE run once for a video."""
+    """A model's networks, and a node for each of their modules. The text encoder and the VAE run once per video."""
 
     title: str
     video: Video
     tokens: int
     networks: dict[str, Any]
     nodes: dict[str, Node]
-    unet_video: bool  # whether the UNet was made for videos, or is an image model with motion modules
+    unet_video: bool  # True: a UNet for videos; False: an image model with motion modules
 
     @property
     def unet(self) -> Any:
@@ -98,7 +98,7 @@ class Traced:
         return [node for node in self.nodes.values() if node.parent == name]
 
     def kinds(self) -> list[tuple[type, Node]]:
-        """The sum over all blocks of a kind in the UNet, for each kind that it has."""
+        """(class, sum over all its blocks in the UNet) for each kind of block."""
         sums = {}
         for node in self.nodes.values():
             if (kind := type(node.module)) in KINDS and node.name.startswith("unet."):
@@ -110,18 +110,18 @@ class Traced:
 
 
 def trace_model(name: str, adapter: str | None = None, **size: Any) -> Traced:
-    """Counts a step of the UNet under guidance, the text encoder on both texts, and the VAE's decoder on all frames.
+    """Count one UNet step with guidance, the text encoder on both texts, and the VAE's decoder on all frames.
 
-    name: a folder, a hub id, an embedded model, or a name that `minit2v blank` knows; also of a motion adapter, which
-    goes into its image model. adapter: another motion adapter for an image model. size: frames, height and width of the
-    video; what is None is the model's. ValueError where the name is of no whole model, or where the video does not fit.
+    name: a folder, a hub id, an embedded model, or a name that `minit2v blank` knows. It may be a motion adapter, which
+    is put into its image model. adapter: another motion adapter for an image model. size: frames, height and width of
+    the video in pixels; None takes the model's. ValueError if the model is not complete, or if the video does not fit.
     """
     name, adapter = base_and_adapter(name, adapter)
     planner = planner_of_model(name, dtype=torch.float16, adapter=adapter, **size)
     networks, video, tokens = planner.networks, planner.video, planner.tokens
     most = getattr(networks["unet"].config, "motion_max_seq_length", None)
     if most is not None and video.frames > most:
-        raise ValueError(f"{video.frames} frames are too many: the motion adapter knows the positions of {most}")
+        raise ValueError(f"{video.frames} frames are too many: the motion adapter has position encodings for {most}")
     nodes: dict[str, Node] = {}
     for part in ("text_encoder", "unet", "vae"):
         if part in networks:
@@ -148,9 +148,9 @@ def trace_model(name: str, adapter: str | None = None, **size: Any) -> Traced:
 
 
 def base_and_adapter(name: str, adapter: str | None) -> tuple[str, str | None]:
-    """The image model that a motion adapter goes into and the adapter; of any other model, what is given.
+    """The image model and its motion adapter. If `name` is an adapter, the image model is the one that it is for.
 
-    The embedded image model has its own adapter. ValueError where both are adapters.
+    The embedded image model has its own adapter. ValueError if both names are adapters.
     """
     if name == "shapes-image":
         return name, adapter or "shapes-motion"
@@ -160,7 +160,7 @@ def base_and_adapter(name: str, adapter: str | None) -> tuple[str, str | None]:
     if not lone and (folder.is_dir() or short is None or "unet" in short.parts):
         return name, adapter
     if adapter is not None:
-        raise ValueError(f"{name} goes into an image model, and so does the adapter {adapter}: give the image model")
+        raise ValueError(f"{name} and {adapter} are both motion adapters: give an image model and one adapter")
     find_adapter(name)
     return ("shapes-image" if name == "shapes-motion" else "sd-1.5"), name
 
@@ -169,7 +169,7 @@ def base_and_adapter(name: str, adapter: str | None) -> tuple[str, str | None]:
 
 
 def tree(part: str, network: nn.Module) -> dict[str, Node]:
-    """A node for each module that a reader would draw: lists are not, and neither is what only passes x through."""
+    """A node for each module except lists and identities, which a reader would not draw."""
     nodes: dict[str, Node] = {}
     for name, module in network.named_modules():
         if isinstance(module, nn.ModuleList | nn.Identity):
@@ -183,7 +183,7 @@ def tree(part: str, network: nn.Module) -> dict[str, Node]:
 
 
 def add_up(nodes: dict[str, Node]) -> None:
-    """Give the modules that are never called by themselves, such as the levels of the U, the sums of their children."""
+    """Modules that are never called themselves, such as the levels of the UNet, get the sums of their children."""
     for node in reversed(list(nodes.values())):
         if node.parent and type(node.module).forward is nn.Module.forward and not node.calls:
             for child in nodes.values():
@@ -192,7 +192,7 @@ def add_up(nodes: dict[str, Node]) -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Adds what every operation costs to all nodes that are open."""
+    """Adds the costs of every operation to all modules that are running."""
 
     def __init__(self):
         super().__init__()
@@ -204,7 +204,7 @@ class Operations(TorchDispatchMode):
         if packet not in FREE and not is_view(function):
             given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
             made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-            if packet is aten.native_group_norm:  # reads x for its statistics, and again
+            if packet is aten.native_group_norm:  # reads x twice: for its statistics, and to normalise it
                 given.append(args[0])
             formula = flop_registry.get(packet)
             operations = formula(*args, **(kwargs or {}), out_val=result) if formula else 0
@@ -223,14 +223,14 @@ def is_view(function: Any) -> bool:
 
 
 class Device16(OnMeta):
-    """`meta` with attention as on a GPU: its scores are never written to memory."""
+    """`meta` with attention as on a GPU, where the scores are never written to memory."""
 
     def __init__(self, operations: Operations):
         super().__init__()
         self.operations = operations
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in (torch.conv2d, F.conv2d):  # counted where PyTorch runs it
+        if function in (torch.conv2d, F.conv2d):  # `Operations` counts it
             return function(*args, **(kwargs or {}))
         result = super().__torch_function__(function, types, args, kwargs)
         if function is F.scaled_dot_product_attention:
@@ -244,7 +244,7 @@ class Device16(OnMeta):
 def count(
     nodes: dict[str, Node], part: str, network: nn.Module, *inputs: Any, call: Callable[..., Any] | None = None
 ) -> None:
-    """Run a network on `meta` and fill its nodes. call: its method, if not `forward`."""
+    """Run a network on `meta` and fill its nodes. call: the method to call, if it is not `forward`."""
     operations = Operations()
     with operations, Device16(operations), calls_noted(nodes, part, network, operations.open):
         if call is None:
@@ -285,7 +285,7 @@ def calls_noted(nodes: dict[str, Node], part: str, network: nn.Module, opened: l
 
 
 def named_inputs(function: Callable[..., Any], args: Any, kwargs: Any) -> list[tuple[str, Any]]:
-    """(argument, shape of a tensor, or value), in order."""
+    """(argument, shape of a tensor or value) for each argument, in order."""
     bound = inspect.signature(function).bind(*args, **kwargs).arguments
     return [(name, tuple(x.shape) if isinstance(x, Tensor) else x) for name, x in bound.items()]
 
@@ -295,7 +295,7 @@ def named_inputs(function: Callable[..., Any], args: Any, kwargs: Any) -> list[t
 
 @dataclass(frozen=True)
 class Source:
-    """What a class does, in its own words. lines: (number in the file, text) of `forward`; empty for PyTorch's own."""
+    """The docstring and source of a class. lines: (line number, text) of `forward`; empty for PyTorch's classes."""
 
     name: str
     file: str
@@ -305,13 +305,13 @@ class Source:
 
 @cache
 def source_of(cls: type) -> Source:
-    """The source of the `forward` that modules of a class run."""
+    """The source of the `forward` method of a class."""
     says = " ".join((cls.__doc__ or "").split("\n\n")[0].split())
     if not cls.__module__.startswith("minit2v"):
         return Source(f"nn.{cls.__name__}", "", FORMULAS.get(cls.__name__, ""), ())
     owner = next((c for c in cls.__mro__ if "forward" in vars(c)), cls)
     wanted: Any = vars(owner).get("forward", owner)
-    if owner.__module__.startswith("torch."):  # a level of the U, which has no forward: the class says what is in it
+    if owner.__module__.startswith("torch."):  # a level of the UNet has no forward: show its whole class
         wanted = owner = cls
     if cls.__name__ == "AutoencoderKL":
         wanted, owner = cls.decode_frames, cls

@@ -1,4 +1,4 @@
-"""Where files come from and how they are read and written: hub, embedded models, configs, weights, videos.
+"""Finds, reads and writes files: hub, embedded models, configs, weights, videos.
 
-Nothing here knows a network or a pipeline: those call it.
+Networks and pipelines use these modules. The modules do not depend on any network or pipeline.
 """

@@ -1,4 +1,4 @@
-"""What a config.json may say: every field known, of the right type, and none passed over in silence."""
+"""Checks a config.json: every field must be known and have the right type. No field is ignored silently."""
 
 import math
 import typing
@@ -16,7 +16,7 @@ from minit2v_convert.rename import nearest
 
 from .fields import fits
 
-# Fields that describe a file's history, not a network.
+# Fields about the origin of a file, which do not describe the network.
 HISTORY = (
     "_class_name",
     "_diffusers_version",
@@ -28,16 +28,14 @@ HISTORY = (
     "model_type",
 )
 
-MOST_LAYERS = 64  # of anything: no published network has more, and a file with a wild number must not fill the memory
-
-
-LARGEST = 2**20  # of any other number: a vocabulary has 49,408
+MOST_LAYERS = 64  # more than in any published network; a larger number in a bad file would fill the memory
+LARGEST = 2**20  # the limit for all other numbers; a vocabulary has 49,408
 BROKEN = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError)
 
 
 @contextmanager
 def read_from(path: str | Path, kinds: tuple[type[Exception], ...] = BROKEN) -> Iterator[None]:
-    """Whatever fails because of what a file says is a ValueError in one line that names it."""
+    """Turn every error about a file's content into a ValueError in one line that names the file."""
     try:
         yield
     except kinds as error:
@@ -48,15 +46,15 @@ def read_from(path: str | Path, kinds: tuple[type[Exception], ...] = BROKEN) -> 
 
 
 def quoted(value: Any) -> str:
-    """What a file says, for messages: cut where it is long."""
+    """A value from a file for a message, cut if it is long."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def make_config(cls: type, values: Mapping[str, Any]) -> Any:
-    """An instance of the frozen dataclass `cls` from the fields of a config file. Raises ValueError on unknown ones."""
+    """An instance of the frozen dataclass `cls` from a config's fields. ValueError on unknown or wrong ones."""
     if "__dataclass_fields__" not in vars(cls):
-        raise ValueError(f"{cls.__name__} has no fields of its own without @dataclass(frozen=True) above it")
+        raise ValueError(f"{cls.__name__} is not a dataclass: write @dataclass(frozen=True) above it")
     hints = typing.get_type_hints(cls)
     known = [f.name for f in dataclass_fields(cls)]
     ours = {f.name for c in cls.__mro__ if c.__module__.startswith("minit2v.") and is_dataclass(c)
@@ -81,7 +79,7 @@ def make_config(cls: type, values: Mapping[str, Any]) -> Any:
 
 
 def _check_range(what: str, value: Any, low: int, high: int) -> None:
-    """ValueError on numbers that no network can have. A field of a user's own class may mean anything."""
+    """ValueError on numbers that no network can have. Not for the fields of a user's own class."""
     for n in (value, *_items(value)):
         if type(n) is int and not low <= n <= high:
             bound = f"at least {low}" if n < low else f"at most {high}"
@@ -97,12 +95,12 @@ def _items(value: Any) -> tuple[Any, ...]:
 
 
 def config_fields(config: Any) -> dict[str, Any]:
-    """A config's fields as JSON has them, with those of which only one value is supported."""
+    """A config's fields for JSON, together with the fields that have only one supported value."""
     return {**config.FIXED, **{f.name: getattr(config, f.name) for f in dataclass_fields(config)}}
 
 
 def _tuples(value: Any) -> Any:
-    if isinstance(value, np.generic):  # NumPy's numbers are numbers
+    if isinstance(value, np.generic):  # a NumPy number
         return value.item()
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
@@ -119,7 +117,7 @@ DTYPES = {
 
 
 def one_dtype(torch_dtype: torch.dtype | str | None = None, dtype: torch.dtype | str | None = None) -> torch.dtype:
-    """The one dtype that two spellings of one argument mean; float32 where neither is given."""
+    """The dtype from the arguments `torch_dtype` and `dtype`, which mean the same. float32 if neither is given."""
     dtypes = []
     for value in (torch_dtype, dtype):
         if value is not None:
@@ -128,5 +126,5 @@ def one_dtype(torch_dtype: torch.dtype | str | None = None, dtype: torch.dtype |
                 raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {value!r}{nearest(name, [*DTYPES])}")
             dtypes.append(DTYPES[name])
     if len(set(dtypes)) > 1:
-        raise ValueError(f"torch_dtype={torch_dtype} and dtype={dtype} are one argument: give one")
+        raise ValueError(f"torch_dtype={torch_dtype} and dtype={dtype} differ, but mean the same argument: give one")
     return dtypes[0] if dtypes else torch.float32

@@ -1,4 +1,4 @@
-"""The models that come with the package, which every `from_pretrained` knows by their names. No torch."""
+"""The embedded models, which come with the package. Every `from_pretrained` accepts their names. No torch here."""
 
 import errno
 import logging
@@ -13,10 +13,10 @@ HEADS = ("model_index.json", "config.json", "pytorch_lora_weights.safetensors") 
 
 
 def find(name: str | Path) -> Path | None:
-    """The folder of an embedded model, None where the name is of none.
+    """The folder of an embedded model, or None for any other name.
 
-    A folder here of that name that holds a model wins, and the log says so. Raises FileNotFoundError where the package
-    was installed without its models.
+    If the current folder has a model of that name, it is used instead, and the log says so. Raises FileNotFoundError
+    if the package was installed without its models.
     """
     if str(name) not in NAMES:
         return None
@@ -24,11 +24,12 @@ def find(name: str | Path) -> Path | None:
         _tell(Path(name).absolute())
         return None
     if not (folder := ASSETS / name).is_dir():
-        raise FileNotFoundError(errno.ENOENT, "the model of this package is not in this installation", str(folder))
+        raise FileNotFoundError(errno.ENOENT, "this installation lacks the embedded models; install it again",
+                                str(folder))
     return folder
 
 
 @cache
 def _tell(folder: Path) -> None:
-    """Once, though a pipeline asks for every component."""
-    logger.warning("%s is taken, not the embedded model %r: a folder wins.", folder, folder.name)
+    """Log it only once, although a pipeline asks for every component."""
+    logger.warning("The folder %s is used, not the embedded model %r.", folder, folder.name)

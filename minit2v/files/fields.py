@@ -1,4 +1,4 @@
-"""Whether a value is of the type that an annotation says. No torch."""
+"""Checks whether a value has an annotated type. This module does not import torch."""
 
 import types
 import typing
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether `value` is of the annotated type. An int is a float, a bool is not an int."""
+    """Whether `value` has the annotated type. An int counts as a float, but a bool does not count as an int."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, a) for a in args)

@@ -1,7 +1,7 @@
-"""Where files come from: a local folder, a model of this package, or a repository of the hub.
+"""Finds files in a local folder, in an embedded model, or in a repository on the Hugging Face hub.
 
-Bad content raises ValueError, a file that is missing FileNotFoundError, a file that cannot be written or fetched
-OSError: each in one line that names the file.
+Every error is one line that names the file. ValueError: bad content. FileNotFoundError: a missing file. OSError: a
+file that cannot be written or downloaded.
 """
 
 import glob
@@ -19,8 +19,8 @@ from minit2v_convert.stream import first_line, json_text, parse_json, replacing
 from . import embedded
 
 HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
-DIFFUSERS_VERSION = "0.30.0"  # the version whose file layout we write, as its own files say
-Choose = Callable[[Sequence[str]], Sequence[str]]  # the names of the files in a folder -> those that are needed
+DIFFUSERS_VERSION = "0.30.0"  # minit2v writes the file layout of this version
+Choose = Callable[[Sequence[str]], Sequence[str]]  # names of the files in a folder -> names of the needed files
 
 
 def find_folder(
@@ -34,11 +34,14 @@ def find_folder(
     token: str | bool | None = None,
     force_download: bool = False,
 ) -> tuple[Path, list[str]]:
-    """A folder on this machine that has the files which `choose` picks, and their names.
+    """A local folder with the files that `choose` picks, and the names of these files.
 
-    A local folder wins, then the name of an embedded model (`shapes`); anything else is a hub id, of which only the
-    chosen files are fetched. Without `choose`: the small files (.json, .txt). `choose` raises FileNotFoundError when
-    what it needs is not there.
+    path_or_id: a local folder, else the name of an embedded model (`shapes`), else a hub id ("owner/name"). From the
+    hub only the chosen files are downloaded. choose: the default picks the small files (.json, .txt); it raises
+    FileNotFoundError if a file that it needs is missing. The other arguments are those of huggingface_hub.
+
+    Raises FileNotFoundError if the folder, repository or file does not exist, OSError if a download fails, ValueError
+    if `path_or_id` is a file.
     """
     choose = choose or (lambda names: [n for n in names if n.endswith((".json", ".txt"))])
     repo, here = str(path_or_id), embedded.find(path_or_id) or Path(path_or_id).expanduser()
@@ -50,7 +53,7 @@ def find_folder(
     check_hub_id(repo)
 
     import huggingface_hub as hf
-    from huggingface_hub import constants  # no attribute of `hf` before somebody has imported it
+    from huggingface_hub import constants  # `hf.constants` exists only after this import
 
     offline = "local_files_only" if local_files_only else "HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else ""
     if not offline:
@@ -63,7 +66,7 @@ def find_folder(
     if offline:
         cached = _cached_snapshot(hf, repo, revision, cache_dir)
         if cached is None:
-            raise FileNotFoundError(f"{label} is not in the cache, and the hub is not asked: {offline}")
+            raise FileNotFoundError(f"{label} is not in the cache, and cannot be downloaded: {offline}")
         return _choose_in(cached, subfolder, choose, f"the cached copy of {label}")
 
     prefix = f"{subfolder}/" if subfolder else ""
@@ -85,9 +88,9 @@ def find_folder(
         )
     except Exception as error:
         _raise_refusal(error, repo, revision)
-        raise OSError(f"fetching {label} failed: {first_line(error)}") from error
-    if absent := [n for n in wanted if not (root / prefix / n).is_file()]:  # its answer when the line breaks down
-        raise OSError(f"fetching {label} failed: {', '.join(absent)} did not come")
+        raise OSError(f"downloading {label} failed: {first_line(error)}") from error
+    if absent := [n for n in wanted if not (root / prefix / n).is_file()]:  # the connection broke
+        raise OSError(f"downloading {label} failed: {', '.join(absent)} did not arrive")
     return root / prefix, wanted
 
 
@@ -100,9 +103,11 @@ def local(
     token: str | bool | None = None,
     force_download: bool = False,
 ) -> str | Path:
-    """What is no address, as it is. Of an address on huggingface.co: the path of the file, fetched; a repository's id.
+    """Resolve a URL on huggingface.co; anything else is returned unchanged.
 
-    revision: for such an id alone, the address of a file has its own. ValueError on any other address.
+    The URL of a file gives the path of the downloaded file. The URL of a repository gives its id. revision: used only
+    for a repository, because the URL of a file contains one. Raises ValueError on any other URL, FileNotFoundError if
+    the hub has no such file, OSError if the download fails.
     """
     url = re.fullmatch(r"(?s)([A-Za-z][\w+.-]+):/+([^/]*)/?([^?#]*).*", str(path_or_id))  # a Path has one slash
     if url is None or os.path.exists(path_or_id):
@@ -116,7 +121,7 @@ def local(
     if known and (len(where) == 2 or where[2:] == ["tree", revision or "main"]):
         return "/".join(where[:2])
     if not known or len(where) < 5 or where[2] not in ("blob", "resolve"):
-        raise ValueError(f"{path_or_id}: of addresses only those of files on huggingface.co are fetched, "
+        raise ValueError(f"{path_or_id}: only files on huggingface.co are downloaded, such as "
                          "https://huggingface.co/owner/name/blob/main/file; download others yourself")  # fmt: skip
     repo, revision, name = "/".join(where[:2]), where[3], "/".join(where[4:])
     try:
@@ -126,19 +131,19 @@ def local(
         _raise_refusal(error, repo, revision)
         if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
             raise FileNotFoundError(f"{repo} has no {name} in revision {revision!r}") from None
-        raise OSError(f"fetching {name} of {repo} failed: {first_line(error)}") from error
+        raise OSError(f"downloading {name} of {repo} failed: {first_line(error)}") from error
 
 
 def local_file(path: str | Path, **where: Any) -> Path:
-    """`local` for what is one file. ValueError on the address of a repository."""
+    """`local` for a single file. ValueError on the URL of a repository."""
     found = local(path, **where)
     if isinstance(found, str) and found != str(path):
-        raise ValueError(f"{path} is a repository, not a file: from_pretrained reads it, or give the address of a file")
+        raise ValueError(f"{path} is a repository, not a file: use from_pretrained, or give the URL of a file")
     return Path(found).expanduser()
 
 
 def check_hub_id(name: str) -> None:
-    """FileNotFoundError where this cannot be a repository of the hub: it was meant to be a folder, or a model here."""
+    """FileNotFoundError if the name cannot be a hub id. Then it was meant as a folder or an embedded model."""
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         near = nearest(name, embedded.NAMES)
         if not near and "/" not in name:
@@ -147,15 +152,14 @@ def check_hub_id(name: str) -> None:
 
 
 def _raise_refusal(error: Exception, repo: str, revision: str | None) -> None:
-    """Says in a line what the hub will not give. Other errors pass: the hub's library has had three HTTP libraries
-    below it, each with its own."""
+    """Raise a clear error if the hub refuses. Other errors, such as those of the network, are left to the caller."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
         raise OSError(f"{repo} is gated: accept its terms on its page, and log in or pass token=") from None
     if isinstance(error, errors.RepositoryNotFoundError):
         raise FileNotFoundError(
-            f"there is no folder {repo!r}, and the hub has no repository of that name (a private one needs token=)"
+            f"there is no folder {repo!r}, and no repository of that name on the hub (a private one needs token=)"
         ) from None
     if isinstance(error, errors.RevisionNotFoundError):
         raise FileNotFoundError(f"{repo} has no revision {revision!r}") from None
@@ -179,12 +183,12 @@ def _named(choose: Choose, names: Sequence[str], label: str) -> list[str]:
         return list(choose(names))
     except FileNotFoundError as error:
         if "model_index.json" in names:
-            raise FileNotFoundError(f"{label} is a whole pipeline: pass subfolder= for one of its parts") from None
+            raise FileNotFoundError(f"{label} is a complete pipeline: pass subfolder= for one of its parts") from None
         raise FileNotFoundError(f"{label} has no {error}") from None
 
 
 def _cached_snapshot(hf: Any, repo: str, revision: str | None, cache_dir: str | Path | None) -> Path | None:
-    """The folder of the cache that holds this revision: <cache>/models--owner--name/snapshots/<commit>."""
+    """The folder of this revision in the cache: <cache>/models--owner--name/snapshots/<commit>."""
     folder = Path(cache_dir or hf.constants.HF_HUB_CACHE) / ("models--" + repo.replace("/", "--"))
     ref = folder / "refs" / (revision or "main")
     snapshot = folder / "snapshots" / (ref.read_text() if ref.is_file() else revision or "main")
@@ -192,7 +196,7 @@ def _cached_snapshot(hf: Any, repo: str, revision: str | None, cache_dir: str | 
 
 
 def need(*wanted: str) -> Choose:
-    """Chooses exactly these files."""
+    """A `choose` that needs exactly these files."""
 
     def choose(names: Sequence[str]) -> Sequence[str]:
         for name in wanted:
@@ -204,7 +208,7 @@ def need(*wanted: str) -> Choose:
 
 
 def choose_weights(weights_name: str, variant: str | None, use_safetensors: bool | None) -> Choose:
-    """config.json and the weights: `.safetensors` before `.bin`, one file before shards."""
+    """A `choose` for config.json and the weights. It prefers `.safetensors` to `.bin`, and one file to shards."""
     v = f".{variant}" if variant else ""
     kinds = [(weights_name, "safetensors"), (weights_name if weights_name != "model" else "pytorch_model", "bin")]
     if use_safetensors is not None:
@@ -215,7 +219,7 @@ def choose_weights(weights_name: str, variant: str | None, use_safetensors: bool
         for name, kind in kinds:
             if f"{name}{v}.{kind}" in names:
                 return [*config, f"{name}{v}.{kind}"]
-            # The variant stands before the number, in files of before 2025 behind it.
+            # The variant is before the number, and in files from before 2025 after it.
             number, v_ = r"-(\d{5})-of-(\d{5})", re.escape(v)
             shard = re.compile(rf"{re.escape(name)}(?:{v_}{number}|{number}{v_})\.{kind}")
             if shards := sorted((n, m) for n in names if (m := shard.fullmatch(n))):
@@ -231,15 +235,16 @@ def choose_weights(weights_name: str, variant: str | None, use_safetensors: bool
 
 
 def read_json(path_or_id: str | Path, name: str, *, subfolder: str | None = None, **where: Any) -> dict[str, Any]:
-    """The object in a JSON file of a folder or hub repository; `where` as in `find_folder`."""
+    """The object in a JSON file of a folder or hub repository. where: as in `find_folder`."""
     folder, _ = find_folder(path_or_id, subfolder, need(name), **where)
     return parse_json(folder / name)
 
 
 def find_config(config: str | Path | Mapping[str, Any], component: str, **where: Any) -> tuple[dict[str, Any], str]:
-    """The config.json of a component, and where it is: of a pipeline's folder or hub id, of its own, or that file.
+    """The content of a component's config.json, and its path.
 
-    A dictionary is itself; `where` as in `find_folder`.
+    config: the folder or hub id of a pipeline or of the component, the file itself, or its content as a dictionary.
+    where: as in `find_folder`. Raises FileNotFoundError if there is no such file.
     """
     from minit2v_convert.convert import config_in
 

@@ -1,4 +1,4 @@
-"""Folders of a model that change as a whole."""
+"""Saves a model's folder so that all its files change together."""
 
 import logging
 import os
@@ -14,23 +14,23 @@ from minit2v_convert.stream import ended_cleanly, shown
 
 logger = logging.getLogger(__name__)
 
-# Says which file has which tensor, where they are in shards. The variant has two places.
+# The index of shards, which names the file of each tensor. The variant can be at two places in its name.
 LIST = re.compile(rf"(?:{'|'.join(STEMS)})(?:\.(?P<v>[\w-]+))?\.(?:safetensors|bin)\.index"
                   r"(?:\.(?P<v_behind>[\w-]+))?\.json")  # fmt: skip
-# Without these nothing loads. So they go first and come last, the index after all others.
+# Nothing loads without these files. So the old ones are removed first, and the new ones come last.
 HEADS = ("tokenizer.json", "vocab.json", "config.json", "model_index.json")
 
 
 @contextmanager
 def filling(folder: str | Path) -> Iterator[Path]:
-    """A new folder to write to; when the block has gone well, its files take their places in `folder` together.
+    """Yield a new folder to write to. When the block succeeds, its files move into `folder` together.
 
-    Until then nothing in `folder` changes, and where it did not exist, it appears whole. A kill in the very moment of
-    the change leaves a folder that does not load; it never leaves a mix of old and new. What would be read in the place
-    of the new files is removed: weights of the same variant in another kind of file, or in shards. All else stays.
-    OSError names `folder`, or what in it is in the way.
+    Until then nothing in `folder` changes. If `folder` did not exist, it appears complete. A kill during the move
+    leaves a folder that does not load, and never a mix of old and new files. Old files that would be read instead of
+    the new ones are removed: weights of the same variant in another file format, or in shards. Other files stay.
+    OSError names `folder`, or the file that is in the way.
     """
-    folder = Path(os.path.realpath(folder))  # of a link, what it leads to
+    folder = Path(os.path.realpath(folder))  # follow links
     name = f".{folder.name[:30]}-{secrets.token_hex(16)}"
     new = folder / name if folder.is_dir() else folder.with_name(name)
     with ended_cleanly():
@@ -49,7 +49,7 @@ def filling(folder: str | Path) -> Iterator[Path]:
 
 def _put(new: Path, folder: Path) -> None:
     if not folder.exists():
-        with suppress(OSError):  # somebody has made it meanwhile
+        with suppress(OSError):  # another process may have made it
             new.rename(folder)
             return
     files = [p.relative_to(new) for p in new.rglob("*") if p.is_file()]
@@ -65,14 +65,14 @@ def _put(new: Path, folder: Path) -> None:
             if p.name in HEADS:
                 (folder / p).unlink(missing_ok=True)
         for p in _superseded(files, folder):
-            logger.warning("%s is removed: it would be read in the place of what is saved.", shown(folder / p))
+            logger.warning("%s is removed, because it would be read instead of the saved files.", shown(folder / p))
             (folder / p).unlink()
         for p in files:
             os.replace(new / p, folder / p)
 
 
 def _superseded(files: list[Path], folder: Path) -> list[Path]:
-    """What is read before, or beside, the new files, and is not among them."""
+    """Old files that would be read instead of, or together with, the new files."""
     old: list[Path] = []
     for place in {p.parent for p in files}:
         mine = {p.name for p in files if p.parent == place}
@@ -88,9 +88,9 @@ def _superseded(files: list[Path], folder: Path) -> list[Path]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Of two who save into one folder, one waits; on Windows, and on disks without locks, they must not meet.
+    """Lock a folder, so that two processes do not save into it at the same time: the second one waits.
 
-    The lock ends with the process, however that ends.
+    Windows, and disks without locks, give no such protection. The lock ends when the process ends, also by a kill.
     """
     try:
         import fcntl

@@ -1,6 +1,6 @@
-"""Files of weights, opened without being read, and strict loading: a model is made on `meta` and filled once.
+"""Opens checkpoint files without reading them, and loads weights strictly into a model that was made on `meta`.
 
-Bad content raises ValueError in one line that names the file.
+Bad content raises ValueError, with a message of one line that names the file.
 """
 
 import logging
@@ -19,9 +19,9 @@ logger = logging.getLogger(__name__)
 
 
 def open_weights(path: Path, mmap: bool = True) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` or `torch.save` file under their names, memory-mapped; copies with mmap=False.
+    """{name: tensor} of a `.safetensors` or `torch.save` file, memory-mapped. With mmap=False they are copies.
 
-    A pickle may hold tensors and what trainers put around them. ValueError in one line that says what else it is.
+    A pickle may hold tensors and the usual containers of trainers. Anything else in it raises ValueError.
     """
     return open_file(path, mmap).tensors
 
@@ -29,11 +29,11 @@ def open_weights(path: Path, mmap: bool = True) -> dict[str, Tensor]:
 def fill(
     model: nn.Module, layout: Layout, files: Sequence[Path], dtype: torch.dtype, strict: bool = True, mmap: bool = True
 ) -> None:
-    """Give a model on `meta` the weights of `files`, strictly. ValueError in one line where they do not fit it.
+    """Load the weights of `files` into a model on `meta`. ValueError if names or shapes do not fit the model.
 
-    layout: from the names in the files to the model's own. strict: False for a model that has its initial values, and
-    keeps those of parameters that the files lack: the log names them. What the model does not know stays an error.
-    mmap: False copies the weights, and raises ValueError where a file changes meanwhile.
+    layout: maps the names in the files to the model's own. strict: with False, parameters that are missing in the
+    files keep their initial values, and the log names them; unknown tensors stay an error. mmap: with False the
+    weights are copied, and a file that changes during the copy raises ValueError.
     """
     label = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
     fill_from(model, layout, label, lambda: _open_all(files, mmap), dtype, strict)
@@ -47,10 +47,10 @@ def fill_from(
     dtype: torch.dtype,
     strict: bool = True,
 ) -> None:
-    """`fill` with the tensors that `open_all` gives, mapped anew each time; label: where they are from.
+    """`fill` with the tensors from `open_all`, which maps them again at each call. label: their file, for messages.
 
-    Tensors that have `dtype` stay mapped. The others are cast one by one, and what has been read for that is let go
-    every 256 MiB: at no time are there two copies of more than one tensor.
+    Tensors that have `dtype` already stay memory-mapped. The others are cast one by one. After every 256 MiB the files
+    are mapped again, which frees the pages that were read.
     """
     tensors = open_all()
     expected = model.state_dict()
@@ -74,7 +74,7 @@ def fill_from(
             _list_some(len(shapes), "of another shape", shapes),
         ]
         a_fork = bool(own.intersection(lacking)) or "layout" not in vars(type(model))
-        hint = "; with strict=False they would keep their initialisation" * (a_fork and not unknown and not shapes)
+        hint = "; with strict=False they keep their initial values" * (a_fork and not unknown and not shapes)
         raise ValueError(f"{label} does not fit {type(model).__name__}: {'; '.join(f for f in faults if f)}{hint}")
 
     ready = {name: x.to(dtype) if x.is_floating_point() else x for name, x in expected.items() if name in lacking}
@@ -95,15 +95,19 @@ def fill_from(
     model.load_state_dict(ready, assign=True)
     for name, value in chain(model.named_parameters(), model.named_buffers()):
         if value.is_meta:
-            raise RuntimeError(f"{type(model).__name__}: {name} has no values after loading; is it a hidden buffer?")
+            raise RuntimeError(f"{type(model).__name__}: {name} has no values after loading; if it is a buffer with "
+                               "persistent=False, make it persistent")
     if missing:
         more = f" and {len(missing) - 20} more" if len(missing) > 20 else ""
-        logger.warning("%s lacks %d tensors of %s, which keep their initialisation: %s%s", label, len(missing),
+        logger.warning("%s lacks %d tensors of %s, which keep their initial values: %s%s", label, len(missing),
                        type(model).__name__, ", ".join(missing[:20]), more)  # fmt: skip
 
 
 class Weightless(TorchFunctionMode):
-    """While networks are built on `meta`: no random numbers. (To draw none, PyTorch would import its compiler: 3 s.)"""
+    """Skips random initialisation while networks are built on `meta`.
+
+    There it would only make PyTorch import its compiler, which takes 3 s.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", "") == "torch.nn.init":
@@ -116,21 +120,21 @@ def _open_all(files: Sequence[Path], mmap: bool) -> dict[str, Tensor]:
     for path in files:
         for name, value in open_weights(path, mmap).items():
             if name in tensors:
-                raise ValueError(f"{path} repeats {name!r}, which another shard has")
+                raise ValueError(f"{path} repeats {name!r}, which another shard also has")
             tensors[name] = value
     return tensors
 
 
 def _list_some(count: int, what: str, items: Iterable[str]) -> str:
-    """"2 missing ('a', 'b')", of many the first three."""
+    """For example "2 missing ('a', 'b')". At most three are shown."""
     shown = ", ".join(item for item, _ in zip(items, range(3), strict=False))
     return f"{count} {what} ({shown}{', ...' if count > 3 else ''})" if count else ""
 
 
 def first_nonfinite(model: nn.Module) -> str | None:
-    """The diffusers name of the first parameter that holds NaN or infinity.
+    """The diffusers name of the first parameter that holds NaN or infinity, or None.
 
-    For outputs that are not finite: tensors that stay mapped are not looked at when they are loaded.
+    It is called when an output is not finite, because memory-mapped tensors are not checked when they are loaded.
     """
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not torch.isfinite(value).all():

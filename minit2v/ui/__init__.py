@@ -1,4 +1,4 @@
-"""The page of `minit2v ui`: `work.py` does what its buttons ask for, and `page.py` lays them out with Gradio.
+"""The page of `minit2v ui`: `page.py` arranges it with Gradio, and `work.py` has the functions of its buttons.
 
-The page runs the commands of `minit2v/cli`, so a video of the page and one of the command line are the same.
+The page runs the commands of `minit2v/cli`. So the page and the command line make the same videos.
 """

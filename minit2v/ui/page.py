@@ -1,6 +1,6 @@
-"""The page: what is on it, and which function of `work.py` each button calls.
+"""The page: its fields and buttons, and the function of `work.py` that each button calls.
 
-Gradio shows it. `Guard` stands before Gradio and lets through what this page needs, and no more.
+Gradio shows the page. `Guard` checks every request before Gradio, and accepts only those that this page needs.
 """
 
 import os
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Before Gradio is imported, which reads them: no telemetry, no look for newer versions.
+# No telemetry, and no check for newer versions. Gradio reads these variables when it is imported.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -21,8 +21,8 @@ from ..cli.messages import one_line  # noqa: E402
 from .work import COMMANDS, FIELDS, SOLVERS, Cancelled, Form, Made, Work, describe  # noqa: E402
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
-OWN = "the model's"  # of a menu: leave it to the command
-# The browser asks nobody but this server, whatever is on the page.
+OWN = "the model's"  # the first choice of a menu: the command's default
+# The browser may load only from this server.
 POLICY = ("default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
           "style-src 'self' 'unsafe-inline'; frame-ancestors 'none'")  # fmt: skip
 CLOSED = re.compile(r"/(proxy=|stream/|deep_link|runs|run-history|custom_component|dev/|info|openapi|docs|redoc|mcp)")
@@ -41,7 +41,7 @@ CSS = """
 
 
 class Guard:
-    """Refuses other hosts' names, files outside the output folder, addresses, and doors of Gradio that stay unused."""
+    """Refuses requests with another host name, for files outside the output folder, and for unused parts of Gradio."""
 
     def __init__(self, app: Any, work: Work, hosts: tuple[str, ...]):
         self.app, self.work, self.hosts = app, work, hosts
@@ -64,7 +64,7 @@ class Guard:
     def is_allowed(self, scope: Any) -> bool:
         host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
         if self.hosts and re.sub(r":\d*$", "", host).strip("[]") not in self.hosts:
-            return False  # a name that leads here: another site's script would ask under it (DNS rebinding)
+            return False  # DNS rebinding: a script of another site reaches this server under the site's name
         path = scope["path"]
         name = re.search(r"/file[=/](.*)", path, re.DOTALL)
         if name is not None:
@@ -77,9 +77,9 @@ class Guard:
 
 @contextmanager
 def serve(work: Work, host: str, port: int) -> Iterator[str]:
-    """Opens the page, and gives its address. Afterwards it is closed.
+    """Serves the page inside a `with` block, and yields its address.
 
-    port: 0 takes a free one. OSError where it is taken.
+    port: 0 takes a free one. Raises OSError if the port is taken.
     """
     before = os.environ.get("GRADIO_TEMP_DIR")
     os.environ["GRADIO_TEMP_DIR"] = str(work.cache)
@@ -170,7 +170,7 @@ def lay_out(work: Work) -> gr.Blocks:
             return form
 
         def values_of(form: Form) -> list[Any]:
-            """A form, and for each input what it shows then."""
+            """The update of each input that shows this form."""
             def value(name: str, field: Any) -> Any:
                 if name == "video":
                     return gr.update(value=str(work.inside(form[name])) if form.get(name) else None)
@@ -214,7 +214,7 @@ def lay_out(work: Work) -> gr.Blocks:
                         picture = {preview: gr.update(value=update.preview, visible=True)} if update.preview else {}
                         yield picture | {state: said(part if update.done < update.steps else "writing the video")}
             except Cancelled:
-                yield ended | {state: said("cancelled; nothing is left of it")}
+                yield ended | {state: said("cancelled; no file is left")}
             except ValueError as e:
                 yield ended | {state: said(f"error: {e}")}
 
@@ -261,5 +261,5 @@ def lay_out(work: Work) -> gr.Blocks:
 
 
 def said(*lines: str) -> str:
-    """Lines as Markdown shows them unchanged: they may have names and prompts of others."""
+    """Lines escaped for Markdown, because they may contain names and prompts from files of other people."""
     return "<br>".join(re.sub(r"[^\w ,.:;-]", lambda mark: f"&#{ord(mark[0])};", line) for line in lines)

@@ -1,6 +1,6 @@
-"""What a press of a button on the page does. No Gradio here.
+"""The functions of the page's buttons. This module does not use Gradio.
 
-A form of the page becomes the words of a command: `minit2v generate`, `restyle` or `animate` then makes the video.
+A form of the page becomes the arguments of `minit2v generate`, `restyle` or `animate`, which makes the video.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from ..schedulers.names import NAMES, solver_of
 
 COMMANDS = ("generate", "restyle", "animate")
 SOLVERS = [row.name for row in NAMES]
-# The fields of a form, and which command has them. Empty ones are left to the command's defaults.
+# The fields of a form, and the commands that have them. An empty field takes the command's default.
 FIELDS = {
     "prompt": COMMANDS, "negative_prompt": COMMANDS, "model": ("generate", "restyle"), "base": ("animate",),
     "adapter": ("animate",), "video": ("restyle", "animate"), "strength": ("restyle", "animate"),
@@ -41,22 +41,22 @@ FIELDS = {
     "seed": COMMANDS, "height": COMMANDS, "width": COMMANDS, "fps": COMMANDS, "lora": COMMANDS,
     "motion_lora": ("animate",),
 }  # fmt: skip
-# What a file says of where and how it was computed. The page decides that anew.
+# Settings in a file about how it was computed. The page does not repeat them.
 OF_A_RUN = ("minit2v", "versions", "device", "dtype", "kernels", "video_sha256", "optimize")
-PREVIEWS, PREVIEW_FRAMES, SIDE = 8, 3, 128  # previews of a video, frames in each, pixels of a frame's side at least
-CACHE = ".page"  # in the output folder: what the browser has sent, and what is sent to it
-SOURCES = "sources"  # in the output folder: videos to begin with
+PREVIEWS, PREVIEW_FRAMES, SIDE = 8, 3, 128  # previews per video, frames per preview, smallest side in pixels
+CACHE = ".page"  # a folder in the output folder, for files that the browser sends or receives
+SOURCES = "sources"  # a folder in the output folder, for input videos
 
 Form = dict[str, Any]
 
 
 class Cancelled(BaseException):
-    """Raised in the middle of a video. No `Exception`, as nothing has failed."""
+    """Raised while a video is made, to stop it. It is not an `Exception`, because nothing has failed."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """done, steps: how many steps are made, of how many. preview: frames side by side, where there are new ones."""
+    """`done` of `steps` denoising steps are done. preview: frames side by side, or None if there is no new one."""
 
     done: int
     steps: int
@@ -65,7 +65,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Made:
-    """A whole video. warnings: what the command had to say."""
+    """A finished video. warnings: those that the command has printed."""
 
     path: Path
     seconds: float
@@ -73,10 +73,10 @@ class Made:
 
 
 class Work:
-    """An output folder, the models that may be used, and at most one video in the making.
+    """An output folder, the models that may be used, and at most one video that is being made.
 
-    folder: the only folder that is read and written, besides the models. Names of models are folders, files or hub
-    ids; the embedded models are always there. Nothing that a form says leads to another model.
+    folder: besides the models, only this folder is read and written. Models are given as folders, files or hub ids.
+    The embedded models are always offered. A form cannot load any other model.
     """
 
     def __init__(self, folder: Path, models: Sequence[str] = (), bases: Sequence[str] = (),
@@ -85,7 +85,7 @@ class Work:
         self.folder, self.device = Path(os.path.realpath(folder)), device
         self.cache = self.folder / CACHE
         self.cache.mkdir(exist_ok=True)
-        batches.remove_left_over(self.folder)  # of a page that was killed
+        batches.remove_left_over(self.folder)  # unfinished files of a page that was killed
         self.offered = {"model": ["shapes", *map(_found_again, models)],
                         "base": ["shapes-image", *map(_found_again, bases)],
                         "adapter": list(map(_found_again, adapters)),
@@ -96,12 +96,12 @@ class Work:
     # Videos ----------------------------------------------------------------------------------------------------------
 
     def make(self, form: Form) -> Iterator[Update | Made]:
-        """The video of a form, with updates while it is made. Raises ValueError, in one line, or Cancelled.
+        """Make the video of a form, and yield updates. Raises ValueError, with a message of one line, or Cancelled.
 
-        The work goes on, and is cancelled, whether or not anybody reads the updates.
+        The video is made in a thread of its own, also if nobody reads the updates.
         """
         if not self._busy.acquire(blocking=False):
-            raise ValueError("another video is being made: wait until it is ready, or cancel it")
+            raise ValueError("another video is being made: wait until it is finished, or cancel it")
         try:
             args = videos.parse(self._words(form))
             self._cancel.clear()
@@ -112,22 +112,23 @@ class Work:
         return job.updates()
 
     def cancel(self) -> bool:
-        """Ends the video in the making, of which nothing is left. Whether there was one."""
+        """Stop the video that is being made. No file of it is left. Returns whether there was one."""
         self._cancel.set()
         return self._busy.locked()
 
     def end(self) -> None:
-        """Before the process ends: the video in the making is cancelled, and cleans up."""
+        """Cancel the video that is being made, and wait until its files are removed. Call it before the process ends.
+        """
         if self.cancel() and self._busy.acquire(timeout=60):
             self._busy.release()
 
     def _words(self, form: Form) -> list[str]:
-        """The form as words of a command. ValueError where a value is not one of those offered, or no value at all."""
+        """The form as arguments of a command. ValueError if a value is not offered or not valid."""
         command = form.get("command")
         if command not in COMMANDS:
-            raise ValueError(f"{command!r} is none of {', '.join(COMMANDS)}")
+            raise ValueError(f"unknown command {command!r}; the commands are {', '.join(COMMANDS)}")
         if unknown := sorted(form.keys() - FIELDS.keys() - {"command"}):
-            raise ValueError(f"a form has no field {unknown[0]!r}")
+            raise ValueError(f"the page has no field {unknown[0]!r}")
         given = {name: value for name, value in form.items()
                  if value not in (None, "", {}) and command in FIELDS.get(name, ())}  # fmt: skip
         prompt = str(given.pop("prompt", "")).strip()
@@ -167,10 +168,10 @@ class Work:
     # The folder ------------------------------------------------------------------------------------------------------
 
     def inside(self, name: str) -> Path:
-        """A file in the output folder, without links. ValueError on every other path."""
+        """The path of a file in the output folder, with links resolved. ValueError for every other path."""
         path = Path(os.path.realpath(self.folder / name)) if "\0" not in name else Path()
         if not path.is_relative_to(self.folder) or not path.is_file():
-            raise ValueError(f"{name!r} is no file in {self.folder}")
+            raise ValueError(f"{name!r} is not a file in {self.folder}")
         return path
 
     def videos(self, most: int = 24) -> list[Path]:
@@ -183,7 +184,7 @@ class Work:
         return [path for _, path in sorted(found, reverse=True)[:most]]
 
     def caption(self, path: Path) -> str:
-        """The settings of a video of the folder in one line, or its name where it has none."""
+        """The settings of a video of the folder in one line, or its name if it has none."""
         try:
             key = path.name, path.stat().st_mtime_ns
             if key not in self._captions:
@@ -193,9 +194,9 @@ class Work:
             return path.name
 
     def keep(self, upload: str) -> str:
-        """Copies a video that the browser has sent, which the cache may lose, and returns its name in the folder.
+        """Copy a video from the browser into the folder, and return its name there.
 
-        So `restyle` can be repeated from the settings in its video.
+        The cache may be emptied. With the copy, a `restyle` can be made again from the settings in its video.
         """
         path = self.inside(upload)
         with path.open("rb") as file:
@@ -212,10 +213,10 @@ class Work:
     # Settings --------------------------------------------------------------------------------------------------------
 
     def settings(self, name: str) -> tuple[Form, list[str]]:
-        """The form that makes a video of the folder again, and what in its settings the page cannot repeat.
+        """The form that makes a video of the folder again, and the settings that the page cannot repeat.
 
-        ValueError where no settings are stored in it. Whoever made the file may have written anything there: every
-        value goes through the command line's parser, and models are only those that are offered.
+        ValueError if no valid settings are stored in the file. A file from somebody else may contain anything. So
+        every value goes through the command line's parser, and only offered models are accepted.
         """
         path = self.inside(name)
         stored = read_metadata(path)
@@ -241,7 +242,7 @@ class Work:
                 lost += [f"{key} {e['path']}" for e in value if e["path"] not in there]
             elif key in self.offered:
                 if key == "adapter" and value == "shapes-motion" and stored.get("base") == "shapes-image":
-                    continue  # the command's own choice
+                    continue  # it is the command's default
                 if value in self.offered[key]:
                     form[key] = value
                 else:
@@ -270,7 +271,7 @@ def describe(stored: Mapping[str, Any]) -> str:
 
 
 def _found_again(name: str) -> str:
-    """A path from any folder, as it is stored in videos; an embedded model or hub id as it is."""
+    """An absolute path, as it is stored in videos. The name of an embedded model or a hub id stays as it is."""
     path = Path(name).expanduser()
     return os.path.abspath(path) if embedded.find(name) is None and path.exists() else name
 
@@ -279,7 +280,7 @@ def _found_again(name: str) -> str:
 
 
 class _Warnings:
-    """stderr, of which the command's warnings are kept."""
+    """A stream that passes text on to stderr, and keeps the command's warnings."""
 
     def __init__(self, stream: Any):
         self.stream, self.kept = stream, list[str]()
@@ -295,14 +296,14 @@ class _Warnings:
 
 @dataclass
 class _Job:
-    """A command in a thread of its own; it is the `videos.Watch` of it."""
+    """A command that runs in its own thread, and the `videos.Watch` that follows it."""
 
     args: Any
     cancel: threading.Event
     release: Callable[[], None]
     said: "queue.SimpleQueue[Update | Made | BaseException]" = field(default_factory=queue.SimpleQueue)
     steps: int = 0
-    guess: torch.Tensor | None = None  # of x_0, by the last step
+    guess: torch.Tensor | None = None  # the last step's estimate of x_0
 
     def __post_init__(self) -> None:
         self.began = time.monotonic()
@@ -324,12 +325,12 @@ class _Job:
         end: Made | BaseException
         warnings = _Warnings(sys.stderr)
         try:
-            self.args.usage_error = _refuse  # argparse's would end the process
+            self.args.usage_error = _refuse  # argparse's own method would end the process
             with redirect_stderr(warnings):
                 videos.run(self.args, self)
             assert self.path is not None
             end = Made(self.path, time.monotonic() - self.began, warnings.kept)
-        except BaseException as e:  # whatever it is, the page says it and the next video can be made
+        except BaseException as e:  # the page shows every error, and the next video can be made
             end = e
         self.guess = None
         self.release()
@@ -352,7 +353,7 @@ class _Job:
         def kept(eps: Any, t: Any, x: Any, *args: Any, **kw: Any) -> Any:
             out = step(eps, t, x, *args, **kw)
             self.guess = out.pred_original_sample
-            if self.guess is None:  # of the last prediction alone, where the solver names no guess
+            if self.guess is None:  # this solver gives no x0: compute it from the prediction
                 noise, now = solver._upcast(eps, x)
                 self.guess = solver._x0_and_eps(noise, now, *solver._levels(now, t))[0]
             return out
@@ -382,7 +383,7 @@ def _refuse(message: str) -> None:
 
 
 def picture(pipe: Any, x: torch.Tensor) -> Image.Image:
-    """Latents (1 c f h w) -> some of their frames, decoded, side by side."""
+    """Latents (1 c f h w) -> an image of some of their frames, decoded, side by side."""
     total = x.shape[2]
     chosen = sorted({round(k * (total - 1) / max(1, PREVIEW_FRAMES - 1)) for k in range(PREVIEW_FRAMES)})
     images = pixels.from_tensor(pipe.decode_latents(x[:, :, chosen], len(chosen)), "pil")[0]

@@ -91,7 +91,7 @@ def test_what_it_cannot_say_is_noted():
     _, notes = configuration.write(
         {**configs.UNET3D, "norm_num_groups": 8},
         {"beta_schedule": "linear", "rescale_betas_zero_snr": True, "prediction_type": "flow"})  # fmt: skip
-    assert [n.removeprefix("configuration.json: cannot say ") for n in notes] == [
+    assert [n.removeprefix("configuration.json cannot store ") for n in notes] == [
         "norm_num_groups 8; in the authors' code it is 32", "prediction_type 'flow'",
         "beta_schedule 'linear'; in the authors' code it is 'scaled_linear'", "rescale_betas_zero_snr"]  # fmt: skip
 
@@ -99,16 +99,16 @@ def test_what_it_cannot_say_is_noted():
 @pytest.mark.parametrize(("where", "name", "value", "says"), [
     ("model_cfg", "unet_dims", 3, r"the unknown field 'unet_dims' \(nearest: 'unet_dim'\)"),
     ("model_args", "ckpt_vae", "x", r"the unknown field 'ckpt_vae'"),
-    ("model_args", "ckpt_unet", "../x.pth", "ckpt_unet should be the name of a file beside it, not '../x.pth'"),
+    ("model_args", "ckpt_unet", "../x.pth", "ckpt_unet must be the name of a file in the same folder, not '../x.pth'"),
     ("model_cfg", "unet_dim", None, "model_cfg has no 'unet_dim'"),
-    ("model_cfg", "unet_dim", "320", "unet_dim should be a whole number, not '320'"),
-    ("model_cfg", "unet_dim_mult", 4, "unet_dim_mult should be a list of numbers, not 4"),
-    ("model_cfg", "unet_attn_scales", [1, 0.3], "unet_attn_scales has 0.3, and the 4 levels are of the scales"),
-    ("model_cfg", "unet_num_heads", 4, "only unet_num_heads 8 is known here, not 4"),
-    ("model_cfg", "temporal_attention", "False", "only temporal_attention 'True' is known here, not 'False'"),
+    ("model_cfg", "unet_dim", "320", "unet_dim must be a whole number of at least 1, not '320'"),
+    ("model_cfg", "unet_dim_mult", 4, "unet_dim_mult must be a list of numbers, not 4"),
+    ("model_cfg", "unet_attn_scales", [1, 0.3], "unet_attn_scales has 0.3, but the 4 levels have the scales"),
+    ("model_cfg", "unet_num_heads", 4, "unet_num_heads must be 8, not 4"),
+    ("model_cfg", "temporal_attention", "False", "temporal_attention must be 'True', not 'False'"),
     ("model_cfg", "mean_type", "x_{t-1}", "mean_type 'x_{t-1}' is not among eps, x0, v"),
-    (None, "type", "image-to-video", "the configuration of a 'image-to-video', not of a 'latent-text-to-video-syn"),
-    (None, "model_cfg", [], "it has no object 'model_cfg'"),
+    (None, "type", "image-to-video", "model.type must be 'latent-text-to-video-synthesis', not 'image-to-video'"),
+    (None, "model_cfg", [], "the object 'model_cfg' is missing"),
 ])  # fmt: skip
 def test_a_configuration_that_is_not_quite_right(where, name, value, says):
     content = deepcopy(PUBLISHED)
@@ -177,7 +177,7 @@ def test_it_is_checked_against_the_weights(authors, tmp_path):
     shutil.copytree(authors, folder := tmp_path / "o")
     path = folder / "configuration.json"
     changed(path, unet_dim=48)
-    with pytest.raises(ValueError, match=r"configuration.json says block_out_channels \[48, 96\], and the weights in .*"
+    with pytest.raises(ValueError, match=r"configuration.json has block_out_channels \[48, 96\], but the weights in .*"
                                          r"text2video_pytorch_model.pth have \[32, 64\]"):  # fmt: skip
         convert(folder, tmp_path / "x")
     changed(path, unet_dim=32, unet_attn_scales=[1, 0.5])
@@ -185,10 +185,10 @@ def test_it_is_checked_against_the_weights(authors, tmp_path):
         components(folder)
     changed(path, unet_attn_scales=[1], ckpt_autoencoder="open_clip_pytorch_model.bin")
     changed(path, ckpt_clip="VQGAN_autoencoder.pth")
-    with pytest.raises(ValueError, match="VQGAN_autoencoder.pth is the vae, for which configuration.json names"):
+    with pytest.raises(ValueError, match="VQGAN_autoencoder.pth is the vae, but for it configuration.json names"):
         components(folder)
     changed(path, ckpt_autoencoder="VQGAN_autoencoder.pth", ckpt_clip="open_clip_pytorch_model.bin", unet_num_heads=4)
-    with pytest.raises(ValueError, match=r"o/configuration.json: only unet_num_heads 8 is known here") as error:
+    with pytest.raises(ValueError, match=r"o/configuration.json: unet_num_heads must be 8") as error:
         components(folder)
     assert str(error.value).count("configuration.json") == 1
     path.write_text("{")
@@ -220,7 +220,7 @@ def test_it_is_inspected(authors, tmp_path):
     changed(folder / "configuration.json", unet_out_dim=4)
     (folder / "VQGAN_autoencoder.pth").unlink()
     lines, good = report(str(folder))
-    assert not good and "configuration.json: VQGAN_autoencoder.pth is not there" in lines
+    assert not good and "configuration.json: the file VQGAN_autoencoder.pth is missing" in lines
 
 
 def test_it_is_run(folder, authors, tmp_path):

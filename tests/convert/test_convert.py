@@ -74,7 +74,7 @@ def test_a_folder_to_a_single_file_and_back(image_model, tmp_path, name):
     for part in CLASSES:
         config = json.loads((image_model / part / "config.json").read_text())
         assert config.items() <= json.loads((out / part / "config.json").read_text()).items()
-    assert not any("is not of the published size" in note for note in work.notes)
+    assert not any("does not have the published size" in note for note in work.notes)
     assert not list(tmp_path.glob(".*"))
 
 
@@ -83,7 +83,7 @@ def test_modelscope_s_files_and_back(video_model, tmp_path):
     assert sorted(p.name for p in (tmp_path / "authors").iterdir()) == [
         "VQGAN_autoencoder.pth", "configuration.json", "text2video_pytorch_model.pth"]  # fmt: skip
     assert any("keep the authors' file" in note for note in work.notes)
-    assert "configuration.json: cannot say norm_num_groups 8; in the authors' code it is 32" in work.notes
+    assert "configuration.json cannot store norm_num_groups 8; in the authors' code it is 32" in work.notes
     work = convert(tmp_path / "authors", tmp_path / "again", config=video_model)
     for part in ("unet", "vae"):
         same(weights(tmp_path / "again" / part), weights(video_model / part))
@@ -119,7 +119,7 @@ def test_what_is_not_converted_stays_too(single, tmp_path):
                 "model_ema." + name.removeprefix("model.").replace(".", ""): tensors[name] + 1}  # fmt: skip
     torch.save({"state_dict": tensors, "epoch": 3}, tmp_path / "model.ckpt")
     work = convert(tmp_path / "model.ckpt", tmp_path / "out", "authors", torch.float16)
-    assert work.notes == ["model.ckpt: 'epoch' left out, how far the training was"]
+    assert work.notes == ["model.ckpt: 'epoch' left out, the progress of the training"]
     state = open_file(tmp_path / "out" / "model.ckpt").tensors
     exact = {"betas", "model_ema.decay", "model_ema.num_updates"}
     same(state, {n: x.half() if x.is_floating_point() and n not in exact else x for n, x in tensors.items()})
@@ -139,7 +139,7 @@ def test_modelscope_s_folder_in_another_dtype(video_model, tmp_path):
 
 def test_what_has_no_authors_file_says_so(single, video_model, tmp_path):
     convert(video_model, tmp_path / "o", "authors")
-    with pytest.raises(ValueError, match="ModelScope's UNetSD is not a single file: authors is its layout"):
+    with pytest.raises(ValueError, match="ModelScope's UNetSD cannot be a single file: give the layout"):
         convert(tmp_path / "o" / "text2video_pytorch_model.pth", tmp_path / "x.safetensors", "single-file")
     generator = torch.Generator().manual_seed(0)
     motion = {n: torch.randn(s, generator=generator) for n, s in shapes.motion_adapter(SMALL_MOTION).items()}
@@ -147,10 +147,10 @@ def test_what_has_no_authors_file_says_so(single, video_model, tmp_path):
     convert(tmp_path / "adapter.safetensors", tmp_path / "mm.ckpt", "authors")
     image = {n: torch.randn(s, generator=generator) for n, s in shapes.unet2d(SMALL_IMAGE).items()}
     torch.save({"state_dict": {**open_file(tmp_path / "mm.ckpt").tensors, **image}}, tmp_path / "trainer.ckpt")
-    with pytest.raises(ValueError, match=r"AnimateDiff trainer's whole UNet \(trainer\), not of diffusers: convert it"):
+    with pytest.raises(ValueError, match=r"AnimateDiff trainer's whole UNet \(trainer\), not in the layout of diff"):
         convert(tmp_path / "trainer.ckpt", tmp_path / "x", "authors")
     for what in ("ema", "tokenizer", "config"):
-        with pytest.raises(ValueError, match=f"{what}: only a folder in the layout of diffusers has any use for it"):
+        with pytest.raises(ValueError, match=f'{what} can only be used with to="diffusers", not with .authors'):
             convert(single, tmp_path / "x", "authors", **{what: True})
     broken = open_file(single).tensors
     del broken["model.diffusion_model.out.2.bias"]
@@ -179,7 +179,7 @@ def test_bin_in_and_out(video_model, tmp_path):
 def test_weights_of_which_there_is_only_a_variant(tmp_path, make_official_folder):
     folder = make_official_folder(tmp_path / "folder", variant="fp16", small=True)
     work = convert(folder, tmp_path / "out")
-    assert "unet: of its weights there is only the variant fp16, which is taken" in work.notes
+    assert "unet: its weights have only the variant fp16, which is used" in work.notes
     for part in ("unet", "vae", "text_encoder"):
         same(weights(tmp_path / "out" / part), weights(folder / part))
     with pytest.raises(ValueError, match="has no weights of the variant 'fp8'; the weights there: .*fp16.safet"):
@@ -227,7 +227,7 @@ def test_a_variant_is_inspected(tmp_path, make_official_folder, capsys):
         assert cli.main(["inspect", str(folder), *given]) == 0
         out = capsys.readouterr().out
         assert ("diffusion_pytorch_model.fp16.safetensors" in out and "all " in out and "match" in out)
-        assert ("(to be loaded with variant fp16)" in out) == (not given)
+        assert ("(load it with variant fp16)" in out) == (not given)
     assert cli.main(["convert", str(folder / "unet"), str(tmp_path / "x"), "--variant=fp16", "--dry-run"]) == 0
 
 
@@ -238,7 +238,7 @@ def test_networks_of_another_size(image_model, single, tmp_path, capsys):
     """Heads and groups are no shapes: a line that says so, and three ways to give them."""
     from minit2v import cli
 
-    vae, says = AutoencoderKL, "norm_num_groups.*shapes do not tell heads and groups.*give a config"
+    vae, says = AutoencoderKL, "norm_num_groups.*shapes do not tell the numbers of heads and groups.*give a config"
     with pytest.raises(ValueError, match=says) as error:
         vae.from_single_file(single)
     assert "\n" not in str(error.value)
@@ -253,8 +253,8 @@ def test_networks_of_another_size(image_model, single, tmp_path, capsys):
         same(have.state_dict(), want.state_dict())
     assert vae.from_single_file(single, config=content).config == want.config
     for config, says in (
-        ({**content, "latent_channels": 3}, r"config says latent_channels 3, and the weights in .*single.* have 4"),
-        ({**content, "_class_name": "VQModel"}, "config is that of a VQModel, and the weights are those of a Auto"),
+        ({**content, "latent_channels": 3}, r"config has latent_channels 3, but the weights in .*single.* have 4"),
+        ({**content, "_class_name": "VQModel"}, "config is for a VQModel, but the weights are for a Auto"),
         ({**content, "norm_groups": 3}, "has no field 'norm_groups'"),
     ):
         with pytest.raises(ValueError, match=says):
@@ -263,7 +263,7 @@ def test_networks_of_another_size(image_model, single, tmp_path, capsys):
         vae.from_single_file(single, config=image_model / "tokenizer")
     assert cli.main(["inspect", str(single)]) == 0
     said = capsys.readouterr().out
-    assert "of unet, vae, text_encoder: shapes do not tell heads and groups, so a config.json has to" in said
+    assert "unet, vae, text_encoder: the shapes do not tell the numbers of heads and groups; a config.json is " in said
 
 
 def test_a_pipeline_of_another_size(image_model, single, tmp_path):
@@ -330,7 +330,7 @@ def test_the_config_of_one_network_of_several(image_model, single, tmp_path):
     parts = components(single, config=image_model / "vae" / "config.json")
     assert parts["vae"].config["norm_num_groups"] == 4 and not parts["vae"].guessed and parts["unet"].guessed
     (tmp_path / "config.json").write_text('{"_class_name": "UNet3DConditionModel"}')
-    with pytest.raises(ValueError, match="config: .* has no config.json of a UNet2DConditionModel or AutoencoderKL or"):
+    with pytest.raises(ValueError, match="config: .* has no config.json for a UNet2DConditionModel or AutoencoderKL"):
         components(single, config=tmp_path)
 
 
@@ -341,7 +341,7 @@ def test_positions_that_a_config_has_wrong_are_put_right(tmp_path):
     path = tmp_path / "a" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "motion_max_seq_length": 32}))
     work = convert(tmp_path / "a", tmp_path / "b")
-    assert work.notes == [f"{path}: motion_max_seq_length 32 put right, the weights have 24"]
+    assert work.notes == [f"{path}: motion_max_seq_length 32 is corrected to 24, as in the weights"]
     assert json.loads((tmp_path / "b/config.json").read_text())["motion_max_seq_length"] == 24
 
 
@@ -349,16 +349,16 @@ def test_a_folder_that_says_something_else_than_its_weights(image_model, tmp_pat
     shutil.copytree(image_model, tmp_path / "f")
     path = tmp_path / "f" / "vae" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "block_out_channels": [8, 32]}))
-    with pytest.raises(ValueError, match=r"vae.config.json says block_out_channels \[8, 32\], and the weights in"):
+    with pytest.raises(ValueError, match=r"vae.config.json has block_out_channels \[8, 32\], but the weights in"):
         convert(tmp_path / "f", tmp_path / "x", dtype=torch.float16)
-    with pytest.raises(ValueError, match="config: .* has a config.json of its own"):
+    with pytest.raises(ValueError, match="config: .* has its own config.json"):
         convert(image_model, tmp_path / "x", config=image_model)
 
 
 def test_a_pipeline_that_lacks_a_network(image_model, tmp_path):
     shutil.copytree(image_model, tmp_path / "f")
     (tmp_path / "f/unet/config.json").unlink()
-    with pytest.raises(ValueError, match="f/unet has no config.json, and model_index.json names it"):
+    with pytest.raises(ValueError, match="f/unet has no config.json, but model_index.json names it"):
         convert(tmp_path / "f", tmp_path / "x")
     shutil.rmtree(tmp_path / "f/unet")
     for to in ("diffusers", "single-file"):
@@ -367,7 +367,7 @@ def test_a_pipeline_that_lacks_a_network(image_model, tmp_path):
     shutil.copytree(image_model / "unet", tmp_path / "f/unet")
     (tmp_path / "f/other").mkdir()
     shutil.copy(tmp_path / "f/unet/diffusion_pytorch_model.safetensors", tmp_path / "f/other")
-    with pytest.raises(ValueError, match="f/other has weights, diffusion_pytorch_model.safetensors, and no config.js"):
+    with pytest.raises(ValueError, match="f/other has the weights diffusion_pytorch_model.safetensors, but no confi"):
         convert(tmp_path / "f", tmp_path / "x")
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
@@ -376,7 +376,7 @@ def test_modelscope_s_files_of_which_one_is_not_there(video_model, tmp_path):
     convert(video_model, tmp_path / "o", to="authors")
     (tmp_path / "o/VQGAN_autoencoder.pth").unlink()
     work = convert(tmp_path / "o", tmp_path / "x", "authors", dry_run=True)
-    assert "configuration.json names VQGAN_autoencoder.pth as the vae, and it is not there" in work.notes
+    assert "configuration.json names VQGAN_autoencoder.pth as the vae, but the file is missing" in work.notes
     shutil.copy(next(video_model.glob("vae/*.safetensors")), tmp_path / "o/VQGAN_autoencoder.pth")
     (tmp_path / "o/text2video_pytorch_model.pth").unlink()
     with pytest.raises(ValueError, match="has no text2video_pytorch_model.pth, which configuration.json names as the"):
@@ -432,7 +432,7 @@ def test_a_lora_of_two_networks_has_no_authors_file(tmp_path):
     state = {f"unet.{n}": torch.zeros(s) for n, s in unet.items()}
     state |= {f"text_encoder.{n}": torch.zeros(s) for n, s in text.items()}
     save_file(state, tmp_path / "lora.safetensors")
-    with pytest.raises(ValueError, match="a LoRA of 2 networks has no file of the authors, which is of one"):
+    with pytest.raises(ValueError, match="this LoRA changes 2 networks, but a file in the authors' layout can"):
         convert(tmp_path / "lora.safetensors", tmp_path / "out", to="authors")
     assert [p.name for p in tmp_path.iterdir()] == ["lora.safetensors"]
 
@@ -443,7 +443,7 @@ def test_no_tensor_is_passed_over(image_model, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "to_diffusers", lambda *a, **k: {
         name: replace(p, steps=p.steps[2:]) for name, p in plan(*a, **k).items()})  # fmt: skip
     for args in ((image_model, tmp_path / "out"), (image_model, tmp_path / "out", "diffusers", None, True)):
-        with pytest.raises(ValueError, match="2 tensors would find no place in .*: '"):
+        with pytest.raises(ValueError, match="2 tensors cannot be stored in .*: '"):
             convert(*args)
     assert not list(tmp_path.iterdir())
 
@@ -464,7 +464,7 @@ def test_what_is_not_in_the_file_is_said(single, tmp_path):
         UNet3DConditionModel.from_single_file(single)
     with pytest.raises(TypeError, match="no argument 'norm_groups'.*norm_num_groups"):
         UNet2DConditionModel.from_single_file(single, norm_groups=8)
-    with pytest.raises(ValueError, match="no moving average to take"):
+    with pytest.raises(ValueError, match="no complete moving average"):
         UNet2DConditionModel.from_single_file(single, ema=True)
     with pytest.raises(FileNotFoundError):
         UNet2DConditionModel.from_single_file(tmp_path / "no.ckpt")
@@ -489,7 +489,7 @@ def test_a_dry_run_writes_nothing_and_prints_each_tensor(tmp_path):
 def test_what_a_file_cannot_hold_is_said(image_model, video_model, tmp_path):
     work = convert(image_model, tmp_path / "x.safetensors", "single-file", dry_run=True)
     for name in ("tokenizer", "scheduler"):
-        assert f"{name} is left out: the authors' layout has weights alone" in work.notes
+        assert f"{name} is left out: the authors' layout has only weights" in work.notes
     notes = convert(video_model, tmp_path / "o", "authors", dry_run=True).notes
     assert any(n.startswith("tokenizer is left out: ") for n in notes)
     assert not any(n.startswith("scheduler is left out") for n in notes)  # which configuration.json has
@@ -500,16 +500,16 @@ def test_metadata_that_is_left_out_is_said(image_model, tmp_path):
     save_file(weights(image_model / "unet"), tmp_path / "unet.safetensors", metadata)
     work = convert(tmp_path / "unet.safetensors", tmp_path / "x", config=image_model / "unet", dry_run=True)
     (note,) = [note for note in work.notes if "metadata" in note]
-    assert note.startswith("unet.safetensors: of its metadata is left out ss_") and note.endswith(" and 1 more")
+    assert note.startswith("unet.safetensors: left out of its metadata: ss_") and note.endswith(" and 1 more")
     assert not any("metadata" in note for note in convert(image_model, tmp_path / "x", dry_run=True).notes)
 
 
 def test_what_nothing_would_read_is_not_written(image_model, tmp_path):
-    with pytest.raises(ValueError, match="a single file without a UNet or a VAE is nothing that is read: here is text"):
+    with pytest.raises(ValueError, match="a single file needs a UNet or a VAE, and here is only text"):
         convert(image_model / "text_encoder", tmp_path / "x.safetensors", "single-file")
     with pytest.raises(ValueError, match="tokenizer: .* is a pipeline, which has its own"):
         convert(image_model, tmp_path / "x", tokenizer=image_model / "tokenizer")
-    with pytest.raises(ValueError, match="x.safetensors: .bin files are asked for"):
+    with pytest.raises(ValueError, match="x.safetensors ends in .safetensors, but .bin was chosen"):
         convert(image_model / "unet", tmp_path / "x.safetensors", safe_serialization=False)
     assert not list(tmp_path.iterdir())
 
@@ -518,13 +518,13 @@ def test_wrong_calls(single, image_model, tmp_path):
     for says, args in (
         ("no layout 'author' .nearest: 'authors'.", (single, tmp_path / "x", "author")),
         ("no layout 'original'.*authors", (single, tmp_path / "x", "original")),
-        ("need a folder", (single, tmp_path / "x.safetensors")),
+        ("give a folder", (single, tmp_path / "x.safetensors")),
         ("has no weights; the files there: merges.txt", (image_model / "tokenizer", tmp_path / "x")),
         ("not torch.int8", (single, tmp_path / "x", "diffusers", torch.int8)),
     ):
         with pytest.raises(ValueError, match=says):
             convert(*args, config=image_model if args[0] == single else None)
-    with pytest.raises(FileExistsError, match="is there already"):
+    with pytest.raises(FileExistsError, match="exists already"):
         convert(image_model, single, "single-file")
     assert not list(tmp_path.iterdir())
 
@@ -542,7 +542,7 @@ def test_a_number_that_does_not_fit_leaves_nothing_behind(single, image_model, t
 
 def test_too_little_room(single, image_model, tmp_path, monkeypatch):
     monkeypatch.setattr(module.shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(20, 10, 10))
-    with pytest.raises(OSError, match="bytes, and there are 10"):
+    with pytest.raises(OSError, match="bytes, but the disk has only 10 free"):
         convert(single, tmp_path / "out", config=image_model)
 
 
@@ -600,10 +600,10 @@ def test_what_a_new_folder_cannot_replace_is_refused_before_anything_is_read(ima
             convert(image_model, dst)
     (tmp_path / "full").mkdir(), (tmp_path / "full" / "x").touch(), (tmp_path / "empty").mkdir()
     (tmp_path / "to_full").symlink_to("full"), (tmp_path / "loop").symlink_to("loop")
-    with pytest.raises(FileExistsError, match="to_full is there already"):
+    with pytest.raises(FileExistsError, match="to_full exists already"):
         convert(image_model, "to_full")
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "empty")
-    with pytest.raises(FileExistsError, match="empty is where a disk begins"):
+    with pytest.raises(FileExistsError, match="empty is a mount point"):
         convert(image_model, "empty")
     with pytest.raises((FileExistsError, TypeError)):
         convert(image_model, "loop")
@@ -612,7 +612,7 @@ def test_what_a_new_folder_cannot_replace_is_refused_before_anything_is_read(ima
 @pytest.mark.parametrize("name", ["m.PT", "m.CKPT", "m.SafeTensors", "a/.safetensors", ".bin", "-"])
 def test_a_name_that_looks_like_a_file_makes_no_folder(image_model, tmp_path, monkeypatch, name):
     monkeypatch.setattr(module, "open_path", None)
-    with pytest.raises(ValueError, match="any other name is a folder's"):
+    with pytest.raises(ValueError, match="give a file such as"):
         convert(image_model, tmp_path / name, "single-file")
     assert not list(tmp_path.iterdir())
 
@@ -647,15 +647,15 @@ def test_whole_numbers_are_no_weights(image_model, tmp_path, dtype):
     shutil.copytree(image_model / "unet", tmp_path / "unet")
     (path,) = (tmp_path / "unet").glob("*.safetensors")
     save_file({n: x.to(dtype) if n == "conv_in.weight" else x for n, x in load_file(path).items()}, path)
-    with pytest.raises(ValueError, match="'conv_in.weight' is (I8|I64|U8|BOOL): weights"):
+    with pytest.raises(ValueError, match="'conv_in.weight' is (I8|I64|U8|BOOL), but (only )?weights"):
         convert(tmp_path / "unet", tmp_path / "out")
     for load in (lambda: UNet2DConditionModel.from_pretrained(tmp_path / "unet"),
                  lambda: UNet2DConditionModel.from_single_file(path, config=tmp_path / "unet" / "config.json")):
-        with pytest.raises(ValueError, match="'conv_in.weight' is (I8|I64|U8|BOOL): weights"):
+        with pytest.raises(ValueError, match="'conv_in.weight' is (I8|I64|U8|BOOL), but (only )?weights"):
             load()
     for what in (tmp_path / "unet", path):
         lines, good = inspect.report(str(what))
-        assert not good and any("in whole numbers: 'conv_in.weight'" in line for line in lines), lines
+        assert not good and any("tensors of integers: 'conv_in.weight'" in line for line in lines), lines
 
 
 def test_a_single_file_whose_vae_is_between_old_names_and_new(image_model, single, tmp_path):

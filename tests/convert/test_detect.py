@@ -94,7 +94,7 @@ def test_every_layout_has_a_file_that_is_it(manifest):
     whole = {n: x for n, x in FILES["civitai_fp16_pruned"].items() if n.startswith("model.diffusion_model.")}
     made: dict[str, Header] = {
         "VAE of latent diffusion": ldm_vae,
-        "Stable Diffusion 2.x, of which only the VAE is run here (ModelScope's VQGAN_autoencoder.pth)": {
+        "Stable Diffusion 2.x, of which minit2v uses only the VAE (ModelScope's VQGAN_autoencoder.pth)": {
             **FILES["VQGAN_autoencoder.first_stage_model"], "cond_stage_model.model.ln_final.bias": ([1024], "F32")},
         "UNet of latent diffusion": {n.removeprefix("model.diffusion_model."): x for n, x in whole.items()},
         "AnimateDiff trainer's whole UNet": {**unet, **motion},
@@ -132,7 +132,7 @@ def test_prefixes_and_dtypes_of_the_report():
     assert kind.prefix == "module." and kind.complete and kind.dtypes == {"BF16": 560}
     assert kind.describe() == [
         "AnimateDiff motion module: v1",
-        "layout: authors, every name behind 'module.'",
+        "layout: authors, every name after 'module.'",
         "motion_adapter: 560 tensors, v1",
         "417,982,400 parameters, 835,964,800 bytes, 560 BF16",
         "24 positions",
@@ -256,10 +256,10 @@ def test_a_name_without_end_is_cut():
 
 
 @pytest.mark.parametrize("header, message", [
-    ({}, "there are no tensors in it"),
-    ({"a": ([1], "F33")}, r"'a' is of the unknown type 'F33' \(nearest: 'F32'\)"),
+    ({}, "the file has no tensors"),
+    ({"a": ([1], "F33")}, r"'a' has the unknown dtype 'F33' \(nearest: 'F32'\)"),
     ({"a": ([-1], "F32")}, "'a' has the impossible shape"),
-    ({"lm_head.weight": ([1], "F32")}, "no known layout has names like 'lm_head.weight'; there are 1 tensors"),
+    ({"lm_head.weight": ([1], "F32")}, "no known layout has names like 'lm_head.weight'; the file has 1 tensors"),
 ])  # fmt: skip
 def test_what_is_nothing_known(header, message):
     with pytest.raises(ValueError, match=message):

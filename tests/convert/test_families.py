@@ -55,7 +55,7 @@ def fails(capsys, family, *argv):
     assert main([str(a) for a in argv]) == 1
     out, err = capsys.readouterr()
     errors = [line for line in err.splitlines() if "error:" in line]
-    assert len(errors) == 1 and f"is {family}, which is not run here" in errors[0] and not out, (out, err)
+    assert len(errors) == 1 and f"is {family}, which minit2v cannot run" in errors[0] and not out, (out, err)
 
 
 @pytest.mark.parametrize("title", FILES_OF)
@@ -68,7 +68,7 @@ def test_a_file_is_named_by_every_command(title, tmp_path, monkeypatch, capsys):
     fails(capsys, family, "animate", "a cat", "--base", "a.safetensors", "--adapter", "shapes-motion")
     for load in (DiffusionPipeline.from_pretrained, DiffusionPipeline.from_single_file,
                  UNet2DConditionModel.from_single_file):  # fmt: skip
-        with pytest.raises(ValueError, match="a.safetensors: this is .*, which is not run here"):
+        with pytest.raises(ValueError, match="a.safetensors: this is .*, which minit2v cannot run"):
             load("a.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
 
@@ -125,9 +125,9 @@ def test_a_folder_is_named_by_every_command(title, tmp_path, monkeypatch, capsys
     fails(capsys, family, "convert", "m", "out")
     fails(capsys, family, "convert", "m/unet", "out")
     if cls == "UNet2DConditionModel" and "inpainting" not in title:  # a network of nine channels is one, for forks
-        with pytest.raises(ValueError, match="unet/config.json: this is .*, which is not run here"):
+        with pytest.raises(ValueError, match="unet/config.json: this is .*, which minit2v cannot run"):
             UNet2DConditionModel.from_pretrained("m", subfolder="unet")
-    with pytest.raises(ValueError, match=f"is {family.split(' (')[0]}.*, which is not run here"):
+    with pytest.raises(ValueError, match=f"is {family.split(' (')[0]}.*, which minit2v cannot run"):
         AnimateDiffPipeline.from_pretrained("m", motion_adapter=None, vae=None, text_encoder=None)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
 
@@ -138,11 +138,11 @@ def test_of_a_whole_file_of_stable_diffusion_2_the_vae_is_run(tmp_path, monkeypa
     header = {**{n: x for n, x in WHOLE.items() if n.startswith("first_stage_model.")}, **of_sd2(UNET),
               "cond_stage_model.model.ln_final.weight": ([1024], "F16")}  # fmt: skip
     write_sparse_safetensors(Path("sd2.safetensors"), header)
-    assert detect(header).layout.title.startswith("Stable Diffusion 2.x, of which only the VAE is run here")
-    with pytest.raises(ValueError, match="sd2.safetensors is Stable Diffusion 2.x, of which only the VAE is run here"):
+    assert detect(header).layout.title.startswith("Stable Diffusion 2.x, of which minit2v uses only the VAE")
+    with pytest.raises(ValueError, match="sd2.safetensors is Stable Diffusion 2.x, of which minit2v uses only the VAE"):
         DiffusionPipeline.from_pretrained("sd2.safetensors")
     assert main(["animate", "a cat", "--base", "sd2.safetensors"]) == 1
-    assert "is Stable Diffusion 2.x, of which only the VAE is run here" in capsys.readouterr().err
+    assert "is Stable Diffusion 2.x, of which minit2v uses only the VAE" in capsys.readouterr().err
     assert AutoencoderKL.from_single_file("sd2.safetensors").config.scaling_factor == 0.18215
     notes = convert("sd2.safetensors", "vae", dry_run=True).notes
     assert any("the UNet of Stable Diffusion 2" in note for note in notes)

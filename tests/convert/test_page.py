@@ -73,7 +73,7 @@ def test_every_layout_is_on_the_list():
 
 
 def test_every_reason_is_on_the_list():
-    reasons = {*TRAINERS.values(), *NO_NETWORKS.values(), "of use only in I64: other dtypes round it"}
+    reasons = {*TRAINERS.values(), *NO_NETWORKS.values(), "only useful in I64, because other dtypes round it"}
     for layout in LAYOUTS:
         formats = [fmt for _, formats in layout.parts for fmt in formats]
         reasons |= {*layout.ignored.values(), *(why for fmt in formats for why in fmt.ignored.values())}

@@ -55,7 +55,7 @@ def test_what_is_there_is_read(tmp_path, kind):
     same(source.tensors, STATE)
     assert source.header["wide"] == ((2, 3, 1, 1), "BF16") and source.header["ids"] == ((1, 3), "I64")
     assert (source.nest, source.ignored or {}) == (
-        (("state_dict", "module"), {"epoch": "how far the training was"}) if kind == "nested" else ((), {}))
+        (("state_dict", "module"), {"epoch": "the progress of the training"}) if kind == "nested" else ((), {}))
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.ckpt", ".x.bin"])
@@ -103,15 +103,15 @@ def entry(shape: object = (2, 3), dtype: object = "F32", begin: object = 0, end:
 HEADERS = {
     "overlapping": ({"a": entry(), "b": entry(begin=20, end=44)}, "'b' begins at byte 20 of the data, not at 24"),
     "a gap": ({"a": entry(), "b": entry(begin=28, end=52)}, "'b' begins at byte 28"),
-    "truncated": ({"a": entry(shape=[2, 4], end=32)}, "truncated.* take 32 bytes, there are 24"),
+    "truncated": ({"a": entry(shape=[2, 4], end=32)}, "truncated.* take 32 bytes, but there are 24"),
     "huge": ({"a": entry(shape=[2**62, 4])}, "impossible shape"),
-    "a lie": ({"a": entry(shape=[2, 4])}, r"'a' takes 24 bytes, which F32 \[2, 4\] does not"),
+    "a lie": ({"a": entry(shape=[2, 4])}, r"'a' takes 24 bytes, which does not fit F32 \[2, 4\]"),
     "negative": ({"a": entry(shape=[-2, -3])}, "not whole numbers"),
     "true": ({"a": entry(shape=[True, 6])}, "not whole numbers"),
-    "dtype": ({"a": entry(dtype="C64")}, "'a' is of the unknown type 'C64'"),
-    "twice": (b'{"a": 1, "b": 2, "a": 3}', "'a' is there twice"),
-    "more": ({"a": {**entry(), "stride": [1]}}, "should have a dtype, a shape and data_offsets"),
-    "a list": ([1], "truncated, or no safetensors file|broken .a list"),
+    "dtype": ({"a": entry(dtype="C64")}, "'a' has the unknown dtype 'C64'"),
+    "twice": (b'{"a": 1, "b": 2, "a": 3}', "it has 'a' twice"),
+    "more": ({"a": {**entry(), "stride": [1]}}, "must have a dtype, a shape and data_offsets"),
+    "a list": ([1], "truncated, or not a safetensors file|broken .a list"),
     "deep": (b"{" + b'"a":[' * 10**5, "recursion|Expecting|depth"),
     "noise": (b"{\xff", "can't decode"),
 }
@@ -136,7 +136,7 @@ def test_a_header_of_gigabytes_is_not_read(tmp_path):
     path = header_file(tmp_path / "x.safetensors", b"{", length=2**33)
     with path.open("r+b") as file:
         file.truncate(2**34)
-    with pytest.raises(ValueError, match="a header of 8589934592 bytes is none"):
+    with pytest.raises(ValueError, match="its header has 8589934592 bytes, and the limit is"):
         open_file(path)
 
 
@@ -154,7 +154,7 @@ def test_pickles_that_want_more_are_refused_with_what_they_want(tmp_path):
                          (torch.nn.Linear(1, 1), "torch.nn.modules.linear.Linear")):  # fmt: skip
         for new in (True, False):
             torch.save({"x": call}, path, _use_new_zipfile_serialization=new)
-            with pytest.raises(ValueError, match=rf"x.ckpt is refused: its pickle wants \S*{wanted}, which weights"):
+            with pytest.raises(ValueError, match=rf"x.ckpt is refused: its pickle imports \S*{wanted}, which may run"):
                 open_file(path)
 
 
@@ -204,15 +204,15 @@ def test_what_a_trainer_has_no_reason_to_put_there_is_refused(tmp_path, monkeypa
     path = tmp_path / "x.ckpt"
     for value, wanted in ((Calls(os.system, "touch /tmp/x"), "system"), (Calls(eval, "1"), "eval"),
                           (Calls(bytearray, 10**12), "bytearray"), (module.Evil, "pytorch_lightning_.Evil"),
-                          (Calls(codecs.encode, "41" * 9, "hex"), "_codecs.encode with something else than Latin-1"),
+                          (Calls(codecs.encode, "41" * 9, "hex"), "_codecs.encode with another encoding than Latin-1"),
                           (Calls(getattr, "a", "b"), "getattr")):  # fmt: skip
         torch.save({**lightning, "callbacks": {"x": value}}, path, _use_new_zipfile_serialization=new)
-        with pytest.raises(ValueError, match=f"x.ckpt is refused: its pickle wants .*{wanted}, which weights"):
+        with pytest.raises(ValueError, match=f"x.ckpt is refused: its pickle imports .*{wanted}, which may run"):
             open_file(path)
     for content in ({"state_dict": {"x": lightning["hyper_parameters"]}}, {"x": lightning["hyper_parameters"]},
                     lightning["hyper_parameters"], {"state_dict": lightning["hyper_parameters"]}):  # fmt: skip
         torch.save(content, path, _use_new_zipfile_serialization=new)
-        with pytest.raises(ValueError, match="x.ckpt (holds a|does not hold weights alone:) .*DictConfig"):
+        with pytest.raises(ValueError, match="x.ckpt (holds a|holds more than weights:) .*DictConfig"):
             open_file(path)
 
 
@@ -226,11 +226,11 @@ def test_copies_do_not_change_with_the_file(tmp_path):
         file.write(bytes(4 * STATE["double"].nbytes))
     same(tensors, STATE)
     assert not all(torch.equal(mapped[n], x) for n, x in STATE.items())
-    with pytest.raises(ValueError, match="x.safetensors is broken .*: it was written to while it was read"):
+    with pytest.raises(ValueError, match="x.safetensors is broken .*: the file has changed since it was opened"):
         copied.read("a")
     os.truncate(path, path.stat().st_size - 8)
     same(tensors, STATE)
-    with pytest.raises(ValueError, match="written to while it was read"):
+    with pytest.raises(ValueError, match="has changed since it was opened"):
         copied.read("a")
     for kind in ("pickle", "legacy"):
         same(open_file(write(tmp_path / "x.ckpt", kind), mmap=False).tensors, STATE)
@@ -238,7 +238,7 @@ def test_copies_do_not_change_with_the_file(tmp_path):
 
 def test_tensors_that_are_less_than_they_say(tmp_path):
     torch.save({"x": torch.zeros(1).expand(10**12)}, path := tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match=r"'x' is \[1000000000000\], and there are fewer numbers behind it"):
+    with pytest.raises(ValueError, match=r"'x' has the shape \[1000000000000\], but its data are shorter"):
         open_file(path)
     torch.save({"x": torch.zeros(3).to_sparse()}, path)
     with pytest.raises(ValueError, match="x.ckpt is (refused|broken)"):
