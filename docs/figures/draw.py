@@ -92,13 +92,13 @@ def shape(numbers: Sequence[int]) -> str:
 
 def draw_unet(path: Path, model: facts.Model) -> Path:
     """The levels of ModelScope's UNet: its blocks with their channels, the skips, and where time enters."""
-    unet, calls = model.unet, facts.trace_unet(model, 1)
+    unet, calls = model.unet, facts.trace_unet(model)
     page = Page(1600, 1200)
     stripe, tall, gap, narrow = 26, 62, 34, 38
     page.text(40, 40, "ModelScope's UNet, one prediction", 19, weight="bold")
     b, f = calls["conv_in"].x[0] // model.frames, model.frames
-    page.text(40, 72, f"{b} video of {f} frames. Between blocks x is (b f) c h w, {b * f} images; only the orange "
-              "parts see that they are frames of one video.", 13, color=SOFT)
+    page.text(40, 72, f"b = {b} videos of {f} frames, as under guidance. Between blocks x is (b f) c h w, "
+              f"{b * f} images; only the orange parts see which images are frames of one video.", 13, color=SOFT)
 
     def draw_block(x: float, y: float, name: str) -> float:
         """Its four (or two) parts as stripes and its channels below. Returns its right edge."""
@@ -321,20 +321,20 @@ def draw_batch(path: Path, model: facts.Model) -> Path:
     panel(
         40, 630, "Temporal self-attention", "blocks.py  TemporalTransformer: block.attn1, block.attn2",
         lambda f, p: pixel_colours[p], (1, 4), lambda f, p: p == 4, True,
-        [("batch", f"b h w = {b} x {rows_ // heads}: every pixel by itself"),
+        [("batch", f"b h w = {b}: every pixel by itself"),
          ("sequence", f"f = {seq} frames"),
-         ("q, k, v", f"{shape(temporal.queries[0])}   b (h w heads) f head_dim"),
+         ("q, k, v", f"{shape(temporal.queries[0])}   (b h w) heads f head_dim"),
          ("scores", f"{b} x {rows_} x {seq} x {seq} = {b * rows_ * seq * seq / 1e6:.1f} M")],
     )
     panel(
         815, 630, "Temporal convolution", "blocks.py  TemporalConv: convs[i]",
         lambda f, p: pixel_colours[p], (1, 4), lambda f, p: p == 4 and abs(f - 1) <= 1, True,
-        [("batch", f"b h w = {image[0]} x {image[3]}: every pixel by itself"),
+        [("batch", f"b h w = {image[0] * image[3] * image[4]}: every pixel by itself"),
          ("window", f"{kernel[2]} frames; four of them in a row reach 4 frames each way"),
-         ("x", f"{shape(image)}   b c f (h w): an image of {image[2]} x {image[3]}"),
-         ("weight", f"{shape(kernel)}   c c {kernel[2]} {kernel[3]}, zeros beyond the first and last frame")],
+         ("x", f"{shape(image)}   b c f h w"),
+         ("weight", f"{shape(kernel)}   c c {' '.join(map(str, kernel[2:]))}, zeros beyond the first and last frame")],
     )
-    assert f == seq == image[2]
+    assert f == seq == image[2] and b == image[0] * image[3] * image[4]
     return page.save(path)
 
 
@@ -380,16 +380,16 @@ def draw_step(path: Path, model: facts.Model) -> Path:
     page.text(158, 208, "and the negative “”", 12, ha="center", color=SOFT)
     page.line((276, 192), (316, 192))
     box(316, 131, 236, "tokenizer", CLIPTokenizer.__call__, "words to numbers", TEXT)
-    page.line((552, 192), (640, 192))
-    on(592, 176, "ids, each")
-    on(592, 212, shape((1, model.tokens)), color=SOFT)
-    box(640, 131, 230, "text encoder", CLIPTextModel.forward, "a vector for each token", TEXT)
-    page.line((755, 253), (755, 412), colour=TEXT, width=2.2)
-    on(768, 286, f"context, negative and positive: {shape((2, model.tokens, dim))}", ha="left", color=TEXT)
+    page.line((552, 192), (670, 192))
+    on(607, 172, "ids, each")
+    on(607, 212, shape((1, model.tokens)), color=SOFT)
+    box(670, 131, 230, "text encoder", CLIPTextModel.forward, "a vector for each token", TEXT)
+    page.line((785, 253), (785, 412), colour=TEXT, width=2.2)
+    on(798, 286, f"context, negative and positive: {shape((2, model.tokens, dim))}", ha="left", color=TEXT)
 
     page.text(1010, 168, "x at noise level t:", 13, color=SOFT)
     page.text(1010, 200, r"$x_t = \alpha_t\, x_0 + \sigma_t\, \epsilon, \qquad \alpha_t^2 + \sigma_t^2 = 1$", 16)
-    page.text(1010, 234, "x$_0$ clean latents, eps noise", 13, color=SOFT)
+    page.text(1010, 234, r"$x_0$ clean latents, $\epsilon$ noise", 13, color=SOFT)
 
     # The loop.
     page.box(262, 316, 1308, 330, MIST, round_=14, z=0)
@@ -408,17 +408,18 @@ def draw_step(path: Path, model: facts.Model) -> Path:
     on(700, 372, "t", ha="center")
     page.line((700, 384), (700, 412))
     page.line((890, 473), (1050, 473))
-    on(968, 456, "eps, twice")
+    on(968, 456, r"$\epsilon$, twice")
     on(968, 493, shape(two), color=SOFT)
     page.box(1050, 412, 216, 122, PAPER, TIME, round_=9, width=2.4)
     page.text(1158, 436, "guidance", 14.5, ha="center", weight="bold", zorder=4)
-    page.text(1158, 479, "eps = eps$_{neg}$\n  + g (eps$_{text}$ − eps$_{neg}$)", 12.2, ha="center", zorder=4)
+    formula = "$\\epsilon = \\epsilon_{neg}$\n$+\\, g\\,(\\epsilon_{text} - \\epsilon_{neg})$"
+    page.text(1158, 479, formula, 14, ha="center", zorder=4)
     page.text(1158, 518, "(in _denoise_once itself)", 10.8, ha="center", color=SOFT, zorder=4)
     page.line((1266, 473), (1334, 473))
-    on(1297, 456, "eps")
+    on(1297, 456, r"$\epsilon$")
     box(1334, 412, 216, "scheduler", DDIMScheduler.step, "x at t → x at s < t", TIME)
     page.line((1442, 534), (1442, 606), (367, 606), (367, 514), colour=SPACE, width=2.4)
-    on(900, 588, f"t becomes s: {turns} turns by default, from pure noise to clean latents", color=SPACE)
+    on(900, 588, f"t becomes s: {turns} steps by default, from pure noise to clean latents", color=SPACE)
 
     page.dot(367, 606, SPACE)
 
@@ -426,7 +427,7 @@ def draw_step(path: Path, model: facts.Model) -> Path:
     page.line((367, 606), (367, 761), (430, 761))
     page.text(40, 761, "once", 13, weight="bold", color=TEXT)
     on(384, 674, f"after the last step: latents {shape(one)}", ha="left", color=SOFT)
-    box(430, 700, 230, "VAE", AutoencoderKL.decode, f"frame by frame, {factor} x finer", TEXT)
+    box(430, 700, 230, "VAE", AutoencoderKL.decode, f"each frame, {factor} x larger", TEXT)
     page.line((660, 761), (840, 761))
     on(750, 744, "pixels")
     on(750, 780, shape((f, 3, h * factor, w * factor)), color=SOFT)
@@ -575,7 +576,7 @@ def draw_motion(path: Path, model: facts.Model) -> Path:
     page.text(40, y, "The first block", 15, weight="bold")
     page.text(226, y, f"x and y {shape(motion.x)}, (b f) c h w: {b} videos of {f} frames. Inside M: z "
               f"{shape(calls[f'{name}.motion.proj_in'].y)}, b f (h w) c;  q, k, v {shape(motion.queries[0])}, "
-              "b (h w heads) f head_dim", 12.5, color=SOFT)
+              "(b h w) heads f head_dim", 12.5, color=SOFT)
     y += 112
     page.box(432, y - 76, 1058, 152, "#fbe9d9", round_=12, z=0)
     page.text(450, y - 56, "MotionModule", 12.5, weight="bold", color=TIME)

@@ -232,7 +232,8 @@ def draw_traffic(path: Path) -> Path:
         y, x = 150 + 92 * i, float(left)
         if i % 2 == 0:
             page.box(18, y - 12, 1364, 86, MIST, round_=8, z=0)
-        page.text(left - 18, y + 14, what, 12.5, ha="right", weight="bold")
+        words = what.replace("and positions", "positions (AnimateDiff)")  # no other model has them
+        page.text(left - 18, y + 14, words, 12.5, ha="right", weight="bold")
         page.text(left - 18, y + 42, f"{shape.op}, {shape.calls} x a step", 10.5, ha="right", color=SOFT)
         for j, (name, size) in enumerate(plain(shape)):
             w = width * size / most
@@ -255,15 +256,15 @@ def draw_roofline(path: Path) -> Path:
     title = "Under the roof: a model, not a measurement"
     figure.text(0.025, 0.955, title, fontsize=18, weight="bold", color=INK, va="top")
     about = (
-        "The roof is the data sheet of an H200: 4.8 TB/s, and 989 TFLOP/s for bfloat16 products. The points lie on it\n"
-        "by definition: they show what an op could reach if only its counted bytes, or its operations, took time.\n"
-        "Hollow: plain PyTorch, all its kernels together. Full: fused."
+        "The roof is the data sheet of an H200: 4.8 TB/s, and 989 TFLOP/s for bfloat16 products. Dotted lines lead to\n"
+        "the most that an op could reach if only its counted bytes, or its operations, took time. Arrows go from\n"
+        "plain PyTorch (hollow, all kernels together) to the fused op (full). Numbers: FLOP per byte; heights are free."
     )
     figure.text(0.025, 0.895, about, fontsize=11, color=SOFT, va="top", linespacing=1.5)
     axes = figure.add_axes((0.075, 0.09, 0.9, 0.66))
     ridge = PRODUCT / COPY
-    axes.plot([1, ridge, 3000], [COPY / 1e12, PRODUCT / 1e12, PRODUCT / 1e12], color=INK, lw=2, zorder=2)
-    axes.text(1.15, 1.45 * COPY / 1e12, "4.8 TB/s", fontsize=11, color=INK, rotation=31)
+    axes.plot([1, ridge, 6000], [COPY / 1e12, PRODUCT / 1e12, PRODUCT / 1e12], color=INK, lw=2, zorder=2)
+    axes.text(1.15, 1.45 * COPY / 1e12, "4.8 TB/s", fontsize=11, color=INK, rotation=33)
     axes.text(1.04 * ridge, 1.14 * PRODUCT / 1e12, "989 TFLOP/s", fontsize=11, color=INK)
     axes.axvline(ridge, color=LINE, lw=1, ls=":")
     words = f"{ridge:.0f} FLOP per byte: left of\nit an op waits for memory"
@@ -274,30 +275,29 @@ def draw_roofline(path: Path) -> Path:
         fits = (s for s in calls(workload) if s.op == op)
         return next(s for s in fits if all(getattr(s, name) == value for name, value in sizes.items()))
 
-    points = [  # name, colour, shape, where its name stands
-        ("temporal attention, 16 frames", TIME, widest("modelscope", "temporal_attention", h=5), (14, -14)),
-        ("temporal attention, 64 frames", TIME, widest("modelscope-64", "temporal_attention", h=5), (14, -14)),
-        ("GEGLU, width 320", green, widest(WORKLOAD, "geglu", d=320), (-24, 26)),
-        ("temporal convolution and\nresidual, 320 channels", SPACE, widest(WORKLOAD, "temporal_conv", residual=True),
-         (-130, -62)),
-        ("GEGLU, width 1280", green, widest(WORKLOAD, "geglu", d=1280), (-50, 42)),
-        ("temporal convolution,\n1280 channels", SPACE, widest(WORKLOAD, "temporal_conv", c=1280, residual=True),
-         (-50, -62)),
+    points = [  # name, colour, shape, height of its arrow
+        ("temporal attention,\n16 frames", TIME, widest("modelscope", "temporal_attention", h=5), 7),
+        ("temporal attention,\n64 frames", TIME, widest("modelscope-64", "temporal_attention", h=5), 30),
+        ("temporal convolution\nand residual,\n320 channels", SPACE,
+         widest(WORKLOAD, "temporal_conv", residual=True), 36),
+        ("GEGLU,\nwidth 320", green, widest(WORKLOAD, "geglu", d=320), 95),
+        ("temporal convolution\nand residual,\n1280 channels", SPACE,
+         widest(WORKLOAD, "temporal_conv", c=1280, residual=True), 210),
+        ("GEGLU,\nwidth 1280", green, widest(WORKLOAD, "geglu", d=1280), 470),
     ]  # fmt: skip
-    for name, colour, shape, offset in points:
-        ends = []
-        for size, full in ((moved(shape), False), (shape.bytes(), True)):
-            x = shape.flops() / size
-            y = min(PRODUCT, x * COPY) / 1e12
-            axes.plot([x], [y], "o", ms=10, mfc=colour if full else PAPER, mec=colour, mew=2, zorder=4)
-            ends.append((x, y))
-        corner = [(ridge, PRODUCT / 1e12)] if ends[0][0] < ridge < ends[1][0] else []
-        xs, ys = zip(*(ends[0], *corner, ends[1]), strict=True)
-        axes.plot(xs, ys, color=colour, lw=5, alpha=0.5, zorder=3)
-        line = dict(arrowstyle="-", color=colour, lw=1, shrinkB=6) if abs(offset[1]) > 20 else None
-        axes.annotate(name, ends[1], offset, textcoords="offset points", fontsize=10.5, color=INK, va="center",
-                      arrowprops=line)  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlim=(1, 3000), ylim=(2, 2500))
+    for name, colour, shape, y in points:
+        left, right = (shape.flops() / size for size in (moved(shape), shape.bytes()))
+        arrow = dict(arrowstyle="-|>", color=colour, lw=2.2, shrinkA=5, shrinkB=5)
+        axes.annotate("", (right, y), (left, y), arrowprops=arrow, zorder=3)
+        for x, full in ((left, PAPER), (right, colour)):
+            roof = min(PRODUCT, x * COPY) / 1e12
+            axes.plot([x, x], [y, roof], color=colour, lw=1.2, ls=":", zorder=1)
+            axes.plot([x], [y], "o", ms=9, mfc=full, mec=colour, mew=2, zorder=4)
+            style = dict(textcoords="offset points", fontsize=9.5, color=SOFT, ha="center", va="center")
+            style["bbox"] = dict(facecolor=PAPER, edgecolor="none", pad=0.5)
+            axes.annotate(f"{x:.0f}", (x, y), (0, -15), zorder=2, **style)
+        axes.annotate(name, (right, y), (22, 0), textcoords="offset points", fontsize=10.5, color=INK, va="center")
+    axes.set(xscale="log", yscale="log", xlim=(1, 6000), ylim=(2, 2500))
     axes.set_xlabel("FLOP per byte moved", fontsize=11, color=INK)
     axes.set_ylabel("TFLOP/s, at most", fontsize=11, color=INK)
     axes.spines[["top", "right"]].set_visible(False)

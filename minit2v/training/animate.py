@@ -57,6 +57,7 @@ MOTION = {
     "motion_max_seq_length": world.FRAMES,
     "resnet_norms": "frame",
 }
+COURSE = ((4, 24, 2150), (16, 8, 1850))  # of the motion modules: (frames, clips a batch, steps)
 
 
 class ImagePainter(Painter):
@@ -125,7 +126,7 @@ def train_motion(
     seed: int,
     vae: AutoencoderKL,
     image: Painter,
-    course: tuple[tuple[int, int, int], ...] = ((4, 24, 2150), (16, 8, 1850)),
+    course: tuple[tuple[int, int, int], ...] = COURSE,
     panel: int = 500,
 ) -> Painter:
     """course: (frames, clips a batch, steps)."""
@@ -182,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     claim(args.out, trainer="animate", seed=args.seed, video=digest(video))
     image = train_image(args.out, args.seed, video.vae, video)
     save_models(args.out, video.vae, train_motion(args.out, args.seed, video.vae, image))
-    draw_curves(args.out, (("image", "loss"), ("motion", "loss")))
+    draw_curves(args.out, {"image": (), "motion": COURSE})
     print(f"the models are in {args.out / 'shapes-image'} and {args.out / 'shapes-motion'}")
 
 

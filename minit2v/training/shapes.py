@@ -66,6 +66,7 @@ UNET = {
     "attention_head_dim": 16,
 }
 NAMES = ("colour", "shape", "motion")
+COURSE = ((1, 64, 2500), (4, 24, 9300), (16, 8, 4200))  # of the UNet: (frames, clips a batch, steps)
 GUIDANCE = 1.5  # more makes squares round and circles edged: it exaggerates what tells one shape from another
 
 
@@ -309,7 +310,7 @@ def train_unet(
     seed: int,
     vae: AutoencoderKL,
     text_encoder: CLIPTextModel,
-    course: tuple[tuple[int, int, int], ...] = ((1, 64, 2500), (4, 24, 9300), (16, 8, 4200)),
+    course: tuple[tuple[int, int, int], ...] = COURSE,
     rate: float = 1.5e-3,
     panel: int = 500,
 ) -> Painter:
@@ -450,27 +451,42 @@ def report_panel(out: Path, run: Run, pipe: DiffusionPipeline, step: int, count:
     Image.fromarray((strip * 255).round().byte().numpy()).save(out / f"panel-{step:05d}.png")
 
 
-def draw_curves(
-    out: Path, stages: Sequence[tuple[str, str]] = (("vae", "psnr"), ("text", "loss"), ("unet", "loss"))
-) -> None:
-    """What the stages logged and the panel's accuracy against minutes, as one picture."""
+def draw_curves(out: Path, courses: dict[str, tuple[tuple[int, int, int], ...]]) -> None:
+    """What the stages logged and the panel's accuracy against minutes, as one picture.
+
+    courses: name of a stage -> its (frames, clips a batch, steps); the picture marks where each of them begins.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(stages) + 1, figsize=(4 * len(stages) + 4, 3.6))
-    for axis, (stage, column) in zip(axes, stages, strict=False):
+    figure, axes = plt.subplots(1, len(courses) + 1, figsize=(4 * len(courses) + 4, 3.6))
+    for n, (axis, (stage, course)) in enumerate(zip(axes, courses.items(), strict=False), 1):
         with (out / f"{stage}.csv").open() as file:
             rows = list(csv.DictReader(file))
+        column = "psnr" if "psnr" in rows[0] else "loss"
         axis.plot([float(r["minutes"]) for r in rows], [float(r[column]) for r in rows], lw=1)
-        axis.set(title=f"{stage}: {column}", xlabel="minutes", yscale="log" if column == "loss" else "linear")
+        unit = "dB" if column == "psnr" else "log scale"
+        steps = "; steps: " * bool(course) + " + ".join(f"{count:,}" for *_, count in course)
+        axis.set(title=f"stage {n}, {stage}: {column} ({unit})", xlabel=f"minutes of this stage{steps}")
+        axis.set_yscale("log" if column == "loss" else "linear")
+        begin = 0
+        for frames, _, count in course:
+            minutes = next((float(r["minutes"]) for r in rows if int(r["step"]) > begin), None)
+            if minutes is not None:
+                axis.axvline(minutes, color="#555555", ls="--", lw=1)
+                words = "stills" if frames == 1 else f"{frames} frames"
+                axis.text(minutes, 0.02, words, transform=axis.get_xaxis_transform(), fontsize=8, rotation=90)
+            begin += count
     if (out / "panel.csv").exists():
         rows = [list(map(float, line.split(","))) for line in (out / "panel.csv").read_text().split()]
-        for n, name in enumerate(NAMES):
-            axes[-1].plot([r[1] for r in rows], [100 * r[2 + n] for r in rows], "o-", ms=3, label=name)
-        axes[-1].legend()
-    axes[-1].set(title="panel of 18 videos: % right", xlabel="minutes", ylim=(0, 103))
+        # The first is the widest, so that of lines with the same values all are seen.
+        for n, (name, style, width) in enumerate(zip(NAMES, ("o-", "s--", "^:"), (7, 3.5, 1.6), strict=True)):
+            values = [100 * r[2 + n] for r in rows]
+            axes[-1].plot([r[1] for r in rows], values, style, lw=width, ms=3 + width, label=name)
+        axes[-1].legend(handlelength=4)
+    axes[-1].set(title="panel of 18 videos: % right", xlabel=f"minutes of stage {len(courses)}", ylim=(0, 104))
     figure.tight_layout()
     figure.savefig(out / "curves.png", dpi=110)
 
@@ -487,7 +503,7 @@ def main(argv: list[str] | None = None) -> None:
     text_encoder = train_text(args.out, args.seed)
     painter = train_unet(args.out, args.seed, vae, text_encoder)
     make_pipeline(vae, painter, make_tokenizer()).to(torch.float16).save_pretrained(args.out / "shapes")
-    draw_curves(args.out)
+    draw_curves(args.out, {"vae": (), "text": (), "unet": COURSE})
     print(f"the model is in {args.out / 'shapes'}")
 
 
