@@ -63,7 +63,8 @@ def texts(module: Path) -> Iterator[str]:
     with module.open("rb") as file:
         for token in tokenize.tokenize(file.readline):
             comment = token.string.lstrip("# ")
-            if token.type != tokenize.COMMENT or re.match(r"(fmt|type|noqa|ruff|pyright|!)", comment) or "---" in comment:
+            order = re.match(r"(fmt|type|noqa|ruff|pyright|!)", comment)  # to a tool, not to a reader
+            if token.type != tokenize.COMMENT or order or "---" in comment:
                 continue
             own = token.line.lstrip().startswith("#")
             if lines and not (own and token.start[0] == last + 1):
