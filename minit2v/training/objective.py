@@ -23,7 +23,6 @@ from ..schedulers.grids import BETA_SCHEDULES
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
 TIMESTEPS = ("uniform", "high", "logit-normal")
 OFFSETS = ("frame", "clip")
-HIGH = 0.3  # "high" takes its timesteps from this share of the schedule, the noisy end
 
 
 # ------------------------------------------------------------------------------------------------------- randomness
@@ -80,7 +79,8 @@ class Objective:
     noise_offset: how much of one more random number is added to the noise of each channel, `offset_per` "frame" or
         "clip". The mean brightness then is learned, too.
     min_snr: gamma of min-SNR weights (Hang et al. 2023, arXiv:2303.09556), usually 5. None: all weights are 1.
-    timesteps: "uniform"; "high": `high_share` of the samples get theirs from the noisiest 30 %; "logit-normal" (Esser
+    timesteps: "uniform"; "high": `high_share` of the samples get theirs from the noisy end of the schedule, which
+        begins at its share `high_from` (0.7: timesteps 700 to 999 of 1,000); "logit-normal" (Esser
         et al. 2024, arXiv:2403.03206); or (low, high), both included.
 
     ValueError, in one line, on options that do not exist or do not go together.
@@ -99,6 +99,7 @@ class Objective:
         min_snr: float | None = None,
         timesteps: str | Sequence[int] = "uniform",
         high_share: float = 0.5,
+        high_from: float = 0.7,
     ):
         config = scheduler.config if isinstance(scheduler, Scheduler) else scheduler
         _check_choice("objective", objective, (*PREDICTIONS, None))
@@ -106,6 +107,7 @@ class Objective:
         _check_choice("offset_per", offset_per, OFFSETS)
         _check_number("noise_offset", noise_offset, 0)
         _check_number("high_share", high_share, 0, 1)
+        _check_number("high_from", high_from, 0, 0.99)
         if min_snr is not None:
             _check_number("min_snr", min_snr, 0.01)
         if "beta_start" not in config:
@@ -127,7 +129,7 @@ class Objective:
             raise ValueError("zero_snr does not go with the objective epsilon: at the last timestep there is only "
                              "noise, and its prediction teaches nothing; use the objective v")  # fmt: skip
         self.noise_offset, self.offset_per = noise_offset, offset_per
-        self.timesteps, self.high_share = timesteps, high_share
+        self.timesteps, self.high_share, self.high_from = timesteps, high_share, high_from
         self._check_timesteps(fields.num_train_timesteps)
         bar = self.scheduler.alphas_cumprod
         self.weights = _weights(self.prediction, bar / (1 - bar), min_snr)
@@ -163,7 +165,7 @@ class Objective:
             u = torch.randn((), generator=noise, dtype=torch.float64).sigmoid().item()
         elif self.timesteps == "high":
             high = torch.rand((), generator=noise, dtype=torch.float64).item() < self.high_share
-            u = 1 - (1 - u) * (HIGH if high else 1)
+            u = 1 - (1 - u) * (1 - self.high_from if high else 1)
         return min(int(u * total), total - 1)
 
     def draw_noise(self, seed: int, number: int, shape: Sequence[int]) -> Tensor:

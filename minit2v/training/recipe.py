@@ -59,7 +59,8 @@ class Recipe:
     timesteps: Literal["uniform", "high", "logit-normal"] | tuple[int, int] | None = option(
         None, "uniform, high, logit-normal, or the lowest and the highest; high where motion is learned"
     )
-    high_share: float = option(0.5, "with high: share of clips whose timestep is from the noisiest 30 %")
+    high_share: float = option(0.5, "with high: share of clips whose timestep is from the noisy end")
+    high_from: float = option(0.7, "with high: where the noisy end begins, as a share of all timesteps")
     text_dropout: float | None = option(None, "share of captions that become empty, for guidance; 0.1, of one clip 0")
 
     frames: int | None = option(None, "frames of a clip; 16, of stills 1")
@@ -145,6 +146,7 @@ class Recipe:
         for name in ("fps", "alpha", "min_snr", "clip", "guidance"):
             need(getattr(self, name) is None or 0 < getattr(self, name) < float("inf"), name, "above 0")
         need(0 <= self.high_share <= 1, "high_share", "from 0 to 1")
+        need(0 <= self.high_from <= 0.99, "high_from", "from 0 to 0.99")
         need(0 <= self.prior_share < 1, "prior_share", "at least 0 and below 1: the rest of the batch is the data")
         need(self.keep >= 2, "keep", "at least 2: the newest may be broken")
         need(0 <= self.seed < 2**63, "seed", "from 0 to 2**63 - 1")

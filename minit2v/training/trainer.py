@@ -119,7 +119,7 @@ class Trainer:
         self.objective = Objective(
             pipe.scheduler, objective=recipe.objective, betas=recipe.betas, motion=motion, zero_snr=recipe.zero_snr,
             noise_offset=recipe.noise_offset, offset_per=recipe.offset_per, min_snr=recipe.min_snr,
-            timesteps=recipe.timesteps, high_share=recipe.high_share,
+            timesteps=recipe.timesteps, high_share=recipe.high_share, high_from=recipe.high_from,
         )  # fmt: skip
         pipe.scheduler = self.objective.scheduler_for(pipe.scheduler)
         about = {"model": digest_of_some(self.unet), "data": getattr(data, "fingerprint", None),
