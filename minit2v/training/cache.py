@@ -45,6 +45,10 @@ class Cache:
     def __init__(self, folder: str | Path | None):
         self.folder = None if folder is None else Path(folder)
 
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()) if self.folder else 0
+
     def has(self, kind: str, name: str) -> bool:
         path = self._path(kind, name, ".safetensors")
         return path is not None and path.exists()

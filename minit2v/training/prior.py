@@ -102,4 +102,4 @@ def make_prior(recipe: Recipe, pipe: Any, make_data: Callable[..., Any], world: 
         prompts = read_prompts(recipe.prior_prompts)
         return SelfMade(pipe, prompts, recipe.prior_clips, Path(recipe.cache or recipe.out) / "prior", recipe,
                         world)  # fmt: skip
-    return make_data(recipe, pipe, (recipe.prior,), seed=recipe.seed + 1)
+    return make_data(recipe, pipe, world, (recipe.prior,), recipe.seed + 1)
