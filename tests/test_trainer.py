@@ -17,8 +17,9 @@ from torch import Tensor
 
 from minit2v import AnimateDiffPipeline, DDIMScheduler, TextToVideoSDPipeline, UNet3DConditionModel, UNetMotionModel
 from minit2v.training import checkpoints, result, start, validation
+from minit2v.training.optimizer import Average
 from minit2v.training.recipe import Recipe, read_recipe
-from minit2v.training.trainer import Average, Piece, Trainer
+from minit2v.training.trainer import Piece, Trainer
 
 SMALL = {"block_out_channels": (16,), "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 12}
 UNET3D = {**SMALL, "down_block_types": ("CrossAttnDownBlock3D",), "up_block_types": ("CrossAttnUpBlock3D",),

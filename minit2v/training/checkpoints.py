@@ -4,6 +4,7 @@
 parts of them write each its own. A state is names and tensors: what they mean is the trainer's business.
 """
 
+import hashlib
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minit2v_convert.stream import first_line, parse_json, replacing
 
@@ -20,6 +21,8 @@ from ..files.hub import write_json
 from ..parallel import World, sync
 from .recipe import Recipe
 
+FORMAT = 1  # of the names and tensors in a checkpoint
+DONE, VERSION = "number/done", "number/format"
 NAME = re.compile(r"step-(\d+)(?:\.ckpt)?")
 
 
@@ -103,9 +106,13 @@ def read(path: Path, world: World, like: Callable[[str], Tensor | None] = lambda
 
     A tensor for one of which each process has a part is such a one itself.
     """
-    if path.is_dir():
-        return world.load_sharded(path, like)
-    return {name: as_spread(x, like(name)) for name, x in load_state(path).items()}
+    state = world.load_sharded(path, like) if path.is_dir() else load_state(path)
+    known = isinstance(state, dict) and all(isinstance(x, Tensor) for x in state.values()) and DONE in state
+    version = int(state.get(VERSION, 1)) if known else 0
+    if version != FORMAT:
+        raise ValueError(f"{path} has the format {version or 'of an older version'}, and this version of minit2v reads "
+                         f"format {FORMAT}: use the version that wrote it, or another --out")  # fmt: skip
+    return state if path.is_dir() else {name: as_spread(x, like(name)) for name, x in state.items()}
 
 
 def as_spread(x: Tensor, like: Tensor | None) -> Tensor:
@@ -132,3 +139,11 @@ def claim(out: Path, recipe: Recipe, about: dict[str, Any], resume_anyway: bool 
             raise ValueError(f"{path} is that of another run: {'; '.join(changed)}. Give another folder as --out, or "
                              "--resume-anyway to go on with what is new")  # fmt: skip
     write_json(path, {"recipe": recipe.values(), **about})
+
+
+def digest_of_some(network: nn.Module) -> str:
+    """What tells a network from another at a glance: a hash of the first numbers of each of its tensors."""
+    total = hashlib.sha256()
+    for name, x in network.named_parameters():
+        total.update(f"{name} {tuple(x.shape)} {x.detach().flatten()[:32].double().tolist()}".encode())
+    return total.hexdigest()

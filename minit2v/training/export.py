@@ -61,8 +61,7 @@ def save_lora(
     for name, text in (metadata or {}).items():
         if not isinstance(text, str):
             raise ValueError(f"metadata are texts: {name!r} is {text!r}")
-    parts = _in_peft(loras, states)
-    tensors, said = {"diffusers": _diffusers, "kohya": _kohya, "guoyww": _guoyww}[format](parts)
+    tensors, said = SPELLINGS[format](_in_peft(loras, states))
     tensors = {name: cast(x.detach().cpu(), dtype or x.dtype).contiguous() for name, x in tensors.items()}
     if format == "kohya":
         said |= _hashes(tensors, said)
@@ -74,6 +73,11 @@ def save_lora(
 
             save_file(tensors, temporary, metadata={**(metadata or {}), **said, "format": "pt"})
     return path
+
+
+def check_format(loras: Sequence[TrainedLoRA], format: str) -> None:
+    """ValueError where the format has no place for a layer of these LoRAs."""
+    SPELLINGS[format](_in_peft(loras, None))
 
 
 # Component -> network, tensors in peft's names, its config.
@@ -144,6 +148,9 @@ def _guoyww(parts: Parts) -> tuple[dict[str, Tensor], dict[str, str]]:
                 x = x * (_alpha(name.removesuffix(".lora_B.weight"), config) / x.shape[1])
             tensors[authors[0][0]] = x
     return tensors, {}
+
+
+SPELLINGS = {"diffusers": _diffusers, "kohya": _kohya, "guoyww": _guoyww}
 
 
 def _alpha(module: str, config: Mapping[str, Any]) -> float:

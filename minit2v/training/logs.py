@@ -1,8 +1,11 @@
 """Numbers of a run: `log.csv`, and TensorBoard's files where it is installed."""
 
 import csv
+import sys
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from .checkpoints import forget_later
 
@@ -47,3 +50,15 @@ def append(path: Path, row: dict[str, Any]) -> None:
         if new:
             writer.writeheader()
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def memory(device: torch.device) -> float:
+    """The most memory that was taken so far, GiB: of the GPU, or of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

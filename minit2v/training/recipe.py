@@ -24,7 +24,7 @@ Kind = Literal["lora", "motion-lora", "motiondirector", "full", "temporal", "spa
 LORAS = ("lora", "motion-lora", "motiondirector")
 # Options that say what is kept, shown and where it runs. They may differ when a run is resumed: weights do not change.
 WATCHING = ("out", "save_every", "save_minutes", "keep", "validate_every", "validation_prompts", "validation_clips",
-            "sample_steps", "guidance", "log_every", "device", "cache", "parallel")  # fmt: skip
+            "sample_steps", "guidance", "log_every", "device", "cache", "parallel", "kohya")  # fmt: skip
 
 
 def option(default: Any, text: str) -> Any:
@@ -47,6 +47,9 @@ class Recipe:
     rank: int = option(8, "rank of a LoRA")
     alpha: float | None = option(None, "scale of a LoRA times its rank; the rank")
     dropout: float = option(0.0, "share of a LoRA's inputs that is dropped")
+
+    train_text: bool = option(False, "with train lora: train a LoRA of the text encoder, too")
+    kohya: bool = option(False, "write the LoRA in kohya's spelling, too, for the tools of Stable Diffusion 1.5")
 
     objective: Literal["epsilon", "v", "x0"] | None = option(None, "what is predicted; as the model does")
     betas: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = option(
@@ -154,6 +157,8 @@ class Recipe:
         need(self.train != "patterns" or bool(self.targets), "targets", "patterns of names with train 'patterns'")
         if self.train not in ("lora", "patterns") and self.targets:
             raise ValueError(f"targets goes with train 'lora' or 'patterns'; {self.train!r} has its own")
+        for name in ("train_text", "kohya"):
+            need(self.train == "lora" or not getattr(self, name), name, f"false with train {self.train!r}")
         if self.prior == "self" and not self.prior_prompts:
             raise ValueError("prior 'self' needs prior_prompts: what the model is to make clips of")
         if self.train == "motiondirector" and self.prior_target == "model":

@@ -28,7 +28,10 @@ def export(trainer: Trainer) -> Path:
     if recipe.train == "motion-lora":
         save_lora(out / "lora-animatediff.safetensors", [trainer.loras["lora"]], format="guoyww", metadata=about)
     if trainer.loras:
-        return save_lora(out / "lora.safetensors", [trainer.loras["lora"]], metadata=about)
+        loras = [*trainer.loras.values()]
+        if recipe.kohya:
+            save_lora(out / "lora-kohya.safetensors", loras, format="kohya", metadata=about)
+        return save_lora(out / "lora.safetensors", loras, metadata=about)
     folder = out / "model"
     if recipe.train == "image":
         return save_image_model(trainer, folder)

@@ -64,7 +64,8 @@ def prepare(
         if world.is_first and found.cache.folder is not None:
             say(f"cache {found.cache.folder}: {binary(found.cache.size())} now; the clips of this run take about "
                 f"{binary(found.cache_bytes(recipe.steps * rows))}")  # fmt: skip
-        found.fill(recipe.steps, rows)
+        if trainer.done < recipe.steps:
+            found.fill(recipe.steps, rows)
     return trainer
 
 

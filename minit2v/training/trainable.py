@@ -6,7 +6,7 @@ Names are diffusers' (transformers' for the text encoder), as in the files; patt
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from ..adapters.formats import Factors
 from ..adapters.lora import layers_of, to_peft
 from ..adapters.low_rank import TrainedBranch, can_branch, set_trained_branches, trained_branches_of
 from ..models.blocks import MotionModule, TemporalConv, TemporalTransformer
+from .recipe import LORAS, Recipe
 
 # Parts of diffusers' names. All that mixes frames; AnimateDiff's motion modules; the four layers of an attention.
 TEMPORAL = re.compile(r"(^|\.)(temp_attentions|temp_convs|transformer_in|motion_modules)\.")
@@ -31,6 +32,46 @@ CONV = re.compile(r"(^|\.)(resnets\.\d+\.conv(1|2|_shortcut)|temp_convs\.\d+\.co
 
 KINDS = ("full", "temporal", "spatial", "attention", "motion", "patterns")
 WORDS = ("spatial", "temporal", "both", "linear", "conv", "motion", "text")  # of LoRA
+
+
+# --------------------------------------------------------------------------------------------------- by a recipe
+
+
+class Trained(NamedTuple):
+    """What a recipe trains. loras: by their kind, empty where weights themselves are trained. named: the parameters."""
+
+    loras: dict[str, "TrainedLoRA"]
+    named: list[tuple[str, nn.Parameter]]
+
+
+def prepare(
+    unet: Any, recipe: Recipe, generator: torch.Generator | None = None, text_encoder: Any = None
+) -> Trained:  # fmt: skip
+    """Choose what a filled recipe trains, and put the network into training mode.
+
+    generator: draws the first values of LoRAs. text_encoder: gets a LoRA where the recipe says so.
+    Errors as of `choose` and `add_lora`.
+    """
+    loras: dict[str, TrainedLoRA] = {}
+    named: list[tuple[str, nn.Parameter]] = []
+    how = recipe.rank, recipe.alpha, recipe.dropout, generator
+    if recipe.train == "motiondirector":
+        spatial, temporal = add_motion_director(unet, *how)
+        loras = {"spatial": spatial, "temporal": temporal}
+    elif recipe.train in LORAS:
+        loras = {"lora": add_lora(unet, "motion" if recipe.train == "motion-lora" else recipe.targets or "both", *how)}
+        if recipe.train_text and text_encoder is not None:
+            loras["text"] = add_lora(text_encoder, "text", *how)
+    else:
+        named = choose(unet, "spatial" if recipe.train == "image" else recipe.train, recipe.targets)
+    for kind, lora in loras.items():
+        named += [(f"{kind}.{path}.{side}", getattr(branch, side)) for path, branch in lora.layers.items()
+                  for side in ("down", "up")]  # fmt: skip
+    for module in unet.modules():
+        if isinstance(module, TemporalConv):
+            module.dropout = recipe.temporal_dropout or 0.0
+    unet.train()
+    return Trained(loras, named)
 
 
 # ------------------------------------------------------------------------------------------------------ parameters

@@ -71,7 +71,7 @@ class Validation:
         trainer, objective = self.trainer, self.trainer.objective
         dtype = trainer.parameters[0].dtype
         latents = self.batch.latents.to(trainer.device, dtype)
-        text = self.batch.text.to(trainer.device, dtype)
+        text = trainer.encoded(self.batch.captions, self.batch.text.to(trainer.device, dtype))
         total = objective.scheduler.config.num_train_timesteps
         found = []
         with trainer.layers_for(latents):
