@@ -1,8 +1,8 @@
-"""A list of prompts, made into a folder by one process, or by several that torchrun starts.
+"""A list of prompts, made into a folder of videos by one process, or by several that torchrun starts.
 
-No process waits for another. Each takes every n-th prompt of the list and leaves out what the folder has already, so
-the same command goes on after a kill, also with another number of processes. `report.json` in the folder says what
-became of each prompt.
+Of n processes each takes every n-th prompt, and none waits for another. Videos that the folder has already are left
+out. So the same command goes on after a kill, also with another number of processes. `report.json` in the folder says
+what became of each prompt.
 """
 
 import itertools
@@ -12,21 +12,24 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .messages import one_line, process, say
 
 REPORT = "report.json"
-NOT_COMPARED = ("versions",)  # a video of another version of torch is there all the same
-LEFT_OVER = 60  # seconds after which an unfinished file that nobody holds is removed
+NOT_COMPARED = ("versions",)  # a video by another version of torch counts, too
+LEFT_OVER = 60  # seconds until an unfinished file that no process holds is removed
 
 
 class Batch:
-    """What this process is to make.
+    """The videos that this process has to make.
 
-    folder: where all videos go. entries: (prompt, {frame: text}) of the whole list. paths: the name of each video
-    where nothing is there yet. about: what the file of an entry stores.
+    folder: where all videos go.
+    entries: (prompt, {frame: text}) of the whole list.
+    paths: the usual file of each entry.
+    about: makes what the file of an entry stores.
     """
 
     def __init__(
@@ -49,10 +52,10 @@ class Batch:
         self._report({n: found.get(n) for n in self.own})
 
     def _places(self) -> dict[int, tuple[Path, bool]]:
-        """Of the own videos: the file, and whether it is there already, whole and with the same settings.
+        """The file of each own video, and whether it is there already: whole, and with the same settings.
 
-        Another video of that name stays: the new one gets a number. All processes find the same names, since what the
-        others make meanwhile has the name that is found for it here.
+        Another video with that name stays, and the new one gets a number. All processes find the same names: what
+        another process makes meanwhile gets the name that is found for it here.
         """
         groups: dict[Path, list[int]] = {}
         for n, path in enumerate(self.paths):
@@ -63,14 +66,13 @@ class Batch:
                 continue
             taken: set[Path] = set()
             for n in numbers:
-                for name in (numbered(path, k) for k in itertools.count(1)):
-                    is_there = name.exists()
-                    if name in taken or (is_there and not self._is_made(name, n)):
-                        continue
-                    taken.add(name)
-                    found[n] = name, is_there
-                    break
+                name = first_name(path, partial(self._fits, n, taken))
+                taken.add(name)
+                found[n] = name, name.exists()
         return found
+
+    def _fits(self, n: int, taken: set[Path], name: Path) -> bool:
+        return name not in taken and (not name.exists() or self._is_made(name, n))
 
     def _is_made(self, path: Path, n: int) -> bool:
         from ..files.video import read_metadata
@@ -85,7 +87,7 @@ class Batch:
             return False
 
     def say_made(self, n: int, path: Path, seconds: float, what: str) -> None:
-        """Note a video that is made; several processes say how far all of them are."""
+        """Note a finished video. Several processes also say how many videos of the list are done."""
         self.seconds.append(seconds)
         done, failed = self._report({n: {"file": path.name, "seconds": round(seconds, 2)}})
         if self.size == 1:
@@ -98,7 +100,10 @@ class Batch:
         self._report({n: {"error": one_line(error)}})
 
     def _report(self, news: dict[int, dict[str, Any] | None]) -> tuple[int, int]:
-        """Write what is new about these prompts (None: nothing yet). Returns how many are made, and how many failed."""
+        """Write what is new about these prompts into the report. None: nothing is known yet.
+
+        Returns how many prompts of the whole list are made, and how many failed.
+        """
         from minit2v_convert.stream import replacing
 
         from ..files.saving import locked
@@ -108,9 +113,9 @@ class Batch:
         keys = [_key(stored) for stored in self.stored]
         with locked(self.folder):
             old: dict[str, Any] = {}
-            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or not ours
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # there is none, or it is not ours
                 read = json.loads(path.read_text(encoding="utf-8"))
-                if read["settings"] == settings:  # else of another list
+                if read["settings"] == settings:  # else it is that of another list
                     old = {_key(video): {k: v for k, v in video.items() if k in ("file", "seconds", "error")}
                            for video in read["videos"]}  # fmt: skip
             known = {n: old[key] for n, key in enumerate(keys) if key in old}
@@ -129,16 +134,19 @@ class Batch:
         return made, failed
 
     def exit_code(self, failed: int) -> int:
-        """1 where prompts failed. Under torchrun only the process that ends last returns it, as torchrun then ends all
-        others; so it counts the failures of all."""
+        """1 where prompts failed.
+
+        torchrun ends all processes when one returns 1. So only the process that ends last returns it, for the failures
+        of all.
+        """
         if self.size == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
             return 1 if failed else 0
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # nobody else counts
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # there is no store to count in
             return 0
         from torch import distributed
 
         store, _, _ = next(distributed.rendezvous("env://"))
-        # A restart counts anew, in the same store.
+        # A restart has the same store, and counts from 0.
         store = distributed.PrefixStore(f"minit2v {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
         store.add("failed", failed)
         if store.add("ended", 1) < self.size:
@@ -147,7 +155,7 @@ class Batch:
 
 
 def unique(entries: list[tuple[str, dict[int, str]]]) -> list[tuple[str, dict[int, str]]]:
-    """Each prompt once, in the order of the list: with one seed for all, the same text is the same video."""
+    """Each prompt once, in the order of the list. All have one seed, so the same text gives the same video."""
     found: dict[str, tuple[str, dict[int, str]]] = {}
     for text, at in entries:
         found.setdefault(repr((text, sorted(at.items()))), (text, at))
@@ -159,8 +167,13 @@ def numbered(path: Path, k: int) -> Path:
     return path if k == 1 else path.with_name(f"{path.stem}-{k}{path.suffix}")
 
 
+def first_name(path: Path, fits: Callable[[Path], bool]) -> Path:
+    """The first of `path` and its `numbered` names that fits."""
+    return next(name for k in itertools.count(1) if fits(name := numbered(path, k)))
+
+
 def is_whole(path: Path) -> bool:
-    """Whether an MP4 file is as long as its parts say. One that was cut off can have all its metadata."""
+    """Whether an MP4 file is as long as its parts say. A file that was cut off can still have all its metadata."""
     at, end = 0, path.stat().st_size
     with path.open("rb") as file:
         while at < end:
@@ -175,7 +188,7 @@ def is_whole(path: Path) -> bool:
 
 
 def _plain(stored: dict[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back, without what is not compared."""
+    """What is compared, as it comes back from JSON."""
     return json.loads(json.dumps({k: v for k, v in stored.items() if k not in NOT_COMPARED}, default=str))
 
 
@@ -190,7 +203,7 @@ def _time(seconds: float) -> str:
 
 
 def remove_left_over(folder: Path) -> None:
-    """What a process had in hand when it was killed."""
+    """Remove unfinished files of killed processes."""
     for path in (*folder.glob(".minit2v-*"), *folder.glob(".report-*.json")):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime < LEFT_OVER or (path.is_dir() and _is_held(path)):
@@ -199,7 +212,7 @@ def remove_left_over(folder: Path) -> None:
 
 
 def _is_held(folder: Path) -> bool:
-    """Whether a process writes to it (`locked`)."""
+    """Whether a process is writing to the folder (see `locked`)."""
     try:
         import fcntl
     except ImportError:

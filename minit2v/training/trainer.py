@@ -456,7 +456,8 @@ class Trainer:
         state |= {f"average/{name}": x for (name, _), x in zip(self.trained, self.average.values, strict=False)}
         state |= {f"optimizer/{name}/{key}": torch.as_tensor(x) for name, p in self.trained
                   for key, x in self.optimizer.state.get(p, {}).items()}  # fmt: skip
-        numbers = {"format": checkpoints.FORMAT, "averaged": self.average.count, **{name: getattr(self, name) for name in NUMBERS}}
+        numbers = {"format": checkpoints.FORMAT, "averaged": self.average.count}
+        numbers |= {name: getattr(self, name) for name in NUMBERS}
         return state | {f"number/{name}": torch.tensor(float(n), dtype=torch.float64) for name, n in numbers.items()}
 
     def save(self) -> None:
