@@ -345,6 +345,17 @@ def test_a_broken_checkpoint_gives_way_to_the_one_before(make, tmp_path):
         make(save_every=1, keep=2)
 
 
+@pytest.mark.parametrize("old", [{"trained": {}, "step": 3}, {"weights": torch.ones(2)}, [1, 2],
+                                 {"number/done": torch.tensor(3.0), "number/format": torch.tensor(7.0)}])  # fmt: skip
+def test_a_checkpoint_of_another_format_is_named(make, tmp_path, old):
+    (tmp_path / "run").mkdir()
+    torch.save(old, tmp_path / "run" / "step-000003.ckpt")
+    said = "step-000003.ckpt has (the format 7|an older format), and this version"
+    with pytest.raises(ValueError, match=said) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
 def test_curves_go_to_tensorboard_where_it_is_installed(make, tmp_path, monkeypatch):
     shown = []
 

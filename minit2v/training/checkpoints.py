@@ -110,8 +110,8 @@ def read(path: Path, world: World, like: Callable[[str], Tensor | None] = lambda
     known = isinstance(state, dict) and all(isinstance(x, Tensor) for x in state.values()) and DONE in state
     version = int(state.get(VERSION, 1)) if known else 0
     if version != FORMAT:
-        raise ValueError(f"{path} has the format {version or 'of an older version'}, and this version of minit2v reads "
-                         f"format {FORMAT}: use the version that wrote it, or another --out")  # fmt: skip
+        raise ValueError(f"{path} has {f'the format {version}' if version else 'an older format'}, and this version of "
+                         f"minit2v reads format {FORMAT}: use the version that wrote it, or another --out")  # fmt: skip
     return state if path.is_dir() else {name: as_spread(x, like(name)) for name, x in state.items()}
 
 
