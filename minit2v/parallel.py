@@ -1,10 +1,10 @@
 """Several processes that train one network: `torchrun --nproc-per-node N`, on one machine or several.
 
-Every process takes its rows of a global batch, and all do the same step. Gradients are the sum over the processes,
-so a loss is summed over the rows and divided by the global batch; then any number of processes makes the same step.
+Every process takes its rows of a global batch, and all do the same step. Gradients are summed over the processes. So
+a loss is the sum over the rows, divided by the global batch. Then any number of processes makes the same step.
 
-    world = parallel.world()                                     # one process, where torchrun has not started us
-    network = world.replicate(unet)                              # or world.shard(unet): a part of the weights on each
+    world = parallel.world()                                     # one process without torchrun
+    network = world.replicate(unet)                              # or world.shard(unet): each has a part of the weights
     for k, piece in enumerate(pieces):                           # of world.share(batch)
         with world.accumulating(network, last=k == len(pieces) - 1):
             world.backward(loss(network(...)) / len(batch), network)
@@ -29,21 +29,21 @@ from torch import Tensor, distributed, nn
 
 from minit2v_convert.stream import first_line
 
-PATIENCE = 1800.0  # seconds that a process waits for the others, if nothing else is said
-WEEK = 7 * 24 * 3600.0  # where they may have much to do
+PATIENCE = 1800.0  # seconds that a process usually waits for the others
+WEEK = 7 * 24 * 3600.0  # where the others may work for long
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def of_environment() -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this machine) as torchrun has set them; (0, 1, 0) where it has not."""
+    """(rank, number of processes, rank on this machine), as torchrun sets them. Without torchrun (0, 1, 0)."""
     found = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
     return tuple(map(int, found)) if all(map(str.isdecimal, found)) else (0, 1, 0)  # type: ignore[return-value]
 
 
 def own_device(device: torch.device) -> torch.device:
-    """Of several processes on a machine each takes the accelerator of its local rank, if `device` names none.
+    """The device of this process. If `device` has no number, it is the accelerator of the local rank.
 
-    ValueError where there are fewer accelerators than processes.
+    ValueError where the machine has fewer accelerators than processes.
     """
     _, size, local = of_environment()
     if size == 1 or device.type == "cpu":
@@ -59,10 +59,10 @@ def own_device(device: torch.device) -> torch.device:
 
 
 def world(device: torch.device | str | None = None, patience: float = PATIENCE) -> "World":
-    """The processes that torchrun has started, connected: by NCCL on CUDA, by gloo on CPUs.
+    """Connect the processes that torchrun has started: by NCCL on CUDA, by gloo on CPUs.
 
-    device: of this process; None: the accelerator of its local rank, or the CPU. patience: seconds that a process
-    waits for the others before it fails.
+    device: of this process. None: the accelerator of its local rank, or the CPU.
+    patience: a process fails after it has waited so many seconds for the others.
     """
     rank, size, _ = of_environment()
     if device is None:
@@ -81,10 +81,10 @@ def world(device: torch.device | str | None = None, patience: float = PATIENCE) 
 
 
 def _agree(store: distributed.Store, rank: int, size: int, patience: float) -> str:
-    """A word of the first process that all others have got from it.
+    """A random word that the first process gives to all others.
 
-    After a restart torchrun's store still holds the addresses of processes that were killed, and who reads them before
-    they are written anew waits for a dead one. So all keys of this start begin with a word that is new.
+    After a restart torchrun's store still has the addresses of killed processes. A process that reads an old address
+    waits for a dead process. So all keys of this start begin with a new word.
     """
     me = secrets.token_hex(8)
     if rank:
@@ -107,7 +107,7 @@ def _agree(store: distributed.Store, rank: int, size: int, patience: float) -> s
 
 @dataclass(frozen=True)
 class World:
-    """All processes as one of them sees them. Alone, it does nothing where others would be asked."""
+    """All processes, seen from one of them. With one process, the calls need no others and return at once."""
 
     rank: int = 0
     size: int = 1
@@ -120,7 +120,7 @@ class World:
         return self.rank == 0
 
     def share(self, rows: Sequence[Any]) -> list[Any]:
-        """This process's rows of a global batch. ValueError where they cannot be shared evenly."""
+        """This process's rows of a global batch. ValueError where the rows cannot be shared equally."""
         if len(rows) % self.size:
             raise ValueError(f"a batch of {len(rows)} cannot be shared by {self.size} processes: it must be a multiple")
         count = len(rows) // self.size
@@ -129,7 +129,7 @@ class World:
     # Waiting and telling ---------------------------------------------------------------------------------------------
 
     def barrier(self, name: str, timeout: float = PATIENCE) -> None:
-        """Wait for all processes. RuntimeError, with this name and who is missing, after `timeout` seconds."""
+        """Wait for all processes. After `timeout` seconds RuntimeError says the name and which processes are missing."""
         if self.size == 1:
             return
         try:
@@ -148,7 +148,7 @@ class World:
         return total.tolist()
 
     def from_first(self, make: Callable[[], Any]) -> Any:
-        """What the first process gets from `make`; the others do not call it. An error of the first is one of all."""
+        """What `make` returns on the first process. The others do not call it. If it raises an error, all raise it."""
         if self.size == 1:
             return make()
         found: list[Any] = [None, None]
@@ -163,17 +163,17 @@ class World:
         return found[0]
 
     def close(self) -> None:
-        """Leave the others: all must be done."""
+        """Disconnect. All processes must be done."""
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
     # The network -----------------------------------------------------------------------------------------------------
 
     def replicate(self, network: nn.Module, unused: bool = False) -> nn.Module:
-        """The whole network on every process, gradients summed while backward runs (DDP, arXiv:2006.15704).
+        """Every process has the whole network. Gradients are averaged in backward (DDP, arXiv:2006.15704).
 
-        It wraps `network`, whose parameters become those of the first process. unused: some parameters take no part in
-        some steps.
+        Returns a wrapper of `network`. All processes get the parameters of the first one. unused: some steps do not use
+        all parameters.
         """
         if self.size == 1:
             return network
@@ -182,11 +182,11 @@ class World:
                                                    find_unused_parameters=unused)
 
     def shard(self, network: nn.Module, precision: str = "float32", offload: bool = False) -> nn.Module:
-        """A part of every weight, gradient and optimizer state on each process (FSDP2): each block, and the rest.
+        """Each process has a part of every weight, gradient and optimizer state (FSDP2). Returns the network.
 
-        The network itself changes: its parameters become DTensors, so an optimizer must be made behind it. precision:
-        "bf16" or "fp16" computes in that, with weights, gradients and their sums in float32. offload: parts wait in
-        the CPU's memory. Returns the network.
+        The parameters of the network become DTensors, so make the optimizer afterwards.
+        precision: "bf16" or "fp16" computes in 16 bits. Weights, gradients and their sums stay float32.
+        offload: the parts are kept in the CPU's memory.
         """
         if not distributed.is_initialized():
             return network
@@ -197,7 +197,7 @@ class World:
         policy = MixedPrecisionPolicy(dtype, torch.float32) if dtype else MixedPrecisionPolicy()
         how = {"mesh": init_device_mesh(self.device.type, (self.size,)), "mp_policy": policy,
                "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}  # fmt: skip
-        # It warns of views that somebody could write to; the networks change nothing in place.
+        # It warns of views that code could write to. These networks change nothing in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         for block in network.blocks():  # type: ignore[operator]
             fully_shard(block, **how)
@@ -205,7 +205,7 @@ class World:
 
     @contextmanager
     def accumulating(self, network: nn.Module, last: bool) -> Iterator[None]:
-        """Around forward and backward of a piece of the batch: gradients travel with the last piece alone."""
+        """Wrap forward and backward of a piece of the batch in it. Only the last piece exchanges gradients."""
         if isinstance(network, nn.parallel.DistributedDataParallel) and not last:
             with network.no_sync():
                 yield
@@ -215,15 +215,19 @@ class World:
         yield
 
     def backward(self, loss: Tensor, network: nn.Module) -> None:
-        """Add gradients whose sum over the processes is that of the global batch: DDP and FSDP take their mean."""
+        """Run backward. The gradients of all processes then add up to that of the global batch.
+
+        DDP and FSDP take the mean over the processes, so the loss is scaled by their number.
+        """
         averages = isinstance(network, nn.parallel.DistributedDataParallel) or is_sharded(network)
         (loss * self.size if averages else loss).backward()
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[nn.Parameter] | nn.Module) -> None:
-        """Sum the gradients over the processes in one message. Nothing is done for a network that did it in backward.
+        """Sum the gradients over the processes in one message.
 
-        For few parameters (LoRAs), and for those that not every step uses: one that got a gradient nowhere has none.
+        For few parameters (LoRAs), and for parameters that not every step uses. One without a gradient on all processes
+        keeps None. Nothing is done for networks of `replicate` and `shard`, which do it in backward.
         """
         if isinstance(parameters, nn.Module):
             if isinstance(parameters, nn.parallel.DistributedDataParallel) or is_sharded(parameters):
@@ -244,11 +248,11 @@ class World:
 
     @torch.no_grad()
     def clip(self, parameters: Iterable[nn.Parameter], most: float) -> float:
-        """Scale all gradients so that their norm is at most `most`; returns the norm before. Also of sharded ones."""
+        """Scale all gradients, also sharded ones, so that their norm is at most `most`. Returns the norm before."""
         parameters = [p for p in parameters if p.grad is not None]
         if not any(hasattr(p, "to_local") for p in parameters):
             return float(nn.utils.clip_grad_norm_(parameters, most))
-        gradients = [local(p.grad) for p in parameters]  # each number is on one process
+        gradients = [local(p.grad) for p in parameters]  # each process has other numbers
         square = torch.stack(torch._foreach_norm(gradients)).square().sum()
         distributed.all_reduce(square)
         norm = square.sqrt()
@@ -256,9 +260,9 @@ class World:
         return float(norm)
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The whole tensors on the CPU of the first process, one after the other; an empty dict on the others.
+        """The whole tensors, on the CPU of the first process. The others get an empty dict.
 
-        All processes must call it, with the same names in the same order.
+        All processes must call it with the same names in the same order.
         """
         whole: dict[str, Tensor] = {}
         for name, x in tensors.items():
@@ -270,31 +274,31 @@ class World:
 
     @torch.no_grad()
     def make_whole(self, network: nn.Module) -> None:
-        """Give the first process all of a sharded network, as plain parameters, to be saved. It cannot run any more.
+        """Give the first process a whole copy of a sharded network, as plain parameters, to save it.
 
-        All processes must call it.
+        Afterwards the network cannot run any more. All processes must call it.
         """
         sharded = [module for module in network.modules() if is_sharded(module)]
         for module in sharded:
-            module.reshard()  # type: ignore[operator]  # else `state_dict` would do it, and put the parts back
+            module.reshard()  # type: ignore[operator]  # else `state_dict` would do it, and bring the parts back
         places = [(module, name) for module in network.modules() for name in module._parameters]
         whole = self.gather({str(n): x for n, (module, name) in enumerate(places)
                              if (x := getattr(module, name)) is not None})  # fmt: skip
         for n, (module, name) in enumerate(places):
             if str(n) in whole:
                 setattr(module, name, nn.Parameter(whole[str(n)], requires_grad=False))
-        for module in sharded:  # FSDP2 has given it a class made of FSDPModule and its own, whose name a file would get
+        for module in sharded:  # FSDP2 gave it a class with another name, which would stand in the file
             module.__class__ = type(module).__mro__[2]
 
     # Checkpoints of sharded networks ---------------------------------------------------------------------------------
 
     def save_sharded(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Each process writes its part of the tensors. `folder` appears whole, also where one is killed meanwhile."""
+        """Each process writes its part of the tensors. `folder` appears whole or not at all, also after a kill."""
         from torch.distributed import checkpoint
 
         part = folder.with_name(f"{folder.name}.part")
         if self.is_first:
-            shutil.rmtree(part, ignore_errors=True)  # of a save that was killed
+            shutil.rmtree(part, ignore_errors=True)  # left by a killed save
             part.mkdir(parents=True)
         self.barrier(f"saving {folder.name}")
         with _quiet():
@@ -307,9 +311,11 @@ class World:
         self.barrier(f"name of {folder.name}")
 
     def load_sharded(self, folder: Path, like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
-        """The tensors that any number of processes has saved, spread as `like(name)` is; None: whole on each.
+        """The tensors that any number of processes has saved.
 
-        ValueError where the folder is not whole. It must be one's own: PyTorch reads the list of tensors with pickle.
+        like: name -> a tensor that is sharded as the loaded one should be. None: each process gets the whole tensor.
+        ValueError where the folder is not whole. Do not load folders of strangers: PyTorch reads the list of tensors
+        with pickle.
         """
         from torch.distributed import checkpoint
 
@@ -322,19 +328,19 @@ class World:
                 tensors[name] = torch.zeros_like(near, dtype=dtype) if fits else torch.zeros(about.size, dtype=dtype)
             with _quiet():
                 checkpoint.load(tensors, checkpoint_id=folder)
-        except Exception as error:  # a broken file breaks its reader anywhere
+        except Exception as error:  # a damaged file can raise any error
             raise ValueError(f"{folder} is not a whole checkpoint ({first_line(error)})") from error
         return tensors
 
 
 def local(x: Tensor) -> Tensor:
-    """Of a sharded tensor the part that is here; writing to it changes the tensor. Others as they are."""
-    return x.to_local() if hasattr(x, "to_local") else x  # type: ignore[operator]  # DTensor: a second to import
+    """The part of a sharded tensor that is here. Writing to it changes the tensor. Other tensors are returned."""
+    return x.to_local() if hasattr(x, "to_local") else x  # type: ignore[operator]  # importing DTensor takes a second
 
 
 def is_sharded(network: nn.Module) -> bool:
-    """Whether `World.shard` has changed it."""
-    if not distributed.is_available() or not distributed.is_initialized():  # alone: FSDP2 takes seconds to import
+    """Whether `World.shard` has sharded this network."""
+    if not distributed.is_available() or not distributed.is_initialized():  # importing FSDP2 takes seconds
         return False
     from torch.distributed.fsdp import FSDPModule
 
@@ -343,14 +349,14 @@ def is_sharded(network: nn.Module) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without PyTorch's words on a single process, which is what was asked for."""
+    """In the block, PyTorch does not warn that there is only one process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is (disabled|unavailable).*")
         yield
 
 
 def sync(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where the system can (Windows cannot)."""
+    """Write the names in a folder to the disk. Windows cannot do it."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

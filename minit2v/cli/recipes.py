@@ -6,14 +6,14 @@ from typing import Any
 
 from ..training.recipe import HINTS, Recipe, parse, words
 
-SEVERAL = ("data", "targets", "validation_prompts", "prior_prompts")  # options of several words
+SEVERAL = ("data", "targets", "validation_prompts", "prior_prompts")  # these options take several words
 
 
 def add_options(parser: Any) -> None:
-    """Every option of a recipe. What is not given leaves no trace."""
+    """Add every option of a recipe. Options that are not given are not in the parsed arguments."""
 
     parser.add_argument("config", nargs="?", default=None, metavar="CONFIG", help="a .toml file with options, or the "
-                        "run.json of a run; options given here win")
+                        "run.json of a run; options on the command line win")
     for f in dataclasses.fields(Recipe):
         flag, help_text = f"--{f.name.replace('_', '-')}", f.metadata["help"].replace("%", "%%")
         default = f.default if f.default not in (None, "", (), False) else ""
@@ -37,9 +37,9 @@ def add_options(parser: Any) -> None:
             known = words(hint)
             parser.add_argument(flag, type=one, metavar=None if known else "VALUE", choices=known or None,
                                 help=help_text)  # fmt: skip
-    parser.add_argument("--check", action="store_true", default=False, help="show what would be trained on, and end")
+    parser.add_argument("--check", action="store_true", default=False, help="show the data that would be used, and end")
     parser.add_argument("--resume-anyway", action="store_true", default=False, help="go on with a run although its "
-                        "options have changed")
+                        "options or data have changed")
 
 
 class _Timesteps(argparse.Action):

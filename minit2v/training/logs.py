@@ -11,9 +11,9 @@ from .checkpoints import forget_later
 
 
 class Log:
-    """Rows of a run that begins at `step`: later ones, which a kill has undone, are removed.
+    """The log of a run that begins at `step`. Rows of later steps are removed: a kill has undone them.
 
-    A row has the means of the losses since the row before, and the last values of all else.
+    A row has the mean of the losses since the row before. Of other values it has the last one.
     """
 
     def __init__(self, out: Path, step: int):
@@ -21,13 +21,13 @@ class Log:
         forget_later(self.path, step)
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:  # it is optional
+        except ImportError:  # TensorBoard is optional
             self.board = None
         else:
             self.board = SummaryWriter(str(out / "tensorboard"), purge_step=step or None)
 
     def add(self, step: int, whole: bool, seconds: float, values: dict[str, Any]) -> None:
-        """The values of a step; whole: write the row now."""
+        """Take the values of a step. whole: write the row now."""
         self.losses.append(values["loss"])
         if whole:
             row = {"minutes": round(seconds / 60, 3), **values, "loss": sum(self.losses) / len(self.losses)}
@@ -43,7 +43,7 @@ class Log:
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """One row at the end of a CSV file, numbers to six digits, and its head where the file is new."""
+    """Write a row at the end of a CSV file, with numbers of six digits. A new file also gets a head."""
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, row)
@@ -53,7 +53,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def memory(device: torch.device) -> float:
-    """The most memory that was taken so far, GiB: of the GPU, or of the whole process."""
+    """The most memory that was used so far, in GiB: on the GPU, or by the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:

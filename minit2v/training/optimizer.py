@@ -12,7 +12,10 @@ from .recipe import Recipe
 
 
 def make_optimizer(groups: list[dict[str, Any]], recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101). Each group has its own `rate`, which steps multiply."""
+    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101). groups: each has its own learning `rate`.
+
+    ValueError where 8-bit AdamW is not installed, or cannot run on the device.
+    """
     values = {"lr": recipe.rate, "betas": (0.9, recipe.beta2), "weight_decay": recipe.weight_decay}
     if recipe.optimizer == "adamw8bit":
         try:
@@ -26,9 +29,10 @@ def make_optimizer(groups: list[dict[str, Any]], recipe: Recipe, device: torch.d
 
 
 class Average:
-    """A moving average of the weights in float32, which samples better than they do.
+    """A moving average of the weights, which makes better samples than the weights themselves.
 
-    decay: of old values at a step, at the beginning less: (1 + n) / (10 + n) after n steps. 0: there is no average.
+    decay: the share of the old average that a step keeps. It is smaller at the beginning: (1 + n) / (10 + n) after n
+        steps. 0: there is no average.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float):
@@ -39,7 +43,7 @@ class Average:
     def update(self) -> None:
         if self.decay:
             decay = min(self.decay, (1 + self.count) / (10 + self.count))
-            # Of sharded weights the parts that are here: DTensors of a large network take minutes at the first step.
+            # Only the local parts of sharded weights: with DTensors the first step would take minutes.
             torch._foreach_lerp_(*(list(map(local, xs)) for xs in (self.values, self.parameters)), 1 - decay)
             self.count += 1
 

@@ -9,7 +9,10 @@ from typing import Any
 
 @contextmanager
 def ending() -> Iterator[list[int]]:
-    """A list into which the first SIGTERM or Ctrl-C goes, for the run to end by itself; a second one ends it now."""
+    """Gives a list that gets the number of the first SIGTERM or Ctrl-C. A second signal ends the program at once.
+
+    The run looks at the list after each step. In other threads than the main one the list stays empty.
+    """
     came: list[int] = []
     before: dict[int, Any] = {}
 
