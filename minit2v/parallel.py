@@ -129,7 +129,7 @@ class World:
     # Waiting and telling ---------------------------------------------------------------------------------------------
 
     def barrier(self, name: str, timeout: float = PATIENCE) -> None:
-        """Wait for all processes. After `timeout` seconds RuntimeError says the name and which processes are missing."""
+        """Wait for all processes. After `timeout` seconds RuntimeError gives the name and the missing processes."""
         if self.size == 1:
             return
         try:

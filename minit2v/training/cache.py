@@ -26,7 +26,7 @@ LAYOUT = 1  # raise it when frames are made in another way: then older cache fil
 
 
 def digest(*things: Any) -> str:
-    """A hash of things that JSON can hold."""
+    """A hash of values that JSON can hold."""
     return hashlib.sha256(json.dumps([LAYOUT, *things], sort_keys=True, ensure_ascii=True).encode()).hexdigest()
 
 

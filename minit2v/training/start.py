@@ -1,4 +1,4 @@
-"""From a recipe and a model to a run: its data, its prior set, its trainer, and at the end its result.
+"""A whole run from a recipe and a model: data, prior set, trainer, and at the end the result.
 
     pipe = TextToVideoSDPipeline.from_pretrained("shapes")
     train(Recipe(data=("clips",), out="runs/mine", steps=500), pipe)
@@ -21,7 +21,7 @@ from .trainer import Trainer
 
 
 def filled(recipe: Recipe, pipe: Any, guidance: float | None = None) -> Recipe:
-    """The recipe with the usual values for this model, all but `text_dropout`, which depends on the data."""
+    """The recipe with the usual values for this model. `text_dropout` stays None, because it depends on the data."""
     usual = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
     recipe = recipe.filled(type(pipe.unet).__name__, cuda=pipe.unet.device.type == "cuda", guidance=guidance or usual)
     height, width = check_size(recipe.height, recipe.width, pipe.unet, pipe.vae_scale_factor)
@@ -78,9 +78,9 @@ def train(
     say: Callable[[str], None] = print,
     resume_anyway: bool = False,
 ) -> Path | None:
-    """The whole of a run: data, training, result. Returns the path of the result.
+    """A whole run: data, training, result. Returns the path of the result, and None on processes but the first.
 
-    reload: makes a new pipeline of the result, which is then compared with the trained one; None: no comparison.
+    reload: makes a new pipeline from the result, which is compared with the trained one. None: no comparison.
     Errors as of `Data`, `Recipe` and `Trainer`.
     """
     trainer = prepare(recipe, pipe, world, guidance, say, resume_anyway)
