@@ -6,10 +6,9 @@ import math
 import os
 import random
 import signal
-import subprocess
 import sys
+import time
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -383,78 +382,51 @@ def test_what_8_bits_need(make):
 
 # Kills ------------------------------------------------------------------------------------------------------------
 
-RUN = """
-import os, random, signal, sys, threading, time
-from tqdm import tqdm
-sys.path.insert(0, {tests!r})
-import torch
-import test_trainer as t
-from conftest import _randomize
-from minit2v.training import checkpoints
-
-torch.set_num_threads(1)
-
-def start(out):
-    child = os.fork()
-    if child:
-        return child
-    tqdm.set_lock(threading.RLock())  # a child that is killed while it holds the shared one would stop all others
-    try:
-        recipe = t.Recipe(data=("clips",), out=out, train="full", steps=10, batch=2, rate=1e-3, warmup=0, save_every=1,
-                          temporal_dropout=0.2, ema=0.9, validate_every=0, precision="float32")
-        t.Trainer(t.make_pipe(_randomize), t.Clips(), recipe, say=lambda _: 0).run()
-        os._exit(0)
-    except BaseException as error:
-        print(error, file=sys.stderr)
-        os._exit(1)
-
-def ended(child):
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-def step(out):
-    return max(checkpoints.all_of(t.Path(out)), default=0)
-
-def wait_beyond(out, before):
-    deadline = time.monotonic() + 60
-    while step(out) <= before:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-began = time.monotonic()
-assert ended(start({whole!r})) == 0
-seconds, rng, found = time.monotonic() - began, random.Random(0), []
-for _ in range(4):
-    before = step({killed!r})
-    if before < 10:
-        child = start({killed!r})
-        wait_beyond({killed!r}, before)
-        time.sleep(rng.uniform(0, 0.06) * seconds)
-        os.kill(child, signal.SIGKILL)
-        found.append(ended(child))
-found.append(ended(start({killed!r})))
-child = start({asked!r})
-wait_beyond({asked!r}, 0)
-os.kill(child, signal.SIGTERM)
-print(*found, ended(child))
-"""
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits(tmp_path):
-    whole, killed, asked = tmp_path / "whole", tmp_path / "killed", tmp_path / "asked"
-    code = RUN.format(tests=str(Path(__file__).parent), whole=str(whole), killed=str(killed), asked=str(asked))
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300,
-                         env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    *kills, code, by_term = map(int, run.stdout.split())
-    assert kills.count(-signal.SIGKILL) >= 2 and code == 0, run.stderr  # it was killed, and went on
+def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits(tmp_path, randomize_, forked):
+    whole, killed, asked = (tmp_path / name for name in ("whole", "killed", "asked"))
+
+    def start(out):
+        def run():
+            torch.set_num_threads(1)
+            recipe = Recipe(data=("clips",), out=out, train="full", steps=10, batch=2, rate=1e-3, warmup=0,
+                            save_every=1, temporal_dropout=0.2, ema=0.9, validate_every=0)  # fmt: skip
+            Trainer(make_pipe(randomize_), Clips(), recipe, say=lambda _: 0).run()
+
+        return forked(run)
+
+    def step(out):
+        return max(checkpoints.all_of(out), default=0)
+
+    def wait_beyond(out, before):
+        deadline = time.monotonic() + 60
+        while step(out) <= before:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+
+    began = time.monotonic()
+    assert start(whole).wait()[0] == 0
+    seconds, rng, kills = time.monotonic() - began, random.Random(0), []
+    for _ in range(4):
+        if (before := step(killed)) < 10:
+            child = start(killed)
+            wait_beyond(killed, before)
+            time.sleep(rng.uniform(0, 0.06) * seconds)
+            os.kill(child.pid, signal.SIGKILL)
+            kills.append(child.wait()[0])
+    assert kills.count(-signal.SIGKILL) >= 2  # it was killed, and went on
+    code, said = start(killed).wait()
+    assert code == 0, said
     a, b = (checkpoints.load_state(checkpoints.newest(folder)) for folder in (whole, killed))
     assert a.keys() == b.keys() and a["number/done"] == a["number/averaged"] == 10
     assert {name.split("/")[0] for name in a} == {"trained", "average", "optimizer", "number"}
     assert not [name for name, x in a.items() if not torch.equal(x, b[name]) and name != "number/seconds"]
     assert not list(killed.glob(".*.ckpt"))  # nothing half-written is left
 
-    assert by_term == -signal.SIGTERM  # which saves after the step in hand
+    child = start(asked)
+    wait_beyond(asked, 0)
+    os.kill(child.pid, signal.SIGTERM)
+    assert child.wait()[0] == -signal.SIGTERM  # which saves after the step that runs
     assert 0 < checkpoints.load_state(checkpoints.newest(asked))["number/done"] < 10
 
 
@@ -476,7 +448,7 @@ def test_clips_in_a_folder_become_a_lora_that_loads(tmp_path, capsys):
     (folder / "broken.mp4").write_bytes(b"x" * 100)
     (folder / "broken.txt").write_text("a broken file")
     words = ["train", "--data", str(folder), "--out", str(tmp_path / "run"), "--steps=2", "--batch=2", "--rate=1e-2",
-             "--sample-steps=2", "--validate-every=2", "--validation-clips=1", "--log-every=1",
+             "--sample-steps=2", "--validate-every=2", "--kohya", "--validation-clips=1", "--log-every=1",
              "--validation-prompts", "a red circle moving left"]  # fmt: skip
     assert cli.main(words) == 0
     said = capsys.readouterr()
@@ -488,6 +460,8 @@ def test_clips_in_a_folder_become_a_lora_that_loads(tmp_path, capsys):
     assert samples == ["step-000000.mp4", "step-000000.png", "step-000002.mp4", "step-000002.png"]
     assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 3
     assert len((tmp_path / "run" / "validation.csv").read_text().splitlines()) == 3
+    assert f"cache {tmp_path / 'run' / 'cache'}: " in said.err and "the clips of this run take about" in said.err
+    assert (tmp_path / "run" / "lora-kohya.safetensors").exists()
     recipe = read_recipe(tmp_path / "run" / "run.json", {})
     trainer = start.prepare(recipe, TextToVideoSDPipeline.from_pretrained("shapes"), say=lambda _: None)
     with pytest.raises(ValueError, match="lora.safetensors makes other videos than the trained model"):
