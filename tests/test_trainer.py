@@ -375,6 +375,13 @@ def test_curves_go_to_tensorboard_where_it_is_installed(make, tmp_path, monkeypa
     assert rows[0] == "step,minutes,loss,norm,rate,skipped,step_seconds,memory_gib" and len(rows) == 3
 
 
+def test_what_the_networks_have_no_place_for_is_refused_before_a_step(make):
+    with pytest.raises(ValueError, match="kohya's files have no place for motion modules"):
+        make(cls=UNetMotionModel, targets=("motion",), kohya=True)
+    with pytest.raises(ValueError, match="the pipeline has no text encoder"):
+        make(out="text", train_text=True)
+
+
 def test_what_8_bits_need(make):
     with pytest.raises(ValueError, match="needs bitsandbytes|runs on CUDA"):
         make(optimizer="adamw8bit")

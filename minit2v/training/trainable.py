@@ -60,7 +60,9 @@ def prepare(
         loras = {"spatial": spatial, "temporal": temporal}
     elif recipe.train in LORAS:
         loras = {"lora": add_lora(unet, "motion" if recipe.train == "motion-lora" else recipe.targets or "both", *how)}
-        if recipe.train_text and text_encoder is not None:
+        if recipe.train_text:
+            if text_encoder is None:
+                raise ValueError("train_text: the pipeline has no text encoder")
             loras["text"] = add_lora(text_encoder, "text", *how)
     else:
         named = choose(unet, "spatial" if recipe.train == "image" else recipe.train, recipe.targets)
