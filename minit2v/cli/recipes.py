@@ -18,7 +18,7 @@ def add_options(parser: Any) -> None:
         flag, help_text = f"--{f.name.replace('_', '-')}", f.metadata["help"].replace("%", "%%")
         default = f.default if f.default not in (None, "", (), False) else ""
         if default != "":
-            help_text += f": {default}"
+            help_text += f" (default: {default})"
 
         def one(text: str, name: str = f.name) -> Any:
             try:

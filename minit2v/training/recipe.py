@@ -45,70 +45,70 @@ class Recipe:
     targets: tuple[str, ...] = option((), "layers that get a LoRA: spatial, temporal, both, linear, conv, or patterns "
                                       "of names; with train patterns: patterns of parameter names")  # fmt: skip
     rank: int = option(8, "rank of a LoRA")
-    alpha: float | None = option(None, "a LoRA is multiplied by alpha / rank; default: the rank")
+    alpha: float | None = option(None, "a LoRA is multiplied by alpha / rank (default: the rank)")
     dropout: float = option(0.0, "share of a LoRA's inputs that is dropped in training")
 
     train_text: bool = option(False, "with train lora: also train a LoRA of the text encoder")
     kohya: bool = option(False, "with train lora: also write kohya's spelling, for tools of Stable Diffusion 1.5")
 
     objective: Literal["epsilon", "v", "x0"] | None = option(
-        None, "what the network predicts; default: what the model predicts"
+        None, "what the network predicts (default: what the model predicts)"
     )
     betas: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = option(
-        None, "noise schedule; default: the model's, and linear for motion modules"
+        None, "noise schedule (default: the model's, and linear for motion modules)"
     )
-    zero_snr: bool | None = option(None, "make the last timestep pure noise; default: as in the model")
+    zero_snr: bool | None = option(None, "make the last timestep pure noise (default: as in the model)")
     noise_offset: float = option(0.0, "strength of noise that all pixels of a channel share; 0.1 is usual")
     offset_per: Literal["frame", "clip"] = option("frame", "whether each frame or each clip draws its noise offset")
-    min_snr: float | None = option(None, "gamma of min-SNR weights; 5 is usual; default: no weights")
+    min_snr: float | None = option(None, "gamma of min-SNR weights; 5 is usual (default: no weights)")
     timesteps: Literal["uniform", "high", "logit-normal"] | tuple[int, int] | None = option(
-        None, "uniform, high, logit-normal, or two numbers: lowest, highest; default: high for motion, else uniform"
+        None, "uniform, high, logit-normal, or two numbers: lowest, highest (default: high for motion, else uniform)"
     )
     high_share: float = option(0.5, "with timesteps high: share of samples with timesteps of the noisy end")
     high_from: float = option(0.7, "with timesteps high: where the noisy end begins, as a share of all")
     text_dropout: float | None = option(
-        None, "share of captions that become empty, for guidance; default: 0.1, with one clip 0"
+        None, "share of captions that become empty, for guidance (default: 0.1, with one clip 0)"
     )
 
-    frames: int | None = option(None, "frames of a clip; default: 16, with train image 1")
-    height: int | None = option(None, "height in pixels; default: that of the model")
-    width: int | None = option(None, "width in pixels; default: that of the model")
-    fps: float | None = option(None, "frames per second of the clips; default: those of each video")
+    frames: int | None = option(None, "frames of a clip (default: 16, with train image 1)")
+    height: int | None = option(None, "height in pixels (default: that of the model)")
+    width: int | None = option(None, "width in pixels (default: that of the model)")
+    fps: float | None = option(None, "frames per second of the clips (default: those of each video)")
     stride: int | None = option(None, "take every n-th frame, instead of fps")
     clips: Literal["random", "head", "chunk", "uniform", "all"] = option("random", "where in a video a clip begins")
     short: Literal["skip", "loop", "hold", "stretch"] = option(
         "skip", "what is done with videos that have too few frames"
     )
-    prompt: str | None = option(None, "caption of files that have none; default: they are skipped")
+    prompt: str | None = option(None, "caption of files that have none (default: they are skipped)")
     prefix: str = option("", "text before every caption")
     flip: bool = option(False, "mirror half of the clips, left to right")
     stills: Literal["spatial", "whole"] = option(
         "spatial", "whether stills run through the spatial layers or the whole network"
     )
-    cache: str | None = option(None, "folder of latents and text states; default: `cache` in the run's folder")
+    cache: str | None = option(None, "folder of latents and text states (default: `cache` in the run's folder)")
 
     steps: int = option(500, "steps of the optimizer")
     batch: int = option(4, "clips in a step, over all processes")
     accumulate: int = option(1, "pieces in which a process computes its clips; more pieces need less memory")
     rate: float | None = option(None, "learning rate; the default depends on the kind of training")
-    spatial_rate: float | None = option(None, "learning rate of MotionDirector's spatial LoRA; default: 1e-4")
+    spatial_rate: float | None = option(None, "learning rate of MotionDirector's spatial LoRA (default: 1e-4)")
     schedule: Literal["constant", "cosine", "linear"] = option(
         "constant", "how the learning rate goes on after the warm-up"
     )
-    warmup: int | None = option(None, "first steps, with a rising learning rate; default: a tenth of all, at most 100")
+    warmup: int | None = option(None, "first steps, with a rising learning rate (default: a tenth of all, at most 100)")
     optimizer: Literal["adamw", "adamw8bit"] = option("adamw", "optimizer; adamw8bit needs bitsandbytes and CUDA")
-    weight_decay: float | None = option(None, "weight decay of AdamW; default: 0 for a LoRA, else 0.01")
+    weight_decay: float | None = option(None, "weight decay of AdamW (default: 0 for a LoRA, else 0.01)")
     beta2: float = option(0.999, "beta2 of AdamW")
     clip: float = option(1.0, "a gradient with a larger norm is scaled down to it")
     ema: float | None = option(
-        None, "decay of the moving average of the weights; default: 0 (none) for a LoRA, else 0.999"
+        None, "decay of the moving average of the weights, 0 for none (default: 0.999, LoRA 0)"
     )
     precision: Literal["float32", "bf16", "fp16"] | None = option(
-        None, "precision of matrix products; default: bf16 on CUDA, else float32"
+        None, "precision of matrix products (default: bf16 on CUDA, else float32)"
     )
     checkpointing: bool = option(False, "gradient checkpointing: much less memory, a third more time")
     temporal_dropout: float | None = option(
-        None, "dropout of temporal convolutions; default: 0.1 where they are trained, else 0"
+        None, "dropout of temporal convolutions (default: 0.1 where they are trained, else 0)"
     )
 
     prior: str | None = option(
@@ -116,21 +116,21 @@ class Recipe:
     )
     prior_share: float = option(0.5, "share of each batch that comes from the prior set")
     prior_target: Literal["clips", "model"] | None = option(
-        None, "what the prior set teaches: its clips, or the predictions of the model before training; default: model"
+        None, "what the prior set teaches: its clips, or the predictions of the model before training (default: model)"
     )
     prior_prompts: tuple[str, ...] = option(
         (), "prompts of clips that the model makes, or a .txt file with one on each line"
     )
     prior_clips: int = option(64, "how many clips the model makes for prior self")
 
-    save_every: int | None = option(None, "steps between checkpoints; default: only save_minutes counts")
+    save_every: int | None = option(None, "steps between checkpoints (default: only save_minutes counts)")
     save_minutes: float = option(5.0, "minutes between checkpoints")
     keep: int = option(2, "how many checkpoints are kept")
-    validate_every: int | None = option(None, "steps between validations, 0 for none; default: a fifth of the run")
-    validation_prompts: tuple[str, ...] = option((), "prompts of sample videos; default: the first two captions")
+    validate_every: int | None = option(None, "steps between validations, 0 for none (default: a fifth of the run)")
+    validation_prompts: tuple[str, ...] = option((), "prompts of sample videos (default: the first two captions)")
     validation_clips: int = option(4, "how many clips the validation loss is measured on")
     sample_steps: int = option(25, "denoising steps of samples")
-    guidance: float | None = option(None, "guidance scale of samples; default: that of the model")
+    guidance: float | None = option(None, "guidance scale of samples (default: that of the model)")
     log_every: int = option(10, "steps between lines of log.csv")
     seed: int = option(0, "seed of everything that is random")
     device: str = option("auto", "where to train: auto, cpu, cuda, cuda:1, ...")
