@@ -8,6 +8,7 @@ all. Two processes that make the same file write the same content. Nothing is ke
 import hashlib
 import json
 import logging
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,11 @@ class Cache:
 
     def size(self) -> int:
         """Bytes of all files."""
-        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file()) if self.folder else 0
+        total = 0
+        for path in self.folder.rglob("*.*") if self.folder else ():
+            with suppress(FileNotFoundError):  # another process has renamed its unfinished file
+                total += path.stat().st_size
+        return total
 
     def has(self, kind: str, name: str) -> bool:
         path = self._path(kind, name, ".safetensors")
