@@ -26,7 +26,7 @@ from minit2v.training.recipe import Recipe
 from minit2v.training.trainable import add_lora, choose
 from minit2v.training.trainer import Piece, Trainer
 
-LONGEST = 240  # seconds: no process of these tests lives longer
+LONGEST = 480  # seconds: no process of these tests lives longer
 
 
 class Processes:
@@ -392,6 +392,8 @@ def trained(tmp_path_factory):
             with connected() as world:
                 for kind, engine, accumulate in RUNS[size]:
                     run(world, Loop(world, kind, engine), f"{kind} {engine}", accumulate)
+                if size < 4:  # in the same processes: starting them and their first FSDP2 take most of the time
+                    run_trainers(world, folder / "trainer")
                 if size != 2:
                     loop = Loop(world, "full", "fsdp")
                     loop.load(kept / "full-fsdp" / "step-2")
@@ -489,28 +491,25 @@ def second_half(world, made, folder, engine):
     return run_trainer(world, folder, "temporal", engine)
 
 
+def run_trainers(world, folder):
+    """All runs, of one process or of two; the first writes their weights."""
+    for train, engine in TRAINED if world.size > 1 else TRAINED[1:]:
+        if weights := run_trainer(world, folder / f"{train}-{engine}", train, engine):
+            torch.save(weights, folder / f"{train} {engine}")
+    for before, engine in GOES_ON if world.size > 1 else ():
+        if weights := second_half(world, folder / f"temporal-{before}", folder / f"{before}-{engine}", engine):
+            torch.save(weights, folder / f"{before} {engine}")
+
+
 @pytest.fixture(scope="module")
-def by_trainer(tmp_path_factory):
+def by_trainer(trained):
     """by_trainer(processes) -> the folder of the runs, and {(what, how): weights}."""
 
     @cache
     def of(size):
-        folder, found = tmp_path_factory.mktemp(f"trainer-{size}"), TRAINED if size > 1 else TRAINED[1:]
-
-        def work():
-            with connected() as world:
-                for train, engine in found:
-                    if weights := run_trainer(world, folder / f"{train}-{engine}", train, engine):
-                        torch.save(weights, folder / f"{train} {engine}")
-                for before, engine in GOES_ON if size > 1 else ():
-                    half = folder / f"{before}-{engine}"
-                    if weights := second_half(world, folder / f"temporal-{before}", half, engine):
-                        torch.save(weights, folder / f"{before} {engine}")
-
-        with store() as environment, Processes(work, size, folder / "logs", **environment) as processes:
-            assert not any(processes.wait()), processes.said()
-        pairs = [*found, *(GOES_ON if size > 1 else ())]
-        return folder, {pair: torch.load(folder / " ".join(pair)) for pair in pairs}
+        trained(size)
+        folder = trained.folders[size] / "trainer"
+        return folder, {tuple(path.name.split()): torch.load(path) for path in folder.iterdir() if path.is_file()}
 
     return of
 
@@ -526,7 +525,7 @@ def test_the_trainer_of_two_processes_makes_the_weights_of_one(train, engine, by
 @pytest.mark.parametrize("before,engine", GOES_ON)
 def test_a_checkpoint_goes_on_with_the_other_engine(before, engine, by_trainer):
     (folder, several), (_, alone) = by_trainer(2), by_trainer(1)
-    said = (folder / "logs" / "process-0").read_text()
+    said = (folder.parent / "logs" / "process-0").read_text()
     assert f"going on at step 2 from {folder / f'{before}-{engine}'}" in said
     check_equal(several[before, engine], alone["temporal", "ddp"])
 
