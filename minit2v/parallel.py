@@ -1,11 +1,10 @@
 """Several processes train one network: `torchrun --nproc-per-node N`, on one machine or several.
 
-Every process takes its rows of a global batch, and all make the same step. Gradients are summed over the processes.
-So a loss is summed over the rows and divided by the size of the global batch. Then the step does not depend on the
-number of processes.
+Every process takes its rows of a global batch, and all do the same step. Gradients are summed over the processes. So
+a loss is the sum over the rows, divided by the global batch. Then any number of processes makes the same step.
 
-    world = parallel.world()                                     # one process, if torchrun did not start this one
-    network = world.replicate(unet)                              # or world.shard(unet): a part of the weights on each
+    world = parallel.world()                                     # one process without torchrun
+    network = world.replicate(unet)                              # or world.shard(unet): each has a part of the weights
     for k, piece in enumerate(pieces):                           # of world.share(batch)
         with world.accumulating(network, last=k == len(pieces) - 1):
             world.backward(loss(network(...)) / len(batch), network)
@@ -30,21 +29,21 @@ from torch import Tensor, distributed, nn
 
 from minit2v_convert.stream import first_line
 
-PATIENCE = 1800.0  # seconds that a process waits for the others, by default
-WEEK = 7 * 24 * 3600.0  # seconds; for waits during which the others may work for long
+PATIENCE = 1800.0  # seconds that a process usually waits for the others
+WEEK = 7 * 24 * 3600.0  # where the others may work for long
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def of_environment() -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this machine) as torchrun sets them. (0, 1, 0) without torchrun."""
+    """(rank, number of processes, rank on this machine), as torchrun sets them. Without torchrun (0, 1, 0)."""
     found = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
     return tuple(map(int, found)) if all(map(str.isdecimal, found)) else (0, 1, 0)  # type: ignore[return-value]
 
 
 def own_device(device: torch.device) -> torch.device:
-    """The device of this process. If `device` has no index, it is the accelerator with the process's local rank.
+    """The device of this process. If `device` has no number, it is the accelerator of the local rank.
 
-    Raises ValueError if there are fewer accelerators than processes.
+    ValueError where the machine has fewer accelerators than processes.
     """
     _, size, local = of_environment()
     if size == 1 or device.type == "cpu":
@@ -60,11 +59,10 @@ def own_device(device: torch.device) -> torch.device:
 
 
 def world(device: torch.device | str | None = None, patience: float = PATIENCE) -> "World":
-    """Connects the processes that torchrun has started: with NCCL on CUDA, with gloo on CPUs.
+    """Connect the processes that torchrun has started: by NCCL on CUDA, by gloo on CPUs.
 
-    device: of this process. None is the accelerator of its local rank, or the CPU.
-    patience: seconds that a process waits for the others before it fails.
-    Raises ValueError if there are fewer accelerators than processes, and RuntimeError if a process does not come.
+    device: of this process. None: the accelerator of its local rank, or the CPU.
+    patience: a process fails after it has waited so many seconds for the others.
     """
     rank, size, _ = of_environment()
     if device is None:
@@ -83,10 +81,10 @@ def world(device: torch.device | str | None = None, patience: float = PATIENCE) 
 
 
 def _agree(store: distributed.Store, rank: int, size: int, patience: float) -> str:
-    """A random word of the first process, which all others receive.
+    """A random word that the first process gives to all others.
 
-    After a restart, torchrun's store still has the addresses of killed processes. A process that reads an old address
-    would wait for ever. So all keys of this start begin with the new word.
+    After a restart torchrun's store still has the addresses of killed processes. A process that reads an old address
+    waits for a dead process. So all keys of this start begin with a new word.
     """
     me = secrets.token_hex(8)
     if rank:
@@ -109,7 +107,7 @@ def _agree(store: distributed.Store, rank: int, size: int, patience: float) -> s
 
 @dataclass(frozen=True)
 class World:
-    """All processes, as one of them sees them. With a single process, its methods do not communicate."""
+    """All processes, seen from one of them. With one process, the calls need no others and return at once."""
 
     rank: int = 0
     size: int = 1
@@ -122,7 +120,7 @@ class World:
         return self.rank == 0
 
     def share(self, rows: Sequence[Any]) -> list[Any]:
-        """This process's rows of a global batch. Raises ValueError if they cannot be shared evenly."""
+        """This process's rows of a global batch. ValueError where the rows cannot be shared equally."""
         if len(rows) % self.size:
             raise ValueError(f"the batch must be a multiple of the {self.size} processes, not {len(rows)}")
         count = len(rows) // self.size
@@ -131,7 +129,7 @@ class World:
     # Synchronisation and messages ------------------------------------------------------------------------------------
 
     def barrier(self, name: str, timeout: float = PATIENCE) -> None:
-        """Waits for all processes. Raises RuntimeError after `timeout` seconds, with `name` and the missing ones."""
+        """Wait for all processes. After `timeout` seconds RuntimeError gives the name and the missing processes."""
         if self.size == 1:
             return
         try:
@@ -150,7 +148,7 @@ class World:
         return total.tolist()
 
     def from_first(self, make: Callable[[], Any]) -> Any:
-        """The result of `make`, which only the first process calls. Its error is raised in all processes."""
+        """What `make` returns on the first process. The others do not call it. If it raises an error, all raise it."""
         if self.size == 1:
             return make()
         found: list[Any] = [None, None]
@@ -165,17 +163,17 @@ class World:
         return found[0]
 
     def close(self) -> None:
-        """Disconnects from the other processes. All must have finished."""
+        """Disconnect. All processes must be done."""
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
     # The network -----------------------------------------------------------------------------------------------------
 
     def replicate(self, network: nn.Module, unused: bool = False) -> nn.Module:
-        """Data parallelism (DDP, arXiv:2006.15704): every process has the whole network. Backward sums the gradients.
+        """Every process has the whole network. Gradients are averaged in backward (DDP, arXiv:2006.15704).
 
-        The result wraps `network`. Its parameters become those of the first process.
-        unused: True if some steps do not use all parameters.
+        Returns a wrapper of `network`. All processes get the parameters of the first one. unused: some steps do not use
+        all parameters.
         """
         if self.size == 1:
             return network
@@ -184,12 +182,11 @@ class World:
                                                    find_unused_parameters=unused)
 
     def shard(self, network: nn.Module, precision: str = "float32", offload: bool = False) -> nn.Module:
-        """Sharding (FSDP2): each process has a part of every weight, gradient and optimizer state. Returns the network.
+        """Each process has a part of every weight, gradient and optimizer state (FSDP2). Returns the network.
 
-        The network is changed: its parameters become DTensors. So create the optimizer afterwards. Blocks are gathered
-        one by one.
-        precision: "bf16" or "fp16" computes in this dtype. Weights, gradients and their sums stay in float32.
-        offload: keep the parts in the CPU's memory while they are not used.
+        The parameters of the network become DTensors, so make the optimizer afterwards.
+        precision: "bf16" or "fp16" computes in 16 bits. Weights, gradients and their sums stay float32.
+        offload: the parts are kept in the CPU's memory.
         """
         if not distributed.is_initialized():
             return network
@@ -200,7 +197,7 @@ class World:
         policy = MixedPrecisionPolicy(dtype, torch.float32) if dtype else MixedPrecisionPolicy()
         how = {"mesh": init_device_mesh(self.device.type, (self.size,)), "mp_policy": policy,
                "offload_policy": CPUOffloadPolicy() if offload else OffloadPolicy()}  # fmt: skip
-        # FSDP2 warns about views that could be changed in place. The networks do not do that.
+        # It warns of views that code could write to. These networks change nothing in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         for block in network.blocks():  # type: ignore[operator]
             fully_shard(block, **how)
@@ -208,7 +205,7 @@ class World:
 
     @contextmanager
     def accumulating(self, network: nn.Module, last: bool) -> Iterator[None]:
-        """A context for forward and backward of one piece of the batch. Only the last piece sends gradients."""
+        """Wrap forward and backward of a piece of the batch in it. Only the last piece exchanges gradients."""
         if isinstance(network, nn.parallel.DistributedDataParallel) and not last:
             with network.no_sync():
                 yield
@@ -218,16 +215,19 @@ class World:
         yield
 
     def backward(self, loss: Tensor, network: nn.Module) -> None:
-        """Runs backward, so that gradients become those of the global batch. It undoes the mean of DDP and FSDP."""
+        """Run backward. The gradients of all processes then add up to that of the global batch.
+
+        DDP and FSDP take the mean over the processes, so the loss is scaled by their number.
+        """
         averages = isinstance(network, nn.parallel.DistributedDataParallel) or is_sharded(network)
         (loss * self.size if averages else loss).backward()
 
     @torch.no_grad()
     def sum_gradients(self, parameters: Iterable[nn.Parameter] | nn.Module) -> None:
-        """Sums the gradients over the processes in one message. DDP and FSDP networks did it in backward already.
+        """Sum the gradients over the processes in one message.
 
-        This suits few parameters (LoRAs), also if a step does not use all of them. A parameter without a gradient on
-        all processes keeps none.
+        For few parameters (LoRAs), and for parameters that not every step uses. One without a gradient on all processes
+        keeps None. Nothing is done for networks of `replicate` and `shard`, which do it in backward.
         """
         if isinstance(parameters, nn.Module):
             if isinstance(parameters, nn.parallel.DistributedDataParallel) or is_sharded(parameters):
@@ -248,11 +248,11 @@ class World:
 
     @torch.no_grad()
     def clip(self, parameters: Iterable[nn.Parameter], most: float) -> float:
-        """Scales all gradients so that their norm is at most `most`. Returns the norm before. Also for sharded ones."""
+        """Scale all gradients, also sharded ones, so that their norm is at most `most`. Returns the norm before."""
         parameters = [p for p in parameters if p.grad is not None]
         if not any(hasattr(p, "to_local") for p in parameters):
             return float(nn.utils.clip_grad_norm_(parameters, most))
-        gradients = [local(p.grad) for p in parameters]  # each number is on exactly one process
+        gradients = [local(p.grad) for p in parameters]  # each process has other numbers
         square = torch.stack(torch._foreach_norm(gradients)).square().sum()
         distributed.all_reduce(square)
         norm = square.sqrt()
@@ -260,9 +260,9 @@ class World:
         return float(norm)
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The whole tensors, on the CPU of the first process. The other processes get an empty dict.
+        """The whole tensors, on the CPU of the first process. The others get an empty dict.
 
-        All processes must call it, with the same names in the same order.
+        All processes must call it with the same names in the same order.
         """
         whole: dict[str, Tensor] = {}
         for name, x in tensors.items():
@@ -274,31 +274,31 @@ class World:
 
     @torch.no_grad()
     def make_whole(self, network: nn.Module) -> None:
-        """Gives the first process the whole of a sharded network, to save it. The network cannot run any more.
+        """Give the first process a whole copy of a sharded network, as plain parameters, to save it.
 
-        All processes must call it.
+        Afterwards the network cannot run any more. All processes must call it.
         """
         sharded = [module for module in network.modules() if is_sharded(module)]
         for module in sharded:
-            module.reshard()  # type: ignore[operator]  # otherwise `state_dict` would restore the parts
+            module.reshard()  # type: ignore[operator]  # else `state_dict` would do it, and bring the parts back
         places = [(module, name) for module in network.modules() for name in module._parameters]
         whole = self.gather({str(n): x for n, (module, name) in enumerate(places)
                              if (x := getattr(module, name)) is not None})  # fmt: skip
         for n, (module, name) in enumerate(places):
             if str(n) in whole:
                 setattr(module, name, nn.Parameter(whole[str(n)], requires_grad=False))
-        for module in sharded:  # undo FSDP2's change of the class, because its name is written into files
+        for module in sharded:  # FSDP2 gave it a class with another name, which would stand in the file
             module.__class__ = type(module).__mro__[2]
 
     # Checkpoints of sharded networks ---------------------------------------------------------------------------------
 
     def save_sharded(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Each process writes its part of the tensors. `folder` appears complete or not at all."""
+        """Each process writes its part of the tensors. `folder` appears whole or not at all, also after a kill."""
         from torch.distributed import checkpoint
 
         part = folder.with_name(f"{folder.name}.part")
         if self.is_first:
-            shutil.rmtree(part, ignore_errors=True)  # left by a killed process
+            shutil.rmtree(part, ignore_errors=True)  # left by a killed save
             part.mkdir(parents=True)
         self.barrier(f"saving {folder.name}")
         with _quiet():
@@ -311,11 +311,11 @@ class World:
         self.barrier(f"name of {folder.name}")
 
     def load_sharded(self, folder: Path, like: Callable[[str], Tensor | None]) -> dict[str, Tensor]:
-        """Loads what `save_sharded` has saved, with any number of processes.
+        """The tensors that any number of processes has saved.
 
-        Each tensor is sharded like the tensor `like(name)`. If that is None, every process has the whole tensor.
-        Raises ValueError if the folder is not complete. Load only your own folders, because PyTorch reads the list of
-        tensors with pickle.
+        like: name -> a tensor that is sharded as the loaded one should be. None: each process gets the whole tensor.
+        ValueError where the folder is not whole. Do not load folders of strangers: PyTorch reads the list of tensors
+        with pickle.
         """
         from torch.distributed import checkpoint
 
@@ -328,19 +328,19 @@ class World:
                 tensors[name] = torch.zeros_like(near, dtype=dtype) if fits else torch.zeros(about.size, dtype=dtype)
             with _quiet():
                 checkpoint.load(tensors, checkpoint_id=folder)
-        except Exception as error:  # a broken file can cause any error
-            raise ValueError(f"{folder} is not a complete checkpoint ({first_line(error)})") from error
+        except Exception as error:  # a damaged file can raise any error
+            raise ValueError(f"{folder} is not a whole checkpoint ({first_line(error)})") from error
         return tensors
 
 
 def local(x: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, as a view. Other tensors are returned unchanged."""
-    return x.to_local() if hasattr(x, "to_local") else x  # type: ignore[operator]  # DTensor: a second to import
+    """The part of a sharded tensor that is here. Writing to it changes the tensor. Other tensors are returned."""
+    return x.to_local() if hasattr(x, "to_local") else x  # type: ignore[operator]  # importing DTensor takes a second
 
 
 def is_sharded(network: nn.Module) -> bool:
-    """Whether `World.shard` has sharded the network."""
-    if not distributed.is_available() or not distributed.is_initialized():  # FSDP2's import takes seconds
+    """Whether `World.shard` has sharded this network."""
+    if not distributed.is_available() or not distributed.is_initialized():  # importing FSDP2 takes seconds
         return False
     from torch.distributed.fsdp import FSDPModule
 
@@ -349,14 +349,14 @@ def is_sharded(network: nn.Module) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without PyTorch's warning about a single process, which may be intended."""
+    """In the block, PyTorch does not warn that there is only one process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is (disabled|unavailable).*")
         yield
 
 
 def sync(folder: Path) -> None:
-    """Flushes the names in a folder to the disk, if the system can do this (Windows cannot)."""
+    """Write the names in a folder to the disk. Windows cannot do it."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -130,9 +130,9 @@ def test_kinds_of_training():
     "words, said",
     [
         (["--train", "motoin"], "not 'motoin' (nearest: 'motion')"),
-        (["--train", "motion"], "UNet3DConditionModel has no such parameters"),
+        (["--train", "motion"], "train 'motion' is for image models"),
         (["--train", "lora", "--targets", "temporla"], "nearest: 'temporal'"),
-        (["--train", "full", "--targets", "temporal"], "targets belongs to train 'lora'"),
+        (["--train", "full", "--targets", "temporal"], "targets goes with train 'lora'"),
         (["--train", "lora", "--rank", "1000"], "rank 1000 is larger than"),
         (["--train", "lora", "--adapter", "shapes-motion"], "needs a UNet2DConditionModel"),
         (["--train", "image", "--num-frames", "4"], "one frame at a time"),

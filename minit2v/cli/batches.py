@@ -1,8 +1,8 @@
-"""Makes the videos of a list of prompts in a folder, with one process or with several that torchrun starts.
+"""A list of prompts, made into a folder of videos by one process, or by several that torchrun starts.
 
-No process waits for another. Each of n processes takes every n-th prompt, and skips videos that are in the folder
-already. So the same command continues after a kill, also with another number of processes. `report.json` in the
-folder has the result of each prompt.
+Of n processes each takes every n-th prompt, and none waits for another. Videos that the folder has already are left
+out. So the same command goes on after a kill, also with another number of processes. `report.json` in the folder says
+what became of each prompt.
 """
 
 import itertools
@@ -12,21 +12,24 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .messages import one_line, process, say
 
 REPORT = "report.json"
-NOT_COMPARED = ("versions",)  # a video from another version of torch still counts as made
-LEFT_OVER = 60  # seconds after which an unfinished file is removed if no process has locked it
+NOT_COMPARED = ("versions",)  # a video by another version of torch counts, too
+LEFT_OVER = 60  # seconds until an unfinished file that no process holds is removed
 
 
 class Batch:
-    """The videos that this process makes.
+    """The videos that this process has to make.
 
-    folder: where all videos go. entries: (prompt, {frame: text}) of the whole list. paths: the name of each video in
-    an empty folder. about: gives the metadata that the file of an entry stores.
+    folder: where all videos go.
+    entries: (prompt, {frame: text}) of the whole list.
+    paths: the usual file of each entry.
+    about: makes what the file of an entry stores.
     """
 
     def __init__(
@@ -49,10 +52,10 @@ class Batch:
         self._report({n: found.get(n) for n in self.own})
 
     def _places(self) -> dict[int, tuple[Path, bool]]:
-        """{prompt's number: (file, whether it is there already, complete and with the same settings)}.
+        """The file of each own video, and whether it is there already: whole, and with the same settings.
 
-        Only for the prompts of this process. Another video with the same name stays, and the new one gets a number.
-        All processes compute the same names, also while the others make their videos.
+        Another video with that name stays, and the new one gets a number. All processes find the same names: what
+        another process makes meanwhile gets the name that is found for it here.
         """
         groups: dict[Path, list[int]] = {}
         for n, path in enumerate(self.paths):
@@ -63,14 +66,13 @@ class Batch:
                 continue
             taken: set[Path] = set()
             for n in numbers:
-                for name in (numbered(path, k) for k in itertools.count(1)):
-                    is_there = name.exists()
-                    if name in taken or (is_there and not self._is_made(name, n)):
-                        continue
-                    taken.add(name)
-                    found[n] = name, is_there
-                    break
+                name = first_name(path, partial(self._fits, n, taken))
+                taken.add(name)
+                found[n] = name, name.exists()
         return found
+
+    def _fits(self, n: int, taken: set[Path], name: Path) -> bool:
+        return name not in taken and (not name.exists() or self._is_made(name, n))
 
     def _is_made(self, path: Path, n: int) -> bool:
         from ..files.video import read_metadata
@@ -85,7 +87,7 @@ class Batch:
             return False
 
     def say_made(self, n: int, path: Path, seconds: float, what: str) -> None:
-        """Record and report a finished video. If there are several processes, also report how many are done."""
+        """Note a finished video. Several processes also say how many videos of the list are done."""
         self.seconds.append(seconds)
         done, failed = self._report({n: {"file": path.name, "seconds": round(seconds, 2)}})
         if self.size == 1:
@@ -98,7 +100,10 @@ class Batch:
         self._report({n: {"error": one_line(error)}})
 
     def _report(self, news: dict[int, dict[str, Any] | None]) -> tuple[int, int]:
-        """Update the report for these prompts (None: no result yet). Returns the numbers of made and failed videos."""
+        """Write what is new about these prompts into the report. None: nothing is known yet.
+
+        Returns how many prompts of the whole list are made, and how many failed.
+        """
         from minit2v_convert.stream import replacing
 
         from ..files.saving import locked
@@ -108,9 +113,9 @@ class Batch:
         keys = [_key(stored) for stored in self.stored]
         with locked(self.folder):
             old: dict[str, Any] = {}
-            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # no report yet, or another's
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):  # there is none, or it is not ours
                 read = json.loads(path.read_text(encoding="utf-8"))
-                if read["settings"] == settings:  # otherwise the report belongs to another list
+                if read["settings"] == settings:  # else it is that of another list
                     old = {_key(video): {k: v for k, v in video.items() if k in ("file", "seconds", "error")}
                            for video in read["videos"]}  # fmt: skip
             known = {n: old[key] for n, key in enumerate(keys) if key in old}
@@ -129,18 +134,19 @@ class Batch:
         return made, failed
 
     def exit_code(self, failed: int) -> int:
-        """1 if a prompt failed, else 0.
+        """1 where prompts failed.
 
-        torchrun ends all processes when one returns 1. So only the process that ends last returns it, for all.
+        torchrun ends all processes when one returns 1. So only the process that ends last returns it, for the failures
+        of all.
         """
         if self.size == 1 or "TORCHELASTIC_RUN_ID" not in os.environ:
             return 1 if failed else 0
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # no shared store to count in
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # there is no store to count in
             return 0
         from torch import distributed
 
         store, _, _ = next(distributed.rendezvous("env://"))
-        # After a restart the store is the same, but the count must begin again.
+        # A restart has the same store, and counts from 0.
         store = distributed.PrefixStore(f"minit2v {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
         store.add("failed", failed)
         if store.add("ended", 1) < self.size:
@@ -149,7 +155,7 @@ class Batch:
 
 
 def unique(entries: list[tuple[str, dict[int, str]]]) -> list[tuple[str, dict[int, str]]]:
-    """Each prompt once, in the order of the list. All have the same seed, so the same text gives the same video."""
+    """Each prompt once, in the order of the list. All have one seed, so the same text gives the same video."""
     found: dict[str, tuple[str, dict[int, str]]] = {}
     for text, at in entries:
         found.setdefault(repr((text, sorted(at.items()))), (text, at))
@@ -159,6 +165,11 @@ def unique(entries: list[tuple[str, dict[int, str]]]) -> list[tuple[str, dict[in
 def numbered(path: Path, k: int) -> Path:
     """The k-th name for a video, from 1: `cat.mp4`, `cat-2.mp4`, ..."""
     return path if k == 1 else path.with_name(f"{path.stem}-{k}{path.suffix}")
+
+
+def first_name(path: Path, fits: Callable[[Path], bool]) -> Path:
+    """The first of `path` and its `numbered` names that fits."""
+    return next(name for k in itertools.count(1) if fits(name := numbered(path, k)))
 
 
 def is_whole(path: Path) -> bool:
@@ -177,7 +188,7 @@ def is_whole(path: Path) -> bool:
 
 
 def _plain(stored: dict[str, Any]) -> dict[str, Any]:
-    """The settings as JSON returns them, without those that are not compared."""
+    """What is compared, as it comes back from JSON."""
     return json.loads(json.dumps({k: v for k, v in stored.items() if k not in NOT_COMPARED}, default=str))
 
 
@@ -192,7 +203,7 @@ def _time(seconds: float) -> str:
 
 
 def remove_left_over(folder: Path) -> None:
-    """Remove unfinished files of processes that were killed."""
+    """Remove unfinished files of killed processes."""
     for path in (*folder.glob(".minit2v-*"), *folder.glob(".report-*.json")):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime < LEFT_OVER or (path.is_dir() and _is_held(path)):
@@ -201,7 +212,7 @@ def remove_left_over(folder: Path) -> None:
 
 
 def _is_held(folder: Path) -> bool:
-    """Whether a process has locked the folder (`locked`)."""
+    """Whether a process is writing to the folder (see `locked`)."""
     try:
         import fcntl
     except ImportError:

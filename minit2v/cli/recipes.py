@@ -7,7 +7,7 @@ from typing import Any
 
 from ..training.recipe import HINTS, Recipe, parse, words
 
-SEVERAL = ("data", "targets", "validation_prompts", "prior_prompts")  # options of several words
+SEVERAL = ("data", "targets", "validation_prompts", "prior_prompts")  # these options take several words
 
 
 def add_options(parser: Any) -> None:

@@ -12,7 +12,7 @@ from .messages import say, tell
 
 
 def run(args: argparse.Namespace) -> int:
-    """The exit code; an error is raised."""
+    """Returns the exit code. Errors are raised."""
     given = {name: value for name, value in vars(args).items() if name in HINTS}
     config = args.config or _run_of(given)
     if config is None and "data" not in given:
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_of(given: dict[str, Any]) -> Path | None:
-    """`minit2v train --out RUN` without other options resumes that run."""
+    """The recipe of a run that is there: `minit2v train --out RUN` without data goes on with it."""
     path = Path(given.get("out", "")) / "run.json"
     return path if "out" in given and "data" not in given and path.exists() else None
 
@@ -52,7 +52,7 @@ def _run_of(given: dict[str, Any]) -> Path | None:
 def load(recipe: Recipe, **settings: Any) -> tuple[Any, float]:
     """The pipeline of the recipe's model on its device, in float32, and its usual guidance scale.
 
-    settings: further ones for `cli.loading.load`, such as a LoRA.
+    settings: further settings of `cli.loading.load`, such as a LoRA.
     """
     from ..files import embedded
     from . import loading
@@ -71,7 +71,7 @@ def load(recipe: Recipe, **settings: Any) -> tuple[Any, float]:
     given |= {"adapter": adapter} if adapter else {}
     given |= PRESETS[recipe.model] if embedded.find(recipe.model) else {}
     pipe, call = loading.load("animate" if animates else "generate", {**given, **settings}, None)
-    if recipe.train == "image":  # the image model's own noise schedule, not the one for motion modules
+    if recipe.train == "image":  # with its own noise schedule, not that of motion modules
         from .. import schedulers
 
         pipe.scheduler = getattr(schedulers, schedule["_class_name"]).from_config(schedule)
@@ -79,7 +79,7 @@ def load(recipe: Recipe, **settings: Any) -> tuple[Any, float]:
 
 
 def _new_adapter(recipe: Recipe) -> str:
-    """A folder with new motion modules, which change nothing yet. It is made once in a run."""
+    """A folder with new motion modules, which change nothing yet. A run makes it once."""
     import torch
 
     from ..models.unet2d import UNet2DConditionModel
@@ -94,7 +94,7 @@ def _new_adapter(recipe: Recipe) -> str:
 
 
 def reloaded(recipe: Recipe, path: Path) -> Any:
-    """A new pipeline with the result of a run, loaded as `minit2v generate` and `animate` do."""
+    """A new pipeline with the result of a run, loaded as `minit2v generate` and `animate` load it."""
     if path.is_file():
         lora = {"motion_lora" if recipe.train == "motion-lora" else "lora": [(str(path), 1.0)]}
         return load(recipe, **lora)[0]

@@ -3,7 +3,6 @@
 import argparse
 import hashlib
 import io
-import itertools
 import os
 import platform
 import re
@@ -243,21 +242,22 @@ def _write(
 
 
 def _named(whole: Path, path: Path) -> Path:
-    """Give the file a name that is not taken. Two processes that ask for the same name get different ones."""
-    for name in (batches.numbered(path, k) for k in itertools.count(1)):
+    """Give the file the first free name. Two processes that ask at the same time get two names."""
+
+    def takes(name: Path) -> bool:
         try:
             os.link(whole, name)
-            return name
         except FileExistsError:
-            continue
+            return False
         except OSError:  # this disk has no hard links
             try:
                 os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             except FileExistsError:
-                continue
+                return False
             os.replace(whole, name)
-            return name
-    raise AssertionError("there are numbers enough")
+        return True
+
+    return batches.first_name(path, takes)
 
 
 def _versions() -> dict[str, str]:

@@ -1,12 +1,12 @@
-"""Does training fit into memory? Counts the peak of a training step on `meta`, and finds the fastest method that fits.
+"""Will training fit? Counts the memory at the peak of a training step, and finds the fastest method that fits.
 
     planner = training_planner_of_model("ms-1.7b", "lora", frames=16, height=256, width=256)   of training/planning.py
     planner.plan(Method(checkpointing=True))                                                   bytes, by kind
     planner.choose("24GiB")                                                                    the fastest that fits
 
-A whole step runs on `meta`: forward, loss, backward. The bytes of all tensors are counted as in live.py. The states of
-the optimizer, the moving average and the costs of sharding are calculated from the number of parameters. Text states
-and latents come from a cache, so text encoder and VAE do not count.
+Forward, loss and backward of a step run on `meta`. live.py counts the bytes of all tensors while they are alive. The
+optimizer's states, the moving average and the buffers of sharding are computed, not run. Text encoder and VAE are not
+counted, because text states and latents come from the cache.
 """
 
 from collections import Counter
@@ -29,7 +29,7 @@ KINDS = ("frozen weights", "trained weights", "gradients", "optimizer", "EMA", "
 
 
 class Clips(NamedTuple):
-    """The clips that one process uses in one step. Height and width are in pixels."""
+    """The clips that a process computes in a step."""
 
     frames: int
     height: int  # in pixels
@@ -43,9 +43,9 @@ class Clips(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """How a training step saves memory."""
+    """Ways to do the same training with less memory."""
 
-    precision: str = "bf16"  # of autocast and of frozen matrices; trained weights are always float32
+    precision: str = "bf16"  # of frozen matrices and of autocast; trained weights are float32
     checkpointing: bool = False
     accumulate: int = 1  # number of pieces in which a process computes its clips
     eight_bits: bool = False  # 8-bit states of the optimizer
@@ -68,7 +68,7 @@ class TrainingPlan(NamedTuple):
     """A method, and the memory at the peak of a step."""
 
     method: Method
-    kinds: Mapping[str, int]  # kind (see KINDS) -> bytes; without kinds of 0 bytes
+    kinds: Mapping[str, int]  # {kind of KINDS: bytes}, without kinds of 0 bytes
 
     @property
     def peak(self) -> int:
@@ -79,23 +79,23 @@ class TrainingPlan(NamedTuple):
 
 
 def binary(size: float) -> str:
-    """A number of bytes in MiB or GiB."""
+    """Bytes as a text in GiB or MiB."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
 
 
 class TrainingPlanner:
-    """Counts the memory for training a UNet. It keeps its counts."""
+    """Counts the memory that training a UNet takes. Every count is made once."""
 
     def __init__(
         self, unet: Any, trained: Iterable[Tensor], clips: Clips, *, tokens: int = TEXT, factor: int = 8,
         ema: bool = False, processes: int = 1, device: str = "cuda",
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
-        """unet: on `meta`, in training mode. Its trained parameters have `requires_grad`.
+        """unet: on `meta`, in training mode. Trained parameters have `requires_grad`.
 
-        trained: all parameters of the optimizer. factor: pixels per latent in height and width.
-        ema: whether a moving average of the trained weights is on the device.
-        around: makes the context in which a step runs.
+        trained: all parameters that the optimizer has. clips: of one process. tokens: of a caption.
+        factor: pixels for each latent, in each direction. ema: whether the trained weights have a moving average.
+        around: makes a context in which the step runs.
         """
         self.unet, self.trained, self.clips = unet, list(trained), clips
         self.tokens, self.factor, self.around = tokens, factor, around
@@ -124,14 +124,14 @@ class TrainingPlanner:
         return TrainingPlan(method, {name: kinds[name] for name in KINDS if kinds[name]})
 
     def set_dtypes(self, precision: str) -> None:
-        """As in `Trainer`: frozen matrices get the precision, all others float32. On `meta` this costs nothing."""
+        """Set the dtypes of `Trainer`: frozen matrices in the precision, other weights in float32."""
         mine = {id(p) for p in self.trained}
         for p in self.unet.parameters():
             p.data = p.data.to(PRECISIONS[precision] if p.ndim > 1 and id(p) not in mine else torch.float32)
 
     def step(self, method: Method) -> Counter[str]:
-        """The bytes at the peak of a step by kind, without weights and optimizer states."""
-        keep = method.accumulate > 1 or self.processes > 1  # DDP keeps its buckets of gradients
+        """What a step allocates: {kind: bytes at its peak}."""
+        keep = method.accumulate > 1 or self.processes > 1  # DDP's gradients lie in buckets that stay
         key = method.precision, method.checkpointing, method.accumulate, method.shard, keep
         if key not in self.counts:
             known = [*self.frozen(), *self.trained]
@@ -156,9 +156,9 @@ class TrainingPlanner:
         return F.mse_loss(prediction.float(), target)
 
     def gathered(self, method: Method) -> int:
-        """The bytes that FSDP2 gathers at a time: two blocks, all weights outside of blocks, gradients of a block.
+        """Bytes of whole tensors in FSDP2: two blocks, parameters outside of blocks, and gradients of a block.
 
-        Weights are gathered in the precision. Gradients are also there in float32, for their sum.
+        Weights are gathered in the precision. Gradients are there in the precision, and in float32 for their sum.
         """
         width = PRECISIONS[method.precision].itemsize
         blocks = [[*block.parameters()] for block in self.unet.blocks()]
@@ -172,19 +172,19 @@ class TrainingPlanner:
     # Choosing ---------------------------------------------------------------------------------------------------------
 
     def possible(self) -> Iterator[Method]:
-        """Every method in bf16, the fastest first. float32 is left out, because it is slower and needs more memory."""
+        """Every method, the fastest first. float32 is not among them: it takes more time and more memory."""
         bits = (False, True)
         pieces = [n for n in range(1, self.clips.clips + 1) if self.clips.clips % n == 0]
         found = [
             Method("bf16", checkpointing, n, eight, shard) for checkpointing, n, eight, shard
             in product(bits, pieces, bits, bits if self.processes > 1 else (False,)) if not (eight and shard)
         ]  # fmt: skip
-        # Checkpointing adds a third to the work of a step, pieces add kernel launches. 8 bits change the result.
+        # Checkpointing costs one more forward, and pieces cost launches of kernels. 8 bits change the numbers.
         return iter(sorted(found, key=lambda m: 1.0 * m.checkpointing + 0.1 * (m.accumulate > 1) + 0.01 * m.accumulate
                            + 0.3 * m.eight_bits + 0.3 * m.shard))  # fmt: skip
 
     def choose(self, memory: str | float) -> TrainingPlan | None:
-        """The fastest plan that fits into `memory` (see `parse_memory`), or None."""
+        """The fastest plan that fits into the memory (bytes, or a text like "24GiB"). None where none fits."""
         most = parse_memory(memory)
         return next((plan for plan in map(self.plan, self.possible()) if plan.peak <= most), None)
 
@@ -194,7 +194,7 @@ class TrainingPlanner:
                    key=lambda plan: plan.peak)  # fmt: skip
 
     def rows(self, accumulate: int = 1) -> list[TrainingPlan]:
-        """Plans in float32, in bf16, and with each technique."""
+        """The plans for float32 and bf16, and with each technique."""
         found = [Method(precision, checkpointing, accumulate) for precision in ("float32", "bf16")
                  for checkpointing in (False, True)]  # fmt: skip
         found.append(Method("bf16", True, accumulate, eight_bits=True))
@@ -211,8 +211,8 @@ def step_peak(
 ) -> Counter[str]:
     """Bytes at the peak of forward and backward on `meta`, as if on `device`: gradients, copies, activations.
 
-    known: tensors that exist before and do not count. dtype: of autocast; float32 means no autocast.
-    keep: gradients exist from the beginning. drop: a gradient is freed as soon as it is computed.
+    known: tensors that exist before. dtype: of autocast, if it is not float32. keep: gradients exist from the start.
+    drop: a gradient is freed as soon as it is computed.
     """
     live = Kinds(known)
     mode = TrainedOnMeta(device, dtype if dtype != torch.float32 else None, live)
@@ -232,9 +232,9 @@ def step_peak(
                     live.tag(p.grad, "gradients")
                 handles.append(p.register_post_accumulate_grad_hook(arrived))
             value = loss()
-            mode.keeps = False  # autocast ends with the forward pass, in a checkpoint with the block
+            mode.keeps = False  # autocast ends with the forward; with checkpointing, with each block
             mode.copies.clear()
-            # value.backward() would turn function modes off, but checkpoints run forward passes in it.
+            # Not value.backward(): it turns function modes off, and checkpoints run their forward in it.
             _engine_run_backward((value,), (torch.ones_like(value),), False, False, (), allow_unreachable=True,
                                  accumulate_grad=True)
     finally:
@@ -246,7 +246,7 @@ def step_peak(
 
 
 class Kinds(Live):
-    """Live that also counts the bytes at the peak by kind."""
+    """A `Live` that also counts the bytes at the peak by kind."""
 
     def __init__(self, known: Iterable[Tensor] = ()):
         super().__init__(known)
@@ -274,7 +274,7 @@ class Kinds(Live):
 
 
 class TrainedOnMeta(OnMeta):
-    """OnMeta with gradients and with autocast, which PyTorch does not have for `meta`."""
+    """An `OnMeta` with gradients and with autocast, which PyTorch lacks for `meta`."""
 
     def __init__(self, device: str, autocast: torch.dtype | None, live: Kinds):
         super().__init__(device)
@@ -302,14 +302,14 @@ class TrainedOnMeta(OnMeta):
             return x
         if not (x.is_leaf and x.requires_grad and x.dtype == torch.float32):
             return x.to(dtype)
-        if (copy := self.copies.get(id(x))) is None:  # autocast copies a trained weight once per forward pass
+        if (copy := self.copies.get(id(x))) is None:  # a trained weight is cast once in a forward
             self.live.tag(copy := x.to(dtype), "copies")
             if self.keeps:
                 self.copies[id(x)] = copy
         return copy
 
 
-# The operations of these networks that autocast runs in its dtype, and those that it runs in float32.
+# What autocast runs in its dtype, and what it runs in float32, of the functions that these networks call.
 LOWERED = {F.linear, F.conv2d, torch.conv2d, F.conv3d, torch.conv3d, torch.matmul, Tensor.matmul, torch.bmm,
            F.scaled_dot_product_attention}  # fmt: skip
 WIDENED: dict[str, set[Any]] = {
@@ -319,7 +319,7 @@ WIDENED: dict[str, set[Any]] = {
 
 
 class FusedAttention(torch.autograd.Function):
-    """Attention that keeps what PyTorch's fused backends keep: q, k, v, the result, and one number for each row."""
+    """Keeps what PyTorch's fused backends keep: q, k, v, the result, and one number for each row."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -335,5 +335,5 @@ class FusedAttention(torch.autograd.Function):
 
 
 def dropped(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """Dropout as on CUDA, which keeps one byte for each number."""
+    """Dropout as on CUDA: it keeps one byte for each number."""
     return torch.native_dropout(x, p, True)[0] if training and p else x

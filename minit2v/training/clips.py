@@ -1,7 +1,7 @@
-"""Exact frames of videos and pictures for training: each file is read through once, its clips are decoded by time.
+"""Exact frames of videos and pictures for training.
 
 `examine` decodes a whole file once. It finds damage before training, and the time of each frame. `decode` then reads
-chosen frames alone, and no others come out, whatever the rate, the key frames and the B-frames of the file are.
+only the chosen frames, by their times. It gives exactly these, whatever rate, key frames and B-frames the file has.
 """
 
 import bisect
@@ -27,7 +27,7 @@ MAX_FRAME = 2**26  # pixels of one frame: 8192 x 8192
 
 
 class Media(NamedTuple):
-    """A file, or a member of a tar: `size` bytes from `offset` on. name: how messages call it."""
+    """A file, or a member of a tar: `size` bytes from `offset` on. name: for messages."""
 
     path: Path
     name: str
@@ -41,11 +41,14 @@ class Media(NamedTuple):
 
 @dataclass(frozen=True)
 class Facts:
-    """What `examine` found. times: when each frame is shown, whole nanoseconds of the file's own clock, rising.
+    """What `examine` found in a file.
 
-    end: when the last frame ends. A picture has one frame at time 0. even: the times are made up, because a folder of
-    pictures has none. width, height: in pixels, upright (a phone's note of how it was held is followed).
-    pixel: how much wider than high a pixel is shown, which is not 1 in files of old cameras and discs.
+    width, height: in pixels, as shown. A video that was taken with a turned phone is turned first.
+    times: when each frame is shown, in rising whole nanoseconds of the file's own clock. A picture has one, 0.
+    end: when the last frame ends.
+    still: whether it is a picture.
+    even: the times are invented, because a folder of pictures has none.
+    pixel: the width of a shown pixel divided by its height. Files of old cameras and discs have values beside 1.
     """
 
     sha256: str
@@ -73,7 +76,7 @@ class Facts:
 
 @contextmanager
 def opened(media: Media, scratch: Path) -> Iterator[Path]:
-    """A file on disk with the bytes of `media`: itself, or a copy of the member of a tar in `scratch`."""
+    """A file with the bytes of `media`: the file itself, or a copy of a member of a tar in `scratch`."""
     if media.size is None:
         yield media.path
         return
@@ -90,7 +93,7 @@ def opened(media: Media, scratch: Path) -> Iterator[Path]:
 
 
 def sha256(media: Media) -> str:
-    """Of the content. Of a folder of pictures: of their names and contents in order."""
+    """The hash of the content. For a folder of pictures, of their names and contents in order."""
     if media.path.is_dir():
         files = sorted(f for f in media.path.iterdir() if f.suffix.lower() in IMAGES)
         return hashlib.sha256("".join(f"{f.name}\0{sha256(Media(f, f.name))}\0" for f in files).encode()).hexdigest()
@@ -104,7 +107,7 @@ def sha256(media: Media) -> str:
 
 
 def examine(media: Media) -> Facts:
-    """Decodes the whole file once. ValueError, OSError: what is wrong with it, in a line without its name."""
+    """Decode the whole file once. ValueError says what is wrong with it, in one line without its name."""
     try:
         return _examine(media)
     except (ValueError, OSError) as error:
@@ -138,7 +141,7 @@ def _is_picture(media: Media) -> bool:
 
 
 def _pictures(path: Path) -> tuple[list[Any], float | None]:
-    """The frames of a picture, an animation or a folder of pictures, and their rate, None where they have none."""
+    """The frames of a picture, an animation or a folder of pictures, and their rate. A picture has none: None."""
     if path.is_dir() or is_animation(path):
         return load_video(path, return_fps=True)
     return [load_image(path, max_pixels=MAX_PIXELS)], None
@@ -177,9 +180,9 @@ def _examine_video(path: Path, scratch: Path, digest: str) -> Facts:
 
 
 def nearest_frames(facts: Facts, start: int, frames: int, fps: float) -> list[int]:
-    """Of `frames` moments 1 / fps apart, from frame `start` on, the frame that is nearest in time; of two the earlier.
+    """For `frames` moments, 1 / fps seconds apart from frame `start` on: the number of the frame nearest in time.
 
-    Moments behind the end have numbers from `facts.frames` on.
+    Of two equally near frames the earlier one is taken. A moment behind the end gives `facts.frames`.
     """
     times, found = facts.times, []
     for k in range(frames):
@@ -188,7 +191,7 @@ def nearest_frames(facts: Facts, start: int, frames: int, fps: float) -> list[in
             found.append(facts.frames)
             continue
         i = min(max(1, bisect.bisect_left(times, moment)), facts.frames - 1) if facts.frames > 1 else 0
-        # The times of a file are rounded: what differs by less than a microsecond is equally near.
+        # Times in files are rounded. Frames are equally near if their distances differ by less than a microsecond.
         found.append(i - 1 if i and moment - times[i - 1] <= times[i] - moment + 1000 else i)
     return found
 
@@ -197,9 +200,9 @@ def nearest_frames(facts: Facts, start: int, frames: int, fps: float) -> list[in
 
 
 def covered(width: float, height: float, to: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The largest box in the middle of a picture that has the shape of `to` (height, width): left, top, right, bottom.
+    """The largest box in the middle of a picture with the shape of `to` (height, width): left, top, right, bottom.
 
-    So it is scaled alike in both directions, and what lies outside is cut off equally on both sides.
+    What lies outside is cut off equally on both sides. The box is scaled by the same factor in both directions.
     """
     h, w = to
     scale = min(width / w, height / h)
@@ -211,10 +214,11 @@ def decode(
     media: Media, facts: Facts, chosen: Sequence[int], size: tuple[int, int], flip: bool = False,
     decoder: str | None = None,
 ) -> Tensor:
-    """Frames `chosen` (numbers from 0, in any order, also repeated), scaled to cover `size` = (height, width), and cut.
+    """Frames of a file, scaled to cover `size` = (height, width) and cut: uint8 (f 3 h w).
 
-    Returns uint8 (f 3 h w). PyAV is used where it is installed, and gives the same frames in less time; decoder =
-    "ffmpeg" leaves it out. ValueError where the file is no more what `examine` saw.
+    chosen: their numbers from 0, in any order, also repeated. flip: mirror them, left to right.
+    decoder: "ffmpeg" does not use PyAV. Where PyAV is installed, it gives the same frames in less time.
+    ValueError where the file has changed since `examine`.
     """
     from PIL import Image
 
@@ -246,7 +250,7 @@ def decode(
 def _by_ffmpeg(
     path: Path, scratch: Path, facts: Facts, numbers: list[int], made: Callable[[Any], Tensor]
 ) -> list[Tensor]:
-    """These frames, made smaller as they come. They are chosen by their exact times: a wrong one cannot come out."""
+    """These frames, scaled as they come. ffmpeg selects them by their exact times, so no other frame comes out."""
     from PIL import Image
 
     times = [facts.times[n] for n in numbers]
@@ -254,8 +258,8 @@ def _by_ffmpeg(
     output = ["-copyts", "-map", "0:V:0", "-fps_mode", "passthrough", "-frames:v", str(len(times)),
               "-vf", f"settb=1/{NANO},select='{_any_of(times)}'", "-enc_time_base", "filter", "-pix_fmt", "rgb24",
               "-f", "rawvideo", "pipe:1"]  # fmt: skip
-    # Seeking goes to a key frame at or before the time. Where the index of a file misleads it, frames are missing or
-    # damaged: they are then read from the beginning.
+    # Seeking goes to a key frame at or before the time. If the index of the file is wrong, frames are missing or
+    # damaged. Then the file is read from its beginning.
     seek = ("-noaccurate_seek", "-seek_timestamp", "1", "-ss", f"{times[0] / NANO:.6f}")
     for before in (seek, ()) if _sought(path, facts, times[0]) else ((),):
         frames: list[Tensor] = []
@@ -273,9 +277,9 @@ def _by_ffmpeg(
 
 
 def _sought(path: Path, facts: Facts, time: int) -> bool:
-    """Whether to go straight to a time: later than a second, in files with an index that says each frame's time.
+    """Whether to seek to a time: later than a second, in files whose index has the time of each frame.
 
-    In the middle of others (MPEG streams) frames can come out with the times of their neighbours.
+    In the middle of other files (MPEG streams) frames can get the times of their neighbours.
     """
     with path.open("rb") as file:
         head = file.read(12)
@@ -285,7 +289,7 @@ def _sought(path: Path, facts: Facts, time: int) -> bool:
 
 
 def _any_of(times: Sequence[int]) -> str:
-    """ffmpeg's expression for it; in pairs, since it reads no sum of more than a hundred."""
+    """ffmpeg's expression for one of these times. It is a tree, because ffmpeg reads no sum of over a hundred terms."""
     if len(times) == 1:
         return f"eq(pts,{times[0]})"
     half = len(times) // 2
@@ -293,13 +297,13 @@ def _any_of(times: Sequence[int]) -> str:
 
 
 def _read(stream: IO[bytes], size: int) -> bytes:
-    """Exactly so many bytes, or none where it ends before."""
+    """Exactly so many bytes. If the stream ends before, none."""
     data = stream.read(size)
     return data if len(data) == size else b""
 
 
 def _by_pyav(path: Path, facts: Facts, numbers: list[int], made: Callable[[Any], Tensor]) -> list[Tensor]:
-    """All of these frames, or none where PyAV is not installed or the file needs ffmpeg: to be turned, or sought in."""
+    """All of these frames. None of them where PyAV is not installed, or where the file needs ffmpeg."""
     try:
         from av import FFmpegError
         from av import open as av_open
@@ -311,7 +315,7 @@ def _by_pyav(path: Path, facts: Facts, numbers: list[int], made: Callable[[Any],
             stream = container.streams.video[0]
             if _sought(path, facts, wanted[0]):
                 container.seek(int(Fraction(wanted[0], NANO) / stream.time_base), stream=stream)
-            whole = False  # behind a key frame; before it, what frames are made of may have been left out
+            whole = False  # after a key frame; frames before it may lack data
             for frame in container.decode(stream):
                 at = round(frame.pts * stream.time_base * NANO)
                 whole = whole or frame.key_frame
@@ -321,7 +325,7 @@ def _by_pyav(path: Path, facts: Facts, numbers: list[int], made: Callable[[Any],
                     frames.append(made(frame.to_image()))
                 if at >= wanted[-1]:
                     break
-    except (FFmpegError, ValueError, TypeError):  # TypeError: of a frame without a time
+    except (FFmpegError, ValueError, TypeError):  # TypeError: a frame without a time
         return []
     return frames if len(frames) == len(wanted) else []
 

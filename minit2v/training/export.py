@@ -1,4 +1,4 @@
-"""What was trained, as files that others load: LoRAs in three spellings, and whole models.
+"""Writes what was trained to files that others load: LoRAs in three spellings, and whole models.
 
 Every file appears whole or not at all.
 """
@@ -26,9 +26,9 @@ from ..models.unet_motion import UNetMotionModel
 from .objective import Objective
 from .trainable import MOTION, TrainedLoRA
 
-# Spelling -> the name of its file, where a folder is given.
+# {spelling: the name of the file in a folder}
 FORMATS = {"diffusers": f"{WEIGHTS}.safetensors", "kohya": "lora.safetensors", "guoyww": "motion_lora.safetensors"}
-# What the networks that read kohya's files are called there, by the width of their texts.
+# How kohya's tools name the base models, by the width of their text states.
 KOHYAS_BASES = {768: "sd_v1", 1024: "sd_v2"}
 
 
@@ -40,13 +40,15 @@ def save_lora(
     states: Sequence[Mapping[str, Tensor]] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write the LoRAs of a UNet and a text encoder, of each one or several, into one file. Returns its path.
+    """Write LoRAs of a UNet and of a text encoder into one file. Returns its path.
 
-    path: the file, or a folder, in which it gets its usual name.
-    format: "diffusers", peft's names and its config, for diffusers and us; "kohya", with alphas, for the tools of
-        Stable Diffusion 1.5; "guoyww", a motion LoRA of AnimateDiff as its authors spell it, for ComfyUI and webui.
-    metadata: texts to go into the file's header. states: for each LoRA, a `state()` in place of its values, as of a
-    moving average. dtype: of the file; None: as trained, float32.
+    path: the file, or a folder, where the file gets its usual name.
+    format: "diffusers" has peft's names and config, for diffusers and minit2v. "kohya" has alphas, for the tools of
+        Stable Diffusion 1.5. "guoyww" is a motion LoRA with the names of AnimateDiff's authors, for ComfyUI and webui.
+    metadata: texts for the header of the file.
+    states: for each LoRA a `state()` in place of its values, such as that of a moving average.
+    dtype: of the file. None: as trained, float32.
+
     ValueError where the format has no place for a layer, or one layer is in two LoRAs.
     """
     if format not in FORMATS:
@@ -61,8 +63,7 @@ def save_lora(
     for name, text in (metadata or {}).items():
         if not isinstance(text, str):
             raise ValueError(f"metadata are texts: {name!r} is {text!r}")
-    parts = _in_peft(loras, states)
-    tensors, said = {"diffusers": _diffusers, "kohya": _kohya, "guoyww": _guoyww}[format](parts)
+    tensors, said = SPELLINGS[format](_in_peft(loras, states))
     tensors = {name: cast(x.detach().cpu(), dtype or x.dtype).contiguous() for name, x in tensors.items()}
     if format == "kohya":
         said |= _hashes(tensors, said)
@@ -76,7 +77,12 @@ def save_lora(
     return path
 
 
-# Component -> network, tensors in peft's names, its config.
+def check_format(loras: Sequence[TrainedLoRA], format: str) -> None:
+    """ValueError where the format has no place for a layer of these LoRAs."""
+    SPELLINGS[format](_in_peft(loras, None))
+
+
+# {component: (network, tensors in peft's names, peft's config)}
 Parts = dict[str, tuple[Any, dict[str, Tensor], dict[str, Any]]]
 
 
@@ -132,7 +138,7 @@ def _kohya(parts: Parts) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _guoyww(parts: Parts) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """q, k, v and out of motion modules, as matrices; there is no alpha: it is folded into up."""
+    """q, k, v and out of motion modules, as matrices. The format has no alpha, so `up` is multiplied by it."""
     tensors = {}
     for _, more, config in parts.values():
         for name, x in more.items():
@@ -146,12 +152,15 @@ def _guoyww(parts: Parts) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, {}
 
 
+SPELLINGS = {"diffusers": _diffusers, "kohya": _kohya, "guoyww": _guoyww}
+
+
 def _alpha(module: str, config: Mapping[str, Any]) -> float:
     return float(config["alpha_pattern"].get(module.removeprefix("text_model."), config["lora_alpha"]))
 
 
 def _hashes(tensors: Mapping[str, Tensor], said: Mapping[str, str]) -> dict[str, str]:
-    """By which webui knows files again, as sd-scripts computes them: of all behind the header, and of a piece."""
+    """The hashes by which webui finds files, as sd-scripts computes them: of all after the header, and of a piece."""
     from safetensors.torch import save
 
     file = io.BytesIO(save(dict(tensors), {n: v for n, v in said.items() if n.startswith("ss_")}))
@@ -163,7 +172,7 @@ def _hashes(tensors: Mapping[str, Tensor], said: Mapping[str, str]) -> dict[str,
 
 
 def save_model(folder: str | Path, pipe: Any, objective: Objective | None = None, motion: bool = False) -> None:
-    """Write the whole pipeline, with a scheduler that samples as was trained; motion: its motion modules alone."""
+    """Write the whole pipeline, with a scheduler that fits the objective. motion: only its motion modules."""
     if motion:
         if not isinstance(pipe.unet, UNetMotionModel):
             raise ValueError(f"{type(pipe.unet).__name__} has no motion modules to be saved")

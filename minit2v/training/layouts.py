@@ -1,4 +1,4 @@
-"""How people lay out clips and captions on disk, each way read into the same list of `Entry`.
+"""Reads every usual layout of clips and captions on disk into the same list of `Entry`.
 
 - a folder of videos and pictures, with `a.txt` or `a.caption` beside `a.mp4`, also in folders inside
 - `videos.txt` and, line by line, `prompt.txt`, `prompts.txt` or `captions.txt`
@@ -46,9 +46,9 @@ ALIASES = {  # what their settings are called here
 
 @dataclass(frozen=True)
 class Entry:
-    """One file of a set. captions: of which each visit takes one; at: the frame that clips must begin at, if any.
+    """One file of a set. captions: each visit takes one of them. at: the frame where clips must begin, if it is given.
 
-    fault: why it cannot be trained on, where that is known already.
+    fault: why the file cannot be used, if that is known already.
     """
 
     media: Media
@@ -58,7 +58,7 @@ class Entry:
 
 
 def read_layout(path: str | Path, folder: str | Path | None = None) -> list[Entry]:
-    """The files that a folder, a list, an archive or a single file names. Whether they exist is not looked at.
+    """The files of a folder, a list or an archive, or a single file. It is not checked whether they exist.
 
     folder: where the files of a list are, if not beside it. ValueError, OSError: the list cannot be read.
     """
@@ -96,7 +96,7 @@ def _entry(root: Path, name: str, *captions: Any, at: int | None = None) -> Entr
 
 
 def _texts(*captions: Any) -> tuple[str, ...]:
-    """Without line breaks and doubled spaces; empty ones are none."""
+    """The texts without line breaks and double spaces. Empty texts are left out."""
     return tuple(" ".join(c.split()) for c in captions if isinstance(c, str) and c.strip())
 
 
@@ -104,7 +104,7 @@ def _texts(*captions: Any) -> tuple[str, ...]:
 
 
 def _folder(path: Path) -> Iterator[Entry]:
-    """Of all folders inside, but hidden ones and those of training runs, whose samples are no data."""
+    """All files, also in folders inside. Hidden folders and folders of training runs are left out."""
     files, seen = [], set()
     for place, folders, names in os.walk(path, followlinks=True):
         if "run.json" in names:
@@ -123,7 +123,7 @@ def _folder(path: Path) -> Iterator[Entry]:
 
 
 def _beside(path: Path) -> Entry:
-    """A file with the caption in the file of the same name."""
+    """A file with the caption from the text file of the same name."""
     media = Media(path, str(path))
     found = [f for ending in CAPTIONS if (f := path.with_suffix(ending)).is_file()]
     if len(found) > 1:
@@ -135,7 +135,7 @@ def _beside(path: Path) -> Entry:
 
 
 def _archive(path: Path) -> Iterator[Entry]:
-    """Only names and places are read. A key is a name up to the first dot, as WebDataset has it."""
+    """Only names and positions are read. A key is a name up to its first dot, as in WebDataset."""
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
@@ -237,7 +237,7 @@ def _json(path: Path, text: str, root: Path) -> Iterator[Entry]:
 
 
 def _row(path: Path, n: int, row: Any, root: Path) -> Entry:
-    """A row of a list; what else is in it means nothing here."""
+    """A row of a list. Other columns are ignored."""
     name = next((row[key] for key in FILES if row.get(key)), None) if isinstance(row, dict) else None
     if not isinstance(name, str):
         raise ValueError(f"{shown(path)}: row {n} names no file: one of {', '.join(FILES)}")
@@ -245,7 +245,7 @@ def _row(path: Path, n: int, row: Any, root: Path) -> Entry:
 
 
 def _caption(row: Any) -> tuple[str, ...]:
-    """One text, or a list of texts for one file."""
+    """The captions of one file: a text, or a list of texts."""
     said = next((row[key] for key in TEXTS if row.get(key)), None) if isinstance(row, dict) else None
     return _texts(*said) if isinstance(said, list) else _texts(said)
 
@@ -254,7 +254,7 @@ def _caption(row: Any) -> tuple[str, ...]:
 
 
 def read_sets(path: Path) -> list[dict[str, Any]]:
-    """The sets of a TOML file, each a mapping of settings; paths count from the folder of the file.
+    """The sets of a TOML file as mappings of settings. Paths in it are relative to its folder.
 
     [[set]] is ours. [[datasets]] (with [[datasets.subsets]]) and [[directory]], as other trainers have them, are read
     too: with their names for the settings that exist here. [general] and what stands before the sets is for all.

@@ -1,7 +1,7 @@
 """What is learned from a clip: its noise, its timestep, the target, the loss and its weights.
 
-All that is random about sample n comes from generators seeded by (seed, name of the stream, n), on the CPU. So a batch
-does not depend on how many processes, workers or micro-batches share it, and no random state needs to be saved.
+Everything random about sample n comes from generators seeded by (seed, name of the stream, n), on the CPU. So a batch
+does not depend on the number of processes, workers or pieces. No random state needs to be saved.
 """
 
 import math
@@ -23,27 +23,26 @@ from ..schedulers.grids import BETA_SCHEDULES
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
 TIMESTEPS = ("uniform", "high", "logit-normal")
 OFFSETS = ("frame", "clip")
-HIGH = 0.3  # "high" takes its timesteps from this share of the schedule, the noisy end
 
 
 # ------------------------------------------------------------------------------------------------------- randomness
 
 
 def generators(seed: int, stream: str, number: int) -> tuple[random.Random, torch.Generator]:
-    """Python's and torch's random numbers of one sample, or one step; both on the CPU."""
+    """Random generators of Python and torch for one sample or one step, both on the CPU."""
     rng = random.Random(f"{seed} {stream} {number}")
     return rng, torch.Generator().manual_seed(rng.getrandbits(60))
 
 
 def happens(seed: int, stream: str, number: int, share: float) -> bool:
-    """True for this share of all numbers, and always the same answer for one number."""
+    """True for this share of all numbers. One number always gets the same answer."""
     return generators(seed, stream, number)[0].random() < share
 
 
 def drop_text(seed: int, number: int, share: float) -> bool:
-    """Whether sample `number` is trained with the empty caption: classifier-free guidance needs some.
+    """Whether sample `number` gets the empty caption. Classifier-free guidance needs some of them.
 
-    Ho and Salimans 2022, arXiv:2207.12598. share: 0 to 1.
+    Ho and Salimans 2022, arXiv:2207.12598. share: of samples without caption, 0 to 1.
     """
     return happens(seed, "text dropout", number, share)
 
@@ -57,7 +56,7 @@ def choose_frames(seed: int, stream: str, numbers: Sequence[int], frames: int) -
 
 
 class Noised(NamedTuple):
-    """noisy (b c f h w): what the network sees. t (b,). target: what it should say. eps: the noise inside `noisy`."""
+    """noisy (b c f h w): what the network sees. t (b,). target: what it should predict. eps: the noise in `noisy`."""
 
     noisy: Tensor
     t: Tensor
@@ -68,22 +67,23 @@ class Noised(NamedTuple):
 class Objective:
     """The training objective of a denoising network: x_t = alpha_t x_0 + sigma_t eps, and what to predict from it.
 
-    scheduler: the pipeline's, or its config; of it the noise levels and the prediction type are taken.
+    scheduler: the scheduler of the pipeline, or its config. It gives the noise levels and the prediction type.
     objective: "epsilon" (Ho et al. 2020, arXiv:2006.11239), "v" = alpha eps - sigma x_0 (Salimans and Ho 2022,
-        arXiv:2202.00512), or "x0"; None: what the network predicts already.
-    betas: "linear", "scaled_linear" or "squaredcos_cap_v2", between the scheduler's first and last beta. None: the
-        scheduler's, but "linear" where motion modules are trained behind a Stable Diffusion with its published
-        `scaled_linear` ones, as AnimateDiff's authors do (Guo et al. 2023, arXiv:2307.04725).
+        arXiv:2202.00512), or "x0". None: what the network predicts already.
+    betas: "linear", "scaled_linear" or "squaredcos_cap_v2", between the scheduler's first and last beta. None: those of
+        the scheduler. Motion modules behind a Stable Diffusion get "linear", as AnimateDiff's authors do (Guo et al.
+        2023, arXiv:2307.04725).
     motion: whether motion modules, or a LoRA of them, are trained.
     zero_snr: rescale the betas so that the last timestep is pure noise (Lin et al. 2023, arXiv:2305.08891). None: as
         the scheduler does.
-    noise_offset: how much of one more random number is added to the noise of each channel, `offset_per` "frame" or
-        "clip". The mean brightness then is learned, too.
+    noise_offset: the strength of one more random number, which is added to the noise of each channel. So the mean
+        brightness is learned, too. offset_per: whether each "frame" or each "clip" draws this number.
     min_snr: gamma of min-SNR weights (Hang et al. 2023, arXiv:2303.09556), usually 5. None: all weights are 1.
-    timesteps: "uniform"; "high": `high_share` of the samples get theirs from the noisiest 30 %; "logit-normal" (Esser
-        et al. 2024, arXiv:2403.03206); or (low, high), both included.
+    timesteps: "uniform". "logit-normal" (Esser et al. 2024, arXiv:2403.03206). (low, high): both included. "high": a
+        share of the samples, `high_share`, has timesteps of the noisy end.
+    high_from: where the noisy end begins, as a share of all timesteps. 0.7 means timesteps 700 to 999 of 1,000.
 
-    ValueError, in one line, on options that do not exist or do not go together.
+    ValueError, one line, on options that do not exist or do not go together.
     """
 
     def __init__(
@@ -99,6 +99,7 @@ class Objective:
         min_snr: float | None = None,
         timesteps: str | Sequence[int] = "uniform",
         high_share: float = 0.5,
+        high_from: float = 0.7,
     ):
         config = scheduler.config if isinstance(scheduler, Scheduler) else scheduler
         _check_choice("objective", objective, (*PREDICTIONS, None))
@@ -106,6 +107,7 @@ class Objective:
         _check_choice("offset_per", offset_per, OFFSETS)
         _check_number("noise_offset", noise_offset, 0)
         _check_number("high_share", high_share, 0, 1)
+        _check_number("high_from", high_from, 0, 0.99)
         if min_snr is not None:
             _check_number("min_snr", min_snr, 0.01)
         if "beta_start" not in config:
@@ -124,10 +126,10 @@ class Objective:
         fields = self.scheduler.config
         self.prediction = next(ours for ours, theirs in PREDICTIONS.items() if theirs == fields.prediction_type)
         if fields.rescale_betas_zero_snr and self.prediction == "epsilon":
-            raise ValueError("zero_snr does not go with the objective epsilon: at the last timestep there is only "
-                             "noise, and its prediction teaches nothing; use the objective v")  # fmt: skip
+            raise ValueError("zero_snr does not go with the objective epsilon: the last timestep is pure noise, "
+                             "which teaches nothing. Use the objective v")  # fmt: skip
         self.noise_offset, self.offset_per = noise_offset, offset_per
-        self.timesteps, self.high_share = timesteps, high_share
+        self.timesteps, self.high_share, self.high_from = timesteps, high_share, high_from
         self._check_timesteps(fields.num_train_timesteps)
         bar = self.scheduler.alphas_cumprod
         self.weights = _weights(self.prediction, bar / (1 - bar), min_snr)
@@ -142,7 +144,7 @@ class Objective:
                              f"highest, from 0 to {total - 1}, not {self.timesteps!r}")  # fmt: skip
 
     def scheduler_for(self, scheduler: Scheduler) -> Scheduler:
-        """A scheduler of the same class that samples as was trained. ValueError where the class cannot."""
+        """A scheduler of the same class for sampling what was trained. ValueError where the class cannot do it."""
         names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "prediction_type",
                  "rescale_betas_zero_snr")  # fmt: skip
         fields = {name: self.scheduler.config[name] for name in names}
@@ -163,7 +165,7 @@ class Objective:
             u = torch.randn((), generator=noise, dtype=torch.float64).sigmoid().item()
         elif self.timesteps == "high":
             high = torch.rand((), generator=noise, dtype=torch.float64).item() < self.high_share
-            u = 1 - (1 - u) * (HIGH if high else 1)
+            u = 1 - (1 - u) * (1 - self.high_from if high else 1)
         return min(int(u * total), total - 1)
 
     def draw_noise(self, seed: int, number: int, shape: Sequence[int]) -> Tensor:
@@ -177,7 +179,7 @@ class Objective:
         return eps
 
     def noised(self, latents: Tensor, seed: int, numbers: Sequence[int]) -> Noised:
-        """latents (b c f h w) float32 or float64, as the network sees them; numbers: of the samples, global, (b,)."""
+        """Add noise to latents (b c f h w), float32 or float64. numbers: the global numbers of the samples, (b,)."""
         if latents.ndim != 5 or len(numbers) != len(latents):
             raise ValueError(f"latents must be (batch, channels, frames, height, width) with a number for each of the "
                              f"batch, not {tuple(latents.shape)} with {len(numbers)}")  # fmt: skip
@@ -222,7 +224,7 @@ class Objective:
 
 
 def debiased(x: Tensor, anchor: Tensor, beta: float = 1.0) -> Tensor:
-    """sqrt(beta^2 + 1) x_i - beta x_a for every frame i: what the frames share counts less, so motion counts more.
+    """sqrt(beta^2 + 1) x_i - beta x_a for every frame i. What the frames share counts less, so motion counts more.
 
     x (b c f h w), anchor (b,): frame a of each clip. MotionDirector's phi (Zhao et al. 2023, arXiv:2310.08465).
     """
@@ -231,9 +233,9 @@ def debiased(x: Tensor, anchor: Tensor, beta: float = 1.0) -> Tensor:
 
 
 def _weights(prediction: str, snr: Tensor, gamma: float | None) -> Tensor:
-    """The loss weight of each timestep, (T,) float64. snr: alpha^2 / sigma^2, from large to small, at the end maybe 0.
+    """The loss weight of each timestep, (T,) float64. snr: alpha^2 / sigma^2, from large to small. The last may be 0.
 
-    min(snr, gamma) is that of an error in x0; the other errors are that one times 1 / snr and 1 / (snr + 1).
+    The weight of an error in x0 is min(snr, gamma). For epsilon it is divided by snr, and for v by snr + 1.
     """
     if gamma is None:
         return torch.ones_like(snr)

@@ -1,4 +1,4 @@
-"""Plans for training models that are not loaded: what their configs say is enough, and weights are on `meta`.
+"""Plans for training models that are not loaded. Only configs are read, and the weights are on `meta`.
 
     training_planner_of_model("ms-1.7b", "lora", frames=16, height=256, width=256).choose("8GiB")
 """
@@ -10,25 +10,21 @@ from typing import Any
 
 import torch
 
-from minit2v_convert.rename import nearest
-
 from ..memory.plan import TEXT
 from ..memory.training import Clips, TrainingPlanner
-from ..models.blocks import TemporalConv
 from ..pipelines.planning import check_size, networks_of_model, own_size
-from .recipe import LORAS
-from .trainable import KINDS, add_lora, add_motion_director, choose, without_time
-
-PUBLISHED_DROPOUT = 0.1  # of ModelScope's temporal convolutions, where they are trained
+from .recipe import LORAS, Recipe
+from .trainable import prepare, without_time
 
 
 def training_planner_of_model(
     name: str, train: str = "lora", targets: str | Sequence[str] = (), rank: int = 8, device: str = "cuda",
     batch: int = 4, ema: bool | None = None, processes: int = 1, adapter: str | None = None, **size: Any,
 ) -> TrainingPlanner:
-    """Of the same names. train, targets, rank, batch: as in training/recipe.py. ema: a moving average; None: as there.
+    """A planner for a training of a model. name: a folder or a hub id.
 
-    size: frames, height, width, of which those that are not given are the model's own. Raises ValueError.
+    train, targets, rank, batch: as in a `Recipe`. ema: whether there is a moving average. None: as in a `Recipe`.
+    size: frames, height, width (pixels). Those that are not given are the model's own. Raises ValueError.
     """
     _, networks = networks_of_model(name, torch.float32, adapter)
     unet, encoder, factor = networks["unet"], networks.get("text_encoder"), networks["vae"].config.factor
@@ -48,24 +44,9 @@ def training_planner_of_model(
 
 
 def trained_of(unet: Any, train: str, targets: str | Sequence[str], rank: int) -> list[torch.Tensor]:
-    """Makes trainable in a UNet what `minit2v train` would, in training mode. Raises ValueError."""
-    unet.train()
-    if train in LORAS:
-        if targets and train != "lora":
-            raise ValueError(f"targets belongs to train 'lora' or 'patterns', not to {train!r}")
-        if train == "motiondirector":  # of its two paths, that of the clips needs more: the other one rests meanwhile
-            spatial, temporal = add_motion_director(unet, rank)
-            spatial.use(trained=False)
-            return [*spatial.parameters(), *temporal.parameters()]
-        return add_lora(unet, "motion" if train == "motion-lora" else targets or "both", rank).parameters()
-    if targets and train != "patterns":
-        raise ValueError(f"targets belongs to train 'lora' or 'patterns', not to {train!r}")
-    if train not in (*KINDS, "image"):
-        raise ValueError(f"train must be one of {', '.join((*LORAS, *KINDS, 'image'))}, not {train!r}"
-                         f"{nearest(train, (*LORAS, *KINDS, 'image'))}")  # fmt: skip
-    chosen = choose(unet, "spatial" if train == "image" else train, targets)
-    if train in ("full", "temporal", "patterns"):
-        for module in unet.modules():
-            if isinstance(module, TemporalConv):
-                module.dropout = PUBLISHED_DROPOUT
-    return [p for _, p in chosen]
+    """Make trainable in a UNet what `minit2v train` would train, and return it. Raises ValueError."""
+    recipe = Recipe(train=train, targets=targets, rank=rank).filled(type(unet).__name__)  # type: ignore[arg-type]
+    loras, named = prepare(unet, recipe)
+    if train == "motiondirector":
+        loras["spatial"].use(trained=False)  # of the two paths, the one of whole clips needs more memory
+    return [p for _, p in named]

@@ -1,7 +1,7 @@
-"""Prior preservation: what the model can do already is in every batch, so that it is not forgotten.
+"""Prior preservation: every batch also has clips of what the model can do already, so that it does not forget.
 
-DreamBooth (Ruiz et al. 2022, arXiv:2208.12242) has the idea, for images. A prior set is any data set, or made by the
-model itself before it is trained.
+The idea is from DreamBooth (Ruiz et al. 2022, arXiv:2208.12242). A prior set is a data set, or clips that the model
+itself makes before it is trained.
 """
 
 import random
@@ -31,10 +31,10 @@ class Item(NamedTuple):
 
 
 class SelfMade:
-    """Clips that a pipeline makes of prompts, as latents; each has its own seed, and is made once.
+    """Clips that a pipeline makes of prompts, as latents. It is used like a `Data`.
 
-    They are files in `folder`, whole or not there: whoever is interrupted goes on where it was. It stands in the place
-    of a `Data`. prompts: taken in turn. count: how many clips.
+    prompts: they take turns. count: how many clips. folder: where they are files. Each clip has its own seed and is
+    made once. Files appear whole or not at all, so an interrupted run makes only the missing ones.
     """
 
     def __init__(self, pipe: Any, prompts: Sequence[str], count: int, folder: Path, recipe: Recipe, world: World):
@@ -65,7 +65,7 @@ class SelfMade:
         return self.count
 
     def batch(self, step: int, batch: int) -> list[Item]:
-        """What a step uses: all clips in a random order, then in another, and so on."""
+        """What a step uses. All clips come in a random order, then in another one, and so on."""
         found = []
         for number in range(step * batch, (step + 1) * batch):
             epoch, place = divmod(number, self.count)
@@ -81,7 +81,7 @@ class SelfMade:
 
 
 def read_prompts(given: Sequence[str]) -> list[str]:
-    """Prompts, of which one that ends in .txt is a file with a prompt on each line. ValueError where there is none."""
+    """All prompts. A text that ends in .txt is a file with a prompt on each line. ValueError where there is none."""
     found: list[str] = []
     for text in given:
         if text.endswith(".txt"):
@@ -95,11 +95,11 @@ def read_prompts(given: Sequence[str]) -> list[str]:
 
 
 def make_prior(recipe: Recipe, pipe: Any, make_data: Callable[..., Any], world: World) -> Any:
-    """The prior set of a recipe, None where it has none. pipe: the model as it is before training."""
+    """The prior set of a recipe, or None. pipe: the model before training."""
     if not recipe.prior_rows:
         return None
     if recipe.prior == "self":
         prompts = read_prompts(recipe.prior_prompts)
         return SelfMade(pipe, prompts, recipe.prior_clips, Path(recipe.cache or recipe.out) / "prior", recipe,
                         world)  # fmt: skip
-    return make_data(recipe, pipe, (recipe.prior,), seed=recipe.seed + 1)
+    return make_data(recipe, pipe, world, (recipe.prior,), recipe.seed + 1)

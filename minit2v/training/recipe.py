@@ -1,8 +1,8 @@
-"""What a training run is told: one flat list of options, the same in TOML files, on the command line and in `run.json`.
+"""The options of a training run: one flat list for TOML files, the command line and `run.json`.
 
     recipe = Recipe(data=("clips",), out="runs/mine", train="lora", steps=500)
 
-An option that is None gets its value from `filled`, by the kind of training and the family of the model. No torch.
+`filled` replaces None by a value for the kind of training and the model. This module does not import torch.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ from ..files.fields import fits
 Kind = Literal["lora", "motion-lora", "motiondirector", "full", "temporal", "spatial", "attention", "motion", "image",
                "patterns"]  # fmt: skip
 LORAS = ("lora", "motion-lora", "motiondirector")
-# Options that say what is kept, shown and where it runs. They may differ when a run is resumed: weights do not change.
+# Options of a run that do not change its weights. They may change when a run is resumed.
 WATCHING = ("out", "save_every", "save_minutes", "keep", "validate_every", "validation_prompts", "validation_clips",
-            "sample_steps", "guidance", "log_every", "device", "cache", "parallel")  # fmt: skip
+            "sample_steps", "guidance", "log_every", "device", "cache", "parallel", "kohya")  # fmt: skip
 
 
 def option(default: Any, text: str) -> Any:
@@ -35,82 +35,108 @@ def option(default: Any, text: str) -> Any:
 class Recipe:
     """The options of a training run. Raises ValueError, one line, where one is wrong by itself or with another."""
 
-    data: tuple[str | dict[str, Any], ...] = option((), "folders, lists or single clips to train on; in a TOML file "
-                                                    "also tables: path, weight, repeats, ...")  # fmt: skip
+    data: tuple[str | dict[str, Any], ...] = option((), "folders, lists or single clips to train on; a TOML file "
+                                                    "can have tables with path, weight, repeats, ...")  # fmt: skip
     out: str = option("", "the folder of the run: checkpoints, curves, samples and the result")
-    model: str = option("shapes", "the model to begin with: a folder or a hub id")
-    adapter: str | None = option(None, "the motion adapter that goes into an image model; `new` begins from nothing")
-    train: Kind = option("lora", "what is trained: a LoRA, or weights of the model itself")
+    model: str = option("shapes", "the model that is trained: a folder or a hub id")
+    adapter: str | None = option(None, "motion adapter for an image model; `new` makes untrained motion modules")
+    train: Kind = option("lora", "what is trained: a LoRA, or weights of the model")
 
-    targets: tuple[str, ...] = option((), "layers of a LoRA: spatial, temporal, both, linear, conv, or patterns; with "
-                                      "train patterns: patterns of parameters' names")  # fmt: skip
+    targets: tuple[str, ...] = option((), "layers that get a LoRA: spatial, temporal, both, linear, conv, or patterns "
+                                      "of names; with train patterns: patterns of parameter names")  # fmt: skip
     rank: int = option(8, "rank of a LoRA")
-    alpha: float | None = option(None, "scale of a LoRA times its rank; the rank")
-    dropout: float = option(0.0, "share of a LoRA's inputs that is dropped")
+    alpha: float | None = option(None, "a LoRA is multiplied by alpha / rank (default: the rank)")
+    dropout: float = option(0.0, "share of a LoRA's inputs that is dropped in training")
 
-    objective: Literal["epsilon", "v", "x0"] | None = option(None, "what is predicted; as the model does")
+    train_text: bool = option(False, "with train lora: also train a LoRA of the text encoder")
+    kohya: bool = option(False, "with train lora: also write kohya's spelling, for tools of Stable Diffusion 1.5")
+
+    objective: Literal["epsilon", "v", "x0"] | None = option(
+        None, "what the network predicts (default: what the model predicts)"
+    )
     betas: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] | None = option(
-        None, "noise schedule; the model's, and linear for motion modules"
+        None, "noise schedule (default: the model's, and linear for motion modules)"
     )
-    zero_snr: bool | None = option(None, "whether the last timestep is noise alone; as the model has it")
-    noise_offset: float = option(0.0, "strength of noise that is the same for all pixels; 0.1 is usual")
-    offset_per: Literal["frame", "clip"] = option("frame", "whether each frame or each clip draws its offset")
-    min_snr: float | None = option(None, "gamma of min-SNR weights; 5 is usual")
+    zero_snr: bool | None = option(None, "make the last timestep pure noise (default: as in the model)")
+    noise_offset: float = option(0.0, "strength of noise that all pixels of a channel share; 0.1 is usual")
+    offset_per: Literal["frame", "clip"] = option("frame", "whether each frame or each clip draws its noise offset")
+    min_snr: float | None = option(None, "gamma of min-SNR weights; 5 is usual (default: no weights)")
     timesteps: Literal["uniform", "high", "logit-normal"] | tuple[int, int] | None = option(
-        None, "uniform, high, logit-normal, or the lowest and the highest; high where motion is learned"
+        None, "uniform, high, logit-normal, or two numbers: lowest, highest (default: high for motion, else uniform)"
     )
-    high_share: float = option(0.5, "with high: share of clips whose timestep is from the noisiest 30 %")
-    text_dropout: float | None = option(None, "share of captions that become empty, for guidance; 0.1, of one clip 0")
+    high_share: float = option(0.5, "with timesteps high: share of samples with timesteps of the noisy end")
+    high_from: float = option(0.7, "with timesteps high: where the noisy end begins, as a share of all")
+    text_dropout: float | None = option(
+        None, "share of captions that become empty, for guidance (default: 0.1, with one clip 0)"
+    )
 
-    frames: int | None = option(None, "frames of a clip; 16, of stills 1")
-    height: int | None = option(None, "pixels; the model's own")
-    width: int | None = option(None, "pixels; the model's own")
-    fps: float | None = option(None, "frames per second that are taken of each video; its own")
-    stride: int | None = option(None, "take every n-th frame in place of a rate")
+    frames: int | None = option(None, "frames of a clip (default: 16, with train image 1)")
+    height: int | None = option(None, "height in pixels (default: that of the model)")
+    width: int | None = option(None, "width in pixels (default: that of the model)")
+    fps: float | None = option(None, "frames per second of the clips (default: those of each video)")
+    stride: int | None = option(None, "take every n-th frame, instead of fps")
     clips: Literal["random", "head", "chunk", "uniform", "all"] = option("random", "where in a video a clip begins")
-    short: Literal["skip", "loop", "hold", "stretch"] = option("skip", "what becomes of videos with too few frames")
-    prompt: str | None = option(None, "caption of files that have none; without it they are skipped")
-    prefix: str = option("", "put before every caption")
+    short: Literal["skip", "loop", "hold", "stretch"] = option(
+        "skip", "what is done with videos that have too few frames"
+    )
+    prompt: str | None = option(None, "caption of files that have none (default: they are skipped)")
+    prefix: str = option("", "text before every caption")
     flip: bool = option(False, "mirror half of the clips, left to right")
-    stills: Literal["spatial", "whole"] = option("spatial", "a still runs through the spatial layers, or the whole")
-    cache: str | None = option(None, "folder of latents and text states; `cache` in the run's folder")
+    stills: Literal["spatial", "whole"] = option(
+        "spatial", "whether stills run through the spatial layers or the whole network"
+    )
+    cache: str | None = option(None, "folder of latents and text states (default: `cache` in the run's folder)")
 
     steps: int = option(500, "steps of the optimizer")
     batch: int = option(4, "clips in a step, over all processes")
-    accumulate: int = option(1, "pieces in which a process computes its clips; more need less memory")
-    rate: float | None = option(None, "learning rate; by the kind of training")
-    spatial_rate: float | None = option(None, "learning rate of MotionDirector's spatial LoRA; 1e-4")
-    schedule: Literal["constant", "cosine", "linear"] = option("constant", "of the learning rate, after the warm-up")
-    warmup: int | None = option(None, "steps of rising learning rate; 100, of short runs a tenth")
-    optimizer: Literal["adamw", "adamw8bit"] = option("adamw", "adamw8bit needs bitsandbytes and CUDA")
-    weight_decay: float | None = option(None, "0 for a LoRA, else 0.01")
-    beta2: float = option(0.999, "of Adam")
-    clip: float = option(1.0, "largest norm of the gradient")
-    ema: float | None = option(None, "decay of the moving average of the weights, 0 for none; 0 for a LoRA, else 0.999")
-    precision: Literal["float32", "bf16", "fp16"] | None = option(None, "bf16 on CUDA, else float32")
-    checkpointing: bool = option(False, "gradient checkpointing: less memory, a third more time")
-    temporal_dropout: float | None = option(None, "of the temporal convolutions; 0.1 where they are trained, else 0")
+    accumulate: int = option(1, "pieces in which a process computes its clips; more pieces need less memory")
+    rate: float | None = option(None, "learning rate; the default depends on the kind of training")
+    spatial_rate: float | None = option(None, "learning rate of MotionDirector's spatial LoRA (default: 1e-4)")
+    schedule: Literal["constant", "cosine", "linear"] = option(
+        "constant", "how the learning rate goes on after the warm-up"
+    )
+    warmup: int | None = option(None, "first steps, with a rising learning rate (default: a tenth of all, at most 100)")
+    optimizer: Literal["adamw", "adamw8bit"] = option("adamw", "optimizer; adamw8bit needs bitsandbytes and CUDA")
+    weight_decay: float | None = option(None, "weight decay of AdamW (default: 0 for a LoRA, else 0.01)")
+    beta2: float = option(0.999, "beta2 of AdamW")
+    clip: float = option(1.0, "a gradient with a larger norm is scaled down to it")
+    ema: float | None = option(
+        None, "decay of the moving average of the weights, 0 for none (default: 0.999, LoRA 0)"
+    )
+    precision: Literal["float32", "bf16", "fp16"] | None = option(
+        None, "precision of matrix products (default: bf16 on CUDA, else float32)"
+    )
+    checkpointing: bool = option(False, "gradient checkpointing: much less memory, a third more time")
+    temporal_dropout: float | None = option(
+        None, "dropout of temporal convolutions (default: 0.1 where they are trained, else 0)"
+    )
 
-    prior: str | None = option(None, "clips of what is not to be forgotten: a data set, or `self`, made by the model")
+    prior: str | None = option(
+        None, "clips of what the model must not forget: a data set, or `self`: the model makes them"
+    )
     prior_share: float = option(0.5, "share of each batch that comes from the prior set")
     prior_target: Literal["clips", "model"] | None = option(
-        None, "what the prior set teaches: its clips, or what the model said of them before; model, if it can"
+        None, "what the prior set teaches: its clips, or the predictions of the model before training (default: model)"
     )
-    prior_prompts: tuple[str, ...] = option((), "prompts of self-made clips, or a .txt file with one on each line")
-    prior_clips: int = option(64, "how many clips the model makes of itself")
+    prior_prompts: tuple[str, ...] = option(
+        (), "prompts of clips that the model makes, or a .txt file with one on each line"
+    )
+    prior_clips: int = option(64, "how many clips the model makes for prior self")
 
-    save_every: int | None = option(None, "steps between checkpoints; by time alone")
+    save_every: int | None = option(None, "steps between checkpoints (default: only save_minutes counts)")
     save_minutes: float = option(5.0, "minutes between checkpoints")
     keep: int = option(2, "how many checkpoints are kept")
-    validate_every: int | None = option(None, "steps between validations; a fifth of the run, 0 for none")
-    validation_prompts: tuple[str, ...] = option((), "prompts of sample videos; the first two captions")
-    validation_clips: int = option(4, "clips on which the validation loss is measured")
+    validate_every: int | None = option(None, "steps between validations, 0 for none (default: a fifth of the run)")
+    validation_prompts: tuple[str, ...] = option((), "prompts of sample videos (default: the first two captions)")
+    validation_clips: int = option(4, "how many clips the validation loss is measured on")
     sample_steps: int = option(25, "denoising steps of samples")
-    guidance: float | None = option(None, "guidance scale of samples; the model's usual one")
+    guidance: float | None = option(None, "guidance scale of samples (default: that of the model)")
     log_every: int = option(10, "steps between lines of log.csv")
-    seed: int = option(0, "of everything that is random")
-    device: str = option("auto", "auto, cpu, cuda, cuda:1, ...")
-    parallel: Literal["ddp", "fsdp"] = option("ddp", "how several processes share the work: whole or sharded weights")
+    seed: int = option(0, "seed of everything that is random")
+    device: str = option("auto", "where to train: auto, cpu, cuda, cuda:1, ...")
+    parallel: Literal["ddp", "fsdp"] = option(
+        "ddp", "with several processes: each has all weights (ddp) or a part (fsdp)"
+    )
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -145,6 +171,7 @@ class Recipe:
         for name in ("fps", "alpha", "min_snr", "clip", "guidance"):
             need(getattr(self, name) is None or 0 < getattr(self, name) < float("inf"), name, "above 0")
         need(0 <= self.high_share <= 1, "high_share", "from 0 to 1")
+        need(0 <= self.high_from <= 0.99, "high_from", "from 0 to 0.99")
         need(0 <= self.prior_share < 1, "prior_share", "at least 0 and below 1: the rest of the batch is the data")
         need(self.keep >= 2, "keep", "at least 2: the newest may be broken")
         need(0 <= self.seed < 2**63, "seed", "from 0 to 2**63 - 1")
@@ -152,6 +179,8 @@ class Recipe:
         need(self.train != "patterns" or bool(self.targets), "targets", "patterns of names with train 'patterns'")
         if self.train not in ("lora", "patterns") and self.targets:
             raise ValueError(f"targets goes with train 'lora' or 'patterns'; {self.train!r} has its own")
+        for name in ("train_text", "kohya"):
+            need(self.train == "lora" or not getattr(self, name), name, f"false with train {self.train!r}")
         if self.prior == "self" and not self.prior_prompts:
             raise ValueError("prior 'self' needs prior_prompts: what the model is to make clips of")
         if self.train == "motiondirector" and self.prior_target == "model":
@@ -161,15 +190,16 @@ class Recipe:
 
     @property
     def prior_rows(self) -> int:
-        """How many rows of each batch come from the prior set: at least one row stays with the data."""
+        """How many rows of each batch come from the prior set. At least one row comes from the data."""
         if self.prior is None or not self.prior_share:
             return 0
         return min(self.batch - 1, max(1, round(self.batch * self.prior_share)))
 
     def filled(self, family: str, *, clips: int | None = None, cuda: bool = False, guidance: float = 9.0) -> "Recipe":
-        """The recipe without None where there is a usual value. family: `UNet3DConditionModel` or another UNet's class.
+        """The recipe with usual values in place of None. ValueError where it does not fit the model.
 
-        clips: how many clips the data has, where that is known. guidance: the model's usual one.
+        family: the class of the UNet, such as `UNet3DConditionModel`. clips: how many clips the data has, if known.
+        cuda: whether it runs on CUDA. guidance: the usual guidance scale of the model.
         """
         kind, three_d = self.train, family == "UNet3DConditionModel"
         if three_d and kind in ("motion", "motion-lora", "image"):
@@ -205,7 +235,7 @@ class Recipe:
         return bool(self.targets) and all("temp" in target or "motion" in target for target in self.targets)
 
     def rate_at(self, step: int) -> float:
-        """Factor of the learning rate at a step: a linear warm-up, then the schedule. It depends on nothing else."""
+        """The factor of the learning rate: a linear warm-up, then the schedule. It depends only on the step."""
         import math
 
         up = min(1.0, (step + 1) / (self.warmup + 1)) if self.warmup else 1.0
@@ -215,9 +245,9 @@ class Recipe:
         return up * (min(1.0, left) if self.schedule == "linear" else 1.0)
 
     def changes(self, before: Mapping[str, Any]) -> list[str]:
-        """What of a saved recipe is another now, so that a resumed run would not be the same run.
+        """The options that differ from a saved recipe and would change the weights of a resumed run.
 
-        A run with a constant rate may go on for longer: its first steps are the same.
+        A run with a constant rate may have more steps now: its first steps are the same.
         """
         now, lines = self.values(), []
         for name, value in now.items():
@@ -243,14 +273,14 @@ def _tuples(value: Any) -> Any:
 
 
 def words(hint: Any) -> list[str]:
-    """The words of which an option must be one; none where it may be anything."""
+    """The words that an option can have. An empty list where other values are possible."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return [w for part in typing.get_args(hint) for w in words(part)]
     return [*typing.get_args(hint)] if typing.get_origin(hint) is Literal else []
 
 
 def parse(name: str, text: str) -> Any:
-    """The value of an option that stands on the command line as text. ValueError where it cannot be one."""
+    """The value of an option from its text on the command line. ValueError where the text is no such value."""
     hint = HINTS[name]
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     if text == "none" and type(None) in kinds:
@@ -265,9 +295,9 @@ def parse(name: str, text: str) -> Any:
 
 
 def read_recipe(path: str | Path | None, options: Mapping[str, Any]) -> Recipe:
-    """The recipe of a TOML file (or the run.json of a run) with the options of the command line over it.
+    """The recipe of a TOML file or of a run.json. Options of the command line replace those of the file.
 
-    Paths in the file are relative to the file. ValueError on an unknown option, with the nearest one.
+    Paths in a TOML file are relative to its folder. ValueError on an unknown option, with the nearest one.
     """
     values: dict[str, Any] = {}
     if path is not None:
@@ -301,7 +331,10 @@ def read_recipe(path: str | Path | None, options: Mapping[str, Any]) -> Recipe:
 
 
 def _beside(folder: Path, value: Any, new: bool) -> Any:
-    """A path that stands in a file, as seen from here; what is not a file there is a hub id or a name, and stays."""
+    """A path in a TOML file, seen from the current folder. A text that is no file there is a hub id, and stays.
+
+    new: the path need not exist yet.
+    """
     if isinstance(value, list):
         return [_beside(folder, v, new) for v in value]
     if isinstance(value, dict) and "path" in value:

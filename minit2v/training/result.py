@@ -1,4 +1,4 @@
-"""What a run leaves for others to load, and the proof that it loads: the file gives the trainer's own sample."""
+"""The result of a run in files that others load. A sample of the loaded file must be that of the trainer."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from .export import save_lora, save_model
 from .trainer import Trainer
 from .validation import sample, save_grid
 
-ALIKE = 1e-4  # the most by which a pixel of [0, 1] may differ on the average; in 16 bits ten times as much
+ALIKE = 1e-4  # the largest mean difference of pixels in [0, 1]; in 16 bits ten times as much
 
 
 def export(trainer: Trainer) -> Path:
-    """Write the result into the run's folder, and return its path: a file of LoRA, or a folder.
+    """Write the result into the run's folder, and return its path: the file of a LoRA, or a folder.
 
-    MotionDirector's temporal LoRA is the result; the spatial one is beside it. Where weights are averaged, the average
-    is the result.
+    The result of MotionDirector is its temporal LoRA. The spatial one is written beside it. Where weights are averaged,
+    call it in `trainer.averaged()`: then the average is the result.
     """
     recipe, out = trainer.recipe, trainer.out
     about = {"minit2v_recipe": str(recipe.train), "minit2v_base": recipe.model, "minit2v_steps": str(trainer.done)}
@@ -28,7 +28,10 @@ def export(trainer: Trainer) -> Path:
     if recipe.train == "motion-lora":
         save_lora(out / "lora-animatediff.safetensors", [trainer.loras["lora"]], format="guoyww", metadata=about)
     if trainer.loras:
-        return save_lora(out / "lora.safetensors", [trainer.loras["lora"]], metadata=about)
+        loras = [*trainer.loras.values()]
+        if recipe.kohya:
+            save_lora(out / "lora-kohya.safetensors", loras, format="kohya", metadata=about)
+        return save_lora(out / "lora.safetensors", loras, metadata=about)
     folder = out / "model"
     if recipe.train == "image":
         return save_image_model(trainer, folder)
@@ -37,7 +40,7 @@ def export(trainer: Trainer) -> Path:
 
 
 def save_image_model(trainer: Trainer, folder: Path) -> Path:
-    """The image model without its motion modules, as a UNet's folder."""
+    """Write the image model without its motion modules, as the folder of a UNet."""
     unet = trainer.unet
     names = [f.name for f in dataclasses.fields(UNet2DConditionModel.Config)]
     fields = {name: getattr(unet.config, name) for name in names if hasattr(unet.config, name)}
@@ -51,10 +54,10 @@ def save_image_model(trainer: Trainer, folder: Path) -> Path:
 
 
 def finish(trainer: Trainer, reload: Callable[[Path], Any] | None = None) -> Path | None:
-    """Export the result, load it anew, and compare what both make of the same noise. Returns the result's path.
+    """Export the result, load it, and compare the videos of both for the same noise. Returns the result's path.
 
-    `result.png` has a row of each prompt. ValueError where the loaded one makes something else: the file is not what
-    was trained. Of several processes the first returns the path, and the others None.
+    `result.png` gets a row for each prompt. ValueError where the loaded result makes other videos. Of several processes
+    the first returns the path, and the others return None.
     """
     first, prompts, mine = trainer.world.is_first, trainer.prompts, None
     if first or is_sharded(trainer.unet):
@@ -73,7 +76,7 @@ def finish(trainer: Trainer, reload: Callable[[Path], Any] | None = None) -> Pat
         difference = float((mine - theirs).abs().mean())
         bound = ALIKE * (1 if trainer.recipe.precision == "float32" else 10)
         if not difference <= bound:
-            raise ValueError(f"{path} makes other videos than the trained model: pixels differ by {difference:.2g} on "
-                             f"the average, and by at most {bound:g} if they are one model")  # fmt: skip
-        trainer.say(f"loaded anew it makes the same videos: pixels differ by {difference:.1g} on the average")
+            raise ValueError(f"{path} makes other videos than the trained model: the mean difference of pixels is "
+                             f"{difference:.2g}, and at most {bound:g} is rounding")  # fmt: skip
+        trainer.say(f"loaded from the file it makes the same videos: the mean difference of pixels is {difference:.1g}")
     return path

@@ -1,5 +1,6 @@
 """A look at the data before training: `minit2v train --check`."""
 
+import math
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,15 +14,16 @@ from minit2v_convert.stream import replacing
 
 from ..files.video import NANO
 from .data import Data
+from .sources import Clip, chosen_frames, cut_off
 
 COLUMNS, HIGHEST, MARGIN, LINE = 8, 160, 8, 18  # frames in a row; pixels of a frame, around it, and of a line of text
 
 
 def look(data: Data, path: str | Path, batch: int = 1, rows: int = 12) -> str:
-    """Writes a contact sheet, a PNG, and returns `data.summary`.
+    """Write a contact sheet, a PNG, and return the `summary` of the data.
 
-    A row is a clip of the first steps, decoded back from its latents: what the network can see of it. Beside it are its
-    caption, its file, and which frames of it these are.
+    Each row is a clip of the first steps. It is decoded from its latents, so it shows what the network can see. Above
+    it stand its caption, its file, and the numbers of its frames.
     """
     items, seen = [], set()
     for step in range(4 * rows):
@@ -46,18 +48,65 @@ def look(data: Data, path: str | Path, batch: int = 1, rows: int = 12) -> str:
         strips.append(([shown(caption), shown(about) + ("; mirrored" if item.flip else "")], video))
     with replacing(path) as temporary:
         draw(strips).save(temporary, format="PNG")
-    return data.summary(batch)
+    return summary(data, batch)
+
+
+def summary(data: Data, batch: int = 1) -> str:
+    """Lines for people: how many clips there are, what is done to them, and which files are skipped and why.
+
+    batch: how many samples a step uses.
+    """
+    clips, sampler = data.clips, data.sampler
+    lines = [f"{data.files} files, {len(clips)} clips of {len({c.media.name for c in clips})} of them; "
+             f"{len(data.skipped)} files are skipped"]  # fmt: skip
+    of_round = sampler.samples_of_a_round()
+    for n, source in enumerate(data.sources):
+        mine = [c for c in clips if c.source == n]
+        stills = sum(c.facts.still for c in mine)
+        share = sum(sets.get(n, 0) for sets in sampler.shares.values()) / of_round
+        lines.append(f"  {shown(source.path)}: clips of videos {len(mine) - stills}, pictures {stills}, share of "
+                     f"the samples {float(share):.0%}")  # fmt: skip
+    lines.append(f"with {batch} in a batch, a clip is used once in {math.ceil(of_round / batch)} steps on the average. "
+                 "Each batch is of one bucket:")  # fmt: skip
+    for bucket, sets in sorted(sampler.streams.items()):
+        mine = [clips[n] for numbers in sets.values() for n in numbers]
+        cut = max(cut_off(c.facts.shown_width, c.facts.height, bucket[1:]) for c in mine)
+        small = sum(c.facts.shown_width < bucket.width or c.facts.height < bucket.height for c in mine)
+        lines.append(f"  frames {bucket.frames}, width {bucket.width}, height {bucket.height}: clips {len(mine)}; "
+                     f"at most {cut:.0%} of a picture is cut off"
+                     + f"; {small} are smaller than that, and enlarged" * bool(small)
+                     + "; fewer than a batch: some are in it several times" * (len(mine) < batch))  # fmt: skip
+    spans = [span for clip in clips if (span := seconds_of(data, clip)) is not None]
+    if spans:
+        lines.append(f"the clips of videos last {min(spans):.2f} to {max(spans):.2f} seconds")
+    captions = {caption for clip in clips for caption in clip.captions}
+    counted = "their tokens are not counted"
+    if data.count_tokens is not None:
+        counts = [data.count_tokens(caption) for caption in captions]
+        counted = f"{sum(n > most for n, most in counts)} are cut at {counts[0][1]} tokens"
+    lines.append(f"captions: {len(captions)} different ones; {data.without_caption} files have none; {counted}")
+    if data.skipped:
+        lines += ["skipped:", *(f"  {shown(name)}: {shown(reason)}" for name, reason in data.skipped)]
+    return "\n".join(lines)
+
+
+def seconds_of(data: Data, clip: Clip) -> float | None:
+    """From the first frame of a clip to its last one. None for stills and for pictures without times."""
+    if clip.facts.still or clip.facts.even or clip.bucket.frames == 1:
+        return None
+    chosen = chosen_frames(clip.facts, data.sources[clip.source], clip.start or 0)
+    return abs(clip.facts.times[chosen[-1]] - clip.facts.times[chosen[0]]) / NANO
 
 
 def spread(count: int, most: int) -> list[int]:
-    """At most `most` of `count` numbers, evenly, with the first and the last."""
+    """At most `most` of the numbers 0 to `count` - 1, at equal distances, with the first and the last."""
     if count <= most:
         return list(range(count))
     return [round(k * (count - 1) / (most - 1)) for k in range(most)]
 
 
 def draw(strips: list[tuple[list[str], Tensor]]) -> Any:
-    """Lines of text, each with its frames (f 3 h w) in [-1, 1] below it, as one picture."""
+    """One picture of strips. Each strip has lines of text, and frames (f 3 h w) in [-1, 1] below them."""
     from PIL import Image, ImageDraw
 
     rows = []
@@ -86,7 +135,7 @@ def draw(strips: list[tuple[list[str], Tensor]]) -> Any:
 
 
 def find_font() -> Any:
-    """One with letters of many languages where there is one on the machine, else Pillow's own."""
+    """A font with letters of many languages, if the machine has one. Else Pillow's own font."""
     from PIL import ImageFont
 
     places = ["NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "DejaVuSans.ttf", "Arial.ttf"]
@@ -102,7 +151,7 @@ def find_font() -> Any:
 
 
 def drawable(line: str, font: Any) -> str:
-    """The line, with characters that the font does not have written as their numbers."""
+    """The line. Characters that the font does not have are written as their numbers."""
     def glyph(c: str) -> bytes:
         try:
             return bytes(font.getmask(c))

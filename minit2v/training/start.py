@@ -1,4 +1,4 @@
-"""From a recipe and a model to a run: its data, its prior set, its trainer, and at the end its result.
+"""A whole run from a recipe and a model: data, prior set, trainer, and at the end the result.
 
     pipe = TextToVideoSDPipeline.from_pretrained("shapes")
     train(Recipe(data=("clips",), out="runs/mine", steps=500), pipe)
@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..memory.training import binary
 from ..parallel import World
 from ..pipelines.checks import check_size
 from .data import Data
@@ -20,20 +21,22 @@ from .trainer import Trainer
 
 
 def filled(recipe: Recipe, pipe: Any, guidance: float | None = None) -> Recipe:
-    """The recipe with the usual values for this model, all but `text_dropout`, which depends on the data."""
+    """The recipe with the usual values for this model. `text_dropout` stays None, because it depends on the data."""
     usual = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
     recipe = recipe.filled(type(pipe.unet).__name__, cuda=pipe.unet.device.type == "cuda", guidance=guidance or usual)
     height, width = check_size(recipe.height, recipe.width, pipe.unet, pipe.vae_scale_factor)
     return dataclasses.replace(recipe, height=height, width=width)
 
 
-def make_data(recipe: Recipe, pipe: Any, sources: Sequence[Any] | None = None, seed: int | None = None) -> Data:
-    """The clips of a filled recipe, for this model. sources: in place of the recipe's."""
+def make_data(
+    recipe: Recipe, pipe: Any, world: World | None = None, sources: Sequence[Any] | None = None, seed: int | None = None
+) -> Data:
+    """The clips of a filled recipe, for this model. sources, seed: in place of the recipe's."""
     names = ("frames", "height", "width", "fps", "stride", "clips", "short", "flip", "prompt", "prefix")
     options = {name: getattr(recipe, name) for name in names}
     return Data.of(pipe, list(recipe.data if sources is None else sources), cache=recipe.cache,
-                   seed=recipe.seed if seed is None else seed, text_dropout=recipe.text_dropout or 0.0, progress=True,
-                   **options)  # fmt: skip
+                   seed=recipe.seed if seed is None else seed, text_dropout=recipe.text_dropout, progress=True,
+                   world=world, **options)  # fmt: skip
 
 
 def prepare(
@@ -44,16 +47,26 @@ def prepare(
     say: Callable[[str], None] = print,
     resume_anyway: bool = False,
 ) -> Trainer:
-    """A trainer that is ready to run: all is checked, self-made clips are made. guidance: what suits the model."""
+    """A trainer that is ready to run. All is checked, clips of the model itself are made, and the cache is filled.
+
+    guidance: the guidance scale that suits the model. Errors as of `Data`, `Recipe` and `Trainer`.
+    """
+    world = world or World()
     recipe = filled(recipe, pipe, guidance)
-    data = make_data(recipe, pipe)
-    if recipe.text_dropout is None:
-        data.text_dropout = 0.1 if len(data) > 1 else 0.0
-        recipe = dataclasses.replace(recipe, text_dropout=data.text_dropout)
-    if data.skipped:
+    data = make_data(recipe, pipe, world)
+    recipe = dataclasses.replace(recipe, text_dropout=data.text_dropout)
+    if data.skipped and world.is_first:
         say(f"{len(data.skipped)} files are skipped; --check says which and why")
-    prior = make_prior(recipe, pipe, make_data, world or World())
-    return Trainer(pipe, data, recipe, world, prior, say, resume_anyway)
+    prior = make_prior(recipe, pipe, make_data, world)
+    trainer = Trainer(pipe, data, recipe, world, prior, say, resume_anyway)
+    sets = [(data, recipe.batch - recipe.prior_rows), (prior, recipe.prior_rows)]
+    for found, rows in ((found, rows) for found, rows in sets if isinstance(found, Data)):
+        if world.is_first and found.cache.folder is not None:
+            say(f"cache {found.cache.folder}: {binary(found.cache.size())} now; the clips of this run take about "
+                f"{binary(found.cache_bytes(recipe.steps * rows))}")  # fmt: skip
+        if trainer.done < recipe.steps:
+            found.fill(recipe.steps, rows)
+    return trainer
 
 
 def train(
@@ -65,9 +78,9 @@ def train(
     say: Callable[[str], None] = print,
     resume_anyway: bool = False,
 ) -> Path | None:
-    """The whole of a run: data, training, result. Returns the path of the result.
+    """A whole run: data, training, result. Returns the path of the result, and None on processes but the first.
 
-    reload: makes a new pipeline of the result, which is then compared with the trained one; None: no comparison.
+    reload: makes a new pipeline from the result, which is compared with the trained one. None: no comparison.
     Errors as of `Data`, `Recipe` and `Trainer`.
     """
     trainer = prepare(recipe, pipe, world, guidance, say, resume_anyway)

@@ -1,12 +1,12 @@
-"""What is trained: parameters of a network that are chosen by name, or low-rank factors beside its layers (LoRA).
+"""What is trained: parameters of a network, chosen by name, or low-rank factors beside its layers (LoRA).
 
-Names are diffusers' (transformers' for the text encoder), as in the files; patterns may be spelled in ours, too.
+Names are those in the files: diffusers' names, and transformers' for the text encoder. Patterns may use our names, too.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,15 @@ from ..adapters.formats import Factors
 from ..adapters.lora import layers_of, to_peft
 from ..adapters.low_rank import TrainedBranch, can_branch, set_trained_branches, trained_branches_of
 from ..models.blocks import MotionModule, TemporalConv, TemporalTransformer
+from .recipe import LORAS, Recipe
 
-# Parts of diffusers' names. All that mixes frames; AnimateDiff's motion modules; the four layers of an attention.
+# Parts of diffusers' names: layers that mix frames, AnimateDiff's motion modules, and the layers of an attention.
 TEMPORAL = re.compile(r"(^|\.)(temp_attentions|temp_convs|transformer_in|motion_modules)\.")
 MOTION = re.compile(r"(^|\.)motion_modules\.")
 ATTENTION = re.compile(r"\.attn[12]\.")
 FOUR = re.compile(r"\.attn[12]\.to_(q|k|v|out\.0)$")
 FOUR_OF_TEXT = re.compile(r"\.self_attn\.(q|k|v|out)_proj$")
-# diffusers calls these two of a motion module in a way that peft's layers do not understand.
+# Without proj_in and proj_out of motion modules: diffusers calls them in a way that peft's layers do not support.
 LINEAR = re.compile(r"\.ff\.net\.(0\.proj|2)$|(?<!motion_modules\.\d)(?<!motion_modules\.\d\d)\.proj_(in|out)$")
 LINEAR_OF_TEXT = re.compile(r"\.mlp\.fc[12]$")
 CONV = re.compile(r"(^|\.)(resnets\.\d+\.conv(1|2|_shortcut)|temp_convs\.\d+\.conv\d\.\d)$")
@@ -33,11 +34,53 @@ KINDS = ("full", "temporal", "spatial", "attention", "motion", "patterns")
 WORDS = ("spatial", "temporal", "both", "linear", "conv", "motion", "text")  # of LoRA
 
 
+# --------------------------------------------------------------------------------------------------- by a recipe
+
+
+class Trained(NamedTuple):
+    """What a recipe trains. loras: by their kind, empty where weights themselves are trained. named: the parameters."""
+
+    loras: dict[str, "TrainedLoRA"]
+    named: list[tuple[str, nn.Parameter]]
+
+
+def prepare(
+    unet: Any, recipe: Recipe, generator: torch.Generator | None = None, text_encoder: Any = None
+) -> Trained:  # fmt: skip
+    """Choose what a filled recipe trains, and put the network into training mode.
+
+    generator: draws the first values of LoRAs. text_encoder: gets a LoRA where the recipe says so.
+    Errors as of `choose` and `add_lora`.
+    """
+    loras: dict[str, TrainedLoRA] = {}
+    named: list[tuple[str, nn.Parameter]] = []
+    how = recipe.rank, recipe.alpha, recipe.dropout, generator
+    if recipe.train == "motiondirector":
+        spatial, temporal = add_motion_director(unet, *how)
+        loras = {"spatial": spatial, "temporal": temporal}
+    elif recipe.train in LORAS:
+        loras = {"lora": add_lora(unet, "motion" if recipe.train == "motion-lora" else recipe.targets or "both", *how)}
+        if recipe.train_text:
+            if text_encoder is None:
+                raise ValueError("train_text: the pipeline has no text encoder")
+            loras["text"] = add_lora(text_encoder, "text", *how)
+    else:
+        named = choose(unet, "spatial" if recipe.train == "image" else recipe.train, recipe.targets)
+    for kind, lora in loras.items():
+        named += [(f"{kind}.{path}.{side}", getattr(branch, side)) for path, branch in lora.layers.items()
+                  for side in ("down", "up")]  # fmt: skip
+    for module in unet.modules():
+        if isinstance(module, TemporalConv):
+            module.dropout = recipe.temporal_dropout or 0.0
+    unet.train()
+    return Trained(loras, named)
+
+
 # ------------------------------------------------------------------------------------------------------ parameters
 
 
 def names_in_files(network: Any) -> dict[str, str]:
-    """Our name of each parameter -> its name in the files."""
+    """{our name of a parameter: its name in the files}."""
     state = {name: p.detach() for name, p in network.named_parameters() if ".branches." not in name}
     own = network.layout.own(state)
     known = {name: x for name, x in state.items() if name not in own}
@@ -50,9 +93,11 @@ def choose(
 ) -> list[tuple[str, nn.Parameter]]:
     """Make some parameters trainable, and freeze all others. Returns the trained ones with their names in files.
 
-    train: "full"; "temporal": what mixes frames; "spatial": all else; "attention": attentions in space and time;
-    "motion": the motion modules of AnimateDiff; "patterns": what `targets` match (see `matching`).
-    ValueError where there is nothing of the kind, or a pattern matches nothing.
+    train: which parameters. "full": all. "temporal": of layers that mix frames. "spatial": of all other layers.
+        "attention": of attentions in space and time. "motion": of AnimateDiff's motion modules. "patterns": those that
+        `targets` match (see `matching`).
+
+    ValueError where the network has no such parameters, or a pattern matches nothing.
     """
     if train not in KINDS:
         raise ValueError(f"train must be one of {', '.join(KINDS)}, not {train!r}{nearest(train, KINDS)}")
@@ -79,10 +124,11 @@ def choose(
 def matching(
     patterns: str | Sequence[str], names: Mapping[str, Iterable[str]], title: str, words: Sequence[str] = ()
 ) -> set[str]:
-    """The keys of `names`, of which a spelling holds one of the patterns.
+    """The keys of `names` that have a name with one of the patterns in it.
 
-    A pattern is one or more whole parts of a dotted name; `*` stands for anything, dots too: "attn1.to_q" or
-    "down_blocks.*.attn*.to_out". ValueError on one that matches nothing, with the nearest name, or word of `words`.
+    names: {key: its names}. A pattern is one or more whole parts of a dotted name. `*` stands for any text, also with
+    dots: "attn1.to_q" or "down_blocks.*.attn*.to_out". ValueError where a pattern matches nothing. It gives the nearest
+    name, or the nearest of `words`.
     """
     patterns = [patterns] if isinstance(patterns, str) else [*patterns]
     if not patterns:
@@ -99,7 +145,7 @@ def matching(
 
 
 def _near(pattern: str, names: Iterable[Iterable[str]], words: Sequence[str]) -> str:
-    """The nearest word, or run of as many parts of a name as the pattern has."""
+    """The nearest word, or the nearest part of a name that is as long as the pattern."""
     count = pattern.count(".") + 1
     split = [name.split(".") for spellings in names for name in spellings]
     runs = {".".join(parts[i : i + count]) for parts in split for i in range(len(parts) - count + 1)}
@@ -108,10 +154,10 @@ def _near(pattern: str, names: Iterable[Iterable[str]], words: Sequence[str]) ->
 
 @contextmanager
 def without_time(unet: nn.Module) -> Iterator[None]:
-    """In the block, the layers that mix frames return what they are given: the UNet sees each frame by itself.
+    """In the block, layers that mix frames return their input. So the UNet sees each frame by itself.
 
-    So ModelScope's authors train on single pictures. Backward belongs into the block, too: gradient checkpointing runs
-    the layers again.
+    ModelScope's authors train on single pictures in this way. Run backward in the block, too: gradient checkpointing
+    runs the layers again.
     """
     layers = [m for m in unet.modules() if isinstance(m, TemporalConv | TemporalTransformer | MotionModule)]
     for layer in layers:
@@ -133,8 +179,8 @@ def _unchanged(x: Tensor, f: int) -> Tensor:
 class TrainedLoRA:
     """Trainable low-rank factors beside layers of one network: y = W x + alpha / rank * up(down(x)).
 
-    Hu et al. 2021, arXiv:2106.09685. layers: our name of a layer -> its factors, which are parameters of the network,
-    float32 or wider whatever the network's dtype.
+    Hu et al. 2021, arXiv:2106.09685. layers: {our name of a layer: its factors}. The factors are parameters of the
+    network. They are float32 or wider, also where the network is not.
     """
 
     def __init__(self, network: Any, layers: Mapping[str, TrainedBranch], rank: int, alpha: float):
@@ -148,7 +194,7 @@ class TrainedLoRA:
         return sum(p.numel() for p in self.parameters())
 
     def factors(self) -> dict[str, Factors]:
-        """Our name of each layer -> its factors: no copies."""
+        """{our name of a layer: its factors}, without copying them."""
         return {path: Factors(b.down.detach(), b.up.detach().flatten(1), self.alpha) for path, b in self.layers.items()}
 
     def state(self) -> dict[str, Tensor]:
@@ -176,7 +222,7 @@ class TrainedLoRA:
         return mine
 
     def use(self, on: bool = True, trained: bool = True) -> None:
-        """on: whether it changes the network. trained: whether it gets gradients.
+        """Switch the LoRA. on: whether it changes the network. trained: whether it gets gradients.
 
         Do not switch it between a forward and its backward: gradient checkpointing runs the layers again.
         """
@@ -202,12 +248,15 @@ def add_lora(
 ) -> TrainedLoRA:
     """Put trainable factors beside layers of a UNet or text encoder, and freeze all but what LoRAs train.
 
-    targets: words, and patterns as in `matching`. "spatial", "temporal", "both": q, k, v and out of the attentions;
-    "motion": those of AnimateDiff's motion modules; "linear": feed-forwards and projections, too; "conv": the
-    convolutions, too; "text": q, k, v and out of the text encoder.
-    alpha: the factors count alpha / rank; None: rank. dropout: of what `down` sees, in training.
-    down is drawn as Linear's weights are, up is 0: at first nothing changes.
-    ValueError on a rank larger than a layer, on targets that match nothing, or layers that cannot have factors.
+    targets: words, and patterns as in `matching`. "spatial", "temporal" and "both" mean q, k, v and out of these
+        attentions. "motion" means those of AnimateDiff's motion modules. "linear" adds feed-forwards and projections,
+        and "conv" the convolutions, too. "text" means q, k, v and out of the text encoder.
+    alpha: the factors are multiplied by alpha / rank. None: alpha is the rank.
+    dropout: the share of the input of `down` that is dropped in training.
+    generator: draws the first values of `down`, as those of Linear are drawn. `up` is 0, so at first nothing changes.
+
+    ValueError where the rank is larger than that of a layer, where targets match nothing, or where a layer cannot have
+    factors.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be a whole number of at least 1, not {rank!r}")
@@ -238,7 +287,7 @@ def add_lora(
 
 
 def lora_targets(network: Any, targets: str | Sequence[str]) -> dict[str, str]:
-    """diffusers' name of each layer that `add_lora` would train -> ours."""
+    """{diffusers' name of a layer: our name} of the layers that `add_lora` would train."""
     title = type(network).__name__
     paths = {theirs: ours for theirs, (ours, _) in layers_of(network).items()}
     chosen: set[str] = set()
@@ -270,7 +319,7 @@ def _is_meant(word: str, name: str) -> bool:
 
 
 def _first_factors(weight: Tensor, rank: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """down (r i *k), drawn on the CPU, and up (o r), zeros, on the device of the weight."""
+    """down (r i *k), drawn on the CPU, and up (o r), which is 0. Both are on the device of the weight."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     shape = (rank, *weight.shape[1:])
     if weight.is_meta:
@@ -284,9 +333,10 @@ def add_motion_director(
     unet: Any, rank: int = 32, alpha: float | None = None, dropout: float = 0.1,
     generator: torch.Generator | None = None,
 ) -> tuple[TrainedLoRA, TrainedLoRA]:  # fmt: skip
-    """MotionDirector's two LoRAs (Zhao et al. 2023, arXiv:2310.08465): of the look of the clips, and of their motion.
+    """MotionDirector's two LoRAs (Zhao et al. 2023, arXiv:2310.08465).
 
-    On every linear layer of the transformers in space, and of those in time.
+    The spatial one learns the look of the clips, the temporal one their motion. They are on all linear layers of the
+    transformers in space and in time. ValueError where no layer mixes frames.
     """
     paths = lora_targets(unet, "linear")
     spatial = [name for name in paths if not TEMPORAL.search(name)]

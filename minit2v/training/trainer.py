@@ -1,18 +1,16 @@
-"""One trainer for both families: `UNet3DConditionModel` and `UNetMotionModel`, whole, in parts, or by LoRAs.
+"""One trainer for `UNet3DConditionModel` and `UNetMotionModel`: whole networks, parts of them, and LoRAs.
 
     trainer = Trainer(pipe, data, Recipe(data=("clips",), out="runs/mine"))
-    trainer.run()                                   # resumes where checkpoints are; `trainer.step()` is one step
+    trainer.run()                                   # goes on from a checkpoint; `trainer.step()` is one step
 
-A batch is a function of the seed and the step alone, and so is all that is random. So a checkpoint holds no random
-state, and a run that was killed goes on exactly as if it had not been.
+The batch of a step and everything random in it are functions of the seed and the step. So a checkpoint needs no random
+state, and a killed run goes on with exactly the same steps.
 """
 
-import hashlib
 import math
 import signal
-import sys
-import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
@@ -24,73 +22,49 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..models.blocks import TemporalConv
 from ..models.unet_motion import UNetMotionModel
 from ..parallel import WEEK, World, is_sharded, local
 from . import checkpoints
-from .logs import Log
+from .export import check_format
+from .logs import Log, memory
 from .objective import Objective, choose_frames, generators, happens
-from .recipe import LORAS, Recipe
-from .trainable import TrainedLoRA, add_lora, add_motion_director, choose, without_time
+from .optimizer import Average, make_optimizer
+from .recipe import Recipe
+from .signals import ending
+from .trainable import prepare, without_time
 from .validation import Validation
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PATIENCE = 5  # steps in a row whose loss or gradient is not finite, before the run stops
+PATIENCE = 5  # the run stops after so many steps in a row whose loss or gradient is not finite
 GROWTH = 1000  # good steps after which fp16's loss scale doubles
 NUMBERS = ("done", "seconds", "bad", "skipped", "scale", "good")  # what a checkpoint has beside tensors
 
 
 class Piece(NamedTuple):
-    """Rows that go through the network together. latents (b c f h w), text (b l d); numbers: of the samples, global."""
+    """Rows that go through the network together. latents (b c f h w), text (b l d) of the text encoder as it was.
+
+    numbers: the global numbers of the samples.
+    """
 
     latents: Tensor
     text: Tensor
     sources: Sequence[str]
     numbers: Sequence[int]
-
-
-class Average:
-    """A moving average of the weights in float32, which samples better than they do.
-
-    decay: of old values at a step, at the beginning less: (1 + n) / (10 + n) after n steps. 0: there is no average.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter], decay: float):
-        self.parameters, self.decay, self.count = list(parameters), decay, 0
-        self.values = [p.detach().clone() for p in self.parameters] if decay else []
-
-    @torch.no_grad()
-    def update(self) -> None:
-        if self.decay:
-            decay = min(self.decay, (1 + self.count) / (10 + self.count))
-            # Of sharded weights the parts that are here: DTensors of a large network take minutes at the first step.
-            torch._foreach_lerp_(*(list(map(local, xs)) for xs in (self.values, self.parameters)), 1 - decay)
-            self.count += 1
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """In the block, the parameters have the values of the average."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for p, value in zip(self.parameters, self.values, strict=False):
-            kept = p.detach().clone()
-            p.copy_(value)
-            value.copy_(kept)
+    captions: Sequence[str] = ()
 
 
 class Trainer:
-    """A pipeline whose UNet is trained on data, as a recipe says. It takes up the newest checkpoint in `recipe.out`.
+    """Trains the UNet of a pipeline as a recipe says. It begins with the newest checkpoint in `recipe.out`.
 
-    pipe: its networks are used as they are: what is trained changes, and frozen weights go to the precision.
-    data: a `Data`, or anything with its `batch(step, count)`, `load(items)` and `fingerprint`; prior: another one, of
-    what is not to be forgotten. world: of `minit2v.parallel.world()`. say: where lines for people go.
-    Raises ValueError where the recipe does not fit the model, or the folder is that of another run.
+    pipe: its own networks are trained, and frozen weights are cast to the precision.
+    data: a `Data`, or another object with `batch(step, count)`, `load(items)`, `fingerprint` and a length. Where it
+        has `prefetch(items)`, that is called one step ahead.
+    world: the processes, from `minit2v.parallel.world()`.
+    prior: data of what the model should not forget.
+    say: takes lines for people.
+    resume_anyway: go on although the recipe has changed.
+
+    Raises ValueError where the recipe does not fit the model, or the folder belongs to another run.
     """
 
     def __init__(
@@ -114,21 +88,21 @@ class Trainer:
             raise ValueError(f"batch {recipe.batch} does not divide among {self.world.size} processes in "
                              f"{recipe.accumulate} pieces each")  # fmt: skip
         self.out = Path(recipe.out)
-        pipe.restore()  # the plain networks, not the fast path: what is trained must be what runs
+        pipe.restore()  # the plain networks: the fast path has copies of the weights
         motion = family == "UNetMotionModel" and recipe.train != "image"
         self.objective = Objective(
             pipe.scheduler, objective=recipe.objective, betas=recipe.betas, motion=motion, zero_snr=recipe.zero_snr,
             noise_offset=recipe.noise_offset, offset_per=recipe.offset_per, min_snr=recipe.min_snr,
-            timesteps=recipe.timesteps, high_share=recipe.high_share,
+            timesteps=recipe.timesteps, high_share=recipe.high_share, high_from=recipe.high_from,
         )  # fmt: skip
         pipe.scheduler = self.objective.scheduler_for(pipe.scheduler)
-        about = {"model": digest_of_some(self.unet), "data": getattr(data, "fingerprint", None),
+        about = {"model": checkpoints.digest_of_some(self.unet), "data": getattr(data, "fingerprint", None),
                  "prior": getattr(prior, "fingerprint", None)}  # fmt: skip
         self._prepare()
         self._spread()
         self.optimizer = make_optimizer(self.groups, recipe, self.device)
         self.average = Average(self.parameters, recipe.ema or 0.0)
-        # The weights of step 0, also where a run is resumed: what the model said before it was trained.
+        # The weights of step 0, also in a resumed run: they make the targets of prior rows.
         self.first = Average(self.parameters, 1.0) if recipe.prior_rows and recipe.prior_target == "model" else None
         self.done, self.seconds, self.bad, self.skipped = 0, 0.0, 0, 0
         self.scale, self.good = (2.0**16 if recipe.precision == "fp16" else 1.0), 0
@@ -136,7 +110,7 @@ class Trainer:
         if (path := self.world.from_first(lambda: checkpoints.newest(self.out))) is not None:
             self.load(path)
         self.log = Log(self.out, self.done) if self.world.is_first else None
-        alone = self.world.is_first or is_sharded(self.unet)  # of sharded weights nobody has all
+        alone = self.world.is_first or is_sharded(self.unet)  # no process has all of sharded weights
         self.validation = Validation(self) if recipe.validate_every and alone else None
 
     def say(self, text: str) -> None:
@@ -147,52 +121,46 @@ class Trainer:
     # What is trained -------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
-        """Choose what is trained: `trained`, names and parameters, and `loras`; make the network ready for it.
+        """Choose what is trained: `trained` (names and parameters) and `loras`.
 
-        Trained weights are float32 or wider, also where the network computes in 16 bits: small steps would be lost.
-        Frozen ones take the precision where they are in no result; else the model would be saved with rounded weights.
+        Trained weights are float32 or wider, because 16 bits would lose small steps. Frozen weights get the precision
+        of the recipe, unless the result contains them: it should not have rounded weights.
         """
         recipe, unet = self.recipe, self.unet
-        self.loras: dict[str, TrainedLoRA] = {}
         _, generator = generators(recipe.seed, "lora", 0)
-        assert recipe.rate is not None and recipe.spatial_rate is not None
-        if recipe.train == "motiondirector":
-            spatial, temporal = add_motion_director(unet, recipe.rank, recipe.alpha, recipe.dropout, generator)
-            self.loras = {"spatial": spatial, "temporal": temporal}
-        elif recipe.train in LORAS:
-            targets = recipe.targets or ("motion" if recipe.train == "motion-lora" else "both",)
-            self.loras = {"lora": add_lora(unet, targets, recipe.rank, recipe.alpha, recipe.dropout, generator)}
-        else:
-            part = "spatial" if recipe.train == "image" else recipe.train
-            self.trained = choose(unet, part, recipe.targets)
-        if self.loras:
-            self.trained = [(f"{kind}.{path}.{side}", getattr(branch, side)) for kind, lora in self.loras.items()
-                            for path, branch in lora.layers.items() for side in ("down", "up")]  # fmt: skip
+        self.loras, self.trained = prepare(unet, recipe, generator, getattr(self.pipe, "text_encoder", None))
+        if recipe.kohya:
+            check_format([*self.loras.values()], "kohya")
         for name, p in self.trained:
             if torch.finfo(p.dtype).bits < 32:
                 raise ValueError(f"{name} is {p.dtype}: load the model in float32; precision says what it computes in")
         if recipe.precision != "float32" and (self.loras or recipe.train == "motion"):
             for p in unet.parameters():
-                if not p.requires_grad and p.ndim > 1:  # norms and biases stay exact: they are small
+                if not p.requires_grad and p.ndim > 1:  # norms and biases are small: they stay exact
                     p.data = p.data.to(DTYPES[recipe.precision or "float32"])
-        for module in unet.modules():
-            if isinstance(module, TemporalConv):
-                module.dropout = recipe.temporal_dropout or 0.0
         if recipe.checkpointing:
             unet.enable_gradient_checkpointing()
-        unet.train()
+        self._learn(True)
+
+    def _learn(self, on: bool) -> None:
+        """Training mode, or evaluation mode without dropout."""
+        self.unet.train(on)
+        if "text" in self.loras:
+            self.pipe.text_encoder.train(on)
 
     def _spread(self) -> None:
-        """Have the processes share the network, and say what the optimizer gets: `parameters`, and `groups` with rates.
+        """Share the network among the processes, and set `parameters` and `groups`, which the optimizer gets.
 
-        A LoRA is replicated, and its gradients are summed in one message; a network that is trained itself is wrapped
-        by DDP, or sharded.
+        Each process has all of a LoRA, and its gradients are summed in one message. A network that is trained itself is
+        wrapped by DDP, or sharded.
         """
         recipe, unet = self.recipe, self.unet
         self.network: nn.Module = unet
         if recipe.parallel == "fsdp":
             if recipe.optimizer == "adamw8bit":
                 raise ValueError("optimizer 'adamw8bit' does not go with parallel 'fsdp'")
+            if "text" in self.loras:
+                raise ValueError("train_text does not go with parallel 'fsdp': use 'ddp'")
             places = {id(p): name for name, p in unet.named_parameters()}
             self.network = self.world.shard(unet, recipe.precision or "float32")
             found = dict(unet.named_parameters())
@@ -206,7 +174,7 @@ class Trainer:
 
     @property
     def has_stills(self) -> bool:
-        """Whether some steps use the spatial layers alone: DDP would wait for the others' gradients."""
+        """Whether some steps use only the spatial layers. Then DDP would wait for gradients that never come."""
         return self.recipe.stills == "spatial" and any(
             clip.bucket.frames == 1 for data in (self.data, self.prior) for clip in getattr(data, "clips", ()))
 
@@ -218,12 +186,13 @@ class Trainer:
         torch.manual_seed(rng.getrandbits(60))  # of dropout
         self.optimizer.zero_grad(set_to_none=True)
         self.pieces = self.batch(self.done)
+        self.prefetch(self.done + 1)
         losses = []
         for n, piece in enumerate(self.pieces):
             with self.world.accumulating(self.network, last=n == len(self.pieces) - 1):
                 losses.append(self.backward(piece))
-        if self.network is self.unet:
-            self.world.sum_gradients(self.network)
+        if self.network is self.unet and not is_sharded(self.unet):
+            self.world.sum_gradients(self.parameters)
         for p in self.parameters:
             if p.grad is not None and self.scale != 1:
                 p.grad /= self.scale
@@ -244,18 +213,11 @@ class Trainer:
         return {"loss": loss, "norm": norm, "rate": self.optimizer.param_groups[0]["lr"], "skipped": self.skipped}
 
     def batch(self, step: int) -> list[Piece]:
-        """This process's rows of a step's batch, in as many pieces as the recipe accumulates; the prior's at the end.
+        """This process's rows of a step, in as many pieces as the recipe accumulates.
 
         Rows of the data and of the prior set go through the network together where they have one size.
         """
-        recipe = self.recipe
-        sets = [(self.data, recipe.batch - recipe.prior_rows), (self.prior, recipe.prior_rows)]
-        rows, first = [], 0
-        for data, count in sets:
-            if count:
-                items = data.batch(step, count)
-                rows.append((data, self.world.share(list(zip(items, range(first, first + count), strict=True)))))
-            first += count
+        recipe, rows = self.recipe, self.rows(step)
         pieces: list[Piece] = []
         for k in range(recipe.accumulate):
             found: list[Piece] = []
@@ -263,14 +225,33 @@ class Trainer:
                 if part := mine[k :: recipe.accumulate]:
                     batch = data.load([item for item, _ in part])
                     numbers = [step * recipe.batch + row for _, row in part]
-                    found.append(Piece(batch.latents, batch.text, batch.sources, numbers))
+                    found.append(Piece(batch.latents, batch.text, batch.sources, numbers, batch.captions))
             pieces += joined(found)
         return pieces
 
-    def backward(self, piece: Piece) -> Tensor:
-        """Add the gradients of a piece to those that are there, and return its losses (b,).
+    def rows(self, step: int) -> list[tuple[Any, list[tuple[Any, int]]]]:
+        """What this process computes of a step: each data set, its items, and their rows in the global batch.
 
-        They are those of the sum over the rows divided by the whole batch: however it is cut, the step is the same.
+        The rows of the prior set are the last ones.
+        """
+        recipe, found, first = self.recipe, [], 0
+        for data, count in ((self.data, recipe.batch - recipe.prior_rows), (self.prior, recipe.prior_rows)):
+            if count:
+                items = zip(data.batch(step, count), range(first, first + count), strict=True)
+                found.append((data, self.world.share(list(items))))
+            first += count
+        return found
+
+    def prefetch(self, step: int) -> None:
+        """Have the clips of a later step decoded while this one is computed."""
+        for data, mine in self.rows(step) if step < self.recipe.steps else ():
+            if hasattr(data, "prefetch"):
+                data.prefetch([item for item, _ in mine])
+
+    def backward(self, piece: Piece) -> Tensor:
+        """Add the gradients of a piece, and return its losses (b,).
+
+        The loss is the sum over the rows divided by the whole batch. So the pieces do not change the step.
         """
         if self.recipe.train == "motiondirector":
             return self.backward_director(piece)
@@ -280,27 +261,27 @@ class Trainer:
             if self.first is not None:
                 target = self.kept(noisy, t, text, target, piece.numbers)
             with self.autocast():
-                prediction = self.network(noisy, t, text)
+                prediction = self.network(noisy, t, self.encoded(piece.captions, text))
             losses = self.objective.loss(prediction, target, t)
             self.world.backward(losses.sum() * (self.scale / self.recipe.batch), self.network)
         return losses.detach()
 
     @torch.no_grad()
     def kept(self, noisy: Tensor, t: Tensor, text: Tensor, target: Tensor, numbers: Sequence[int]) -> Tensor:
-        """The target, in rows of the prior set what the model said before it was trained: (b c f h w).
+        """The target (b c f h w). In rows of the prior set it is what the model said before training.
 
-        Learning without forgetting (Li and Hoiem 2016, arXiv:1606.09282). Unlike the noise of a clip, it is what the
-        model says exactly: nothing pulls on what is right already.
+        Learning without forgetting (Li and Hoiem 2016, arXiv:1606.09282). An unchanged model has no loss in these rows,
+        unlike with the noise of a clip as the target. text: of the text encoder before training.
         """
         rows = [r for r, n in enumerate(numbers) if n % self.recipe.batch >= self.recipe.batch - self.recipe.prior_rows]
         if not rows or self.first is None:
             return target
-        self.unet.eval()
+        self._learn(False)
         with self.first.in_place(), self.autocast():
             said = self.unet(noisy[rows], t[rows], text[rows])
             if is_sharded(self.unet):
-                self.unet.reshard()  # the root keeps whole weights after a forward: they would be the first ones still
-        self.unet.train()
+                self.unet.reshard()  # after a forward the root keeps whole weights: here those of step 0
+        self._learn(True)
         target = target.clone()
         target[rows] = said.to(target)
         return target
@@ -308,9 +289,9 @@ class Trainer:
     def backward_director(self, piece: Piece) -> Tensor:
         """MotionDirector's two paths (Zhao et al. 2023, arXiv:2310.08465), row by row.
 
-        The spatial path, of four rows in five: one frame of the clip teaches the spatial LoRA what it looks like. The
-        temporal path, of every row: the whole clip teaches the temporal LoRA, beside the spatial one of such a row.
-        Each path ends with its backward before the other begins, so only one keeps its activations.
+        The spatial path runs in four of five rows: one frame teaches the spatial LoRA what the clip looks like. The
+        temporal path runs in every row: the whole clip teaches the temporal LoRA. In rows with a spatial path the
+        spatial LoRA is on there, too. One path ends with its backward before the other begins, to save memory.
         """
         latents, text = self.placed(piece)
         spatial, temporal = self.loras["spatial"], self.loras["temporal"]
@@ -350,20 +331,29 @@ class Trainer:
         dtype = self.parameters[0].dtype
         return piece.latents.to(self.device, dtype), piece.text.to(self.device, dtype)
 
+    def encoded(self, captions: Sequence[str], text: Tensor) -> Tensor:
+        """Text states (b l d) by the text encoder that is trained; `text` where it is not trained."""
+        if "text" not in self.loras:
+            return text
+        with warnings.catch_warnings():  # --check counts captions that are cut
+            warnings.simplefilter("ignore")
+            ids = self.pipe.tokenizer(list(captions))
+        return self.pipe.text_encoder(ids.to(self.device)).to(text)
+
     def autocast(self) -> AbstractContextManager[Any]:
-        """The precision: matrix products in 16 bits, where the recipe says so."""
+        """Matrix products in the precision of the recipe."""
         if self.recipe.precision == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, DTYPES[self.recipe.precision or "float32"])
 
     def layers_for(self, latents: Tensor) -> AbstractContextManager[None]:
-        """A still goes through the spatial layers alone, if the recipe does not say otherwise."""
+        """A still goes through the spatial layers only, if the recipe does not say otherwise."""
         return without_time(self.unet) if latents.shape[2] == 1 and self.recipe.stills == "spatial" else nullcontext()
 
     def skip(self, loss: float, losses: Sequence[Tensor]) -> None:
-        """Say what is not finite, and leave the weights alone. RuntimeError at the fifth time in a row.
+        """Say what is not finite, and leave the weights as they are. RuntimeError at the fifth time in a row.
 
-        In fp16 a gradient can be too large for the numbers: the scale of the loss is halved, and that is not a fault.
+        In fp16 a scaled gradient can be too large. That is not a fault: the scale of the loss is halved.
         """
         if math.isfinite(loss) and self.scale > 1:
             self.scale, self.good = self.scale / 2, 0
@@ -387,7 +377,7 @@ class Trainer:
     def run(self) -> None:
         """All steps that are left, with checkpoints, logs and validations.
 
-        SIGTERM and Ctrl-C end it after the step in hand, with a checkpoint.
+        SIGTERM and Ctrl-C end it after the step that runs, with a checkpoint.
         """
         recipe, saved, began = self.recipe, time.monotonic(), time.monotonic() - self.seconds
         with ending() as came, tqdm(total=recipe.steps, initial=self.done, unit="step", dynamic_ncols=True,
@@ -405,7 +395,7 @@ class Trainer:
                     self.log.add(self.done, every, self.seconds, values | {
                         "step_seconds": time.monotonic() - start, "memory_gib": memory(self.device)})  # fmt: skip
                 due = recipe.save_every and self.done % recipe.save_every == 0
-                # Each process has a clock and signals of its own: what one of them wants, all do.
+                # Each process has its own clock and signals. What one of them wants, all do.
                 wanted, stop = self.world.sum([time.monotonic() - saved > 60 * recipe.save_minutes, len(came)])
                 due = due or wanted or stop
                 if due or self.done == recipe.steps:
@@ -420,7 +410,7 @@ class Trainer:
 
     @cached_property
     def prompts(self) -> list[str]:
-        """Of samples: the recipe's, or the first two captions of the data."""
+        """The prompts of samples: those of the recipe, or the first two captions of the data."""
         captions: dict[str, None] = {}
         for step in range(0 if self.recipe.validation_prompts else 8):
             captions |= dict.fromkeys(self.data.load(self.data.batch(step, 1)).captions)
@@ -435,13 +425,13 @@ class Trainer:
 
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """In the block, the network is as it will be used: the average of the weights, no dropout, no gradients."""
-        self.unet.eval()
+        """In the block, the network is as it will be used: averaged weights, no dropout, no gradients."""
+        self._learn(False)
         try:
             with torch.no_grad(), self.averaged(), self.autocast(), self.used():
                 yield
         finally:
-            self.unet.train()
+            self._learn(True)
 
     def averaged(self) -> AbstractContextManager[None]:
         """In the block, the weights are their moving average, if the recipe has one."""
@@ -449,7 +439,7 @@ class Trainer:
 
     @contextmanager
     def used(self) -> Iterator[None]:
-        """Of MotionDirector's LoRAs, the temporal one alone makes samples: the motion without the look."""
+        """In the block, only MotionDirector's temporal LoRA is on: samples show the motion without the look."""
         if self.recipe.train == "motiondirector":
             self.loras["spatial"].use(False)
         try:
@@ -461,16 +451,17 @@ class Trainer:
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Tensor]:
-        """All that the next step depends on, beside the recipe and the data: names and tensors."""
+        """Names and tensors: everything that the next step needs beside the recipe and the data."""
         state = {f"trained/{name}": p.detach() for name, p in self.trained}
         state |= {f"average/{name}": x for (name, _), x in zip(self.trained, self.average.values, strict=False)}
         state |= {f"optimizer/{name}/{key}": torch.as_tensor(x) for name, p in self.trained
                   for key, x in self.optimizer.state.get(p, {}).items()}  # fmt: skip
-        numbers = {"averaged": self.average.count, **{name: getattr(self, name) for name in NUMBERS}}
+        numbers = {"format": checkpoints.FORMAT, "averaged": self.average.count}
+        numbers |= {name: getattr(self, name) for name in NUMBERS}
         return state | {f"number/{name}": torch.tensor(float(n), dtype=torch.float64) for name, n in numbers.items()}
 
     def save(self) -> None:
-        """Write a checkpoint. Of several processes all must call it."""
+        """Write a checkpoint. All processes must call it."""
         if is_sharded(self.unet):
             checkpoints.save(self.out, self.done, self.state(), self.recipe.keep, self.world)
         elif self.world.is_first:
@@ -479,13 +470,9 @@ class Trainer:
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        """Take the values of a checkpoint. ValueError where it is that of another run."""
+        """Take the values of a checkpoint. ValueError where it belongs to another run or has another format."""
         parameters = dict(self.trained)
-
-        def like(name: str) -> Tensor | None:
-            return parameters.get(name.split("/")[1])
-
-        state = checkpoints.read(path, self.world, like)
+        state = checkpoints.read(path, self.world, lambda name: parameters.get(name.partition("/")[2].split("/")[0]))
         try:
             for (name, p), average in zip_longest(self.trained, self.average.values):
                 p.copy_(state[f"trained/{name}"])
@@ -507,66 +494,10 @@ class Trainer:
             self.say(f"going on at step {self.done} from {path}")
 
 
-def digest_of_some(network: nn.Module) -> str:
-    """What tells a network from another at a glance: a hash of the first numbers of each of its tensors."""
-    total = hashlib.sha256()
-    for name, x in network.named_parameters():
-        total.update(f"{name} {tuple(x.shape)} {x.detach().flatten()[:32].double().tolist()}".encode())
-    return total.hexdigest()
-
-
 def joined(pieces: list[Piece]) -> list[Piece]:
-    """Pieces of one size as one."""
+    """One piece instead of several, if they have one size."""
     if len({(p.latents.shape[1:], p.text.shape[1:]) for p in pieces}) > 1 or len(pieces) < 2:
         return pieces
     return [Piece(torch.cat([p.latents for p in pieces]), torch.cat([p.text for p in pieces]),
-                  [s for p in pieces for s in p.sources], [n for p in pieces for n in p.numbers])]  # fmt: skip
-
-
-def make_optimizer(groups: list[dict[str, Any]], recipe: Recipe, device: torch.device) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101). Each group has its own `rate`, which steps multiply."""
-    values = {"lr": recipe.rate, "betas": (0.9, recipe.beta2), "weight_decay": recipe.weight_decay}
-    if recipe.optimizer == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError:
-            raise ValueError("optimizer 'adamw8bit' needs bitsandbytes: pip install 'minit2v[train-8bit]'") from None
-        if device.type != "cuda":
-            raise ValueError(f"optimizer 'adamw8bit' runs on CUDA, not on {device.type}")
-        return AdamW8bit(groups, **values)
-    return torch.optim.AdamW(groups, fused=True, **values)
-
-
-def memory(device: torch.device) -> float:
-    """The most memory that was taken so far, GiB: of the GPU, or of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    unit = 2**30 if sys.platform == "darwin" else 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-@contextmanager
-def ending() -> Iterator[list[int]]:
-    """A list into which the first SIGTERM or Ctrl-C goes, for the run to end by itself; a second one ends it now."""
-    came: list[int] = []
-    before: dict[int, Any] = {}
-
-    def note(number: int, frame: Any) -> None:
-        came.append(number)
-        for n, handler in before.items():
-            signal.signal(n, handler)
-
-    if threading.current_thread() is threading.main_thread():
-        before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-        for n, handler in before.items():
-            if handler is not signal.SIG_IGN:
-                signal.signal(n, note)
-    try:
-        yield came
-    finally:
-        for n, handler in before.items():
-            signal.signal(n, handler)
+                  [s for p in pieces for s in p.sources], [n for p in pieces for n in p.numbers],
+                  [c for p in pieces for c in p.captions])]  # fmt: skip

@@ -1,6 +1,6 @@
-"""What shows whether a run learns: a loss that can be compared, samples of the same prompts, how much moves in them.
+"""Shows whether a run learns: a loss that can be compared, samples of fixed prompts, and how much moves in them.
 
-The loss of a step is noisy, because its timesteps are. Here clips, timesteps and noise are the same each time.
+The loss of a step is noisy, because its timesteps are random. Here clips, timesteps and noise are the same each time.
 """
 
 from contextlib import nullcontext
@@ -20,12 +20,12 @@ from .checkpoints import forget_later
 from .logs import append
 from .trainable import without_time
 
-BINS, EACH = 4, 2  # parts of the timesteps, from nearly clean to nearly noise, and timesteps in each
-FIXED = 2**31  # a step that no run reaches: its batch is what is validated on
+BINS, EACH = 4, 2  # ranges of timesteps, from nearly clean to nearly noise; timesteps in each range
+FIXED = 2**31  # no run reaches this step: its batch is used for validation
 
 
 class Validation:
-    """Validates a trainer: rows of `validation.csv`, and `samples/step-000200.mp4` and `.png` of its prompts."""
+    """Writes rows of `validation.csv`, and samples of the prompts: `samples/step-000200.mp4` and `.png`."""
 
     def __init__(self, trainer: Any):
         self.trainer, self.path = trainer, trainer.out / "validation.csv"
@@ -35,7 +35,7 @@ class Validation:
         self.batch = data.load(data.batch(FIXED, min(recipe.validation_clips, max(1, len(data)))))
 
     def run(self) -> None:
-        """One validation of the weights as they are; nothing where the step has one."""
+        """Validate the current weights, unless this step was validated before."""
         trainer, step = self.trainer, self.trainer.done
         rows = self.rows()
         if is_sharded(trainer.unet) and trainer.world.from_first(lambda: step in rows) or step in rows:
@@ -55,10 +55,10 @@ class Validation:
         trainer.say(f"step {step}: validation loss {row['loss']:.4g} (at first {float(start['loss']):.4g}), "
                     f"motion {motion:.4g} (at first {float(start['motion']):.4g})")  # fmt: skip
         if row["loss"] > 2 * float(start["loss"]):
-            trainer.say("warning: the validation loss is more than twice what it was: the rate is too high")
+            trainer.say("warning: the validation loss is more than twice its first value: the rate is too high")
 
     def rows(self) -> dict[int, dict[str, Any]]:
-        """Step -> its row."""
+        """{step: its row}."""
         import csv
 
         if not self.path.exists():
@@ -67,11 +67,11 @@ class Validation:
             return {int(row["step"]): row for row in csv.DictReader(file)}
 
     def losses(self) -> list[float]:
-        """The mean loss in each part of the timesteps, at fixed clips, timesteps and noise."""
+        """The mean loss in each range of timesteps, at fixed clips, timesteps and noise."""
         trainer, objective = self.trainer, self.trainer.objective
         dtype = trainer.parameters[0].dtype
         latents = self.batch.latents.to(trainer.device, dtype)
-        text = self.batch.text.to(trainer.device, dtype)
+        text = trainer.encoded(self.batch.captions, self.batch.text.to(trainer.device, dtype))
         total = objective.scheduler.config.num_train_timesteps
         found = []
         with trainer.layers_for(latents):
@@ -84,11 +84,11 @@ class Validation:
         return [sum(found[k * EACH : (k + 1) * EACH]) / EACH for k in range(BINS)]
 
     def sample(self) -> Tensor:
-        """Videos (b f c h w) in [0, 1] of the prompts, each from its own fixed seed, float32 on the CPU."""
+        """Videos (b f c h w) in [0, 1] of the prompts, float32 on the CPU. Each has its own fixed seed."""
         return sample(self.trainer.pipe, self.trainer.prompts, self.trainer.recipe)
 
     def keep(self, videos: Tensor, path: Path) -> None:
-        """The videos side by side as `.mp4`, and as `.png` a row for each with up to eight of its frames."""
+        """Write the videos side by side as `.mp4`, and up to eight frames of each as `.png`."""
         path.parent.mkdir(parents=True, exist_ok=True)
         if videos.shape[1] > 1:
             row = rearrange(videos, "b f c h w -> f h (b w) c").numpy()
@@ -97,9 +97,10 @@ class Validation:
 
 
 def sample(pipe: Any, prompts: list[str], recipe: Any, seed: int | None = None, output_type: str = "pt") -> Tensor:
-    """Videos (b f c h w) in [0, 1], float32 on the CPU, or latents; an image model's without its motion modules.
+    """Videos (b f c h w) in [0, 1], or latents (b c f h w), float32 on the CPU.
 
-    Each video has its own seed, from `seed` on; None: the recipe's.
+    An image model is sampled without its motion modules. seed: of the first video; the next one has the next seed.
+    None: the seed of the recipe.
     """
     pipe.set_progress_bar_config(disable=True)
     first = recipe.seed if seed is None else seed
@@ -111,12 +112,12 @@ def sample(pipe: Any, prompts: list[str], recipe: Any, seed: int | None = None, 
 
 
 def motion_of(videos: Tensor) -> float:
-    """How much a pixel changes from frame to frame, on the average; of stills 0. videos (b f c h w) in [0, 1]."""
+    """The mean change of a pixel from frame to frame. It is 0 for stills. videos (b f c h w) in [0, 1]."""
     return float((videos[:, 1:] - videos[:, :-1]).abs().mean()) if videos.shape[1] > 1 else 0.0
 
 
 def save_grid(videos: Tensor, path: Path) -> None:
-    """A picture of videos (b f c h w) in [0, 1]: a row for each, with up to eight of its frames."""
+    """Write a picture of videos (b f c h w) in [0, 1]. Each has a row with up to eight of its frames."""
     from PIL import Image
 
     chosen = np.linspace(0, videos.shape[1] - 1, min(8, videos.shape[1])).round().astype(int)

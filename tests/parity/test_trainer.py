@@ -9,8 +9,9 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from minit2v import AnimateDiffPipeline, DDIMScheduler, TextToVideoSDPipeline, UNet3DConditionModel, UNetMotionModel
+from minit2v.training.optimizer import Average
 from minit2v.training.recipe import Recipe
-from minit2v.training.trainer import Average, Piece, Trainer
+from minit2v.training.trainer import Piece, Trainer
 
 SMALL = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8, "cross_attention_dim": 12,
          "sample_size": 4}  # fmt: skip
