@@ -41,14 +41,16 @@ GPUS = {"A100": "sm_80", "H200": "sm_90", "B200": "sm_100"}
 LOST = 1.15  # what the last wave and the padding together may take
 # Why a kernel's launches may lose more.
 REASONS = {
-    "group_norm_coefficients": "one program for each group of each video: it moves 0.2 to 8 MB and waits for memory "
-    "once, so more programs would need another launch to merge them",
+    "group_norm_coefficients": "one program for each group of each video; more programs would need a fourth launch "
+    "to merge them, and the losses of all of them are less than 1 % of the counted time of a step",
+    "group_norm_whole": "one program for one group or a few, which must stay together; two launches are saved",
     "group_norm_moments": "the split is chosen so that programs end together; small inputs have few positions to split",
     "group_norm_apply": "inputs of a few hundred kB, with fewer tiles than a wave",
     "layer_norm_kernel": "inputs of a few hundred kB, with fewer tiles than a wave",
     "temporal_attention_kernel": "a tile is a power of two: 24 frames take 32 rows. It waits for memory, and the "
     "padding costs arithmetic alone",
     "geglu_kernel": "no other tile loses a tenth less",
+    "linear_add_kernel": "no other tile loses a tenth less",
     "temporal_conv_kernel": "no other tile loses a tenth less",
 }
 

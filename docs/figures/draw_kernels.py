@@ -10,7 +10,6 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from functools import cache
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -160,13 +159,42 @@ def step_rows() -> list[str]:
 
 def moments(workload: str, target: str = "sm_90") -> int:
     """Bytes that the norms of a step write and read again between their three kernels, in float32."""
+    norms = [s for s in calls(workload) if s.family == "group_norm_silu"]
+    return three_bytes([s for s in norms if s.launches(target=target) == 3], target)
+
+
+def three_bytes(norms: list[Shape], target: str) -> int:
+    """The same of these norms in three launches, also where one would do."""
     total = 0
-    for s in calls(workload):
-        if s.family == "group_norm_silu":
-            kind = (torch.float16, target, s.silu, s.c2 > 0, s.op == "add_group_norm_silu")
-            laid = norm.plan((s.n, s.c, s.h, s.w), s.c + s.c2, s.groups, s.frames, s.emb or None, True, *kind)
-            total += s.calls * 2 * 4 * (prod(laid[1]) + prod(laid[2]))
+    for s in norms:
+        span = norm.segment_frames(s.n, s.frames, s.emb or None)
+        unroll, block = norm.moments_tile(torch.float16, s.op == "add_group_norm_silu", target)
+        splits, _ = norm.split(s.n // span, s.h * s.w * span, s.c + s.c2, unroll * block, target)
+        total += s.calls * 2 * 4 * (s.n // span) * (splits + 1) * 3 * (s.c + s.c2)
     return total
+
+
+def launch_rows(target: str = "sm_90") -> list[str]:
+    """The norms of a step: how many are one launch, and what that saves beside three launches for each."""
+    names = [name for name in kernel_shapes.WORKLOADS if name != "modelscope-64"]
+    rows = [row("norms of a step", *(kernel_shapes.WORKLOADS[name].title for name in names))]
+    rows.append(row(*["---"] * (len(names) + 1)))
+    counted: dict[str, list[str]] = {}
+    for name in names:
+        norms = [s for s in calls(name) if s.family == "group_norm_silu"]
+        ones = [s for s in norms if s.launches(target=target) == 1]
+        alone = three_bytes(norms, target) - three_bytes([s for s in norms if s not in ones], target)
+        of_x = [(s.calls, s.n * (s.c + s.c2) * s.h * s.w * 2) for s in ones]
+        again = sum(times * moved for times, moved in of_x if moved > kernel_shapes.CACHE)
+        many = sum(s.calls for s in norms)
+        for what, value in {
+            "in one launch": f"{sum(s.calls for s in ones)} of {many}",
+            "launches": f"{3 * many} to {sum(s.calls * s.launches(target=target) for s in norms)}",
+            "GB that are not read again": f"{again / 1e9:.2f}",
+            "GB of moments and coefficients that are not made": f"{alone / 1e9:.2f}",
+        }.items():
+            counted.setdefault(what, []).append(value)
+    return rows + [row(what, *values) for what, values in counted.items()]
 
 
 def call_rows() -> list[str]:
@@ -203,7 +231,7 @@ def wave_rows() -> list[str]:
 
 
 def tables() -> list[list[str]]:
-    return [call_rows(), example_rows(), step_rows(), wave_rows()]
+    return [call_rows(), example_rows(), step_rows(), launch_rows(), wave_rows()]
 
 
 NAMES = {  # ATen's names -> words

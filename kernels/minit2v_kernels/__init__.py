@@ -19,3 +19,5 @@ from .norm import add_group_norm_silu as add_group_norm_silu
 from .norm import add_group_norm_silu_ref as add_group_norm_silu_ref
 from .norm import group_norm_silu as group_norm_silu
 from .norm import group_norm_silu_ref as group_norm_silu_ref
+from .projection import linear_add as linear_add
+from .projection import linear_add_ref as linear_add_ref

@@ -32,6 +32,7 @@ OPS = {
     "layer_norm": "add_layer_norm",
     "add_layer_norm": "add_layer_norm",
     "temporal_conv": "temporal_conv",
+    "linear_add": "linear_add",
 }
 
 # Device families on which a result committed under benchmarks/results/ shows that the op's kernel beats PyTorch, for

@@ -142,6 +142,22 @@ def best_tile(m: int, n: int, choices: Sequence[dict[str, int]], target: str) ->
     return best
 
 
+def product_tile(m: int, n: int, k: int, itemsize: int, target: str) -> dict[str, int]:
+    """Tile, warps and stages for (m n), a plain product of rows of k; target: see `_dispatch.family`.
+
+    None of them spills registers.
+    """
+    if itemsize == 4 or k % 64:  # float32 without tensor cores, and what no model asks for
+        return tile(64, 64, 16, 4, 2)
+    tiles = like(target)
+    stages = 2 if tiles.startswith("gfx") else 3  # 64 KiB of shared memory
+    sizes = ((128, 128, 8), (128, 64, 4), (64, 64, 4), (64, 32, 4))
+    choices = [tile(rows, columns, 64, warps, stages) for rows, columns, warps in sizes]
+    if tiles == "sm_90":
+        choices = [tile(256, 128, 64, 8, 4), tile(256, 64, 64, 8, 4), *choices]
+    return best_tile(m, n, choices, target)
+
+
 def geglu_tile(m: int, n: int, k: int, itemsize: int, target: str) -> dict[str, int]:
     """Tile, warps and stages for (m n) out of rows of k; target: see `_dispatch.family`.
 

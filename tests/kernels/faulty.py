@@ -76,6 +76,16 @@ FAULTS = {  # op: {name: how it shows}
         "unwritten": NEVER,
         "reads": OUTSIDE,
     },
+    "linear_add": {
+        "forgets": ERROR,  # the residual
+        "unbiased": ERROR,
+        "tail": ERROR,
+        "half": ERROR,  # rounds the product to float16
+        "unwritten": NEVER,
+        "destroys": CHANGES,  # the sum lies in the residual's memory
+        "reads": OUTSIDE,
+        "writes": OUTSIDE,
+    },
     "layer_norm": {
         "eps": ERROR,
         "cancels": ERROR,
@@ -351,6 +361,38 @@ def geglu(x, weight, bias, fault=""):
     y = torch.empty((*x.shape[:-1], m), dtype=x.dtype, device=x.device)
     geglu_kernel[(x.numel() // d,)](x, weight, bias, y, d, m, tile(d), tile(m), fault)
     return y
+
+
+def linear_add(x, weight, bias, residual, fault=""):
+    (*shape, d), m = x.shape, len(bias)
+    y = residual if fault == "destroys" else torch.empty((*shape, m), dtype=x.dtype, device=x.device)
+    linear_kernel[(x.numel() // d,)](x, weight, bias, residual, y, d, m, tile(d), tile(m), fault)
+    return y
+
+
+@triton.jit
+def linear_kernel(X, W, B, R, Y, D, M, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, FAULT: tl.constexpr):
+    """One program for one row."""
+    row = tl.program_id(0)
+    d, m = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
+    real = d < D - 1 if FAULT == "tail" else d < D
+    x = tl.load(X + row * D + d, mask=real, other=0.0).to(tl.float32)
+    w = W + m[:, None] * D + d[None, :]
+    if FAULT == "reads":
+        w = tl.where(m[:, None] < M, tl.load(w), 0.0)
+    else:
+        w = tl.load(w, mask=real[None, :] & (m < M)[:, None], other=0.0)
+    y = tl.sum(x[None, :] * w.to(tl.float32), 1)
+    if FAULT == "half":
+        y = y.to(tl.float16).to(tl.float32)
+    if FAULT != "unbiased":
+        y += tl.load(B + m, mask=m < M, other=0.0)
+    if FAULT != "forgets":
+        y += tl.load(R + row * M + m, mask=m < M, other=0.0)
+    inside = m < (M - 1 if FAULT == "unwritten" else M)
+    if FAULT == "writes":
+        inside = m <= M
+    tl.store(Y + row * M + m, y.to(Y.dtype.element_ty), mask=inside)
 
 
 for op, faults in FAULTS.items():
