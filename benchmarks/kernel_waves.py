@@ -131,6 +131,49 @@ def lines() -> list[Line]:
     return found
 
 
+@dataclass(frozen=True)
+class Split:
+    """A convolution along the frames that loses much, now and with its sum split between programs."""
+
+    gpu: str
+    m: int  # rows
+    c: int  # channels in and out
+    lost: float
+    us: float  # of its arithmetic, with what is lost
+    parts: int  # the best number of parts
+    split_lost: float
+    split_us: float  # of arithmetic, and of the parts' sums in float32, written and read
+
+
+def splits(found: list[Line]) -> list[Split]:
+    """For each shape of `temporal_conv` that loses more than LOST: what the best split would take, counted.
+
+    The parts of a sum are tiles of float32 that a second kernel adds. Their bytes pass at the bandwidth of memory.
+    """
+    made = {}
+    sizes = {
+        s.name: (s.b * s.f * s.p, s.c) for work in kernel_shapes.WORKLOADS.values()
+        for s in kernel_shapes.unet_calls(work) if s.op == "temporal_conv" and not s.residual
+    }  # fmt: skip
+    for line in found:
+        if line.kernel != "temporal_conv_kernel" or line.lost <= LOST or line.shape not in sizes:
+            continue
+        (m, c), target = sizes[line.shape], GPUS[line.gpu]
+        count, whole = processors(target), 2 * m * 3 * c * c / PRODUCTS * 1e6
+
+        def cost(rows: int, columns: int, parts: int, m=m, c=c, count=count, whole=whole) -> tuple[float, float]:
+            programs = -(-m // rows) * -(-c // columns) * parts
+            lost = -(-programs // count) * count * rows * columns / (m * c * parts)
+            return lost * whole + 2 * parts * m * c * 4 / BANDWIDTH * 1e6, lost
+
+        tiles = [(256, 128), (256, 64)] * (like(target) == "sm_90") + [(128, 128), (128, 64), (64, 64), (64, 32)]
+        tries = [(*cost(*tile, parts), parts) for tile in tiles for parts in (2, 3, 4, 6)]
+        us, lost, parts = min(tries)
+        made[line.gpu, m, c] = Split(line.gpu, m, c, line.lost, round(line.lost * whole, 1), parts,
+                                     round(lost, 3), round(us, 1))  # fmt: skip
+    return list(made.values())
+
+
 def write(found: list[Line], path: Path = TABLE) -> None:
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import fusion
 import kernel_shapes
 import kernel_waves
 import torch
@@ -230,8 +231,30 @@ def wave_rows() -> list[str]:
     return rows
 
 
+def split_rows() -> list[str]:
+    """Convolutions along the frames that lose much, and the best split of their sums, counted."""
+    rows = [row("GPU", "rows, channels", "lost now", "us now", "best split", "lost", "us"), row(*["---"] * 7)]
+    for s in kernel_waves.splits(kernel_waves.read()):
+        now = f"{s.lost - 1:.0%}", f"{s.us:.1f}"
+        rows.append(row(s.gpu, f"{s.m:,}, {s.c:,}", *now, s.parts, f"{s.split_lost - 1:.0%}", f"{s.split_us:.1f}"))
+    return rows
+
+
+def fusion_rows() -> list[str]:
+    """Of benchmarks/results/fusion.csv: what more could be fused."""
+    found = fusion.read()
+    rows = [row("what", *(f"{name}, GB" for name in fusion.NAMES), f"cost, {fusion.NAMES[0]}", "verdict")]
+    rows.append(row(*["---"] * 5))
+    for what in dict.fromkeys(line.what for line in found):
+        of = {line.workload: line for line in found if line.what == what}
+        first = next(iter(of.values()))
+        saved = (f"{of[name].gb:.1f}" if name in of else "" for name in fusion.NAMES)
+        rows.append(row(what, *saved, first.cost, first.verdict))
+    return rows
+
+
 def tables() -> list[list[str]]:
-    return [call_rows(), example_rows(), step_rows(), launch_rows(), wave_rows()]
+    return [call_rows(), example_rows(), step_rows(), launch_rows(), wave_rows(), split_rows(), fusion_rows()]
 
 
 NAMES = {  # ATen's names -> words

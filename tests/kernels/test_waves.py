@@ -27,6 +27,20 @@ def test_the_table_is_that_of_the_kernels(waves):
     assert now == by_what, "run benchmarks/kernel_waves.py"
 
 
+def test_the_table_of_fusions_is_counted(waves):
+    fusion = __import__("fusion")
+    assert list(fusion.lines()) == fusion.read(), "run benchmarks/fusion.py"
+    best = {name: max((x for x in fusion.read() if x.workload == name and not x.verdict.startswith("no")),
+                      key=lambda x: x.gb) for name in fusion.NAMES}  # fmt: skip
+    assert {x.verdict for x in best.values()} == {"built"}
+
+
+def test_no_split_of_a_sum_pays(waves):
+    """Where one would, docs/kernels.md must say something else."""
+    found = waves.splits(waves.read())
+    assert found and all(x.split_us > x.us for x in found)
+
+
 def test_what_loses_much_has_a_reason(waves):
     lost = {x.kernel for x in waves.read() if x.lost > waves.LOST}
     assert lost <= waves.REASONS.keys()
