@@ -115,7 +115,8 @@ def examples(workload: str = WORKLOAD) -> dict[str, Shape]:
         "temporal attention": first("temporal_attention", h=5),
         "GEGLU": first("geglu", d=320),
         "residual and LayerNorm": first("add_layer_norm", d=320),
-        "... and positions": next(s for s in motion if s.op == "add_layer_norm" and s.positions),
+        "... and positions (AnimateDiff)": next(s for s in motion if s.op == "add_layer_norm" and s.positions),
+        "linear layer and residual": first("linear_add", d=1280),
         "temporal convolution": first("temporal_conv", c=320, residual=False),
         "... and residual": first("temporal_conv", c=320, residual=True),
     }
@@ -130,11 +131,12 @@ def mb(x: float) -> str:
 
 
 def example_rows() -> list[str]:
-    rows = [row("call", "kernels", "plain MB", "fused MB", "plain / fused")]
-    rows.append(row(*["---"] * 5))
+    rows = [row("call", "plain launches", "fused launches", "plain MB", "fused MB", "plain / fused")]
+    rows.append(row(*["---"] * 6))
     for what, shape in examples().items():
         steps, whole = plain(shape), moved(shape)
-        rows.append(row(what, len(steps), mb(whole), mb(shape.bytes()), f"{whole / shape.bytes():.1f}"))
+        fused = shape.launches() if isinstance(shape, kernel_shapes.GroupNorm) else 1
+        rows.append(row(what, len(steps), fused, mb(whole), mb(shape.bytes()), f"{whole / shape.bytes():.1f}"))
     return rows
 
 
@@ -154,7 +156,7 @@ def step_rows() -> list[str]:
         rows.append(row(f"`{op}`", *("" if c is None else f"{c[0] / 1e9:.1f} to {c[1] / 1e9:.1f}" for c in cells)))
     sums = [[sum(found.get(name, [0, 0])[i] for found in totals.values()) / 1e9 for i in (0, 1)] for name in names]
     rows.append(row("**all**", *(f"**{a:.0f} to {b:.0f}**" for a, b in sums)))
-    rows.append(row("moments and coefficients of the norms, beside that", *(f"{moments(n) / 1e9:.2f}" for n in names)))
+    rows.append(row("in addition: moments and coefficients of the norms", *(f"{moments(n) / 1e9:.2f}" for n in names)))
     return rows
 
 
@@ -218,7 +220,8 @@ def wave_rows() -> list[str]:
     """Of benchmarks/results/kernel_waves.csv: how many launches lose much, and what is lost on average."""
     found = kernel_waves.read()
     gpus = list(kernel_waves.GPUS)
-    rows = [row("kernel", *gpus), row(*["---"] * (len(gpus) + 1))]
+    heads = (f"{gpu}: over 15 %, mean loss, of all time" for gpu in gpus)
+    rows = [row("kernel", *heads), row(*["---"] * (len(gpus) + 1))]
     for kernel in sorted({line.kernel for line in found}):
         cells = []
         for gpu in gpus:
@@ -226,7 +229,8 @@ def wave_rows() -> list[str]:
             many = sum(line.lost > kernel_waves.LOST for line in lines)
             share = sum(line.share for line in lines)
             lost = sum(line.share * (line.lost - 1) for line in lines) / share
-            cells.append(f"{many} of {len(lines)}, {lost:.0%}")
+            whole = share * lost / 100 / len(kernel_shapes.WORKLOADS)
+            cells.append(f"{many} of {len(lines)}, {lost:.0%}, {whole:.1%}")
         rows.append(row(f"`{kernel}`", *cells))
     return rows
 

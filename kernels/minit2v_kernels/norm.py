@@ -427,11 +427,12 @@ def kernels() -> SimpleNamespace:
         if HAS_EMB:  # less the one of each group's first channel, so that large ones cost no digits
             start = video * T
             row = start // PER_EMB + ((start % PER_EMB).to(tl.int32) + rows) // PER_EMB
-            d += tl.load(EMB + row * C1 + c, mask=mask & (c < C1), other=0.0).to(tl.float32)
+            e = tl.load(EMB + row * C1 + c, mask=mask & (c < C1), other=0.0).to(tl.float32)
             for k in tl.static_range(GROUPS):
                 at = first + k * WIDTH
                 added = tl.load(EMB + start // PER_EMB * C1 + at, mask=at < C1, other=0.0).to(tl.float32)
-                d = tl.where(mask & (group == k), d - added, d)
+                e = tl.where(mask & (group == k), e - added, e)
+            d += e
         d = centred(d, group, mask, size, GROUPS)
         for k in tl.static_range(GROUPS):
             mine = mask & (group == k)
