@@ -1,4 +1,4 @@
-"""Fused operations: each one a definition in PyTorch, a Triton kernel, and a choice between them.
+"""Fused operations. Each has a definition in PyTorch and a Triton kernel, and a rule chooses between them.
 
 `register` adds a function of your own to the choice.
 """

@@ -39,8 +39,8 @@ def temporal_conv(
 def temporal_conv_ref(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
     """The definition, in PyTorch.
 
-    A convolution over (f, h, w) with a kernel of (3, 1, 1) is one over an image of f rows and (h w) columns with a
-    kernel of (3, 1). In two dimensions every backend has a fast path; in three the CPU has none.
+    A convolution over (f, h, w) with a kernel of (3, 1, 1) is a convolution in two dimensions. Its image has f rows and
+    (h w) columns, and its kernel is (3, 1). In two dimensions every backend has a fast path; in three the CPU has none.
     """
     y = F.conv2d(x, weight.squeeze(-1), bias, padding=(1, 0))
     return y if residual is None else y.add_(residual)

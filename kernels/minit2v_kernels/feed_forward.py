@@ -2,8 +2,8 @@
 
     y[r, j] = value * gelu(gate),  value = x[r] . weight[j] + bias[j],  gate = x[r] . weight[m + j] + bias[m + j]
 
-In PyTorch the two halves (2m wide, the widest tensors of a UNet and its peak in memory) are written, read, and gated in
-two more passes. Here a program holds the same tile of both halves and writes the product alone.
+In PyTorch both halves (2m wide) are written, read, and gated in two more passes. They are the widest tensors of a UNet
+and its peak in memory. Here a program holds the same tile of both halves and writes the product alone.
 """
 
 from collections.abc import Sequence

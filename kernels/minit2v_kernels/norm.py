@@ -5,12 +5,13 @@
 `group_norm_silu_ref` and `add_group_norm_silu_ref` are the specification; the kernels are judged against them in
 float64 (tests/kernels/accuracy_norm.py).
 
-Where a program can keep a group's numbers in its registers, one kernel does it all, `whole`: small frames, in
-channels-last memory. Else there are three. `moments` reduces a split of the positions to one mean and one sum of squares per channel: a clip has
-only 2 x 32 groups, too few to fill a GPU, and groups of 10 or 30 channels do not fit its 16-byte loads. `coefficients`
-merges these per group and folds everything that is constant in a channel into y = (x - shift) * scale + offset.
-`apply` does that, backwards through memory: the end of x is what the cache still holds. Contiguous (n c *spatial) goes
-through the same kernels, tile by tile across the channels; no layout is copied into another.
+Small frames in channels-last memory take one kernel, `whole`. A program keeps the numbers of its groups in registers.
+
+Larger ones take three kernels. `moments` splits the positions. For each split it computes one mean and one sum of
+squares per channel. (With one program per group there would be only 2 x 32 programs for a clip, too few to fill a GPU.
+And groups of 10 or 30 channels do not fit loads of 16 bytes.) `coefficients` merges these per group. It folds all that
+is constant in a channel into y = (x - shift) * scale + offset. `apply` computes y. It goes backwards through memory,
+because the cache still holds the end of x. Contiguous memory (n c *spatial) goes through the same three kernels.
 """
 
 from functools import cache
@@ -102,8 +103,8 @@ def group_norm_silu_ref(
         x = (x.unflatten(0, (len(emb), -1)) + emb.view(len(emb), 1, -1, *[1] * (x.ndim - 2))).flatten(0, 1)
     if skip is not None:
         x = torch.cat((x, skip), 1)
-    # With more than one frame: (n c frames p). The batch is split off last: a view of a batch of 1 made in another
-    # order has a stride for it by which PyTorch no longer knows the layout.
+    # With more than one frame: (n c frames p). The batch is split off last. In another order a batch of 1 gets a
+    # stride by which PyTorch no longer knows the layout.
     h = x if frames == 1 else x.flatten(2).unflatten(0, (-1, frames)).transpose(1, 2)
     if h.is_cpu and torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad) and not h.requires_grad:
         h = h.contiguous()  # PyTorch's backward crashes in channels-last memory where only the weights want a gradient
@@ -521,8 +522,8 @@ def whole_tile(shape: tuple[int, ...], c: int, groups: int, frames: int, itemsiz
 def launches(shape: tuple[int, ...], c: int, groups: int, frames: int, last: bool, itemsize: int, target: str) -> int:
     """1 or 3 kernels for x of this shape, whichever takes less time, counted.
 
-    One kernel has few programs. So one multiprocessor may have to move more than its share, which costs less than the
-    two launches that are saved. last: whether x is in channels-last memory.
+    One kernel has few programs, so one multiprocessor may have to move more than its share. That must cost less than
+    the two launches that are saved. last: whether x is in channels-last memory.
     """
     tile = whole_tile(shape, c, groups, frames, itemsize) if last else None
     if tile is None:

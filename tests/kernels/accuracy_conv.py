@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from judge import DEVICE, DTYPES, check, fenced, fenced_only, new_plans, poisoned, randn
 
 from minit2v_kernels import conv as module
-from minit2v_kernels import feed_forward
-from minit2v_kernels import temporal_conv, temporal_conv_ref
+from minit2v_kernels import feed_forward, temporal_conv, temporal_conv_ref
 from minit2v_kernels._dispatch import interpreting, launch, record
 
 FAMILIES = ("sm_80", "sm_90", "gfx942", "meta")
