@@ -335,8 +335,10 @@ def start(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: di
 
 @cache
 def quicken_interpreter() -> None:
-    """Switch off the interpreter's check for integer overflow. It computes everything twice, and reports only in a debug
-    mode, which is off."""
+    """Switch off the interpreter's check for integer overflow.
+
+    It computes everything twice, and reports only in a debug mode, which is off.
+    """
     from triton.runtime import interpreter
 
     builder = interpreter.interpreter_builder

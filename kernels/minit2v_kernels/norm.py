@@ -450,7 +450,7 @@ def kernels() -> SimpleNamespace:
 
 
 RESIDENT = 4  # programs of `moments` that each holds, 8 KB of loads on their way in each: 4 with Triton 3.6, 7 with 3.9
-LARGEST = 65536  # bytes of x that a program of `whole` keeps: 64 numbers of 16 bits for each of 512 threads
+LARGEST = 32768  # bytes of x that a program of `whole` keeps: 32 numbers for each of 512 threads; of 64, some spill
 LAUNCH = 5_000_000  # bytes that a GPU moves while it starts a kernel: about a microsecond. Assumed, not measured
 APPLY_T = 64  # positions per tile of `apply`: 8 KB of 16 bits each for 8 or 9 programs at a time
 
@@ -506,17 +506,20 @@ def merge_tile(channels_per_group: int, parts: int) -> tuple[int, int, int]:
     return block_p, block_c, min(4, power_of_2(-(-block_p * block_c // 256)))
 
 
-def whole_tile(shape: tuple[int, ...], c: int, groups: int, frames: int, itemsize: int) -> tuple[int, int, int] | None:
+def whole_tile(
+    shape: tuple[int, ...], c: int, groups: int, frames: int, itemsize: int, target: str
+) -> tuple[int, int, int] | None:
     """(GROUPS, BLOCK, warps) of `whole`, for x of this shape in channels-last memory; None where it cannot.
 
     Every load takes 8 channels of x or of skip. A program takes as few groups as have a multiple of 8 channels.
     """
-    (n, c1, *spatial), width = shape, c // groups
+    (_, c1, *spatial), width = shape, c // groups
     together = [k for k in (1, 2, 4, 8) if width * k % 8 == 0 and groups % k == 0]
     if not together or c1 % 8:
         return None
     block = power_of_2(frames * prod(spatial) * width * together[0] // 8)
-    return (together[0], block, max(1, min(16, block // 128))) if 8 * block * itemsize <= LARGEST else None
+    warps = block // (256 if like(target).startswith("gfx") else 128)  # 32 numbers for each thread; AMD's warps have 64
+    return (together[0], block, max(1, warps)) if 8 * block * itemsize <= LARGEST else None
 
 
 def launches(shape: tuple[int, ...], c: int, groups: int, frames: int, last: bool, itemsize: int, target: str) -> int:
@@ -525,7 +528,7 @@ def launches(shape: tuple[int, ...], c: int, groups: int, frames: int, last: boo
     One kernel has few programs, so one multiprocessor may have to move more than its share. That must cost less than
     the two launches that are saved. last: whether x is in channels-last memory.
     """
-    tile = whole_tile(shape, c, groups, frames, itemsize) if last else None
+    tile = whole_tile(shape, c, groups, frames, itemsize, target) if last else None
     if tile is None:
         return 3
     moved, programs = 2 * shape[0] * c * prod(shape[2:]) * itemsize, shape[0] // frames * groups // tile[0]
@@ -551,7 +554,7 @@ def plan(
     chosen["LAUNCHES"] = launches(shape, c, groups, frames, last, dtype.itemsize, target)
     chosen |= given("group_norm_silu", target, segments, t, c, dtype.itemsize)
     if chosen["LAUNCHES"] == 1:
-        return (n, c, *spatial), whole(shape, c, groups, frames, rows_of_emb, last, dtype, silu, skip, residual)
+        return (n, c, *spatial), whole(shape, c, groups, frames, rows_of_emb, last, dtype, target, silu, skip, residual)
     unroll, block_t, apply_t = chosen["UNROLL"], chosen["BLOCK_T"], chosen["APPLY_T"]
     splits, rows = split(segments, t, c, unroll * block_t, target)
     block_c = channel_tile(c)
@@ -572,11 +575,11 @@ def plan(
 
 def whole(
     shape: tuple[int, ...], c: int, groups: int, frames: int, rows_of_emb: int | None, last: bool, dtype: torch.dtype,
-    silu: bool, skip: bool, residual: bool,
+    target: str, silu: bool, skip: bool, residual: bool,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Grid, sizes and constants of the one kernel. ValueError where it cannot: a table of tiles may ask for it."""
     n, c1, *spatial = shape
-    tile = whole_tile(shape, c, groups, frames, dtype.itemsize) if last else None
+    tile = whole_tile(shape, c, groups, frames, dtype.itemsize, target) if last else None
     if tile is None:
         raise ValueError(f"group_norm_silu: LAUNCHES=1 does not fit x {shape} with {groups} groups of {c} channels")
     together, block, warps = tile

@@ -263,8 +263,9 @@ def test_nothing_is_read_beyond_the_tensors_in_one_launch(dtype):
 
 
 @pytest.mark.parametrize("shape, frames, count", [  # with 32 groups on 132 multiprocessors, in 16 bits
-    ((48, 640, 20, 36), 1, 1),  # 28,800 numbers of two groups; 16 programs for each of 48 frames
-    ((32, 640, 32, 32), 1, 3),  # 40,960 numbers do not fit
+    ((48, 1280, 10, 18), 1, 1),  # 7,200 numbers; 32 programs for each of 48 frames
+    ((32, 640, 16, 16), 1, 1),  # 10,240 numbers of two groups
+    ((48, 640, 20, 36), 1, 3),  # 28,800 do not fit
     ((32, 1280, 4, 4), 16, 1),  # a video; 64 programs
     ((32, 1280, 8, 8), 16, 3), ((48, 644, 20, 36), 1, 3),  # 644 = 4 x 161 channels
 ])  # fmt: skip
@@ -273,15 +274,15 @@ def test_one_launch_or_three(shape, frames, count):
     assert norm.launches(shape, shape[1], 4, frames, False, 2, "sm_90") == 3  # contiguous
 
 
-def test_a_multiprocessor_with_more_than_its_share(monkeypatch):
-    """Full programs of 64 KB: 133 of them take 132 multiprocessors twice as long as 132 do."""
-    for n, count in ((132, 1), (133, 3)):
-        assert norm.launches((n, 8, 64, 64), 8, 1, 1, True, 2, "sm_90") == count
+def test_a_multiprocessor_with_more_than_its_share():
+    """Full programs of 32 KB: 305 of them take 304 multiprocessors twice as long as 304 do."""
+    for n, count in ((304, 1), (305, 3)):
+        assert norm.launches((n, 8, 64, 32), 8, 1, 1, True, 2, "gfx942") == count
 
 
 def test_a_table_may_ask_for_what_does_not_fit():
     with pytest.raises(ValueError, match=r"LAUNCHES=1 does not fit x \(2, 12, 3, 3\) with 2 groups of 12 channels"):
-        norm.whole((2, 12, 3, 3), 12, 2, 1, None, True, DTYPES[0], True, False, False)
+        norm.whole((2, 12, 3, 3), 12, 2, 1, None, True, DTYPES[0], "sm_90", True, False, False)
 
 
 @pytest.mark.parametrize("where, value, last", [

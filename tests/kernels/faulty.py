@@ -47,7 +47,6 @@ FAULTS = {  # op: {name: how it shows}
     "group_norm_silu": {
         "eps": ERROR,  # leaves it out
         "outer": ERROR,  # adds it to the deviation
-        "cancels": ERROR,  # the mean of the squares less the square of the mean
         "sample": ERROR,  # divides by one less
         "half": ERROR,  # rounds the numbers less their mean to float16
         "frames": ERROR,  # always normalises each frame by itself
@@ -62,7 +61,6 @@ FAULTS = {  # op: {name: how it shows}
     "add_group_norm_silu": {
         "stale": ERROR,  # normalises x alone
         "swapped": ERROR,  # the norm first, then the sum
-        "cancels": ERROR,
         "unwritten": NEVER,
         "destroys": CHANGES,  # the sum lies in x's memory
         "single": "returns 1 tensors, not 2",
@@ -88,7 +86,7 @@ FAULTS = {  # op: {name: how it shows}
     },
     "layer_norm": {
         "eps": ERROR,
-        "cancels": ERROR,
+        "cancels": ERROR,  # the mean of the squares less the square of the mean
         "sample": ERROR,
         "forgets": ERROR,  # the positions
         "unwritten": NEVER,
@@ -199,14 +197,14 @@ def conv_kernel(
         from_frame = frame + tap - 1
         if FAULT == "mirrored":
             from_frame = frame - tap + 1
-        inside = (from_frame >= 0) & (from_frame < F)
         if FAULT == "circular":
             from_frame = (from_frame + F) % F
-            inside = from_frame >= 0
+        source = from_frame + 0 * c  # as a block: a mask that is a number and one that is a block do not mix
+        inside = (source >= 0) & (source < F)
         x = tl.load(X + (row + (from_frame - frame) * P) * C + c, mask=real & inside, other=0.0)
         w = W + n[:, None] * stride_n + c[None, :] * stride_c + tap * stride_tap
         if FAULT == "reads":
-            w = tl.where(real[None, :] & (n < N)[:, None], tl.load(w + 64), tl.load(w))
+            w = tl.load(w + 2 * stride_tap)
         else:
             w = tl.load(w, mask=real[None, :] & (n < N)[:, None], other=0.0)
         y += tl.sum(x.to(tl.float32)[None, :] * w.to(tl.float32), 1)
@@ -216,10 +214,10 @@ def conv_kernel(
         y += tl.load(R + row * N + n, mask=n < N, other=0.0).to(tl.float32)
     write = n < N
     if FAULT == "unwritten":
-        write = write & (frame < F - 1)
+        write = write & (frame + 0 * n < F - 1)
     if FAULT == "writes":
-        write = (n < N) | (row == last)
-        n = tl.where((row == last) & (n == 0), N, n)
+        n = tl.where((row + 0 * n == last) & (n == 0), N, n)
+        write = n <= N
     tl.store(Y + row * N + n, y.to(Y.dtype.element_ty), mask=write)
 
 
@@ -273,7 +271,7 @@ def norm_kernel(
     if SILU or FAULT == "silu":
         y = y / (1 + tl.exp(-y))
     if FAULT == "unwritten":
-        inside = inside & (tl.program_id(0) < tl.num_programs(0) - 1)
+        inside = inside & (pid + 0 * c < tl.num_programs(0) - 1)
     if FAULT == "writes":
         inside = inside | (t == T)
     tl.store(Y + at, y.to(Y.dtype.element_ty), mask=inside)
