@@ -213,7 +213,7 @@ def pick(
         wanted = torch.is_grad_enabled() and any(other.requires_grad for other in tensors)
         return "triton" if plain and not wanted and not torch.is_autocast_enabled("cuda") else "torch"
     if impl == "triton" and not has_triton():
-        raise RuntimeError(f"{op}: {source}='triton', but Triton is not installed (pip install 'minit2v[triton]')")
+        raise RuntimeError(f"{op}: {source}='triton', but Triton is not installed (pip install triton)")
     if impl == "triton" and not (x.is_cuda or interpreting() or recording() is not None):
         raise RuntimeError(f"{op}: {source}='triton' needs a GPU tensor, not one on {x.device}")
     return impl
