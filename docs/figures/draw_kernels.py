@@ -115,7 +115,7 @@ def examples(workload: str = WORKLOAD) -> dict[str, Shape]:
         "temporal attention": first("temporal_attention", h=5),
         "GEGLU": first("geglu", d=320),
         "residual and LayerNorm": first("add_layer_norm", d=320),
-        "... and positions (AnimateDiff)": next(s for s in motion if s.op == "add_layer_norm" and s.positions),
+        "+ positions (AnimateDiff)": next(s for s in motion if s.op == "add_layer_norm" and s.positions),
         "linear layer and residual": first("linear_add", d=1280),
         "temporal convolution": first("temporal_conv", c=320, residual=False),
         "... and residual": first("temporal_conv", c=320, residual=True),
