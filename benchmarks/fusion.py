@@ -119,7 +119,8 @@ def lines() -> Iterator[Line]:
             ),
             "q, k, v and temporal attention in one": (
                 sum(s.calls * 6 * s.bytes() // 4 for s in attentions),
-                f"{read / 1e9:.0f} GB of weights from L2, {padded:.2f} times the products", "no: it reads more from L2 than it saves",
+                f"{read / 1e9:.0f} GB of weights from L2, {padded:.2f} times the products",
+                "no: it reads more from L2 than it saves",
             ),
             "weights in 8 bits": (half, f"{wrong:.0f} times the rounding of float16", "no: the judge would refuse it"),
         }  # fmt: skip
