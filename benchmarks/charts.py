@@ -111,7 +111,8 @@ def draw_roofline(data: dict[str, Any], path: Path) -> Path | None:
     page = figure(10, 6.4, "Under the roof: what bounds each op, and how near it comes", about(data))
     axes = page.add_axes((0.08, 0.1, 0.89, 0.75))
     points = []
-    markers = {"temporal_attention": "o", "geglu": "s", "temporal_conv": "^", "scaled_dot_product_attention": "D"}
+    markers = {"temporal_attention": "o", "geglu": "s", "temporal_conv": "^", "linear_add": "P",
+               "scaled_dot_product_attention": "D"}  # fmt: skip
     labelled = set()
     for _, entry in entries:
         x = entry["flops"] / entry["bytes"]

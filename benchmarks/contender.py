@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from kernel_shapes import Geglu, GroupNorm, LayerNorm, Shape, TemporalAttention, TemporalConv, shapes
+from kernel_shapes import Geglu, GroupNorm, LayerNorm, LinearAdd, Shape, TemporalAttention, TemporalConv, shapes
 from measure import one_line, relative
 from torch import Tensor
 
@@ -137,7 +137,7 @@ def cut(shape: Shape) -> Shape:
             return replace(shape, n=n, h=2, w=3, emb=min(shape.emb, n))
         case TemporalAttention():
             return replace(shape, b=1, p=3, h=min(shape.h, 2))
-        case Geglu():
+        case Geglu() | LinearAdd():
             return replace(shape, rows=5, m=72)
         case LayerNorm():
             return replace(shape, b=1, p=3)

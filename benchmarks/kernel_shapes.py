@@ -21,6 +21,7 @@ from torch import Tensor
 from minit2v.models.unet3d import UNet3DConfig
 from minit2v.models.unet_motion import UNetMotionConfig
 from minit2v.models.vae import AutoencoderKLConfig
+from minit2v_kernels import norm
 
 TEXT = 77
 CACHE = 40_000_000  # bytes that a second reading may find in the L2 cache: an A100's is 40 MB, an H100's 50 MB
@@ -201,9 +202,17 @@ class GroupNorm(Shape):
         return args, {name: value[cut[name] :] if name in cut else value for name, value in kw.items()}
 
     def bytes(self, size: int = 2) -> int:
-        """x is read for the statistics and again for the result: all of it before any of it, so the whole must fit."""
+        """In one launch x is read once. In three it is read for the statistics and again for the result.
+
+        All of it is read before any of it is read again, so the whole must fit into the cache.
+        """
         x = self.n * (self.c + self.c2) * self.h * self.w * size
-        return (3 if x > CACHE else 2) * x
+        return (3 if x > CACHE and self.launches(size) == 3 else 2) * x
+
+    def launches(self, size: int = 2, target: str = "sm_90") -> int:
+        """Of the kernel in channels-last memory: 1 or 3."""
+        shape = self.n, self.c, self.h, self.w
+        return norm.launches(shape, self.c + self.c2, self.groups, self.frames, True, size, target)
 
 
 @dataclass(frozen=True)
@@ -382,6 +391,34 @@ class TemporalConv(Shape):
         return 2 * self.b * self.c**2 * self.p * (3 * self.f - 2)
 
 
+@dataclass(frozen=True)
+class LinearAdd(Shape):
+    """x (rows d), weight (m d), residual (rows m) -> (rows m)."""
+
+    op = "linear_add"
+    family = "linear_add"
+    matrix = True
+
+    rows: int
+    d: int
+    m: int
+
+    def make(self, device: Any = "meta", dtype: torch.dtype = torch.float16, seed: int = 0) -> Any:
+        new = Numbers(device, dtype, seed)
+        weight, bias = new(self.m, self.d, std=self.d**-0.5), new(self.m, std=0.1)
+        return (new(self.rows, self.d), weight, bias, new(self.rows, self.m)), {}
+
+    def tail(self, args: Any, kw: Any) -> Any:
+        x, weight, bias, residual = args
+        return (x[-4096:], weight, bias, residual[-4096:]), kw
+
+    def bytes(self, size: int = 2) -> int:
+        return (self.rows * (self.d + 2 * self.m) + self.m * self.d) * size
+
+    def flops(self) -> int:
+        return 2 * self.rows * self.d * self.m
+
+
 def walk(config: Any) -> Iterator[tuple[int, int, int, int, bool, str]]:
     """The blocks of a UNet in their order: level, channels in, of the skip beside it, out, attention, part."""
     channels, count = config.block_out_channels, config.layers_per_block
@@ -400,8 +437,11 @@ def walk(config: Any) -> Iterator[tuple[int, int, int, int, bool, str]]:
             c = channels[i]
 
 
-def transformer(work: Workload, part: str, level: int, heads: int, d: int, kind: str) -> Iterator[Shape]:
-    """A TransformerBlock on (b f p) tokens of heads x d. kind: "space", "time" or "motion"."""
+def transformer(work: Workload, part: str, level: int, heads: int, d: int, kind: str, c: int) -> Iterator[Shape]:
+    """A TransformerBlock on (b f p) tokens of heads x d, and the projection to the c channels around it.
+
+    kind: "space", "time" or "motion".
+    """
     b, f, name, dim = work.batch, work.frames, work.name, heads * d
     h, w = work.level(level)
     p, motion = h * w, kind == "motion"
@@ -414,6 +454,8 @@ def transformer(work: Workload, part: str, level: int, heads: int, d: int, kind:
     yield AddLayerNorm(name, part, 1, b, f, p, dim, positions=motion)
     yield AddLayerNorm(name, part, 1, b, f, p, dim)
     yield Geglu(name, part, 1, b * f * p, dim, 4 * dim)
+    yield LinearAdd(name, part, 1, b * f * p, 4 * dim, dim)
+    yield LinearAdd(name, part, 1, b * f * p, dim, c)
 
 
 def unet_calls(work: Workload) -> Iterator[Shape]:
@@ -423,7 +465,7 @@ def unet_calls(work: Workload) -> Iterator[Shape]:
     motion = isinstance(config, UNetMotionConfig)
     if not motion:
         yield GroupNorm(name, "stem", 1, n, base, *work.level(0), frames=f, silu=False, groups=groups, eps=1e-6)
-        yield from transformer(work, "stem", 0, 8, config.attention_head_dim, "time")
+        yield from transformer(work, "stem", 0, 8, config.attention_head_dim, "time", base)
     for level, c_in, c_skip, c, attention, part in walk(config):
         size = work.level(level)
         yield GroupNorm(name, f"{part} res", 1, n, c_in, *size, c2=c_skip, groups=groups)
@@ -435,12 +477,12 @@ def unet_calls(work: Workload) -> Iterator[Shape]:
         heads = config.heads if motion else c // config.attention_head_dim
         if attention:
             yield GroupNorm(name, f"{part} space", 1, n, c, *size, silu=False, groups=groups, eps=1e-6)
-            yield from transformer(work, f"{part} space", level, heads, c // heads, "space")
+            yield from transformer(work, f"{part} space", level, heads, c // heads, "space", c)
         if attention or motion and part != "mid":  # motion modules follow every block but the middle's second
             span = 1 if motion and config.motion_norms == "frame" else f
             yield GroupNorm(name, f"{part} time", 1, n, c, *size, frames=span, silu=False, groups=groups, eps=1e-6)
             heads = config.motion_num_attention_heads if motion else heads
-            yield from transformer(work, f"{part} time", level, heads, c // heads, "motion" if motion else "time")
+            yield from transformer(work, f"{part} time", level, heads, c // heads, "motion" if motion else "time", c)
     yield GroupNorm(name, "out", 1, n, base, *work.level(0), groups=groups)
 
 

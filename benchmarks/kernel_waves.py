@@ -41,14 +41,16 @@ GPUS = {"A100": "sm_80", "H200": "sm_90", "B200": "sm_100"}
 LOST = 1.15  # what the last wave and the padding together may take
 # Why a kernel's launches may lose more.
 REASONS = {
-    "group_norm_coefficients": "one program for each group of each video: it moves 0.2 to 8 MB and waits for memory "
-    "once, so more programs would need another launch to merge them",
+    "group_norm_coefficients": "one program for each group of each video; more programs would need a fourth launch "
+    "to merge them, and the losses of all of them are less than 1 % of the counted time of a step",
+    "group_norm_whole": "one program for one group or a few, which must stay together; two launches are saved",
     "group_norm_moments": "the split is chosen so that programs end together; small inputs have few positions to split",
     "group_norm_apply": "inputs of a few hundred kB, with fewer tiles than a wave",
     "layer_norm_kernel": "inputs of a few hundred kB, with fewer tiles than a wave",
     "temporal_attention_kernel": "a tile is a power of two: 24 frames take 32 rows. It waits for memory, and the "
     "padding costs arithmetic alone",
     "geglu_kernel": "no other tile loses a tenth less",
+    "linear_add_kernel": "no other tile loses a tenth less",
     "temporal_conv_kernel": "no other tile loses a tenth less",
 }
 
@@ -127,6 +129,49 @@ def lines() -> list[Line]:
             total = sum(time for _, time in rows)
             found += [replace(line, share=round(100 * time / total, 2)) for line, time in rows]
     return found
+
+
+@dataclass(frozen=True)
+class Split:
+    """A convolution along the frames that loses much, now and with its sum split between programs."""
+
+    gpu: str
+    m: int  # rows
+    c: int  # channels in and out
+    lost: float
+    us: float  # of its arithmetic, with what is lost
+    parts: int  # the best number of parts
+    split_lost: float
+    split_us: float  # of arithmetic, and of the parts' sums in float32, written and read
+
+
+def splits(found: list[Line]) -> list[Split]:
+    """For each shape of `temporal_conv` that loses more than LOST: what the best split would take, counted.
+
+    The parts of a sum are tiles of float32 that a second kernel adds. Their bytes pass at the bandwidth of memory.
+    """
+    made = {}
+    sizes = {
+        s.name: (s.b * s.f * s.p, s.c) for work in kernel_shapes.WORKLOADS.values()
+        for s in kernel_shapes.unet_calls(work) if s.op == "temporal_conv" and not s.residual
+    }  # fmt: skip
+    for line in found:
+        if line.kernel != "temporal_conv_kernel" or line.lost <= LOST or line.shape not in sizes:
+            continue
+        (m, c), target = sizes[line.shape], GPUS[line.gpu]
+        count, whole = processors(target), 2 * m * 3 * c * c / PRODUCTS * 1e6
+
+        def cost(rows: int, columns: int, parts: int, m=m, c=c, count=count, whole=whole) -> tuple[float, float]:
+            programs = -(-m // rows) * -(-c // columns) * parts
+            lost = -(-programs // count) * count * rows * columns / (m * c * parts)
+            return lost * whole + 2 * parts * m * c * 4 / BANDWIDTH * 1e6, lost
+
+        tiles = [(256, 128), (256, 64)] * (like(target) == "sm_90") + [(128, 128), (128, 64), (64, 64), (64, 32)]
+        tries = [(*cost(*tile, parts), parts) for tile in tiles for parts in (2, 3, 4, 6)]
+        us, lost, parts = min(tries)
+        made[line.gpu, m, c] = Split(line.gpu, m, c, line.lost, round(line.lost * whole, 1), parts,
+                                     round(lost, 3), round(us, 1))  # fmt: skip
+    return list(made.values())
 
 
 def write(found: list[Line], path: Path = TABLE) -> None:

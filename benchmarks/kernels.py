@@ -43,6 +43,7 @@ from kernel_shapes import (
     Geglu,
     GroupNorm,
     LayerNorm,
+    LinearAdd,
     Shape,
     SpatialAttention,
     TemporalAttention,
@@ -136,6 +137,10 @@ def layer_norm(x, weight, bias, eps=1e-5, *, positions=None):
 def geglu(x, weight, bias):
     value, gate = F.linear(x, weight, bias).chunk(2, dim=-1)
     return value * F.gelu(gate)
+
+
+def linear_add(x, weight, bias, residual):
+    return F.linear(x, weight, bias) + residual
 
 
 def temporal_conv(x, weight, bias, *, residual=None):
@@ -235,6 +240,9 @@ def contenders(shape: Shape, compiled: bool, owned: dict[str, str] | None = None
         case Geglu():
             definition = geglu
             found["eager"] = Contender(geglu)
+        case LinearAdd():
+            definition = linear_add
+            found["eager"] = Contender(linear_add)
         case TemporalConv():
             definition = temporal_conv
             found["eager"] = Contender(temporal_conv_3d, clip_first, lambda shape, y: y.squeeze(-1))

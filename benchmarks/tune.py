@@ -32,6 +32,7 @@ CHOICES = {
     "BLOCK_M": (32, 64, 128, 256), "BLOCK_N": (32, 64, 128, 256), "BLOCK_K": (32, 64, 128), "GROUP": (1, 4, 8, 16),
     "num_warps": (1, 2, 4, 8, 16), "num_stages": (1, 2, 3, 4, 5), "PIXELS": (1, 2, 3, 4, 8), "BLOCK": (16, 32, 64, 128),
     "BLOCK_R": (1, 2, 4, 8, 16), "UNROLL": (1, 2, 4, 8), "BLOCK_T": (8, 16, 32, 64), "APPLY_T": (16, 32, 64, 128),
+    "LAUNCHES": (1, 3),
 }  # fmt: skip
 
 
@@ -66,10 +67,14 @@ def lookup(shape: Shape, dtype: torch.dtype, target: str) -> tuple[Key, Tile]:
         getattr(minit2v_kernels, shape.op)(*args, **kw, impl="triton")
     key = asked[-1]
     taken: Tile = {}
+    if len(launches) > 1:
+        taken["LAUNCHES"] = 3
     for launch in launches:  # of a norm: the sums, which have UNROLL, and the last pass
         apply = launch.kernel.__name__ == "group_norm_apply"
         known = {**launch.constexprs, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
         known = {"APPLY_T": known["BLOCK_T"]} if apply else known
+        if launch.kernel.__name__ == "group_norm_whole":
+            return key, {"LAUNCHES": 1}
         if len(launches) == 1 or apply or "UNROLL" in known:
             taken |= known
     return key, {name: taken[name] for name in _tiles.KNOBS[key[0]].tile}

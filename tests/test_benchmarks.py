@@ -78,6 +78,8 @@ def key(op: str, args: tuple, kw: dict) -> tuple:
         return (op, rows, x.shape[-1], kw.get("positions") is not None)
     if op == "geglu":
         return (op, x[..., 0].numel(), x.shape[-1], len(args[1]) // 2)
+    if op == "linear_add":
+        return (op, x[..., 0].numel(), x.shape[-1], len(args[1]))
     if op == "temporal_conv":
         return (op, *x.shape, kw.get("residual") is not None)
     return (op, *x.shape, args[1].shape[-2])
@@ -90,6 +92,7 @@ CALLED = {
     "_add_layer_norm": ("add_layer_norm", 5, ("positions",)),
     "_temporal_conv": ("temporal_conv", 3, ("residual",)),
     "_geglu": ("geglu", 3, ()),
+    "_linear_add": ("linear_add", 4, ()),
     "_attention": ("temporal_attention", 3, ("causal", "window")),
 }
 

@@ -10,10 +10,10 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from functools import cache
-from math import prod
 from pathlib import Path
 from typing import Any
 
+import fusion
 import kernel_shapes
 import kernel_waves
 import torch
@@ -115,7 +115,8 @@ def examples(workload: str = WORKLOAD) -> dict[str, Shape]:
         "temporal attention": first("temporal_attention", h=5),
         "GEGLU": first("geglu", d=320),
         "residual and LayerNorm": first("add_layer_norm", d=320),
-        "... and positions": next(s for s in motion if s.op == "add_layer_norm" and s.positions),
+        "+ positions (AnimateDiff)": next(s for s in motion if s.op == "add_layer_norm" and s.positions),
+        "linear layer and residual": first("linear_add", d=1280),
         "temporal convolution": first("temporal_conv", c=320, residual=False),
         "... and residual": first("temporal_conv", c=320, residual=True),
     }
@@ -130,11 +131,12 @@ def mb(x: float) -> str:
 
 
 def example_rows() -> list[str]:
-    rows = [row("call", "kernels", "plain MB", "fused MB", "plain / fused")]
-    rows.append(row(*["---"] * 5))
+    rows = [row("call", "plain launches", "fused launches", "plain MB", "fused MB", "plain / fused")]
+    rows.append(row(*["---"] * 6))
     for what, shape in examples().items():
         steps, whole = plain(shape), moved(shape)
-        rows.append(row(what, len(steps), mb(whole), mb(shape.bytes()), f"{whole / shape.bytes():.1f}"))
+        fused = shape.launches() if isinstance(shape, kernel_shapes.GroupNorm) else 1
+        rows.append(row(what, len(steps), fused, mb(whole), mb(shape.bytes()), f"{whole / shape.bytes():.1f}"))
     return rows
 
 
@@ -154,19 +156,48 @@ def step_rows() -> list[str]:
         rows.append(row(f"`{op}`", *("" if c is None else f"{c[0] / 1e9:.1f} to {c[1] / 1e9:.1f}" for c in cells)))
     sums = [[sum(found.get(name, [0, 0])[i] for found in totals.values()) / 1e9 for i in (0, 1)] for name in names]
     rows.append(row("**all**", *(f"**{a:.0f} to {b:.0f}**" for a, b in sums)))
-    rows.append(row("moments and coefficients of the norms, beside that", *(f"{moments(n) / 1e9:.2f}" for n in names)))
+    rows.append(row("in addition: moments and coefficients of the norms", *(f"{moments(n) / 1e9:.2f}" for n in names)))
     return rows
 
 
 def moments(workload: str, target: str = "sm_90") -> int:
     """Bytes that the norms of a step write and read again between their three kernels, in float32."""
+    norms = [s for s in calls(workload) if s.family == "group_norm_silu"]
+    return three_bytes([s for s in norms if s.launches(target=target) == 3], target)
+
+
+def three_bytes(norms: list[Shape], target: str) -> int:
+    """The same of these norms in three launches, also where one would do."""
     total = 0
-    for s in calls(workload):
-        if s.family == "group_norm_silu":
-            kind = (torch.float16, target, s.silu, s.c2 > 0, s.op == "add_group_norm_silu")
-            laid = norm.plan((s.n, s.c, s.h, s.w), s.c + s.c2, s.groups, s.frames, s.emb or None, True, *kind)
-            total += s.calls * 2 * 4 * (prod(laid[1]) + prod(laid[2]))
+    for s in norms:
+        span = norm.segment_frames(s.n, s.frames, s.emb or None)
+        unroll, block = norm.moments_tile(torch.float16, s.op == "add_group_norm_silu", target)
+        splits, _ = norm.split(s.n // span, s.h * s.w * span, s.c + s.c2, unroll * block, target)
+        total += s.calls * 2 * 4 * (s.n // span) * (splits + 1) * 3 * (s.c + s.c2)
     return total
+
+
+def launch_rows(target: str = "sm_90") -> list[str]:
+    """The norms of a step: how many are one launch, and what that saves beside three launches for each."""
+    names = [name for name in kernel_shapes.WORKLOADS if name != "modelscope-64"]
+    rows = [row("norms of a step", *(kernel_shapes.WORKLOADS[name].title for name in names))]
+    rows.append(row(*["---"] * (len(names) + 1)))
+    counted: dict[str, list[str]] = {}
+    for name in names:
+        norms = [s for s in calls(name) if s.family == "group_norm_silu"]
+        ones = [s for s in norms if s.launches(target=target) == 1]
+        alone = three_bytes(norms, target) - three_bytes([s for s in norms if s not in ones], target)
+        of_x = [(s.calls, s.n * (s.c + s.c2) * s.h * s.w * 2) for s in ones]
+        again = sum(times * moved for times, moved in of_x if moved > kernel_shapes.CACHE)
+        many = sum(s.calls for s in norms)
+        for what, value in {
+            "in one launch": f"{sum(s.calls for s in ones)} of {many}",
+            "launches": f"{3 * many} to {sum(s.calls * s.launches(target=target) for s in norms)}",
+            "GB that are not read again": f"{again / 1e9:.2f}",
+            "GB of moments and coefficients that are not made": f"{alone / 1e9:.2f}",
+        }.items():
+            counted.setdefault(what, []).append(value)
+    return rows + [row(what, *values) for what, values in counted.items()]
 
 
 def call_rows() -> list[str]:
@@ -189,7 +220,8 @@ def wave_rows() -> list[str]:
     """Of benchmarks/results/kernel_waves.csv: how many launches lose much, and what is lost on average."""
     found = kernel_waves.read()
     gpus = list(kernel_waves.GPUS)
-    rows = [row("kernel", *gpus), row(*["---"] * (len(gpus) + 1))]
+    heads = (f"{gpu}: over 15 %, mean loss, of all time" for gpu in gpus)
+    rows = [row("kernel", *heads), row(*["---"] * (len(gpus) + 1))]
     for kernel in sorted({line.kernel for line in found}):
         cells = []
         for gpu in gpus:
@@ -197,13 +229,36 @@ def wave_rows() -> list[str]:
             many = sum(line.lost > kernel_waves.LOST for line in lines)
             share = sum(line.share for line in lines)
             lost = sum(line.share * (line.lost - 1) for line in lines) / share
-            cells.append(f"{many} of {len(lines)}, {lost:.0%}")
+            whole = share * lost / 100 / len(kernel_shapes.WORKLOADS)
+            cells.append(f"{many} of {len(lines)}, {lost:.0%}, {whole:.1%}")
         rows.append(row(f"`{kernel}`", *cells))
     return rows
 
 
+def split_rows() -> list[str]:
+    """Convolutions along the frames that lose much, and the best split of their sums, counted."""
+    rows = [row("GPU", "rows, channels", "lost now", "us now", "best split", "lost", "us"), row(*["---"] * 7)]
+    for s in kernel_waves.splits(kernel_waves.read()):
+        now = f"{s.lost - 1:.0%}", f"{s.us:.1f}"
+        rows.append(row(s.gpu, f"{s.m:,}, {s.c:,}", *now, s.parts, f"{s.split_lost - 1:.0%}", f"{s.split_us:.1f}"))
+    return rows
+
+
+def fusion_rows() -> list[str]:
+    """Of benchmarks/results/fusion.csv: what more could be fused."""
+    found = fusion.read()
+    rows = [row("what", *(f"{name}, GB" for name in fusion.NAMES), f"cost, {fusion.NAMES[0]}", "verdict")]
+    rows.append(row(*["---"] * 5))
+    for what in dict.fromkeys(line.what for line in found):
+        of = {line.workload: line for line in found if line.what == what}
+        first = next(iter(of.values()))
+        saved = (f"{of[name].gb:.1f}" if name in of else "" for name in fusion.NAMES)
+        rows.append(row(what, *saved, first.cost, first.verdict))
+    return rows
+
+
 def tables() -> list[list[str]]:
-    return [call_rows(), example_rows(), step_rows(), wave_rows()]
+    return [call_rows(), example_rows(), step_rows(), launch_rows(), wave_rows(), split_rows(), fusion_rows()]
 
 
 NAMES = {  # ATen's names -> words

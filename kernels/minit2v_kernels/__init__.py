@@ -1,4 +1,4 @@
-"""Fused operations: each one a definition in PyTorch, a Triton kernel, and a choice between them.
+"""Fused operations. Each has a definition in PyTorch and a Triton kernel, and a rule chooses between them.
 
 `register` adds a function of your own to the choice.
 """
@@ -19,3 +19,5 @@ from .norm import add_group_norm_silu as add_group_norm_silu
 from .norm import add_group_norm_silu_ref as add_group_norm_silu_ref
 from .norm import group_norm_silu as group_norm_silu
 from .norm import group_norm_silu_ref as group_norm_silu_ref
+from .projection import linear_add as linear_add
+from .projection import linear_add_ref as linear_add_ref

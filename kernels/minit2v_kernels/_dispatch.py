@@ -32,11 +32,12 @@ OPS = {
     "layer_norm": "add_layer_norm",
     "add_layer_norm": "add_layer_norm",
     "temporal_conv": "temporal_conv",
+    "linear_add": "linear_add",
 }
 
 # Device families on which a result committed under benchmarks/results/ shows that the op's kernel beats PyTorch, for
-# each way to launch it, e.g. {"geglu": {"eager": {"sm_90"}, "graph": {"sm_90"}}}. A kernel may win in a graph and lose
-# eagerly, where the host's time counts. Until such a result exists a family is not in here: "auto" means PyTorch.
+# each way to launch it. Example: {"geglu": {"eager": {"sm_90"}, "graph": {"sm_90"}}}. A kernel may win in a graph and
+# lose eagerly, where the host's time counts. Until such a result exists a family is not in here: "auto" means PyTorch.
 PROVEN: dict[str, dict[str, frozenset[str]]] = {
     op: {launched: frozenset() for launched in LAUNCHES} for op in dict.fromkeys(OPS.values())
 }
@@ -158,7 +159,7 @@ def choices(setting: str) -> dict[str, str]:
     for part in filter(None, setting.replace(" ", "").split(",")):
         op, equals, impl = part.rpartition("=")
         if not equals and impl not in IMPLS:
-            own = f"; of your own function name the op, too: OP={impl}" if ":" in impl else ""
+            own = f"; of your own function name the op, too: OP={impl}" if ":" in impl else "; for one op: geglu=triton"
             raise ValueError(f"MINIT2V_KERNELS must be one of {', '.join(map(repr, IMPLS))}, not {impl!r}{own}")
         if not equals:
             everywhere = impl
@@ -205,14 +206,14 @@ def pick(
     if impl == "auto":
         if not (x.is_cuda and has_triton() and is_proven(op, family(x.device), launched)):
             return "torch"
-        # What is proven is forward in one 16-bit dtype: float32 has no tensor cores here, backward runs forward again,
-        # and autocast has its own rules for dtypes.
+        # What is proven is forward in one 16-bit dtype. Float32 has no tensor cores here, and backward runs forward
+        # again. Autocast has its own rules for dtypes.
         tensors = [x, *(other for other in others if other is not None)]
         plain = x.element_size() == 2 and all(other.dtype == x.dtype for other in tensors)
         wanted = torch.is_grad_enabled() and any(other.requires_grad for other in tensors)
         return "triton" if plain and not wanted and not torch.is_autocast_enabled("cuda") else "torch"
     if impl == "triton" and not has_triton():
-        raise RuntimeError(f"{op}: {source}='triton', but Triton is not installed (pip install 'minit2v[triton]')")
+        raise RuntimeError(f"{op}: {source}='triton', but Triton is not installed (pip install triton)")
     if impl == "triton" and not (x.is_cuda or interpreting() or recording() is not None):
         raise RuntimeError(f"{op}: {source}='triton' needs a GPU tensor, not one on {x.device}")
     return impl
@@ -334,8 +335,10 @@ def start(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: di
 
 @cache
 def quicken_interpreter() -> None:
-    """Triton's interpreter without its check for overflow of integers: it does everything twice to find it, and tells
-    only in a debug mode, which is off."""
+    """Switch off the interpreter's check for integer overflow.
+
+    It computes everything twice, and reports only in a debug mode, which is off.
+    """
     from triton.runtime import interpreter
 
     builder = interpreter.interpreter_builder
@@ -355,8 +358,8 @@ def register_all() -> None:
 def triton_op(run: Callable[..., Any], reference: Callable[..., Any]) -> Callable[..., Any]:
     """`run`, which allocates and launches, as the torch op "minit2v::<its name, less run_>": traced, differentiated.
 
-    Its signature must be annotated with what torch.library knows; Triton is imported and the op registered here, at
-    its first use, because registering costs two seconds and 70 MiB. Backward differentiates `reference`, called with
+    Its signature must be annotated with what torch.library knows. Triton is imported and the op registered at its
+    first use, because registering costs two seconds and 70 MiB. Backward differentiates `reference`, called with
     the same arguments, so it cannot drift from it. There is no second derivative: RuntimeError.
     """
 

@@ -30,14 +30,15 @@ class Knobs(NamedTuple):
 
 
 KNOBS = {
-    "group_norm_silu": Knobs(("segments", "t", "c", "itemsize"), ("UNROLL", "BLOCK_T", "APPLY_T")),
+    "group_norm_silu": Knobs(("segments", "t", "c", "itemsize"), ("UNROLL", "BLOCK_T", "APPLY_T", "LAUNCHES")),
     "temporal_attention": Knobs(("frames", "width", "itemsize"), ("PIXELS", "BLOCK", "num_warps", "num_stages")),
     "geglu": Knobs(("m", "n", "k", "itemsize"), PRODUCT),
     "add_layer_norm": Knobs(("d", "itemsize"), ("BLOCK_R", "num_warps")),
     "temporal_conv": Knobs(("m", "n", "c", "itemsize"), PRODUCT),
+    "linear_add": Knobs(("m", "n", "k", "itemsize"), PRODUCT),
 }
 AT_LEAST_16 = ("BLOCK", "BLOCK_M", "BLOCK_N", "BLOCK_K")  # for tl.dot
-ANY_NUMBER = ("PIXELS", "GROUP", "num_stages")  # all others are powers of two
+ANY_NUMBER = ("PIXELS", "GROUP", "num_stages", "LAUNCHES")  # all others are powers of two
 
 
 
@@ -154,6 +155,8 @@ def checked(path: Path, kernel: str, target: str, sizes: Any, tile: Any) -> Any:
         if type(value) is not int or value < least or name not in ANY_NUMBER and value & (value - 1):
             kind = "a number" if name in ANY_NUMBER else "a power of two"
             raise ValueError(f"{row}: {name} must be {kind} of at least {least}, not {value!r}")
+        if name == "LAUNCHES" and value not in (1, 3):
+            raise ValueError(f"{row}: LAUNCHES must be 1 or 3, not {value!r}")
     return (kernel, target, tuple(sizes[name] for name in knobs.sizes)), tile
 
 

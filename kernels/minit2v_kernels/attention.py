@@ -2,8 +2,8 @@
 
     y[b, i, p, h] = sum_j softmax_j(q[b, i, p, h] . k[b, j, p, h] / sqrt(d)) v[b, j, p, h]        i, j: frames
 
-Vaswani et al. 2017, arXiv:1706.03762, section 3.2. The kernel reads q, k and v where the projections wrote them: a
-pixel's frames lie far apart, but each of them is one contiguous row per head, so nothing is permuted, in or out.
+Vaswani et al. 2017, arXiv:1706.03762, section 3.2. The kernel reads q, k and v where the projections wrote them. A
+pixel's frames lie far apart, but each frame is one contiguous row per head. So nothing is permuted.
 """
 
 import math
@@ -26,9 +26,9 @@ def temporal_attention(
 ) -> Tensor:
     """q, k, v (b f p h d) -> (b f p h d), contiguous: attention along f, scale d^-0.5, softmax in float32 or wider.
 
-    q, k and v may be views of one fused projection, (b f p 3 h d): no layout of b, f and p costs a copy in the kernel,
-    if h and d lie together and all three tensors have the same strides.
-    window: frame i sees the frames j with |i - j| < window; causal: only those with j <= i. Itself a frame always sees.
+    q, k and v may be views of one fused projection, (b f p 3 h d). The kernel copies none of them if h and d lie
+    together and all three tensors have the same strides.
+    window: frame i sees the frames j with |i - j| < window; causal: only those with j <= i. A frame always sees itself.
     impl: "torch", "triton" or "auto", see `_dispatch.pick`. Raises ValueError on other shapes, and window < 1.
     """
     if q.ndim != 5 or not q.shape == k.shape == v.shape:
@@ -245,9 +245,10 @@ def split(head_dim: int) -> tuple[int, int]:
 def tile(frames: int, width: int, size: int) -> tuple[int, int, int]:
     """(PIXELS, BLOCK, num_warps) for heads of `width` = D1 + D2 elements of `size` bytes.
 
-    The smallest tile that holds one pixel's frames, and as many more pixels as fit; only part of a pixel beyond 64
-    frames (32 in float32, for want of matrix units), and where a tile would be more than 10 KB. A warp for every 16
-    rows and every 2.5 KB: so no GPU needs to spill, and sm_90 keeps 32 programs of 16 frames and 64 channels at once.
+    The tile is the smallest that holds one pixel's frames, and takes as many more pixels as fit. Beyond 64 frames it
+    holds only part of a pixel (beyond 32 in float32, which has no matrix units here). The same holds where it would be
+    more than 10 KB. There is a warp for every 16 rows and every 2.5 KB. So no GPU needs to spill, and sm_90 keeps 32
+    programs of 16 frames and 64 channels at once.
     """
     block = 64 if size == 2 else 32
     while block > 16 and (block >= 2 * frames or block * width * size > 10240):

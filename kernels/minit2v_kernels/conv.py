@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._dispatch import autocast, family, interpreting, launch, pick, sizes, triton_op
-from ._tiles import given, like, planned
-from .feed_forward import best_tile, programs, tile
+from ._tiles import given, planned
+from .feed_forward import product_tile, programs
 
 
 def temporal_conv(
@@ -39,8 +39,8 @@ def temporal_conv(
 def temporal_conv_ref(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
     """The definition, in PyTorch.
 
-    A convolution over (f, h, w) with a kernel of (3, 1, 1) is one over an image of f rows and (h w) columns with a
-    kernel of (3, 1). In two dimensions every backend has a fast path; in three the CPU has none.
+    A convolution over (f, h, w) with a kernel of (3, 1, 1) is a convolution in two dimensions. Its image has f rows and
+    (h w) columns, and its kernel is (3, 1). In two dimensions every backend has a fast path; in three the CPU has none.
     """
     y = F.conv2d(x, weight.squeeze(-1), bias, padding=(1, 0))
     return y if residual is None else y.add_(residual)
@@ -114,22 +114,6 @@ def temporal_conv_kernel() -> Any:
     return temporal_conv_kernel
 
 
-def temporal_conv_tile(m: int, n: int, c: int, itemsize: int, target: str) -> dict[str, int]:
-    """Tile, warps and stages for (m n) out of rows of c; target: see `_dispatch.family`.
-
-    None of them spills registers.
-    """
-    if itemsize == 4 or c % 64:  # float32 without tensor cores, and what no model asks for
-        return tile(64, 64, 16, 4, 2)
-    tiles = like(target)
-    stages = 2 if tiles.startswith("gfx") else 3  # 64 KiB of shared memory
-    sizes = ((128, 128, 8), (128, 64, 4), (64, 64, 4), (64, 32, 4))
-    choices = [tile(rows, columns, 64, warps, stages) for rows, columns, warps in sizes]
-    if tiles == "sm_90":
-        choices = [tile(256, 128, 64, 8, 4), tile(256, 64, 64, 8, 4), *choices]
-    return best_tile(m, n, choices, target)
-
-
 def expect(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> None:
     """ValueError where the kernel cannot take the arguments."""
     if len({x.dtype, weight.dtype, bias.dtype}) > 1 or x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -150,7 +134,7 @@ def plan(shape: tuple[int, ...], n: int, dtype: torch.dtype, target: str, residu
     """How x of this shape becomes n channels: y's shape, grid, sizes, constants."""
     b, c, f, p = shape
     m = b * f * p
-    chosen = temporal_conv_tile(m, n, c, dtype.itemsize, target)
+    chosen = product_tile(m, n, c, dtype.itemsize, target)
     chosen |= given("temporal_conv", target, m, n, c, dtype.itemsize)
     constants = {"RESIDUAL": residual, "WHOLE": c % chosen["BLOCK_K"] == 0, "GROUP": 8, **chosen}
     return (b, n, f, p), (programs(m, n, chosen),), (m, n, c, f, p), constants

@@ -2,8 +2,8 @@
 
     y[r, j] = value * gelu(gate),  value = x[r] . weight[j] + bias[j],  gate = x[r] . weight[m + j] + bias[m + j]
 
-In PyTorch the two halves (2m wide, the widest tensors of a UNet and its peak in memory) are written, read, and gated in
-two more passes. Here a program holds the same tile of both halves and writes the product alone.
+In PyTorch both halves (2m wide) are written, read, and gated in two more passes. They are the widest tensors of a UNet
+and its peak in memory. Here a program holds the same tile of both halves and writes the product alone.
 """
 
 from collections.abc import Sequence
@@ -140,6 +140,22 @@ def best_tile(m: int, n: int, choices: Sequence[dict[str, int]], target: str) ->
         if time(smaller) < 0.9 * time(best):
             best = smaller
     return best
+
+
+def product_tile(m: int, n: int, k: int, itemsize: int, target: str) -> dict[str, int]:
+    """Tile, warps and stages for (m n), a plain product of rows of k; target: see `_dispatch.family`.
+
+    None of them spills registers.
+    """
+    if itemsize == 4 or k % 64:  # float32 without tensor cores, and what no model asks for
+        return tile(64, 64, 16, 4, 2)
+    tiles = like(target)
+    stages = 2 if tiles.startswith("gfx") else 3  # 64 KiB of shared memory
+    sizes = ((128, 128, 8), (128, 64, 4), (64, 64, 4), (64, 32, 4))
+    choices = [tile(rows, columns, 64, warps, stages) for rows, columns, warps in sizes]
+    if tiles == "sm_90":
+        choices = [tile(256, 128, 64, 8, 4), tile(256, 64, 64, 8, 4), *choices]
+    return best_tile(m, n, choices, target)
 
 
 def geglu_tile(m: int, n: int, k: int, itemsize: int, target: str) -> dict[str, int]:

@@ -5,11 +5,13 @@
 `group_norm_silu_ref` and `add_group_norm_silu_ref` are the specification; the kernels are judged against them in
 float64 (tests/kernels/accuracy_norm.py).
 
-Three kernels. `moments` reduces a split of the positions to one mean and one sum of squares per channel: a clip has
-only 2 x 32 groups, too few to fill a GPU, and groups of 10 or 30 channels do not fit its 16-byte loads. `coefficients`
-merges these per group and folds everything that is constant in a channel into y = (x - shift) * scale + offset.
-`apply` does that, backwards through memory: the end of x is what the cache still holds. Contiguous (n c *spatial) goes
-through the same kernels, tile by tile across the channels; no layout is copied into another.
+Small frames in channels-last memory take one kernel, `whole`. A program keeps the numbers of its groups in registers.
+
+Larger ones take three kernels. `moments` splits the positions. For each split it computes one mean and one sum of
+squares per channel. (With one program per group there would be only 2 x 32 programs for a clip, too few to fill a GPU.
+And groups of 10 or 30 channels do not fit loads of 16 bytes.) `coefficients` merges these per group. It folds all that
+is constant in a channel into y = (x - shift) * scale + offset. `apply` computes y. It goes backwards through memory,
+because the cache still holds the end of x. Contiguous memory (n c *spatial) goes through the same three kernels.
 """
 
 from functools import cache
@@ -101,8 +103,8 @@ def group_norm_silu_ref(
         x = (x.unflatten(0, (len(emb), -1)) + emb.view(len(emb), 1, -1, *[1] * (x.ndim - 2))).flatten(0, 1)
     if skip is not None:
         x = torch.cat((x, skip), 1)
-    # With more than one frame: (n c frames p). The batch is split off last: a view of a batch of 1 made in another
-    # order has a stride for it by which PyTorch no longer knows the layout.
+    # With more than one frame: (n c frames p). The batch is split off last. In another order a batch of 1 gets a
+    # stride by which PyTorch no longer knows the layout.
     h = x if frames == 1 else x.flatten(2).unflatten(0, (-1, frames)).transpose(1, 2)
     if h.is_cpu and torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad) and not h.requires_grad:
         h = h.contiguous()  # PyTorch's backward crashes in channels-last memory where only the weights want a gradient
@@ -180,7 +182,7 @@ def kernels() -> SimpleNamespace:
     To them a tensor is (n, t, c): n segments of t positions of c channels. In channels-last memory a segment is as
     many frames as share their statistics and their timestep; else the memory is (n, c, t), and a segment one frame.
     """
-    global tl, pointers, load, means  # Triton 3.2 and the interpreter look names up in the module alone
+    global tl, pointers, load, means, centred  # Triton 3.2 and the interpreter look names up in the module alone
     import triton
     import triton.language as tl
 
@@ -374,10 +376,82 @@ def kernels() -> SimpleNamespace:
         at = pointers(Y, segment, row, rows, c[None, :], T, C, CHANNELS_LAST)
         tl.store(at, y.to(Y.dtype.element_ty), mask=mask)
 
-    return SimpleNamespace(moments=group_norm_moments, coefficients=group_norm_coefficients, apply=group_norm_apply)
+    @triton.jit
+    def centred(x, group, mask, size, GROUPS: tl.constexpr):
+        """x less the mean of its group; outside of the mask as it is."""
+        for k in tl.static_range(GROUPS):
+            mine = mask & (group == k)
+            x = tl.where(mine, x - tl.sum(tl.where(mine, x, 0.0)) / size, x)
+        return x
+
+    @triton.jit(do_not_specialize=["T", "PER_EMB"])
+    def group_norm_whole(
+        X,  # (videos, t, c1)
+        SKIP,  # (videos, t, c - c1)
+        RESIDUAL,  # (videos, t, c)
+        SUM,  # (videos, t, c): x + residual
+        EMB,  # (m, c1)
+        W,  # (c,)
+        B,  # (c,)
+        Y,  # (videos, t, c)
+        T,  # positions of a video, in all its frames
+        C,
+        C1,
+        PER_EMB,  # positions that share a row of EMB
+        eps,
+        SILU: tl.constexpr,
+        HAS_SKIP: tl.constexpr,
+        HAS_RESIDUAL: tl.constexpr,
+        HAS_EMB: tl.constexpr,
+        WIDTH: tl.constexpr,  # channels of a group
+        GROUPS: tl.constexpr,  # of a program: together they have a multiple of 8 channels
+        BLOCK: tl.constexpr,  # vectors of 8 channels, a power of two
+    ):
+        """One program per (video, GROUPS groups). It reads their numbers once and keeps them in its registers."""
+        VECTORS: tl.constexpr = WIDTH * GROUPS // 8  # of a position
+        tiles = C // (WIDTH * GROUPS)
+        video, first = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * (WIDTH * GROUPS)
+        i = tl.arange(0, BLOCK)
+        rows = (i // VECTORS)[:, None]
+        inner = (i % VECTORS * 8)[:, None] + tl.arange(0, 8)[None, :]
+        c, group, mask = first + inner, inner // WIDTH, rows < T
+
+        x = load(X, SKIP, video, 0, rows, c, mask, T, C, C1, HAS_SKIP, True)
+        if HAS_RESIDUAL:
+            more = tl.load(pointers(RESIDUAL, video, 0, rows, c, T, C, True), mask=mask, other=0.0)
+            x = (x.to(tl.float32) + more.to(tl.float32)).to(SUM.dtype.element_ty)
+            tl.store(pointers(SUM, video, 0, rows, c, T, C, True), x, mask=mask)
+
+        # Twice: the first mean is rounded, and the second one is that of small numbers.
+        size = 1.0 * T * WIDTH
+        d = centred(x.to(tl.float32), group, mask, size, GROUPS)
+        if HAS_EMB:  # less the one of each group's first channel, so that large ones cost no digits
+            start = video * T
+            row = start // PER_EMB + ((start % PER_EMB).to(tl.int32) + rows) // PER_EMB
+            e = tl.load(EMB + row * C1 + c, mask=mask & (c < C1), other=0.0).to(tl.float32)
+            for k in tl.static_range(GROUPS):
+                at = first + k * WIDTH
+                added = tl.load(EMB + start // PER_EMB * C1 + at, mask=at < C1, other=0.0).to(tl.float32)
+                e = tl.where(mask & (group == k), e - added, e)
+            d += e
+        d = centred(d, group, mask, size, GROUPS)
+        for k in tl.static_range(GROUPS):
+            mine = mask & (group == k)
+            d = tl.where(mine, d * (1.0 / tl.sqrt(tl.sum(tl.where(mine, d * d, 0.0)) / size + eps)), d)
+        y = d * tl.load(W + c).to(tl.float32) + tl.load(B + c).to(tl.float32)
+        if SILU:
+            y = y / (1.0 + tl.exp(-y))
+        tl.store(pointers(Y, video, 0, rows, c, T, C, True), y.to(Y.dtype.element_ty), mask=mask)
+
+    return SimpleNamespace(
+        moments=group_norm_moments, coefficients=group_norm_coefficients, apply=group_norm_apply,
+        whole=group_norm_whole,
+    )  # fmt: skip
 
 
 RESIDENT = 4  # programs of `moments` that each holds, 8 KB of loads on their way in each: 4 with Triton 3.6, 7 with 3.9
+LARGEST = 32768  # bytes of x that a program of `whole` keeps: 32 numbers for each of 512 threads; of 64, some spill
+LAUNCH = 5_000_000  # bytes that a GPU moves while it starts a kernel: about a microsecond. Assumed, not measured
 APPLY_T = 64  # positions per tile of `apply`: 8 KB of 16 bits each for 8 or 9 programs at a time
 
 
@@ -432,21 +506,55 @@ def merge_tile(channels_per_group: int, parts: int) -> tuple[int, int, int]:
     return block_p, block_c, min(4, power_of_2(-(-block_p * block_c // 256)))
 
 
+def whole_tile(
+    shape: tuple[int, ...], c: int, groups: int, frames: int, itemsize: int, target: str
+) -> tuple[int, int, int] | None:
+    """(GROUPS, BLOCK, warps) of `whole`, for x of this shape in channels-last memory; None where it cannot.
+
+    Every load takes 8 channels of x or of skip. A program takes as few groups as have a multiple of 8 channels.
+    """
+    (_, c1, *spatial), width = shape, c // groups
+    together = [k for k in (1, 2, 4, 8) if width * k % 8 == 0 and groups % k == 0]
+    if not together or c1 % 8:
+        return None
+    block = power_of_2(frames * prod(spatial) * width * together[0] // 8)
+    warps = block // (256 if like(target).startswith("gfx") else 128)  # 32 numbers for each thread; AMD's warps have 64
+    return (together[0], block, max(1, warps)) if 8 * block * itemsize <= LARGEST else None
+
+
+def launches(shape: tuple[int, ...], c: int, groups: int, frames: int, last: bool, itemsize: int, target: str) -> int:
+    """1 or 3 kernels for x of this shape, whichever takes less time, counted.
+
+    One kernel has few programs, so one multiprocessor may have to move more than its share. That must cost less than
+    the two launches that are saved. last: whether x is in channels-last memory.
+    """
+    tile = whole_tile(shape, c, groups, frames, itemsize, target) if last else None
+    if tile is None:
+        return 3
+    moved, programs = 2 * shape[0] * c * prod(shape[2:]) * itemsize, shape[0] // frames * groups // tile[0]
+    count = processors(target)
+    return 1 if -(-programs // count) * count * moved // programs <= moved + 2 * LAUNCH else 3
+
+
 @planned
 def plan(
     shape: tuple[int, ...], c: int, groups: int, frames: int, rows_of_emb: int | None, last: bool, dtype: torch.dtype,
     target: str, silu: bool, skip: bool, residual: bool,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """How x of this shape is normalised: the shapes of y, moments and table, and each kernel's grid, sizes, constants.
+    """How x of this shape is normalised: y's shape, and each kernel's grid, sizes, constants.
 
-    c: the channels of x and skip together.
+    In one launch: of `whole`. In three: None in its place, and then the shapes of moments and table, and of those
+    kernels. c: the channels of x and skip together.
     """
     n, c1, *spatial = shape
     span = segment_frames(n, frames, rows_of_emb) if last else 1
     segments, t = n // span, prod(spatial) * span
     unroll, block_t = moments_tile(dtype, residual, like(target))
     chosen = {"UNROLL": unroll, "BLOCK_T": block_t, "APPLY_T": APPLY_T}
+    chosen["LAUNCHES"] = launches(shape, c, groups, frames, last, dtype.itemsize, target)
     chosen |= given("group_norm_silu", target, segments, t, c, dtype.itemsize)
+    if chosen["LAUNCHES"] == 1:
+        return (n, c, *spatial), whole(shape, c, groups, frames, rows_of_emb, last, dtype, target, silu, skip, residual)
     unroll, block_t, apply_t = chosen["UNROLL"], chosen["BLOCK_T"], chosen["APPLY_T"]
     splits, rows = split(segments, t, c, unroll * block_t, target)
     block_c = channel_tile(c)
@@ -455,13 +563,33 @@ def plan(
     per_emb = 1 if rows_of_emb is None else segments // rows_of_emb
     both = {"HAS_SKIP": skip, "CHANNELS_LAST": last}
     return (
-        (n, c, *spatial), (segments, splits, 3, c), (segments, 3, c),
+        (n, c, *spatial), None, (segments, splits, 3, c), (segments, 3, c),
         (segments * splits * tiles,), (t, c, c1, splits, rows),
         {**both, "HAS_RESIDUAL": residual, "UNROLL": unroll, "BLOCK_T": block_t, "BLOCK_C": block_c},
         (n // frames * groups,), (t, c, c1, groups, frames // span, splits, rows, per_emb),
         {"HAS_EMB": rows_of_emb is not None, "BLOCK_P": block_p, "BLOCK_C": group_c, "num_warps": warps},
         (segments * -(-t // apply_t) * tiles,), (t, c, c1),
         {**both, "SILU": silu, "BLOCK_T": apply_t, "BLOCK_C": block_c},
+    )  # fmt: skip
+
+
+def whole(
+    shape: tuple[int, ...], c: int, groups: int, frames: int, rows_of_emb: int | None, last: bool, dtype: torch.dtype,
+    target: str, silu: bool, skip: bool, residual: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Grid, sizes and constants of the one kernel. ValueError where it cannot: a table of tiles may ask for it."""
+    n, c1, *spatial = shape
+    tile = whole_tile(shape, c, groups, frames, dtype.itemsize, target) if last else None
+    if tile is None:
+        raise ValueError(f"group_norm_silu: LAUNCHES=1 does not fit x {shape} with {groups} groups of {c} channels")
+    together, block, warps = tile
+    positions = prod(spatial)
+    return (
+        (n // frames * (groups // together),), (frames * positions, c, c1, n * positions // (rows_of_emb or 1)),
+        {
+            "SILU": silu, "HAS_SKIP": skip, "HAS_RESIDUAL": residual, "HAS_EMB": rows_of_emb is not None,
+            "WIDTH": c // groups, "GROUPS": together, "BLOCK": block, "num_warps": warps,
+        },
     )  # fmt: skip
 
 
@@ -501,28 +629,31 @@ def run(
         y = fresh((len(x), len(bias), *x.shape[2:]), last, x)
         return None if residual is None else torch.empty_like(y), y
     x = laid_out(x, last)
-    (
-        shape, of_moments, of_table, moments_grid, moments_sizes, moments_constants, merge_grid, merge_sizes,
-        merge_constants, apply_grid, apply_sizes, apply_constants,
-    ) = plan(
+    shape, whole, *three = plan(
         sizes(x), bias.shape[0], groups, frames, None if emb is None else emb.shape[0], last, x.dtype, family(device),
         silu, skip is not None, residual is not None,
     )  # fmt: skip
     y = fresh(shape, last, x)
     total = None if residual is None else fresh(shape, last, x)
-    moments = torch.empty(of_moments, dtype=torch.float32, device=device)
-    table = torch.empty(of_table, dtype=torch.float32, device=device)
-    # x stands for what is absent
+    weight, bias = weight.contiguous(), bias.contiguous()
+    # x and weight stand for what is absent
     skip = x if skip is None else laid_out(skip, last)
-    emb = x if emb is None else emb.contiguous()
+    emb = weight if emb is None else emb.contiguous()
     read = x if total is None else total
     residual = x if residual is None else laid_out(residual, last)
     found = kernels()
+    if whole is not None:
+        grid, numbers, constants = whole
+        launch(found.whole, grid, x, skip, residual, read, emb, weight, bias, y, *numbers, eps, **constants)
+        return total, y
+    (
+        of_moments, of_table, moments_grid, moments_sizes, moments_constants, merge_grid, merge_sizes, merge_constants,
+        apply_grid, apply_sizes, apply_constants,
+    ) = three  # fmt: skip
+    moments = torch.empty(of_moments, dtype=torch.float32, device=device)
+    table = torch.empty(of_table, dtype=torch.float32, device=device)
     launch(found.moments, moments_grid, x, skip, residual, read, moments, *moments_sizes, **moments_constants)
-    launch(
-        found.coefficients, merge_grid, moments, emb, weight.contiguous(), bias.contiguous(), table, *merge_sizes, eps,
-        **merge_constants,
-    )  # fmt: skip
+    launch(found.coefficients, merge_grid, moments, emb, weight, bias, table, *merge_sizes, eps, **merge_constants)
     launch(found.apply, apply_grid, read, skip, table, y, *apply_sizes, **apply_constants)
     return total, y
 

@@ -196,8 +196,8 @@ def spatial_transformer(run: Run, m: SpatialTransformer, x: Tensor) -> Tensor:
     y = attention(run, part.attn1, ops.layer_norm(part.norm1, h))
     h, y = ops.add_layer_norm(part.norm2, y, h)
     h, y = ops.add_layer_norm(part.norm3, text_attention(run, part.attn2, y), h)
-    h = ops.linear(m.proj_out, feed_forward(run, part.ff, y).add_(h))
-    return to_image(h, x.shape[2]).add_(x)
+    h = feed_forward(run, part.ff, y, h)
+    return to_image(ops.linear_add(m.proj_out, h, to_tokens(x)), x.shape[2])
 
 
 def temporal_transformer(run: Run, m: TemporalTransformer, x: Tensor) -> Tensor:
@@ -228,8 +228,8 @@ def across_frames(run: Run, m: TemporalTransformer | MotionModule, blocks: Any, 
         else:
             h = free_noise.average(partial(attend_frames, run, part), h)
             y = ops.layer_norm(part.norm3, h)
-        h = feed_forward(run, part.ff, y).add_(h)
-    return to_image(ops.linear(m.proj_out, h).flatten(0, 1), x.shape[2]).add_(x)
+        h = feed_forward(run, part.ff, y, h)
+    return to_image(ops.linear_add(m.proj_out, h.flatten(0, 1), to_tokens(x)), x.shape[2])
 
 
 def attend_frames(run: Run, m: FrameTransformerBlock, h: Tensor) -> Tensor:
@@ -269,11 +269,12 @@ def frame_attention(run: Run, m: FrameAttention, x: Tensor) -> Tensor:
     return run.ops.linear(m.to_out, run.ops.frame_attention(q, k, v).flatten(-2))
 
 
-def feed_forward(run: Run, m: FeedForward, x: Tensor) -> Tensor:
+def feed_forward(run: Run, m: FeedForward, x: Tensor, residual: Tensor) -> Tensor:
+    """x, residual (... d) -> the feed-forward of x, plus the residual (... d)."""
     if m.chunking is None:
-        return run.ops.linear(m.proj_out, run.ops.geglu(m.proj_in, x))
+        return run.ops.linear_add(m.proj_out, run.ops.geglu(m.proj_in, x), residual)
     pieces = [run.ops.linear(m.proj_out, run.ops.geglu(m.proj_in, piece)) for piece in x.split(*m.chunking)]
-    return torch.cat(pieces, m.chunking[1])
+    return torch.cat(pieces, m.chunking[1]).add_(residual)
 
 
 def upsample(run: Run, m: Upsample, x: Tensor, size: torch.Size) -> Tensor:

@@ -16,6 +16,7 @@ from minit2v_kernels.conv import run_temporal_conv, temporal_conv_ref
 from minit2v_kernels.feed_forward import geglu_ref, run_geglu
 from minit2v_kernels.layer_norms import layer_norm_ref, run_add_layer_norm_into, run_layer_norm
 from minit2v_kernels.norm import group_norm_silu_ref, run_group_norm_silu
+from minit2v_kernels.projection import run_linear_add
 
 from ..models.layers import Attention
 
@@ -35,7 +36,7 @@ class Ops:
         chosen = {op: _dispatch.pick(op, impl, x, launched=launched) for op in _dispatch.OPS}
         self.kernels = [op for op, picked in chosen.items() if picked != "torch"]
 
-        def either(op: str, kernel: Callable[..., Any], definition: Callable[..., Any]) -> Callable[..., Any]:
+        def either(op: str, kernel: Callable[..., Any], definition: Any) -> Any:
             picked = chosen[op]
             return picked if callable(picked) else kernel if picked == "triton" else definition
 
@@ -44,6 +45,7 @@ class Ops:
         self._add_layer_norm = either("add_layer_norm", run_add_layer_norm_into, add_layer_norm)
         self._temporal_conv = either("temporal_conv", run_temporal_conv, temporal_conv_ref)
         self._geglu = either("geglu", run_geglu, geglu_ref)
+        self._linear_add = either("linear_add", run_linear_add, None)
         self._attention = either("temporal_attention", run_temporal_attention, attend_frames)
         # Whether the norm is fused with the skip connection and the timestep embedding.
         self.reads_skip = self.reads_emb = chosen["group_norm_silu"] != "torch"
@@ -84,6 +86,12 @@ class Ops:
 
     def linear(self, m: nn.Linear, x: Tensor) -> Tensor:
         return F.linear(x, m.weight, m.bias)
+
+    def linear_add(self, m: nn.Linear, x: Tensor, residual: Tensor) -> Tensor:
+        """x (... d), residual (... d_out) -> m of x, plus the residual (... d_out)."""
+        if self._linear_add is None or m.bias is None:
+            return self.linear(m, x).add_(residual)
+        return self._linear_add(x, m.weight, m.bias, residual)
 
     def geglu(self, m: nn.Linear, x: Tensor) -> Tensor:
         """x (... d) -> value * gelu(gate) (... d_out / 2). value and gate are the halves of m(x)."""

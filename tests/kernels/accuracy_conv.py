@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from judge import DEVICE, DTYPES, check, fenced, fenced_only, new_plans, poisoned, randn
 
 from minit2v_kernels import conv as module
-from minit2v_kernels import temporal_conv, temporal_conv_ref
+from minit2v_kernels import feed_forward, temporal_conv, temporal_conv_ref
 from minit2v_kernels._dispatch import interpreting, launch, record
 
 FAMILIES = ("sm_80", "sm_90", "gfx942", "meta")
@@ -38,7 +38,7 @@ def exact_convolutions(monkeypatch):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Many programs out of few numbers; tiles within one frame, across frames, and across videos."""
-    monkeypatch.setattr(module, "temporal_conv_tile", lambda *sizes: module.tile(16, 16, 16, 4, 2))
+    monkeypatch.setattr(module, "product_tile", lambda *sizes: feed_forward.tile(16, 16, 16, 4, 2))
     with new_plans(module):
         yield
 
@@ -208,7 +208,7 @@ def test_shapes_that_do_not_fit(weight, bias, residual):
 def test_tiles_cover_the_result(target, itemsize):
     for m in (1, 255, 256, 65_536 * 256 + 1, 2**31):
         for n, c in ((1, 1), (7, 8), (320, 320), (640, 640), (1280, 1280)):
-            tile = module.temporal_conv_tile(m, n, c, itemsize, target)
+            tile = module.product_tile(m, n, c, itemsize, target)
             count = module.programs(m, n, tile)
             across, down = -(-n // tile["BLOCK_N"]), count // -(-n // tile["BLOCK_N"])
             assert across * down == count and down * tile["BLOCK_M"] >= m > (down - 1) * tile["BLOCK_M"]
@@ -219,13 +219,13 @@ def test_tiles_cover_the_result(target, itemsize):
 def test_tiles_of_the_models():
     """Few rows get smaller tiles; and what is in flight has room in shared memory."""
     for target, room in {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}.items():
-        tiles = [module.temporal_conv_tile(m, n, n, 2, target) for m, n in ((138240, 320), (2160, 1280), (512, 1280))]
+        tiles = [module.product_tile(m, n, n, 2, target) for m, n in ((138240, 320), (2160, 1280), (512, 1280))]
         areas = [tile["BLOCK_M"] * tile["BLOCK_N"] for tile in tiles]
         assert areas[0] > max(areas[1:])
         for tile in tiles:
             stage = 2 * tile["BLOCK_K"] * (tile["BLOCK_M"] + tile["BLOCK_N"])
             assert stage * (tile["num_stages"] - target.startswith("gfx")) <= room
-        assert module.temporal_conv_tile(138240, 80, 80, 2, target)["BLOCK_K"] == 16
+        assert module.product_tile(138240, 80, 80, 2, target)["BLOCK_K"] == 16
 
 
 def test_rows_beyond_any_grid_axis_but_the_first():
@@ -249,7 +249,7 @@ def test_offsets_beyond_2_31(monkeypatch, c, n):
         import triton.language as tl
         from triton.runtime.interpreter import TensorHandle, interpreter_builder
 
-        number = module.programs(3 * p, n, module.temporal_conv_tile(3 * p, n, c, 2, "cpu")) - 1
+        number = module.programs(3 * p, n, module.product_tile(3 * p, n, c, 2, "cpu")) - 1
         handle = TensorHandle(numpy.array([number], dtype=numpy.int32), tl.int32)
         monkeypatch.setattr(interpreter_builder, "create_get_program_id", lambda axis: handle)
         monkeypatch.setattr(module, "launch", lambda kernel, grid, *args, **kw: launch(kernel, (1,), *args, **kw))

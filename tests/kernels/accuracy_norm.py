@@ -131,7 +131,7 @@ def test_the_norm_is_of_the_sum_as_it_is_returned():
 
 @pytest.mark.parametrize("c1, c2, groups", [(64, 64, 4), (70, 58, 1), (1, 127, 2), (127, 1, 2)])
 @pytest.mark.parametrize("last", [False, True])
-def test_skip_at_and_across_the_tiles(c1, c2, groups, last):
+def test_skip_at_and_across_the_tiles(c1, c2, groups, last, three_launches):
     x, skip = (either(randn(1, c, 3, 3, mean=c, seed=c), last) for c in (c1, c2))
     emb = randn(1, c1, std=3, seed=7)
     check(group_norm_silu, group_norm_silu_ref, x, *weights(128), groups, skip=skip, emb=emb)
@@ -146,7 +146,15 @@ def test_more_parts_than_the_merging_tile():
 
 
 @pytest.fixture
-def small_gpu(monkeypatch):
+def three_launches(monkeypatch):
+    """Also where one would do."""
+    monkeypatch.setattr(norm, "LARGEST", 0)
+    with new_plans(norm):
+        yield
+
+
+@pytest.fixture
+def small_gpu(three_launches, monkeypatch):
     """Which needs no more than two programs: splits are long."""
     monkeypatch.setattr(norm, "processors", lambda target: 1)
     monkeypatch.setattr(norm, "RESIDENT", 1)
@@ -179,6 +187,102 @@ def test_the_mean_costs_no_digits(first, ratio, last, small_gpu):
     got = group_norm_silu(*args, silu=False, frames=2, emb=emb, impl="triton")
     assert relative(got, want) < 3e-7
     assert relative(group_norm_silu_ref(*args, silu=False, frames=2, emb=emb), want) > 3e-7 or not interpreting()
+
+
+# --- in one launch: small frames, or videos, in channels-last memory ---
+
+
+def launched(x: Tensor, w: Tensor, b: Tensor, groups: int, frames: int = 1, **kw) -> list[str]:
+    with record() as launches:
+        group_norm_silu(x.to("meta"), w.to("meta"), b.to("meta"), groups, frames=frames, impl="triton")
+    return [launch.kernel.__name__ for launch in launches]
+
+
+WHOLE = [  # (n c h w), channels of skip, groups: of 2, 4, 8, 12, 20 and 40 channels
+    pytest.param((4, 8, 3, 5), 8, 8, id="4-groups-in-a-vector"), pytest.param((4, 16, 2, 1), 0, 4, id="two-pixels"),
+    pytest.param((4, 24, 2, 3), 8, 4, id="group-per-program"), pytest.param((4, 48, 3, 3), 0, 4, id="12-channels"),
+    pytest.param((4, 24, 7, 2), 16, 2, id="20-channels"), pytest.param((4, 40, 9, 5), 0, 1, id="40-channels"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape, c2, groups", WHOLE)
+@pytest.mark.parametrize("frames, emb, dtype, mean", [
+    (1, None, DTYPES[0], 100), (1, 1, DTYPES[1], 10), (2, 4, DTYPES[0], 0), (4, 2, DTYPES[2], 100),
+])  # fmt: skip
+def test_one_launch(shape, c2, groups, frames, emb, dtype, mean):
+    n, c, *size = shape
+    x, args = channels_last(randn(*shape, mean=mean, dtype=dtype)), weights(c + c2, dtype)
+    kw = {"skip": channels_last(randn(n, c2, *size, mean=mean, dtype=dtype, seed=2)) if c2 else None}
+    kw["emb"] = randn(emb, c, std=2, dtype=dtype, seed=3) if emb else None
+    whole = channels_last(torch.empty(n, c + c2, *size))
+    assert launched(whole, *args, groups, frames) == ["group_norm_whole"]
+    y = check(group_norm_silu, group_norm_silu_ref, x, *args, groups, frames=frames, silu=mean > 0, **kw)
+    assert is_in(y, True)
+    if not c2 and not emb:
+        residual = channels_last(randn(*shape, mean=30, dtype=dtype, seed=5))
+        total, _ = check(add_group_norm_silu, add_group_norm_silu_ref, x, residual, *args, groups, frames=frames)
+        assert is_in(total, True) and torch.equal(total, x + residual)
+
+
+@pytest.mark.parametrize("ratio", [50, 10_000])
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_mean_costs_no_digits_in_one_launch(first, ratio):
+    x = randn(2, 16, 14, 23, mean=ratio)
+    x[:, :, 0, 0] *= first
+    emb = None if first else torch.full((1, 16), 3.0 * ratio, device=DEVICE)
+    exact = None if emb is None else emb.double()
+    x, (w, b) = channels_last(x), weights(16)
+    assert launched(x, w, b, 2, 2) == ["group_norm_whole"]
+    want = group_norm_silu_ref(x.double(), w.double(), b.double(), 2, silu=False, frames=2, emb=exact)
+    assert relative(group_norm_silu(x, w, b, 2, silu=False, frames=2, emb=emb, impl="triton"), want) < 3e-7
+
+
+@pytest.mark.parametrize("where, value", [("x", NAN), ("x", INF), ("skip", NAN), ("emb", -INF), ("weight", NAN)])
+def test_nan_and_inf_stay_in_their_group_in_one_launch(where, value):
+    (x, skip), (w, b) = (channels_last(randn(4, 16, 5, 3, seed=s)) for s in (0, 2)), weights(32)
+    kw = {"skip": skip, "emb": randn(2, 16, seed=3)}
+    {"x": x[3, :, 4, 1], "skip": skip[0, :, 1, 0], "emb": kw["emb"][1], "weight": w}[where][3] = value
+    want = group_norm_silu_ref(x, w, b, 8, frames=2, **kw)
+    assert launched(channels_last(torch.empty(4, 32, 5, 3)), w, b, 8, 2) == ["group_norm_whole"]
+    got = group_norm_silu(x, w, b, 8, frames=2, impl="triton", **kw)
+    torch.testing.assert_close(got, want, equal_nan=True)
+    assert want.isfinite().any() and not want.isfinite().all()
+
+
+@fenced_only
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_nothing_is_read_beyond_the_tensors_in_one_launch(dtype):
+    def fence(x: Tensor) -> Tensor:
+        return fenced(x.movedim(1, -1).contiguous()).movedim(-1, 1) if x.ndim > 2 else fenced(x)
+
+    x, skip = (fence(randn(2, c, 3, 3, dtype=dtype, seed=c)) for c in (24, 8))
+    emb, w, b = map(fence, (randn(2, 24, dtype=dtype), *weights(32, dtype)))
+    assert launched(channels_last(torch.empty(2, 32, 3, 3)), w, b, 4) == ["group_norm_whole"]
+    check(group_norm_silu, group_norm_silu_ref, x, w, b, 4, skip=skip, emb=emb)
+    check(add_group_norm_silu, add_group_norm_silu_ref, x, fence(x.flip(2)), fence(w[:24]), fence(b[:24]), 3)
+
+
+@pytest.mark.parametrize("shape, frames, count", [  # with 32 groups on 132 multiprocessors, in 16 bits
+    ((48, 1280, 10, 18), 1, 1),  # 7,200 numbers; 32 programs for each of 48 frames
+    ((32, 640, 16, 16), 1, 1),  # 10,240 numbers of two groups
+    ((48, 640, 20, 36), 1, 3),  # 28,800 do not fit
+    ((32, 1280, 4, 4), 16, 1),  # a video; 64 programs
+    ((32, 1280, 8, 8), 16, 3), ((48, 644, 20, 36), 1, 3),  # 644 = 4 x 161 channels
+])  # fmt: skip
+def test_one_launch_or_three(shape, frames, count):
+    assert norm.launches(shape, shape[1], 32 if shape[1] % 32 == 0 else 4, frames, True, 2, "sm_90") == count
+    assert norm.launches(shape, shape[1], 4, frames, False, 2, "sm_90") == 3  # contiguous
+
+
+def test_a_multiprocessor_with_more_than_its_share():
+    """Full programs of 32 KB: 305 of them take 304 multiprocessors twice as long as 304 do."""
+    for n, count in ((304, 1), (305, 3)):
+        assert norm.launches((n, 8, 64, 32), 8, 1, 1, True, 2, "gfx942") == count
+
+
+def test_a_table_may_ask_for_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"LAUNCHES=1 does not fit x \(2, 12, 3, 3\) with 2 groups of 12 channels"):
+        norm.whole((2, 12, 3, 3), 12, 2, 1, None, True, DTYPES[0], "sm_90", True, False, False)
 
 
 @pytest.mark.parametrize("where, value, last", [

@@ -31,6 +31,7 @@ CALLS = {
     "add_layer_norm": [(TOKENS, randn(1, 2, 3, 8, seed=1), *norm(8), 1e-5, None)],
     "temporal_conv": [(image(1, 8, 3, 2), randn(4, 8, 3, 1, 1), randn(4), None),
                       (image(1, 8, 3, 2), randn(4, 8, 3, 1, 1), randn(4), image(1, 4, 3, 2))],
+    "linear_add": [(TOKENS, randn(6, 8), randn(6), randn(1, 2, 3, 6))],
 }  # fmt: skip
 
 
@@ -73,7 +74,11 @@ AUTOCAST = {  # the public calls, x in 16 bits among weights in 32, as layers un
     "layer_norm": ((TOKENS.bfloat16(), *norm(8)), {"positions": randn(2, 8)}),
     "add_layer_norm": ((TOKENS.bfloat16(), randn(1, 2, 3, 8, seed=1), *norm(8)), {}),
     "temporal_conv": ((image(1, 8, 3, 2).bfloat16(), randn(4, 8, 3, 1, 1), randn(4)), {"residual": image(1, 4, 3, 2)}),
+    "linear_add": ((TOKENS.bfloat16(), randn(6, 8), randn(6), randn(1, 2, 3, 6)), {}),
 }
+
+
+PRODUCTS = ("temporal_attention", "geglu", "temporal_conv", "linear_add")
 
 
 @pytest.mark.parametrize("name", AUTOCAST)
@@ -84,7 +89,7 @@ def test_autocast(name):
     leaf = args[1].clone().requires_grad_()
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         got = op(args[0], leaf, *args[2:], **kw, impl="triton")
-    got, product = got if isinstance(got, tuple) else (got,), name in ("temporal_attention", "geglu", "temporal_conv")
+    got, product = got if isinstance(got, tuple) else (got,), name in PRODUCTS
     wide = op(*(x.double() if isinstance(x, Tensor) else x for x in args), impl="torch",
               **{n: x.double() if isinstance(x, Tensor) else x for n, x in kw.items()})  # fmt: skip
     for mine, want in zip(got, wide if isinstance(wide, tuple) else (wide,), strict=True):

@@ -225,6 +225,7 @@ ARGUMENTS = {
     "layer_norm": ((torch.randn(1, 2, 3, 4), torch.ones(4), torch.zeros(4)), {"positions": torch.randn(2, 4)}),
     "add_layer_norm": ((torch.randn(1, 2, 4), torch.randn(1, 2, 4), torch.ones(4), torch.zeros(4)), {}),
     "temporal_conv": ((torch.randn(1, 4, 3, 2), torch.randn(5, 4, 3, 1, 1), torch.randn(5)), {}),
+    "linear_add": ((torch.randn(3, 4), torch.randn(6, 4), torch.randn(6), torch.randn(3, 6)), {}),
 }
 
 

@@ -52,6 +52,8 @@ def test_a_table_is_read(op, tmp_path, monkeypatch):
     key, shipped = tune.lookup(shape, HALF, "sm_90")
     assert key[:2] == (op, "sm_90") and tuple(shipped) == _tiles.KNOBS[op].tile
     for name, value in shipped.items():
+        if name == "LAUNCHES":  # see below
+            continue
         if name in ("BLOCK", "PIXELS"):  # each of them limits the other
             row = {"BLOCK": 4 * shipped["BLOCK"], "PIXELS": 2}
         else:
@@ -73,7 +75,21 @@ def test_a_table_is_read(op, tmp_path, monkeypatch):
     assert not other or tune.lookup(other[0], HALF, "sm_90")[0] != key
 
 
+def test_a_table_says_in_how_many_launches():
+    small = next(s for s in shapes("group_norm_silu") if s.launches() == 1)
+    key, shipped = tune.lookup(small, HALF, "sm_90")
+    assert shipped == {"LAUNCHES": 1} and len(launches(small)) == 1
+    _tiles.use({key: {"LAUNCHES": 3}})
+    assert len(launches(small)) == 3
+    large = next(s for s in shapes("group_norm_silu") if s.launches() == 3)
+    _tiles.use({tune.lookup(large, HALF, "sm_90")[0]: {"LAUNCHES": 1}})
+    with pytest.raises(ValueError, match="LAUNCHES=1 does not fit x"):
+        launches(large)
+
+
 ROW = {"sizes": {"m": 512, "n": 64, "k": 64, "itemsize": 2}, "tile": {"BLOCK_M": 128}}
+
+NORM = {"sizes": {"segments": 1, "t": 64, "c": 64, "itemsize": 2}, "tile": {"LAUNCHES": 2}}
 
 
 @pytest.mark.parametrize("text, said", [
@@ -86,6 +102,7 @@ ROW = {"sizes": {"m": 512, "n": 64, "k": 64, "itemsize": 2}, "tile": {"BLOCK_M":
     (json.dumps({"geglu": {"sm_90": [{**ROW, "tile": {"BLOCK_M": 96}}]}}), "a power of two of at least 16, not 96"),
     (json.dumps({"geglu": {"sm_90": [{**ROW, "tile": {"BLOCK_M": 8}}]}}), "of at least 16, not 8"),
     (json.dumps({"geglu": {"sm_90": [{**ROW, "tile": {"num_stages": "3"}}]}}), "num_stages must be a number"),
+    (json.dumps({"group_norm_silu": {"sm_90": [NORM]}}), "LAUNCHES must be 1 or 3, not 2"),
 ])  # fmt: skip
 def test_a_table_that_no_kernel_could_run_with(text, said, tmp_path):
     (tmp_path / "t.json").write_text(text)
