@@ -466,7 +466,7 @@ def run_trainer(world, folder, train, engine, killer=None):
     unet = UNet3DConditionModel(**SMALL, **SMALL_3D).double()
     pipe = TextToVideoSDPipeline(None, None, None, unet, DDIMScheduler())
     recipe = Recipe(data=("clips",), out=folder, train=train, parallel=engine, steps=4, batch=4, save_every=2, warmup=0,
-                    rate=1e-3, rank=2, ema=0.9, validate_every=0, temporal_dropout=0.0,
+                    learning_rate=1e-3, rank=2, ema=0.9, validate_every=0, temporal_dropout=0.0,
                     accumulate=2 if train == "temporal" else 1)  # fmt: skip
     data = Clips()
     trainer = Trainer(pipe, data, recipe, world, say=print)

@@ -33,7 +33,7 @@ class Clips:
 @pytest.fixture
 def make(tmp_path, randomize_):
     def trainer(**options) -> Trainer:
-        options = {"steps": 4, "batch": 4, "rate": 0.05, "warmup": 0, "rank": 2, "validate_every": 0,
+        options = {"steps": 4, "batch": 4, "learning_rate": 0.05, "warmup": 0, "rank": 2, "validate_every": 0,
                    "prior": "old", "prior_share": 0.5, "train": "lora"} | options  # fmt: skip
         recipe = Recipe(data=("clips",), out=tmp_path / "run", **options)
         scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)

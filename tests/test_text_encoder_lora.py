@@ -40,7 +40,7 @@ def make(tmp_path, randomize_):
             down_block_types=("CrossAttnDownBlock3D",), up_block_types=("CrossAttnUpBlock3D",),
             cross_attention_dim=shapes.unet.config.cross_attention_dim)).double()  # fmt: skip
         pipe = TextToVideoSDPipeline(None, shapes.text_encoder.double(), shapes.tokenizer, unet, DDIMScheduler())
-        options = {"batch": 4, "rate": 0.01, "warmup": 0, "rank": 2, "validate_every": 0, "train_text": True,
+        options = {"batch": 4, "learning_rate": 0.01, "warmup": 0, "rank": 2, "validate_every": 0, "train_text": True,
                    **({"prior": "old"} if prior else {})} | options  # fmt: skip
         recipe = Recipe(data=("clips",), out=tmp_path / out, **options)
         return Trainer(pipe, Clips(pipe, 0), recipe, prior=Clips(pipe, 1) if prior else None, say=lambda _: None)

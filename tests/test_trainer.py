@@ -62,7 +62,7 @@ def make(tmp_path, randomize_):
     """A trainer of a small network, with float32 weights."""
 
     def trainer(data=None, out="run", cls=UNet3DConditionModel, dtype=torch.float32, old=None, say=None, **options):
-        options = {"steps": 4, "batch": 2, "rate": 1e-3, "warmup": 0, "rank": 2, "validate_every": 0} | options
+        options = {"steps": 4, "batch": 2, "learning_rate": 1e-3, "warmup": 0, "rank": 2, "validate_every": 0} | options
         recipe = Recipe(data=("clips",), out=tmp_path / out, **options)
         return Trainer(make_pipe(randomize_, cls, dtype), data or Clips(), recipe, prior=old, say=say or (lambda _: 0))
 
@@ -83,8 +83,8 @@ def test_what_a_recipe_refuses(tmp_path):
         "learning_rat = 1": "no option 'learning_rat' (nearest: ",
         'train = "loar"': "not 'loar' (nearest: 'lora')",
         "steps = 0": "steps must be at least 1",
-        "rate = 'x'": "rate must be",
-        "rate = -1.0": "rate must be at least 0",
+        "learning_rate = 'x'": "learning_rate must be",
+        "learning_rate = -1.0": "learning_rate must be at least 0",
         "fps = 8.0\nstride = 2": "stride must be None beside fps",
         "batch = 4\naccumulate = 3": "accumulate must divide batch 4",
         'train = "patterns"': "targets must be patterns",
@@ -106,9 +106,9 @@ def test_options_of_a_file_and_of_the_command_line(tmp_path):
     (tmp_path / "clips").mkdir()
     file = tmp_path / "a.toml"
     file.write_text('data = "clips"\nout = "run"\nrate = 1e-3\ntimesteps = [100, 200]\ntargets = "both"')
-    recipe = read_recipe(file, {"rate": 2e-3, "out": str(tmp_path / "other")})
+    recipe = read_recipe(file, {"learning_rate": 2e-3, "out": str(tmp_path / "other")})
     assert recipe.data == (str(tmp_path / "clips"),)  # from the file, wherever one stands
-    assert (recipe.rate, recipe.out, recipe.timesteps) == (2e-3, str(tmp_path / "other"), (100, 200))
+    assert (recipe.learning_rate, recipe.out, recipe.timesteps) == (2e-3, str(tmp_path / "other"), (100, 200))
     assert recipe.targets == ("both",)
     file.write_text('out = "run"\nprior = "clips"\n[[data]]\npath = "clips"\nweight = 2.0')
     recipe = read_recipe(file, {})
@@ -120,12 +120,12 @@ def test_usual_values():
     lora = Recipe().filled("UNet3DConditionModel", clips=9)
     assert (lora.alpha, lora.weight_decay, lora.ema, lora.text_dropout, lora.temporal_dropout) == (8, 0, 0, 0.1, 0)
     assert Recipe().filled("UNet3DConditionModel", clips=1).text_dropout == 0
-    full = Recipe(train="full", rate=1.0).filled("UNet3DConditionModel")
-    assert (full.temporal_dropout, full.ema, full.rate, full.weight_decay) == (0.1, 0.999, 1.0, 0.01)
+    full = Recipe(train="full", learning_rate=1.0).filled("UNet3DConditionModel")
+    assert (full.temporal_dropout, full.ema, full.learning_rate, full.weight_decay) == (0.1, 0.999, 1.0, 0.01)
     motion = Recipe(train="motion-lora").filled("UNetMotionModel")
-    assert (motion.rate, motion.timesteps, motion.temporal_dropout) == (5e-4, "high", 0)
+    assert (motion.learning_rate, motion.timesteps, motion.temporal_dropout) == (5e-4, "high", 0)
     assert all(value is not None for name, value in full.values().items()
-               if name in ("rate", "warmup", "frames", "precision", "guidance", "validate_every"))
+               if name in ("learning_rate", "warmup", "frames", "precision", "guidance", "validate_every"))
 
 
 def test_rates_are_functions_of_the_step():
@@ -219,11 +219,11 @@ def test_a_part_of_each_batch_is_the_prior_sets(make):
 
 
 def test_sixteen_bits_have_float32_masters(make):
-    trainer = make(train="lora", precision="bf16", rate=1e-4)
+    trainer = make(train="lora", precision="bf16", learning_rate=1e-4)
     before = weights(trainer)
     assert {p.dtype for p in trainer.parameters} == {torch.float32}
     assert trainer.unet.conv_in.weight.dtype == torch.bfloat16 and trainer.unet.norm_out.weight.dtype == torch.float32
-    plain = make(out="plain", train="lora", rate=1e-4)
+    plain = make(out="plain", train="lora", learning_rate=1e-4)
     for step in range(3):
         loss = trainer.step()["loss"]
         assert loss == pytest.approx(plain.step()["loss"], rel=0.05) and loss != 0, step
@@ -263,7 +263,7 @@ def test_the_average_begins_fast_and_ends_slow():
 
 @pytest.mark.parametrize("train, rate, most", [("full", 1e-2, 0.7), ("lora", 5e-2, 0.9), ("full", 0.0, 1.0)])
 def test_the_loss_of_one_clip_falls_and_at_rate_0_it_stays(make, train, rate, most):
-    trainer = make(Clips(1), train=train, rate=rate, steps=25, batch=2, ema=0.0, temporal_dropout=0.0,
+    trainer = make(Clips(1), train=train, learning_rate=rate, steps=25, batch=2, ema=0.0, temporal_dropout=0.0,
                    validation_clips=1)  # fmt: skip
     fixed = validation.Validation(trainer)
     found = []
@@ -315,9 +315,9 @@ def test_a_gradient_that_is_not_finite_is_named(make):
 def test_another_recipe_is_refused_in_the_folder_of_a_run(make, tmp_path):
     make().run()
     said = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert said["recipe"]["rate"] == 1e-3 and said["recipe"]["weight_decay"] == 0.0  # also what was not given
-    with pytest.raises(ValueError, match=r"another run: batch was 2 .*; rate was 0.001 and is 0.002\. .*--resume"):
-        make(rate=2e-3, batch=4)
+    assert said["recipe"]["learning_rate"] == 1e-3 and said["recipe"]["weight_decay"] == 0.0  # also what was not given
+    with pytest.raises(ValueError, match=r"another run: batch was 2 .*; learning_rate was .* is 0.002\. .*--resume"):
+        make(learning_rate=2e-3, batch=4)
     with pytest.raises(ValueError, match="the data is another"):
         make(Clips(2))
     assert make(keep=5, log_every=1).done == 4  # what changes no weight may change
@@ -396,7 +396,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits(tmp_path, ra
     def start(out):
         def run():
             torch.set_num_threads(1)
-            recipe = Recipe(data=("clips",), out=out, train="full", steps=10, batch=2, rate=1e-3, warmup=0,
+            recipe = Recipe(data=("clips",), out=out, train="full", steps=10, batch=2, learning_rate=1e-3, warmup=0,
                             save_every=1, temporal_dropout=0.2, ema=0.9, validate_every=0)  # fmt: skip
             Trainer(make_pipe(randomize_), Clips(), recipe, say=lambda _: 0).run()
 
@@ -454,8 +454,8 @@ def test_clips_in_a_folder_become_a_lora_that_loads(tmp_path, capsys):
         (folder / f"{n}.txt").write_text(world.captions(*what)[0])
     (folder / "broken.mp4").write_bytes(b"x" * 100)
     (folder / "broken.txt").write_text("a broken file")
-    words = ["train", "--data", str(folder), "--out", str(tmp_path / "run"), "--steps=2", "--batch=2", "--rate=1e-2",
-             "--sample-steps=2", "--validate-every=2", "--kohya", "--validation-clips=1", "--log-every=1",
+    words = ["train", "--data", str(folder), "--out", str(tmp_path / "run"), "--steps=2", "--batch=2",
+             "--learning-rate=1e-2", "--sample-steps=2", "--validate-every=2", "--kohya", "--validation-clips=1", "--log-every=1",
              "--validation-prompts", "a red circle moving left"]  # fmt: skip
     assert cli.main(words) == 0
     said = capsys.readouterr()

@@ -16,7 +16,7 @@ def make_optimizer(groups: list[dict[str, Any]], recipe: Recipe, device: torch.d
 
     ValueError where 8-bit AdamW is not installed, or cannot run on the device.
     """
-    values = {"lr": recipe.rate, "betas": (0.9, recipe.beta2), "weight_decay": recipe.weight_decay}
+    values = {"lr": recipe.learning_rate, "betas": (0.9, recipe.beta2), "weight_decay": recipe.weight_decay}
     if recipe.optimizer == "adamw8bit":
         try:
             from bitsandbytes.optim import AdamW8bit

@@ -90,8 +90,8 @@ class Recipe:
     steps: int = option(500, "steps of the optimizer")
     batch: int = option(4, "clips in a step, over all processes")
     accumulate: int = option(1, "pieces in which a process computes its clips; more pieces need less memory")
-    rate: float | None = option(None, "learning rate; the default depends on the kind of training")
-    spatial_rate: float | None = option(None, "learning rate of MotionDirector's spatial LoRA (default: 1e-4)")
+    learning_rate: float | None = option(None, "learning rate; the default depends on the kind of training")
+    spatial_learning_rate: float | None = option(None, "learning rate of MotionDirector's spatial LoRA (default: 1e-4)")
     schedule: Literal["constant", "cosine", "linear"] = option(
         "constant", "how the learning rate goes on after the warm-up"
     )
@@ -99,7 +99,7 @@ class Recipe:
     optimizer: Literal["adamw", "adamw8bit"] = option("adamw", "optimizer; adamw8bit needs bitsandbytes and CUDA")
     weight_decay: float | None = option(None, "weight decay of AdamW (default: 0 for a LoRA, else 0.01)")
     beta2: float = option(0.999, "beta2 of AdamW")
-    clip: float = option(1.0, "a gradient with a larger norm is scaled down to it")
+    max_grad_norm: float = option(1.0, "a gradient with a larger norm is scaled down to it")
     ema: float | None = option(
         None, "decay of the moving average of the weights, 0 for none (default: 0.999, LoRA 0)"
     )
@@ -163,12 +163,12 @@ class Recipe:
         for name in ("rank", "frames", "height", "width", "stride", "steps", "batch", "accumulate",
                      "save_every", "log_every", "sample_steps", "prior_clips", "validation_clips"):  # fmt: skip
             need(getattr(self, name) is None or getattr(self, name) >= 1, name, "at least 1")
-        for name in ("rate", "spatial_rate", "weight_decay", "warmup", "noise_offset", "validate_every",
-                     "save_minutes"):  # fmt: skip
+        for name in ("learning_rate", "spatial_learning_rate", "weight_decay", "warmup", "noise_offset",
+                     "validate_every", "save_minutes"):  # fmt: skip
             need(getattr(self, name) is None or 0 <= getattr(self, name) < float("inf"), name, "at least 0")
         for name in ("dropout", "text_dropout", "ema", "temporal_dropout", "beta2"):
             need(getattr(self, name) is None or 0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
-        for name in ("fps", "alpha", "min_snr", "clip", "guidance"):
+        for name in ("fps", "alpha", "min_snr", "max_grad_norm", "guidance"):
             need(getattr(self, name) is None or 0 < getattr(self, name) < float("inf"), name, "above 0")
         need(0 <= self.high_share <= 1, "high_share", "from 0 to 1")
         need(0 <= self.high_from <= 0.99, "high_from", "from 0 to 0.99")
@@ -216,8 +216,8 @@ class Recipe:
             "timesteps": timesteps,
             "text_dropout": None if clips is None else 0.1 if clips > 1 else 0.0,
             "frames": 1 if kind == "image" else 16,
-            "rate": rate,
-            "spatial_rate": 1e-4,
+            "learning_rate": rate,
+            "spatial_learning_rate": 1e-4,
             "prior_target": "clips" if kind == "motiondirector" else "model",
             "warmup": min(100, self.steps // 10),
             "weight_decay": 0.0 if lora else 1e-2,

@@ -168,9 +168,10 @@ class Trainer:
         elif not self.loras and not self.has_stills:
             self.network = self.world.replicate(unet)
         self.parameters = [p for _, p in self.trained]
-        rates = {"spatial": recipe.spatial_rate}
-        self.groups = [{"params": lora.parameters(), "rate": rates.get(kind, recipe.rate)}
-                       for kind, lora in self.loras.items()] or [{"params": self.parameters, "rate": recipe.rate}]
+        rates = {"spatial": recipe.spatial_learning_rate}
+        usual = recipe.learning_rate
+        self.groups = [{"params": lora.parameters(), "rate": rates.get(kind, usual)}
+                       for kind, lora in self.loras.items()] or [{"params": self.parameters, "rate": usual}]
 
     @property
     def has_stills(self) -> bool:
@@ -196,7 +197,7 @@ class Trainer:
         for p in self.parameters:
             if p.grad is not None and self.scale != 1:
                 p.grad /= self.scale
-        norm = self.world.clip(self.parameters, self.recipe.clip)
+        norm = self.world.clip(self.parameters, self.recipe.max_grad_norm)
         (loss,) = self.world.sum([float(sum(map(torch.sum, losses))) / self.recipe.batch])
         factor = self.recipe.rate_at(self.done)
         for group in self.optimizer.param_groups:
