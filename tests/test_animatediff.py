@@ -315,7 +315,7 @@ def test_latents_in_place_of_a_video(v2v):
     assert (seen[2][0] - noisy).abs().mean() > 0.1  # with noise on top
     size = dict(num_inference_steps=1, output_type="latent", strength=0)
     assert v2v(noisy[0].transpose(0, 1), "a cat", **size).frames.shape == noisy.shape  # clean ones, as a video
-    with pytest.raises(ValueError, match=r"latents must be \(b, 4, f, 8, 16\)"):
+    with pytest.raises(ValueError, match=r"latents must be .*\(b, 4, f, 8, 16\)"):
         v2v(latents=noisy, **call | dict(width=32))
     with pytest.raises(ValueError, match="not both"):
         v2v(torch.zeros(3, 3, 16, 24), latents=noisy, **call)
@@ -377,7 +377,7 @@ def test_a_unet_without_a_size(pipe, base, adapter):
         (dict(num_frames=0), ValueError, "num_frames"),
         (dict(num_videos_per_prompt=0), ValueError, "num_videos_per_prompt must be a positive integer"),
         (dict(num_videos_per_prompt=2, generator=[torch.Generator()] * 3), ValueError, "3 generators for 2 videos"),
-        (dict(num_videos_per_prompt=2, latents=torch.zeros(1, 4, 3, 8, 12)), ValueError, r"latents must be \(2, 4, 3"),
+        (dict(num_videos_per_prompt=2, latents=torch.zeros(1, 4, 3, 8, 12)), ValueError, r"latents must be .*\(2, 4, 3"),
         (dict(prompt={0: "a cat", 8: "a dog"}), ValueError, "prompt: there is no frame 8, only 0 to 2"),
         (dict(ip_adapter_image=Image.new("RGB", (8, 8))), ValueError, "there is no IP-Adapter"),
         (dict(ip_adapter_image_embeds=[torch.zeros(1)]), ValueError, "there is no IP-Adapter"),
@@ -466,7 +466,7 @@ def test_an_adapter_without_a_mid_block_goes_into_any_unet(pipe, adapter):
         (dict(motion_adapter="guoyww/x"), TypeError, "motion_adapter must be a MotionAdapter, not a str"),
         (dict(motion_adapter=MotionAdapter), TypeError, "motion_adapter must be an object, not the class"),
         (dict(unet=UNet3DConditionModel), TypeError, "unet must be an object, not the class UNet3DCond"),
-        (dict(feature_extractor=object()), ValueError, "feature_extractor must be None: pictures are"),
+        (dict(feature_extractor=object()), ValueError, "feature_extractor must be None: the image_encoder"),
         (dict(image_encoder="h94/IP-Adapter"), TypeError, "image_encoder must be a CLIPVisionModelWithProjection, not"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
@@ -478,7 +478,7 @@ def test_components_that_do_not_fit(pipe, change, error, says):
 
 def test_an_image_model_alone(pipe, base):
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
-    with pytest.raises(ValueError, match="give a motion_adapter"):
+    with pytest.raises(ValueError, match="give motion_adapter="):
         AnimateDiffPipeline(**pipe.components | dict(unet=unet, motion_adapter=None))
     with pytest.raises(ValueError, match="the unet is an image model, .*give motion_adapter=MotionAdapter.from_pretr"):
         AnimateDiffPipeline.from_pretrained(base)

@@ -1,5 +1,6 @@
 """The trainer: one step, a run that a kill does not change, what is refused, and what comes out."""
 
+import csv
 import dataclasses
 import json
 import math
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 from minit2v import AnimateDiffPipeline, DDIMScheduler, TextToVideoSDPipeline, UNet3DConditionModel, UNetMotionModel
+from minit2v.cli import main as minit2v
 from minit2v.training import checkpoints, result, start, validation
+from minit2v.training.draw import draw
 from minit2v.training.optimizer import Average
 from minit2v.training.recipe import Recipe, read_recipe
 from minit2v.training.trainer import Piece, Trainer
@@ -277,6 +280,18 @@ def test_the_loss_of_one_clip_falls_and_at_rate_0_it_stays(make, train, rate, mo
         assert found[1] == found[0]
 
 
+def test_a_lora_learns_one_clip_by_heart(tmp_path):
+    """As benchmarks/training_overfit.py does at length: at most half of the validation loss is left."""
+    draw(tmp_path / "clips", "diagonally", 1)
+    options = "--train lora --targets conv --rank 8 --batch 2 --steps 60 --learning-rate 5e-3 --schedule linear " \
+              "--warmup 10 --text-dropout 0 --validate-every 60 --sample-steps 1 --validation-prompts circle"
+    clip = tmp_path / "clips" / "red-circle-diagonally-0.gif"
+    assert minit2v(["train", "--data", str(clip), "--out", str(tmp_path / "run"), *options.split()]) == 0
+    with (tmp_path / "run" / "validation.csv").open(newline="") as file:
+        before, after = (float(row["loss"]) for row in csv.DictReader(file))
+    assert after <= 0.5 * before
+
+
 # Faults -----------------------------------------------------------------------------------------------------------
 
 
@@ -455,8 +470,8 @@ def test_clips_in_a_folder_become_a_lora_that_loads(tmp_path, capsys):
     (folder / "broken.mp4").write_bytes(b"x" * 100)
     (folder / "broken.txt").write_text("a broken file")
     words = ["train", "--data", str(folder), "--out", str(tmp_path / "run"), "--steps=2", "--batch=2",
-             "--learning-rate=1e-2", "--sample-steps=2", "--validate-every=2", "--kohya", "--validation-clips=1", "--log-every=1",
-             "--validation-prompts", "a red circle moving left"]  # fmt: skip
+             "--learning-rate=1e-2", "--sample-steps=2", "--validate-every=2", "--kohya", "--validation-clips=1",
+             "--log-every=1", "--validation-prompts", "a red circle moving left"]  # fmt: skip
     assert cli.main(words) == 0
     said = capsys.readouterr()
     path = tmp_path / "run" / "lora.safetensors"

@@ -60,7 +60,8 @@ def pair(randomize_, family):
 def test_a_step_is_that_of_diffusers_and_torch(randomize_, tmp_path, family):
     peer, pipe = pair(randomize_, family)
     recipe = Recipe(data=("clips",), out=tmp_path, train="full", steps=9, batch=4, accumulate=2, learning_rate=1e-3,
-                    warmup=0, weight_decay=0.1, max_grad_norm=0.5, ema=0.0, temporal_dropout=0.0, validate_every=0)  # fmt: skip
+                    warmup=0, weight_decay=0.1, max_grad_norm=0.5, ema=0.0, temporal_dropout=0.0,
+                    validate_every=0)  # fmt: skip
     trainer, data = Trainer(pipe, Clips(), recipe, say=lambda _: None), Clips()
     optimizer = torch.optim.AdamW(peer.parameters(), 1e-3, weight_decay=0.1)
     # Motion modules are trained with linear betas behind an image model of Stable Diffusion.
