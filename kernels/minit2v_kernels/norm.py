@@ -511,10 +511,11 @@ def whole_tile(
 ) -> tuple[int, int, int] | None:
     """(GROUPS, BLOCK, warps) of `whole`, for x of this shape in channels-last memory; None where it cannot.
 
-    Every load takes 8 channels of x or of skip. A program takes as few groups as have a multiple of 8 channels.
+    Every load takes 8 channels of x or of skip. A program takes one group, or two if one has no multiple of 8
+    channels. With four groups, of 10 channels each, the kernel for AMD spills.
     """
     (_, c1, *spatial), width = shape, c // groups
-    together = [k for k in (1, 2, 4, 8) if width * k % 8 == 0 and groups % k == 0]
+    together = [k for k in (1, 2) if width * k % 8 == 0 and groups % k == 0]
     if not together or c1 % 8:
         return None
     block = power_of_2(frames * prod(spatial) * width * together[0] // 8)
