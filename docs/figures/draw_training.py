@@ -1,7 +1,7 @@
 """What prior preservation keeps, and what it costs: `python docs/figures/draw_training.py`.
 
-Of the study (benchmarks/results/training_study.json) the course of two runs; of the committed recipe
-(training_accuracy.json) both stages. The study read motions by a script of its own, and had 18 and 24 videos.
+It shows two runs of the study (benchmarks/results/training_study.json), and two committed recipes before and after
+training (training_accuracy.json). The study read motions by a script of its own, and had 18 and 24 videos.
 """
 
 import json
@@ -20,7 +20,6 @@ COLOURS = ("#e07b27", "#3b78b5")
 def draw_training(path: Path = HERE / "forgetting.png") -> Path:
     study = json.loads((RESULTS / "training_study.json").read_text())
     results = json.loads((RESULTS / "training_accuracy.json").read_text())
-    stages = [results[name] for name in ("diagonally, 650 steps", "diagonally") if name in results]
     page = Figure(figsize=(9, 3.6), dpi=110, facecolor="white")
     for axes, kind, title in zip(page.subplots(1, 2, sharey=True), ("new", "old"), ("new motion", "old prompts"),
                                  strict=True):  # fmt: skip
@@ -29,10 +28,10 @@ def draw_training(path: Path = HERE / "forgetting.png") -> Path:
             axes.plot([0, *run["minutes"]], [100 * n / count for n in (right, *run[kind])], "o-", color=colour, ms=4,
                       label=f"study, its own reader: {run['name']}")  # fmt: skip
         key = "diagonally" if kind == "new" else "all"
-        ends = [stages[0]["before"], *(stage["after"] for stage in stages)]
-        minutes = [0, *(stage["minutes_of_training"] for stage in stages)]
-        axes.plot(minutes, [100 * end[kind][key] for end in ends], "D-", color="#3c8f5c", ms=5,
-                  label="recipe: what the model said of old clips")  # fmt: skip
+        for name, mark in (("diagonally", "D-"), ("diagonally-animate", "s-")):
+            run = results[name]
+            axes.plot([0, run["minutes_of_training"]], [100 * run[when][kind][key] for when in ("before", "after")], mark,
+                      color="#3c8f5c", ms=5, label=f"recipe {name}: half of each batch old clips")  # fmt: skip
         axes.set(title=f"{title}: % of videos right", xlabel="minutes of training on one core", ylim=(0, 103))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(True, color="#dde3e8", linewidth=0.8)
