@@ -155,6 +155,8 @@ def product_tile(m: int, n: int, k: int, itemsize: int, target: str) -> dict[str
     choices = [tile(rows, columns, 64, warps, stages) for rows, columns, warps in sizes]
     if tiles == "sm_90":
         choices = [tile(256, 128, 64, 8, 4), tile(256, 64, 64, 8, 4), *choices]
+    if target[:5] in ("gfx11", "gfx12"):  # warps of 32 threads: half the registers, and 128 x 128 spills
+        choices = choices[1:]
     return best_tile(m, n, choices, target)
 
 
