@@ -1,9 +1,9 @@
 """Trains the embedded AnimateDiff: `python -m minit2v.training.animate --out runs/animate`.
 
-Two stages, checkpointed and resumed as those of `shapes.py`, of which they share the world, autoencoder and loss:
-1. `image`: a text-to-image UNet, and its text encoder, on single frames of the clips. It begins as the spatial half of
-   the video model `shapes`, whose temporal half is left out.
-2. `motion`: all that is frozen, and motion modules are trained on the clips: first on four frames, then on sixteen.
+It has two stages, with checkpoints as in `shapes.py`. World, autoencoder and loss are those of `shapes.py`, too:
+1. `image`: a text-to-image UNet and its text encoder learn single frames of the clips. The UNet begins as the spatial
+   half of the video model `shapes`.
+2. `motion`: the image model is frozen. Motion modules are trained on the clips, first on four frames, then on sixteen.
 """
 
 import argparse
@@ -88,10 +88,10 @@ class MotionPainter(Painter):
 def draw_images(rng: random.Random, latents: Tensor, batch: int) -> tuple[Tensor, list[str]]:
     """Single frames x (b c 1 h w) and their captions; one in ten is empty, for guidance.
 
-    Most captions speak of the motion, and most of their frames are from the end of the clip: as on photographs, where
-    it has gone is what a still shows of a motion. So the words for motions keep a meaning for the image model, and a
-    motion module finds in its features what they ask for. (An image model that was trained from nothing learned in
-    4,000 steps to draw, but not to tell left from right; motion modules behind it did not learn to either.)
+    Most captions name the motion, and most of their frames are from the end of the clip, which shows where the shape
+    has gone. So words for motions keep a meaning for the image model, and motion modules find it in the features. An
+    image model that was trained from nothing learned to draw in 4,000 steps, but its features did not tell left from
+    right. Motion modules behind it did not learn directions.
     """
     rows, texts = [], []
     for _ in range(batch):
@@ -136,7 +136,7 @@ def train_motion(
     unet = UNetMotionModel.from_unet2d(image.unet, MotionAdapter(**MOTION)).train()
     unet.freeze_unet2d_params()
     painter = MotionPainter(unet, image.text_encoder.requires_grad_(False))
-    # The frozen image model knows what to do at low noise; what the frames agree on is decided at high noise.
+    # At low noise the frozen image model suffices. What all frames share is decided at high noise.
     return train_diffusion(
         out, "motion", seed, painter, tokenizer, course, 1.5e-3,
         lambda rng, frames, batch: draw_batch(rng, latents, frames, batch),
@@ -149,7 +149,7 @@ def make_pipeline(vae: AutoencoderKL, painter: Painter, tokenizer: CLIPTokenizer
 
 
 def digest(video: TextToVideoSDPipeline) -> str:
-    """What tells one video model from another: the SHA-256 of all its weights."""
+    """The SHA-256 of all weights of a video model, which identifies it."""
     networks = (video.unet, video.vae, video.text_encoder)
     return hashlib.sha256(b"".join(x.numpy().tobytes() for n in networks for x in n.state_dict().values())).hexdigest()
 

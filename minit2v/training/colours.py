@@ -1,9 +1,9 @@
 """Fine-tunes the embedded autoencoder on twelve colours: `python -m minit2v.training.colours --out runs/colours`.
 
-The autoencoder of `shapes` has seen six colours and turns every other into one of them, so that no training of the UNet
-can teach a seventh. Here it sees six more beside the old ones. The latents of the old colours are held where they were,
-because the UNet has learned those: on old pictures the encoder's mean has to stay what the embedded encoder says.
-Checkpointed and resumed as the stages of `shapes.py`; saved as the whole model, with the new autoencoder in it.
+The autoencoder of `shapes` was trained on six colours, and turns every other colour into one of them. So no training of
+the UNet can teach a seventh. Here the autoencoder learns six more beside the old ones. The UNet has learned the latents
+of the old colours. So on old pictures the encoder's mean must stay that of the embedded encoder. Checkpoints are as in
+`shapes.py`. The result is the whole model with the new autoencoder.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """Trains the embedded motion LoRA, `shapes-orbit`: `python -m minit2v.training.orbit --out runs/orbit`.
 
-Low-rank factors (Hu et al. 2021, arXiv:2106.09685) beside the layers of `shapes-motion` learn a motion that it does not
-know: what the words name goes once around a circle, clockwise from the top. All else is frozen, as behind AnimateDiff's
-motion LoRAs. The captions say no motion: the adapter is the motion. Checkpointed and resumed as the stages of
-`shapes.py`; saved in peft's names, as every trainer of LoRAs does.
+Low-rank factors (Hu et al. 2021, arXiv:2106.09685) beside the layers of `shapes-motion` learn a new motion: the shape
+goes once around a circle, clockwise from the top. All other weights are frozen, as in AnimateDiff's motion LoRAs. The
+captions name no motion, because the adapter stands for it. Checkpoints are as in `shapes.py`. The result is saved in
+peft's names, as by other trainers of LoRAs.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from .shapes import Painter, claim, make_tokenizer, still_captions, train_diffus
 from .trainable import add_lora, lora_targets
 
 RANK = 8
-# Where to be when is learned from four frames of a clip at a quarter of the price; the second stage makes it smooth.
+# Four frames of a clip teach the path at a quarter of the cost. Then all frames make it smooth.
 COURSES = {"orbit": ((4, 16, 300), (16, 4, 400)), "smooth": ((16, 4, 500),)}
 KINDS = [(colour, shape) for colour in world.COLOURS for shape in world.SHAPES]
 
@@ -108,7 +108,7 @@ def train(
         for module in painter.modules():
             if isinstance(module, TrainedBranch):
                 module.requires_grad_(True)
-        # As for motion modules: what the frames agree on is decided at high noise.
+        # As for motion modules: what all frames share is decided at high noise.
         painter = train_diffusion(out, stage, seed, painter, make_tokenizer(), course, rate * 0.75**n,
                                   lambda rng, frames, batch: draw_orbits(rng, latents, frames, batch), noisy=0.8)
     return painter

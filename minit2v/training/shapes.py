@@ -1,10 +1,10 @@
 """Trains the embedded model from nothing: `python -m minit2v.training.shapes --out runs/shapes`.
 
-Three stages, each checkpointed to `--out` every minute and resumed from there, each batch a function of (seed, step),
-so that a run that was killed goes on exactly as if it had not been:
-1. `vae`: pictures to 8x8x4 latents and back, until the analyser reads every colour and shape off the round trip.
-2. `text`: the text encoder learns to tell captions apart, by naming what they say (CLIP's are trained beforehand too).
-3. `unet`: v-prediction on the latents of clips, stills first, then 16 frames.
+It has three stages. Each writes a checkpoint into `--out` every minute and resumes from it. A batch is a function of
+seed and step, so a run that was killed continues exactly:
+1. `vae`: from pictures to 8x8x4 latents and back, until `world.analyse` reads every colour and shape from the result.
+2. `text`: the text encoder learns to name colour, shape and motion of a caption. CLIP's is trained before, too.
+3. `unet`: v-prediction on the latents of clips: stills first, then 4 frames, then 16.
 """
 
 import argparse
@@ -43,7 +43,7 @@ VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
     "layers_per_block": 1,
-    "norm_num_groups": 4,  # one channel per group would be instance norm, and wash the colours out
+    "norm_num_groups": 4,  # with one channel in a group, the norm would remove the colours
     "sample_size": world.SIZE,
     "scaling_factor": 1.0,  # `whiten` folds mean and scale of the latents into the 1x1 convolutions
 }
@@ -67,11 +67,11 @@ UNET = {
 }
 NAMES = ("colour", "shape", "motion")
 COURSE = ((1, 64, 2500), (4, 24, 9300), (16, 8, 4200))  # of the UNet: (frames, clips a batch, steps)
-GUIDANCE = 1.5  # more makes squares round and circles edged: it exaggerates what tells one shape from another
+GUIDANCE = 1.5  # a higher scale makes squares round and circles edged
 
 
 def claim(out: Path, **of: Any) -> None:
-    """Makes the folder of a training, and writes into it of which one. ValueError where it is that of another.
+    """Makes the folder of a training and writes the name of the training into it. ValueError if another has it.
 
     Checkpoints and latents in it are taken up as they are: with another seed they would be those of the old one.
     """
@@ -187,7 +187,7 @@ def train_vae(out: Path, seed: int, steps: int = 2500, batch: int = 32, rate: fl
 
 @torch.no_grad()
 def whiten(vae: AutoencoderKL, seed: int) -> None:
-    """Give every latent channel mean 0 and deviation 1, exactly, by the 1x1 convolutions on both sides of it."""
+    """Change the 1x1 convolutions around the latents so that every channel has mean 0 and deviation 1 exactly."""
     rng, _ = generators(seed, "whiten", 0)
     z = torch.cat([vae.encode(stills(rng, 64)).mean for _ in range(16)])
     mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
@@ -201,7 +201,7 @@ def whiten(vae: AutoencoderKL, seed: int) -> None:
 
 @torch.no_grad()
 def vae_accuracy(vae: AutoencoderKL, seed: int, per_combination: int = 1) -> dict[str, float]:
-    """How often the analyser reads the right colour, shape and motion off the round trip of drawn clips."""
+    """How often `analyse` reads the right colour, shape and motion after clips were encoded and decoded."""
     rng, _ = generators(seed, "vae accuracy", 0)
     right, count = [0, 0, 0], 0
     for combination in world.COMBINATIONS * per_combination:
@@ -316,8 +316,8 @@ def train_unet(
 ) -> Painter:
     """v-prediction (Salimans and Ho 2022, arXiv:2202.00512) on latents.
 
-    course: (frames, clips a batch, steps). Stills teach colour and shape at a sixteenth of the price of a clip, four
-    frames spread over the clip teach which way things go at a quarter, all sixteen make it smooth.
+    course: (frames, clips a batch, steps). Stills teach colour and shape, and cost a sixteenth of a clip. Four
+    frames spread over the clip teach the direction of motion, and cost a quarter. All sixteen make motion smooth.
     """
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
@@ -343,11 +343,12 @@ def train_diffusion(
     panel: int = 500,
     noisy: float = 0.5,
 ) -> Painter:
-    """Trains what of `painter` wants gradients on clips (b c f h w) and their captions. Returns the moving average.
+    """Trains the parameters of `painter` that require gradients. Returns the moving average of `painter`.
 
-    course: (frames, clips a batch, steps), one after the other. draw(rng, frames, clips): a batch. pipeline: of the
-    moving average, which shows a panel every `panel` steps on whole clips, and at the end; None: no panel.
-    What is where is decided at the highest noise: the share `noisy` of the clips gets a t from the last 30 % alone.
+    course: (frames, clips in a batch, steps) of each part. draw(rng, frames, clips): makes a batch of clips
+    (b c f h w) and captions. pipeline: the pipeline of the moving average, which makes a panel of videos every `panel`
+    steps and at the end; None: no panel. noisy: the share of clips with t from the noisiest 30 %, where places are
+    decided.
     """
     average = copy.deepcopy(painter).eval().requires_grad_(False)
     trained = [p for p in painter.parameters() if p.requires_grad]
@@ -427,7 +428,7 @@ def make_pipeline(vae: AutoencoderKL, painter: Painter, tokenizer: CLIPTokenizer
 
 
 def report_panel(out: Path, run: Run, pipe: DiffusionPipeline, step: int, count: int = 18) -> None:
-    """Generates a fixed panel of combinations, has it read back, and keeps it as a picture: a row for each video."""
+    """Makes videos of a fixed panel of combinations, reads them, and saves a picture with a row for each video."""
     from PIL import Image
 
     pipe.set_progress_bar_config(disable=True)

@@ -1,11 +1,11 @@
 """The world of the embedded model, drawn by code: one shape of one colour in one motion, on black.
 
-6 colours x 3 shapes x 6 motions = 108 combinations, of which `UNSEEN` (16, every colour, shape and motion among them)
-are never trained on. `render` draws clips, `captions` words them, `analyse` reads colour, shape and motion back off the
-pixels.
+There are 6 colours x 3 shapes x 6 motions = 108 combinations. The 16 of `UNSEEN` are never trained on. They have every
+colour, shape and motion. `render` draws clips, and `captions` gives their captions. `analyse` reads colour, shape and
+motion from the pixels of a video.
 
-What fine-tuning teaches the model is beside it: the motion "diagonally", colours of `NEW_COLOURS`, and the word
-"crimson" for red. None of it changes a clip, a caption or a reading of the 108 combinations.
+Fine-tuning teaches the model more: the motion "diagonally", the colours in `NEW_COLOURS`, and the word "crimson" for
+red. The 108 combinations are not changed by these.
 """
 
 import random
@@ -72,7 +72,7 @@ WAYS = {
 
 
 def captions(colour: str, shape: str, motion: str) -> list[str]:
-    """Every phrasing of one combination; the first is the plain one."""
+    """All captions of one combination. The first is the plainest."""
     templates = MOVING if motion in (*MOTIONS[:4], NEW_MOTION) else SIZING
     return [
         t.format(colour=colour, shape=shape, way=way)
@@ -94,7 +94,7 @@ class Clip:
 
 
 def draw_clip(rng: random.Random, colour: str, shape: str, motion: str) -> Clip:
-    """Random place, size and speed, always wholly inside the picture."""
+    """A clip with random place, size and speed. The shape never leaves the picture."""
     if motion == NEW_MOTION:
         r = rng.uniform(8.0, 12.0)
         dx, dy = rng.uniform(17.0, 24.0), rng.uniform(17.0, 24.0)  # 35 to 55 degrees
@@ -152,7 +152,7 @@ def paint(what: list[tuple[str, str]], places: Tensor) -> Tensor:
 
 
 def centres(video: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """video (c f h w) in [0, 1] -> of each frame the mean place x, y of what is bright, and how many pixels that is."""
+    """video (c f h w) in [0, 1] -> of each frame the mean x and y of the bright pixels, and their number."""
     mask = video.float().amax(0) > 0.5
     area = mask.sum((1, 2)).float()
     grid = torch.arange(mask.shape[-1]).float()
@@ -197,8 +197,8 @@ def travel(video: Tensor) -> tuple[float, float, float] | None:
 def reads_diagonally(video: Tensor) -> bool:
     """video (c f h w) in [0, 1] -> does the middle go from the upper left to the lower right, as `NEW_MOTION` says?
 
-    At least 10 pixels to the right and 10 down over the whole clip, neither more than twice the other (27 to 63
-    degrees), while the size changes by less than half of what growing is.
+    It must go at least 10 pixels to the right and 10 down over the whole clip. Neither may be more than twice the other
+    (27 to 63 degrees). The size may change by less than half of the change in a clip that grows.
     """
     if (way := travel(video)) is None:
         return False
@@ -209,8 +209,9 @@ def reads_diagonally(video: Tensor) -> bool:
 def analyse(video: Tensor) -> tuple[str | None, str | None, str | None]:
     """video (c f h w) in [0, 1] -> what is seen: (colour, shape, motion), None where nothing clear is.
 
-    Plain image analysis: brightness over a threshold is foreground; the mean colour of the foreground; how much of its
-    bounding box it fills (circle pi/4, square 1, triangle 1/2); straight-line fits of centre and extent over time.
+    Pixels above a brightness are the foreground. Its mean colour gives the colour. The share of its bounding box that
+    it fills gives the shape (circle pi/4, square 1, triangle 1/2). Lines fitted to centre and size over time give the
+    motion.
     """
     video = video.float()
     light = video.amax(0)  # (f h w)
@@ -223,8 +224,7 @@ def analyse(video: Tensor) -> tuple[str | None, str | None, str | None]:
 
     cx, cy, _ = centres(video)
 
-    # The box is measured between the outermost rows and columns that are lit like an edge of it (2 pixels or more),
-    # so that one stray pixel does not move it.
+    # The box ends at the outermost rows and columns with at least 2 bright pixels. So one stray pixel does not move it.
     width = (mask.sum(1) >= 2).sum(1).float()
     height = (mask.sum(2) >= 2).sum(1).float()
     big = seen & (area >= 0.5 * area.max())  # small frames of a growing shape say little about corners
@@ -240,7 +240,7 @@ def analyse(video: Tensor) -> tuple[str | None, str | None, str | None]:
         return float((t * (v - v.mean())).sum() / (t * t).sum()) * (len(area) - 1)
 
     dx, dy, dr = change(cx), change(cy), change((width + height) / 4)
-    # Travelling is 20 to 28 pixels, growing 6.5 to 14 of half-width: brought to one scale; half of the least counts.
+    # A moving shape goes 20 to 28 pixels; a growing one gains 6.5 to 14 of half-width. Both are put on one scale.
     dx, dy, dr = dx / 20, dy / 20, dr / 7
     scores = {"left": -dx, "right": dx, "up": -dy, "down": dy, "growing": dr, "shrinking": -dr}
     motion = max(scores, key=scores.__getitem__)
