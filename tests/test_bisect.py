@@ -129,7 +129,7 @@ def test_images_have_no_frames(make_official_folder, tmp_path):
 @pytest.mark.parametrize("args, said", [
     (["--height", "20"], "--height must be a multiple of 8, not 20"),
     (["nowhere/at/all"], "no folder .nowhere"),
-    (["--device", "gpu"], "no device 'gpu'"),
+    (["--device", "gpu"], "unknown device 'gpu'"),
 ])  # fmt: skip
 def test_errors_are_one_line(args, said, capsys, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")

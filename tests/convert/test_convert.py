@@ -362,7 +362,7 @@ def test_a_pipeline_that_lacks_a_network(image_model, tmp_path):
         convert(tmp_path / "f", tmp_path / "x")
     shutil.rmtree(tmp_path / "f/unet")
     for to in ("diffusers", "single-file"):
-        with pytest.raises(ValueError, match="there is no .*f/unet, and model_index.json names it"):
+        with pytest.raises(ValueError, match="there is no .*f/unet, but model_index.json names it"):
             convert(tmp_path / "f", tmp_path / "x", to)
     shutil.copytree(image_model / "unet", tmp_path / "f/unet")
     (tmp_path / "f/other").mkdir()
