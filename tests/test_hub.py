@@ -154,7 +154,7 @@ def test_the_folder_of_another_network(tmp_path, published_config):
         save_file({"a": torch.zeros(1)}, tmp_path / part / f"{stem}.safetensors")
         with pytest.raises(ValueError) as error:
             NETWORKS[other].from_pretrained(tmp_path, subfolder=part)
-        assert f"that of a {name}, not of a {NETWORKS[other].__name__}" in line(error)
+        assert f"belongs to a {name}, not to a {NETWORKS[other].__name__}" in line(error)
         assert str(tmp_path / part / "config.json") in line(error)
 
 
