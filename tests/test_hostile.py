@@ -180,7 +180,7 @@ def test_names_of_parts_become_no_paths(copy, tmp_path):
     index = json.loads((copy / "model_index.json").read_text())
     (copy / "model_index.json").write_text(json.dumps(index | {"../secret": ["diffusers", "AutoencoderKL"]}))
     for to in ("diffusers", "single-file"):
-        with pytest.raises(ValueError, match="copy: model_index.json names the part '../secret', which is no"):
+        with pytest.raises(ValueError, match="copy: model_index.json names the part '../secret', which cannot"):
             convert(copy, tmp_path / "out", to)
 
 
