@@ -377,7 +377,7 @@ def test_a_unet_without_a_size(pipe, base, adapter):
         (dict(num_frames=0), ValueError, "num_frames"),
         (dict(num_videos_per_prompt=0), ValueError, "num_videos_per_prompt must be a positive integer"),
         (dict(num_videos_per_prompt=2, generator=[torch.Generator()] * 3), ValueError, "3 generators for 2 videos"),
-        (dict(num_videos_per_prompt=2, latents=torch.zeros(1, 4, 3, 8, 12)), ValueError, r"latents must be .*\(2, 4, 3"),
+        (dict(num_videos_per_prompt=2, latents=torch.zeros(1, 4, 3, 8, 12)), ValueError, r"latents must .*\(2, 4, 3"),
         (dict(prompt={0: "a cat", 8: "a dog"}), ValueError, "prompt: there is no frame 8, only 0 to 2"),
         (dict(ip_adapter_image=Image.new("RGB", (8, 8))), ValueError, "there is no IP-Adapter"),
         (dict(ip_adapter_image_embeds=[torch.zeros(1)]), ValueError, "there is no IP-Adapter"),

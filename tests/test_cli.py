@@ -122,7 +122,7 @@ def test_every_option_reaches_the_pipeline(run, model):
                 "height": 24, "width": 32, "dtype": "bfloat16", "compat": "diffusers", "kernels": "torch", "steps": 3}
     assert {k: stored[k] for k in expected} == expected
     assert os.environ["MINIT2V_KERNELS"] == ""  # as before the call
-    assert any("compat diffusers" in line and 'not "a dog"' in line for line in err)
+    assert any("compat diffusers" in line and 'negative prompt "a dog"' in line for line in err)
 
 
 def test_kernels_for_single_operations_and_the_fast_path(run, copy, monkeypatch):
@@ -278,7 +278,7 @@ def test_prompts_from_a_file_and_standard_input(run, model, monkeypatch):
     assert run("generate", "--prompts", "-", "--model", model, *FAST, "--seed", 1)[1] == ["a-bird-1.mp4"]
     Path("empty.txt").write_text("\n \n")
     Path("latin.txt").write_bytes(b"a caf\xe9\n")
-    fails(run("generate", "--prompts", "empty.txt", "--model", model), "empty.txt: no prompts")
+    fails(run("generate", "--prompts", "empty.txt", "--model", model), "empty.txt: .*no prompts")
     fails(run("generate", "--prompts", "latin.txt", "--model", model), "latin.txt: not UTF-8")
     fails(run("generate", "--prompts", "gone.txt", "--model", model), "gone.txt: No such file")
 
@@ -385,8 +385,8 @@ def test_version_and_help(capsys):
 def test_bad_settings_are_one_line(run, model):
     base = ["generate", "a cat", "--model", model, *FAST]
     fails(run(*base, "--scheduler", "eulr"), "no scheduler is called 'eulr'", "nearest: 'euler'")
-    fails(run(*base, "--device", "gpu"), "no device 'gpu'", "cpu")
-    fails(run(*base, "--device", "xpu:9"), "'xpu:9' is not here")
+    fails(run(*base, "--device", "gpu"), "unknown device 'gpu'", "cpu")
+    fails(run(*base, "--device", "xpu:9"), "no device 'xpu:9'")
     fails(run(*base, "--width", 17), "width must be a multiple of 2", "nearest")
     fails(run(*base, "--variant", "fp15"), "fp15")
     fails(run(*base, "--revision", "nowhere", "--model", "shape"), "no folder .shape.", "nearest: 'shapes'")
@@ -532,7 +532,7 @@ def test_animate_and_again(run, images, adapter, monkeypatch):
     code, out, err = run("animate", "--replay", "../a-cat-7.mp4", "--trust", "-o", "b.mp4")
     assert code == 0 and not any("warning" in line for line in err), err
     assert Path("../a-cat-7.mp4").read_bytes() == Path("b.mp4").read_bytes()
-    fails(run("generate", "--replay", "b.mp4"), "b.mp4 was made by animate: minit2v animate --replay")
+    fails(run("generate", "--replay", "b.mp4"), "b.mp4 was made by animate: .*minit2v animate --replay")
 
 
 def test_animate_on_the_schedule_of_the_adapters(images, adapter, tmp_path):
@@ -588,7 +588,7 @@ def test_animate_a_whole_model(run, images, adapter, tmp_path):
     assert code == 0 and "adapter" not in read_metadata("whole.gif")
     assert run("animate", "a cat", "--base", images, "--adapter", adapter, *FAST, "--seed", 7, "-o", "two.gif")[0] == 0
     assert np.array_equal(pixels("whole.gif"), pixels("two.gif"))
-    fails(run("animate", "a cat", "--base", tmp_path / "whole", "--adapter", adapter), "--adapter: .* UNetMotionModel")
+    fails(run("animate", "a cat", "--base", tmp_path / "whole", "--adapter", adapter), "--adapter .* UNetMotionModel")
 
     code, out, _ = run("inspect", tmp_path / "whole")
     rows = {line.split()[0]: line for line in out if line.strip()}
@@ -751,7 +751,7 @@ def test_inspect_an_image_model(run, images, tmp_path):
     index = json.loads((copy / "model_index.json").read_text())
     (copy / "model_index.json").write_text(json.dumps({k: v for k, v in index.items() if k != "unet"}))
     code, out, _ = run("inspect", copy)
-    assert code == 1 and out[-1] == "wrong: unet: missing in the index, StableDiffusionPipeline needs it"
+    assert code == 1 and out[-1] == "wrong: unet: missing in the index; StableDiffusionPipeline needs it"
 
 
 @pytest.mark.parametrize("version,said", [("v1-5", "v1: 24 positions, no mid block"),

@@ -120,7 +120,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(run, monkeypatch):
     for args in (["--fps", "0.0004"], ["--fps", "nan"], ["--fps", "1001"]):
         assert "must be a number from 0.01 to 1000" in run("generate", "a cat", *args)[2]
     code, out, err = run("generate", "a cat", "--fps", "101", "-o", "a.gif")
-    assert code == 1 and "a.gif can have 0.01 to 100 frames per second, not 101: give --fps" in err
+    assert code == 1 and "a.gif can have 0.01 to 100 frames per second, not 101: change --fps" in err
     assert os.listdir() == []
 
 

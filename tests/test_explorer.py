@@ -250,7 +250,7 @@ def test_the_authors_files_are_counted_like_the_folder_that_they_become(make_off
     (["shapes-motion", "--adapter", "motion-v1-5"], "give an image model"),
     (["ms-1.7b", "--steps", "3"], "--steps needs --prompt"),
     (["ms-1.7b", "--prompt", "a cat"], "a name without weights"),
-    (["shapes-motion", "--num-frames", "17"], "knows the positions of 16"),
+    (["shapes-motion", "--num-frames", "17"], "has position encodings for 16"),
     (["shapes", "--height", "60"], "height must be a multiple of 8"),
 ])  # fmt: skip
 def test_what_is_wrong_is_said_and_nothing_is_written(arguments, words, tmp_path, monkeypatch, capsys):

@@ -173,7 +173,7 @@ def test_a_parent_does_not_read_a_fork_s_files(folder, tmp_path):
     MyUNet.from_pretrained(folder, subfolder="unet", strict=False).save_pretrained(tmp_path)
     with pytest.raises(ValueError) as error:
         UNet3DConditionModel.from_pretrained(tmp_path)
-    one_line(error, "that of a MyUNet, not of a UNet3DConditionModel", "load it with the class MyUNet")
+    one_line(error, "belongs to a MyUNet, not to a UNet3DConditionModel", "load it with the class MyUNet")
     with pytest.raises(ValueError) as error:
         AutoencoderKL.from_pretrained(folder, subfolder="unet")
     one_line(error, "UNet3DConditionModel")

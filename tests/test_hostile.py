@@ -164,7 +164,7 @@ def test_inspect_reads_what_another_file_wins_over(capsys, copy):
         (vocab, json.dumps(words | {"a": words["b"], "b": words["a"]}), "another vocabulary than tokenizer.json"),
         (index, json.dumps(json.loads(files[index]) | {"_minit2v": []}), "_minit2v must be an object, not "),
         (index, json.dumps(json.loads(files[index]) | {"_minit2v": {"compat": "x"}}), "compat must be None or"),
-        (config, json.dumps(json.loads(files[config]) | {"model_max_length": 500}), "model_max_length is 500, and the"),
+        (config, json.dumps(json.loads(files[config]) | {"model_max_length": 500}), "model_max_length is 500, but the"),
     ):
         path.write_text(text)
         capsys.readouterr()
@@ -180,7 +180,7 @@ def test_names_of_parts_become_no_paths(copy, tmp_path):
     index = json.loads((copy / "model_index.json").read_text())
     (copy / "model_index.json").write_text(json.dumps(index | {"../secret": ["diffusers", "AutoencoderKL"]}))
     for to in ("diffusers", "single-file"):
-        with pytest.raises(ValueError, match="copy: model_index.json names the part '../secret', which is no"):
+        with pytest.raises(ValueError, match="copy: model_index.json names the part '../secret', which cannot"):
             convert(copy, tmp_path / "out", to)
 
 

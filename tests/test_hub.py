@@ -140,7 +140,7 @@ def test_config_and_fields_together():
     assert net.config == TinyConfig(dim=2, scale=3.0)
     assert Tiny.from_config(net.config, scale=5.0).config == TinyConfig(dim=2, scale=5.0)
     assert Tiny.from_config({"_class_name": "Tiny", "dim": 2}, scale=5.0).config == TinyConfig(dim=2, scale=5.0)
-    with pytest.raises(ValueError, match="goes through from_config"):
+    with pytest.raises(ValueError, match="from_config takes a dict"):
         Tiny({"dim": 3})
     with pytest.raises(ValueError, match="dict or a TinyConfig, not a str"):
         Tiny.from_config("tiny")
@@ -154,7 +154,7 @@ def test_the_folder_of_another_network(tmp_path, published_config):
         save_file({"a": torch.zeros(1)}, tmp_path / part / f"{stem}.safetensors")
         with pytest.raises(ValueError) as error:
             NETWORKS[other].from_pretrained(tmp_path, subfolder=part)
-        assert f"that of a {name}, not of a {NETWORKS[other].__name__}" in line(error)
+        assert f"belongs to a {name}, not to a {NETWORKS[other].__name__}" in line(error)
         assert str(tmp_path / part / "config.json") in line(error)
 
 
@@ -173,7 +173,7 @@ def test_dtype_in_both_spellings(given, dtype):
 
 
 def test_dtypes_that_are_none():
-    with pytest.raises(ValueError, match="torch_dtype=float16 and dtype=float32 are the same argument"):
+    with pytest.raises(ValueError, match="torch_dtype=float16 and dtype=float32 differ"):
         one_dtype("float16", "float32")
     for wrong in ("flaot16", torch.int8, torch.float8_e4m3fn, 16):
         with pytest.raises(ValueError, match="dtype must be one of float32, .*, not "):
@@ -495,7 +495,7 @@ def broken_files(whole: bytes, state: dict) -> dict[str, tuple[str, bytes | Any,
         "pointer pickle": ("bin", b"version https://git-lfs.github.com/spec/v1", "is a git-lfs pointer, .*"),
         "code": ("bin", {**state, "x": Malicious()}, "is refused: its pickle imports .*system, .*"),
         "a list": ("bin", [1], "holds a list, not tensors by name"),
-        "something more": ("bin", {**state, "steps": 3}, "holds more than weights: 'steps' is an unknown int: .*"),
+        "something more": ("bin", {**state, "steps": 3}, "holds more than weights: 'steps' is .*global_step.*"),
     }
 
 
@@ -943,12 +943,12 @@ def test_a_download_that_fails(hub, repository, tmp_path, monkeypatch):
     hub.stall.add("unet/diffusion_pytorch_model.safetensors")
     with pytest.raises(OSError) as error:
         Tiny.from_pretrained("owner/name", subfolder="unet")
-    assert line(error).startswith("fetching owner/name/unet failed: ")
+    assert line(error).startswith("downloading owner/name/unet failed: ")
     hub.stall.clear()
     Tiny.from_pretrained("owner/name", subfolder="unet")
     # huggingface_hub before 1.0 answers a line that breaks down with what it has, whole or not
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
-    with pytest.raises(OSError, match="fetching owner/name/unet failed: config.json, diffusion_.* did not come"):
+    with pytest.raises(OSError, match="downloading owner/name/unet failed: config.json, diffusion_.* did not arrive"):
         Tiny.from_pretrained("owner/name", subfolder="unet")
 
 

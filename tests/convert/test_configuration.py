@@ -106,7 +106,7 @@ def test_what_it_cannot_say_is_noted():
     ("model_cfg", "unet_attn_scales", [1, 0.3], "unet_attn_scales has 0.3, but the 4 levels have the scales"),
     ("model_cfg", "unet_num_heads", 4, "unet_num_heads must be 8, not 4"),
     ("model_cfg", "temporal_attention", "False", "temporal_attention must be 'True', not 'False'"),
-    ("model_cfg", "mean_type", "x_{t-1}", "mean_type 'x_{t-1}' is not among eps, x0, v"),
+    ("model_cfg", "mean_type", "x_{t-1}", "mean_type must be one of eps, x0, v, not 'x_{t-1}'"),
     (None, "type", "image-to-video", "model.type must be 'latent-text-to-video-synthesis', not 'image-to-video'"),
     (None, "model_cfg", [], "the object 'model_cfg' is missing"),
 ])  # fmt: skip
@@ -181,7 +181,7 @@ def test_it_is_checked_against_the_weights(authors, tmp_path):
                                          r"text2video_pytorch_model.pth have \[32, 64\]"):  # fmt: skip
         convert(folder, tmp_path / "x")
     changed(path, unet_dim=32, unet_attn_scales=[1, 0.5])
-    with pytest.raises(ValueError, match="says attention in down_block_types"):
+    with pytest.raises(ValueError, match="has attention in down_block_types"):
         components(folder)
     changed(path, unet_attn_scales=[1], ckpt_autoencoder="open_clip_pytorch_model.bin")
     changed(path, ckpt_clip="VQGAN_autoencoder.pth")
@@ -205,7 +205,7 @@ def test_other_files_beside_them_are_left_out(authors, tmp_path):
     assert "old.pth is left out: configuration.json does not name it" in work.notes
     assert [note for note in work.notes if note.startswith("text_encoder is missing")]
     (folder / "configuration.json").unlink()
-    with pytest.raises(ValueError, match="text2video_pytorch_model.pth and .*old.pth: both are the unet"):
+    with pytest.raises(ValueError, match="text2video_pytorch_model.pth and .*old.pth are both the unet"):
         convert(folder, tmp_path / "x")
 
 
@@ -216,7 +216,7 @@ def test_it_is_inspected(authors, tmp_path):
     shutil.copytree(authors, folder := tmp_path / "o")
     changed(folder / "configuration.json", unet_out_dim=3)
     lines, good = report(str(folder))
-    assert not good and any(line.startswith("wrong: configuration.json says out_channels 3") for line in lines)
+    assert not good and any(line.startswith("wrong: configuration.json has out_channels 3") for line in lines)
     changed(folder / "configuration.json", unet_out_dim=4)
     (folder / "VQGAN_autoencoder.pth").unlink()
     lines, good = report(str(folder))
