@@ -424,7 +424,7 @@ def test_one_clear_line_before_any_work(pipe, call, error, says):
         (np.zeros((3, 16, 24)), "3 axes"),
         (torch.zeros(3, 16, 24, 3), r"\(f 3 h w\)"),
         (torch.zeros(3, 3, 16, 24, dtype=torch.int64), "int64"),
-        (np.full((3, 16, 24, 3), 255.0), r"\[0, 1\]; these go from 255 to 255"),
+        (np.full((3, 16, 24, 3), 255.0), r"\[0, 1\], not from 255 to 255"),
         (np.full((3, 16, 24, 3), np.nan), "nan"),
         (np.zeros((3, 15, 24, 3)), "height must be a multiple of 2, not 15"),
         ([Image.new("RGB", (24, 16)), Image.new("RGB", (16, 16))], "frame 1"),
