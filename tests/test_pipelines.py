@@ -635,7 +635,7 @@ def test_class_and_overrides(folder):
         ({"scheduler": ["diffusers", "DDIMSchedule"]}, "'DDIMSchedule'.*nearest: 'DDIMScheduler'"),
         ({"vae": [None, None]}, "'vae' was None when this was saved: give it as vae=..."),
         ({"unet": ["null", None]}, "'unet' was None"),
-        ({"unet": ["diffusers"]}, r"'unet' should be \[library, class\]"),
+        ({"unet": ["diffusers"]}, r"'unet' must be \[library, class\]"),
         ({"_class_name": "StableDiffusionPipeline"}, "unknown pipeline 'StableDiffusionPipeline'.*call from_pre"),
         ({"vae": ...}, "no 'vae'"),
     ],
