@@ -117,7 +117,7 @@ def test_as_many_windows_as_fit():
     (dict(fuse="piramid"), "fuse must be one of .*did you mean 'pyramid'|fuse must be one of .*pyramid"),
     (dict(schedule="looped"), "schedule must be one of"),
     (dict(schedule="batched", loop=True), "joins the last frame to the first"),
-    (dict(fuse="overlap_linear", overlap=9), "at most half of length 16, not 9"),
+    (dict(fuse="overlap_linear", overlap=9), "at most half of the length 16, not 9"),
 ])  # fmt: skip
 def test_windows_that_do_not_fit(shapes, fields, message):
     with pytest.raises((ValueError, TypeError), match=message):

@@ -514,7 +514,7 @@ def test_names(motion):
     motion.load_lora_weights(text)
     assert motion.get_list_adapters() == {"unet": ["default_0"], "text_encoder": ["default_0", "default_1"]}
     assert motion.get_active_adapters() == ["default_0", "default_1"]
-    with pytest.raises(ValueError, match="'default_1' already"):
+    with pytest.raises(ValueError, match="already is a LoRA 'default_1'"):
         motion.load_lora_weights(text, "default_1")
     motion.delete_adapters("default_0")
     assert motion.get_list_adapters() == {"text_encoder": ["default_1"]}
@@ -661,7 +661,7 @@ def test_what_is_fused_is_not_changed_behind_its_back(two, call):
     two.set_adapters(["a", "b"], [0.5, 0.25])
     beside = frames(two)
     two.fuse_lora(adapter_names=["a"])
-    with pytest.raises(ValueError, match="'a' is (fused )?in"):
+    with pytest.raises(ValueError, match="'a' is (fused|in )"):
         call(two)
     two.unfuse_lora()
     assert np.array_equal(frames(two), beside)
@@ -825,7 +825,7 @@ def test_several_are_saved_by_their_names(two, tmp_path):
     with pytest.raises(ValueError, match="on a pipeline that has a LoRA"):
         AnimateDiffPipeline.save_lora_weights(tmp_path)
     two.load_lora_weights(draw(two), "../c")
-    with pytest.raises(ValueError, match="'../c' cannot be the name of a file"):
+    with pytest.raises(ValueError, match="'../c' cannot be a file name"):
         two.save_lora_weights(tmp_path)
 
 
@@ -1045,7 +1045,8 @@ def test_inspect(tmp_path, capsys):
         write_sparse_safetensors(tmp_path / f"{name}.safetensors", MANIFESTS[name])
     assert cli.main(["inspect", str(tmp_path / "kohya_sd15_locon_te.safetensors")]) == 0
     out = capsys.readouterr().out
-    assert "LoRA of Stable Diffusion 1.5 and AnimateDiff, in kohya" in out and "unet: 278 layers of rank 8, 32" in out
+    assert "LoRA for Stable Diffusion 1.5 and AnimateDiff, in the form of kohya" in out
+    assert "unet: 278 layers of rank 8, 32" in out
     assert "text_encoder: 72 layers of rank 32" in out and out.strip().endswith("complete")
     assert cli.main(["inspect", str(tmp_path / "v2_lora.safetensors")]) == 0
     assert "168 layers of rank 64, scale (alpha / rank) 1, all in motion modules" in capsys.readouterr().out
@@ -1058,7 +1059,7 @@ def test_inspect(tmp_path, capsys):
     embedded = quiet(DiffusionPipeline.from_pretrained("shapes"))
     save_file(draw(embedded), tmp_path / "shapes.safetensors")
     assert cli.main(["inspect", str(tmp_path / "shapes.safetensors")]) == 0
-    assert "LoRA of shapes, in peft" in capsys.readouterr().out
+    assert "LoRA for shapes, in the form of peft" in capsys.readouterr().out
     write_sparse_safetensors(tmp_path / "loha.safetensors", {f"{STEM}.hada_w1_a": ((32, 4), "F16")})
     assert cli.main(["inspect", str(tmp_path / "loha.safetensors")]) != 0
     assert "LoHa" in capsys.readouterr().err

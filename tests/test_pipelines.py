@@ -350,7 +350,7 @@ def test_latents_in_place_of_a_video(v2v, pipe, clip):
     noisy = torch.randn_like(made)
     v2v("a cat", latents=noisy, num_inference_steps=2, guidance_scale=1)
     assert torch.equal(seen[0], noisy)  # no noise on top
-    with pytest.raises(ValueError, match="transpose"):
+    with pytest.raises(ValueError, match="change the order of the axes"):
         v2v("a cat", torch.zeros(1, 4, 5, 8, 12))  # b c f h w
     with pytest.raises(ValueError, match="not both"):
         v2v("a cat", clip, latents=noisy)
@@ -388,9 +388,9 @@ def test_long_videos_are_encoded_in_chunks(v2v):
         (dict(prompt=None, prompt_embeds=torch.full((1, 77, 24), torch.nan)), ValueError, "NaN"),
         (dict(negative_prompt=["a", "b"]), ValueError, "2 negative prompts for 1 prompts"),
         (dict(negative_prompt_embeds=torch.zeros(1, 5, 24)), ValueError, "do not match"),
-        (dict(latents=torch.zeros(1, 4, 3, 8, 8)), ValueError, r"latents must be \(1, 4, 3, 8, 12\)"),
+        (dict(latents=torch.zeros(1, 4, 3, 8, 8)), ValueError, r"latents must be .*\(1, 4, 3, 8, 12\)"),
         (dict(latents=torch.full((1, 4, 3, 8, 12), torch.inf)), ValueError, "latents"),
-        (dict(latents=[1]), ValueError, r"latents must be \(1, 4, 3, 8, 12\).* not a list"),
+        (dict(latents=[1]), ValueError, r"latents must be .*\(1, 4, 3, 8, 12\).* not a list"),
         (dict(eta=-0.5), ValueError, r"eta must be in \[0, 1\], not -0.5"),
         (dict(eta=float("nan")), ValueError, "eta"),
         (dict(eta="0.5"), ValueError, "eta must be a finite number, not '0.5'"),
@@ -424,11 +424,11 @@ def test_one_clear_line_before_any_work(pipe, call, error, says):
         (np.zeros((3, 16, 24)), "3 axes"),
         (torch.zeros(3, 16, 24, 3), r"\(f 3 h w\)"),
         (torch.zeros(3, 3, 16, 24, dtype=torch.int64), "int64"),
-        (np.full((3, 16, 24, 3), 255.0), r"\[0, 1\]; these go from 255 to 255"),
+        (np.full((3, 16, 24, 3), 255.0), r"\[0, 1\], not from 255 to 255"),
         (np.full((3, 16, 24, 3), np.nan), "nan"),
         (np.zeros((3, 15, 24, 3)), "height must be a multiple of 2, not 15"),
         ([Image.new("RGB", (24, 16)), Image.new("RGB", (16, 16))], "frame 1"),
-        ([np.zeros((3, 16, 24, 3)), np.zeros((2, 16, 24, 3))], "one shape"),
+        ([np.zeros((3, 16, 24, 3)), np.zeros((2, 16, 24, 3))], "same shape"),
         ([Image.new("RGB", (24, 16)), np.zeros((16, 24, 3))], "frames of"),
     ],
     ids=lambda v: v if isinstance(v, str) else type(v).__name__,
@@ -466,7 +466,7 @@ def test_refused_v2v_calls(v2v, clip, call, error, says):
     [
         (3, TypeError, "returned a int, not a dictionary"),
         ({"latent": torch.zeros(1)}, ValueError, r"returned \['latent'\]"),
-        ({"latents": torch.zeros(3)}, ValueError, r"latents must be \(1, 4, 3, 8, 12\).* not \(3,\)"),
+        ({"latents": torch.zeros(3)}, ValueError, r"latents must be .*\(1, 4, 3, 8, 12\).* not \(3,\)"),
         ({"latents": torch.full((1, 4, 3, 8, 12), torch.nan)}, ValueError, "latents contains NaN"),
     ],
     ids=["no dictionary", "unknown", "shape", "nan"],
@@ -635,7 +635,7 @@ def test_class_and_overrides(folder):
         ({"scheduler": ["diffusers", "DDIMSchedule"]}, "'DDIMSchedule'.*nearest: 'DDIMScheduler'"),
         ({"vae": [None, None]}, "'vae' was None when this was saved: give it as vae=..."),
         ({"unet": ["null", None]}, "'unet' was None"),
-        ({"unet": ["diffusers"]}, r"'unet' should be \[library, class\]"),
+        ({"unet": ["diffusers"]}, r"'unet' must be \[library, class\]"),
         ({"_class_name": "StableDiffusionPipeline"}, "unknown pipeline 'StableDiffusionPipeline'.*call from_pre"),
         ({"vae": ...}, "no 'vae'"),
     ],

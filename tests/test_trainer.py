@@ -108,7 +108,7 @@ def test_what_a_recipe_refuses(tmp_path):
 def test_options_of_a_file_and_of_the_command_line(tmp_path):
     (tmp_path / "clips").mkdir()
     file = tmp_path / "a.toml"
-    file.write_text('data = "clips"\nout = "run"\nrate = 1e-3\ntimesteps = [100, 200]\ntargets = "both"')
+    file.write_text('data = "clips"\nout = "run"\nlearning_rate = 1e-3\ntimesteps = [100, 200]\ntargets = "both"')
     recipe = read_recipe(file, {"learning_rate": 2e-3, "out": str(tmp_path / "other")})
     assert recipe.data == (str(tmp_path / "clips"),)  # from the file, wherever one stands
     assert (recipe.learning_rate, recipe.out, recipe.timesteps) == (2e-3, str(tmp_path / "other"), (100, 200))

@@ -139,7 +139,7 @@ def test_kinds_of_training():
         (["--train", "lora", "--dtype", "float16"], "--dtype cannot be used with --train"),
         (["--rank", "4"], "--rank needs --train"),
         (["--train", "lora", "--processes", "3"], "batch 4 does not divide among 3 processes"),
-        (["--train", "lora", "--accumulate", "3"], "accumulate must divide the 4 clips"),
+        (["--train", "lora", "--accumulate", "3"], "--accumulate 3 must divide the 4 clips"),
     ],
 )
 def test_what_does_not_go(capsys, words, said):
@@ -162,4 +162,4 @@ def test_the_command_prints_and_chooses(capsys, monkeypatch):
     assert sum(numbers[:-1]) == pytest.approx(numbers[-1], abs=0.05)
     assert kept.least().method == Method("bf16", True, 1, eight_bits=True)
     assert main([*words, "--memory", "1MB"]) == 1
-    assert "nothing fits into 0.95 MiB; the least: " in capsys.readouterr().out
+    assert "nothing fits into 0.95 MiB; the smallest plan: " in capsys.readouterr().out
