@@ -208,6 +208,7 @@ def test_sentences_are_short():
         sys.path.pop(0)
     page = "# A heading\n\nOne two. `x y` is\nthree [a b](c).\n\n| a | table |\n\n- Last\n"
     assert [sentences.words(s) for s in sentences.sentences(page)] == [2, 5, 1]
-    found = {page.relative_to(ROOT).as_posix(): sentences.sentences_of(page) for page in [*sentences.PAGES, *sentences.MODULES]}
+    read = [*sentences.PAGES, *sentences.MODULES]
+    found = {page.relative_to(ROOT).as_posix(): sentences.sentences_of(page) for page in read}
     assert {name: mean for name, texts in found.items() if (mean := sentences.mean(texts)) > 17} == {}
     assert [(name, s) for name, texts in found.items() for s in texts if sentences.words(s) > 30] == []

@@ -30,8 +30,9 @@ def draw_training(path: Path = HERE / "forgetting.png") -> Path:
         key = "diagonally" if kind == "new" else "all"
         for name, mark in (("diagonally", "D-"), ("diagonally-animate", "s-")):
             run = results[name]
-            axes.plot([0, run["minutes_of_training"]], [100 * run[when][kind][key] for when in ("before", "after")], mark,
-                      color="#3c8f5c", ms=5, label=f"recipe {name}: half of each batch old clips")  # fmt: skip
+            right = [100 * run[when][kind][key] for when in ("before", "after")]
+            axes.plot([0, run["minutes_of_training"]], right, mark, color="#3c8f5c", ms=5,
+                      label=f"recipe {name}: half of each batch old clips")  # fmt: skip
         axes.set(title=f"{title}: % of videos right", xlabel="minutes of training on one core", ylim=(0, 103))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(True, color="#dde3e8", linewidth=0.8)
