@@ -197,7 +197,7 @@ def test_a_single_file_without_a_part():
     header = {n: x for n, x in FILES["civitai_fp16_pruned"].items() if not n.startswith("first_stage_model.")}
     kind = detect(header)
     assert kind.absent == ("vae",) and not kind.complete and not kind.faults()
-    assert "there is no vae in it" in kind.describe()
+    assert "the file has no vae" in kind.describe()
 
 
 def half_old(name: str) -> str:

@@ -505,7 +505,7 @@ def test_positions_that_an_authors_file_lacks_are_computed():
     (lambda h: h.pop("out.2.bias"), "1 missing: 'out.2.bias'"),
     (lambda h: h.update({"out.2.bais": h.pop("out.2.bias")}), r"1 unknown: 'out.2.bais' \(nearest: 'out.2.bias'\)"),
     (lambda h: h.update({"out.2.bias": ([5], "F32")}), r"1 of another shape: 'out.2.bias' is \[5\], not \[4\]"),
-    (lambda h: h.update({"out.2.bias": ([4], "I8")}), "'out.2.bias' is I8: weights in F64, F32, F16, BF16 are conv"),
+    (lambda h: h.update({"out.2.bias": ([4], "I8")}), "'out.2.bias' is I8, but only weights in F64, F32, F16, BF16"),
     (lambda h: [h.pop(n) for n in list(h) if "input_blocks.5." in n], "missing: 'input_blocks.5.0.in_layers.0.weight'"),
     (lambda h: h.update({"input_blocks.3.op.weight": ([640, 320, 3, 3], "F32")}), r"is \[640, 320, 3, 3\], not \[320"),
     (lambda h: h.update({"input_blocks.1.2.proj_in.weight": ([320, 320, 3], "F32")}), r"\[320, 320, 3\], not \[320, 3"),
