@@ -83,7 +83,7 @@ def test_units_hold_every_parameter_once(unet, small):
         found = [*stay, *itertools.chain.from_iterable(groups)]
         assert len(found) == len({*map(id, found)}) == len([*network.parameters(), *network.buffers()])
     assert sum(room(g) for g in split(unet)[1]) > 0.5 * sum(p.nbytes for p in unet.parameters())
-    with pytest.raises(ValueError, match="AutoencoderKL has no blocks"):
+    with pytest.raises(ValueError, match="AutoencoderKL cannot be offloaded block by block"):
         find_units(AutoencoderKL(**small["AutoencoderKL"]))
 
 

@@ -320,7 +320,7 @@ def test_explicit_fields_and_modes(image, make_adapter):
         (UNetMotionModel, {"attention_head_dim": 8}, "no field 'attention_head_dim'"),
         (UNetMotionModel, {"transformer_layers_per_mid_block": 2}, "transformer_layers_per_mid_block must be"),
         (UNetMotionModel, {"encoder_hid_dim_type": "ip_image_proj"}, "only encoder_hid_dim_type=None"),
-        (UNetMotionModel, {"down_block_types": ("DownBlock2D",) * 4}, "must be one of DownBlockMotion"),
+        (UNetMotionModel, {"down_block_types": ("DownBlock2D",) * 4}, "must be DownBlockMotion or"),
     ],
 )
 def test_wrong_fields(cls, fields, message):
@@ -338,7 +338,7 @@ def test_published_fields_with_one_value_are_accepted():
     [
         ((2, 4, 5, 3), 1, (2, 7, 12), r"x must be \(batch, 4 channels, frames, height, width\), not \(2, 4, 5, 3\)"),
         ((2, 4, 33, 5, 3), 1, (2, 7, 12), "x has 33 frames, but the motion modules have only 32 positions"),
-        ((2, 4, 3, 5, 3), 1, (2, 2, 7, 12), r"\(batch 2, frames 3, tokens, width 12\), not \(2, 2, 7, 12\)"),
+        ((2, 4, 3, 5, 3), 1, (2, 2, 7, 12), r"\(batch 2, frames 3, tokens, width 12\) .*not \(2, 2, 7, 12\)"),
         ((2, 4, 3, 5, 3), 1, (6, 7, 12), r"context must be .* not \(6, 7, 12\)"),
     ],
 )
