@@ -627,5 +627,5 @@ def test_checkpoints_that_are_not_whole(tmp_path):
     found = world.load_sharded(tmp_path / "step-1", lambda name: None)
     assert found["a"].tolist() == [0, 1, 2] and found["b/c"].item() == 2.5
     (tmp_path / "step-1" / ".metadata").unlink()
-    with pytest.raises(ValueError, match="step-1 is not a complete checkpoint"):
+    with pytest.raises(ValueError, match="step-1 is not a whole checkpoint"):
         world.load_sharded(tmp_path / "step-1", lambda name: None)
