@@ -134,7 +134,7 @@ class Network(nn.Module):
         class_name = config.get("_class_name")
         class_name = (named or [cls.__name__])[0] if class_name is None else class_name
         if reserved := [name for name in ("self", "config", "compat") if name in config]:
-            raise ValueError(f"{cls.Config.__name__} has no field {reserved[0]!r}")
+            raise ValueError(f"{cls.Config.__name__} has no field {reserved[0]!r}: remove it from the config")
         if class_name not in cls.class_names():
             wanted = f"the config belongs to a {str(class_name)[:100]}, not to a {cls.__name__}"
             raise ValueError(f"{wanted}: load it with the class {str(class_name)[:100]}")

@@ -297,7 +297,7 @@ class CLIPTokenizer:
         if not isinstance(texts, list | tuple):
             raise TypeError(f"prompts must be a str or a list of str, not {type(texts).__name__}")
         if not texts:
-            raise ValueError("the list of prompts is empty")
+            raise ValueError("the list of prompts is empty: give at least one text")
         length = self.model_max_length if max_length is None else max_length
         if length < 2:
             raise ValueError(f"max_length must be at least 2, for the first and the last token, not {length}")

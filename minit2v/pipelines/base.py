@@ -1003,7 +1003,8 @@ class DiffusionPipeline:
             own = [call for call in _running if id(self) in call[0]]
             mine = {id(n) for n in networks.values()}
             if any(mine & used for held, used in _running if id(self) not in held):
-                raise RuntimeError(f"{what} is for one call at a time, but another call uses these networks")
+                raise RuntimeError(f"{what} is for one call at a time, but another call uses these networks: "
+                                   "wait for it, or load a second pipeline")
             for held, _ in own:
                 held |= mine
         return float(scale)

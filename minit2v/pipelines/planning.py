@@ -67,7 +67,8 @@ def find_adapter(name: str) -> dict[str, Any]:
     else:
         config = hub.read_json(hub.local(name), "config.json")
     if config.get("_class_name") != "MotionAdapter":
-        raise ValueError(f"{name} is not a motion adapter")
+        found = config.get("_class_name")
+        raise ValueError(f"{name} is a {found}, not a MotionAdapter: give the folder or id of a motion adapter")
     return config
 
 

@@ -416,7 +416,8 @@ class Scheduler:
             raise ValueError(f"trained_betas must have {c.num_train_timesteps} entries (num_train_timesteps), "
                              f"not {len(betas)}")  # fmt: skip
         if not ((betas > 0) & (betas < 1)).all():
-            raise ValueError("every beta must be between 0 and 1")
+            wrong = betas[~((betas > 0) & (betas < 1))][0]
+            raise ValueError(f"every beta must be between 0 and 1, and one is {wrong:g}")
         return zero_terminal_snr(betas) if self._ends_in_noise else betas
 
     @property
@@ -498,7 +499,7 @@ class Scheduler:
         grid = self._grid if timesteps is None else timesteps.tolist()
         places = [i for i, s in enumerate(grid) if s == t]
         if not places:
-            raise ValueError(f"{t:g} is not one of scheduler.timesteps")
+            raise ValueError(f"{t:g} is not one of scheduler.timesteps: call set_timesteps first")
         return places
 
     def _alpha_bar(self, t: int) -> float:

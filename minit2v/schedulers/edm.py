@@ -78,7 +78,7 @@ class _EDM(ExplodingScheduler):
     def _place(self, t: float) -> int | None:
         i = super()._place(t)
         if i is None:  # other timesteps do not exist for c_noise
-            raise ValueError(f"{t:g} is not one of scheduler.timesteps")
+            raise ValueError(f"{t:g} is not one of scheduler.timesteps: call set_timesteps first")
         return i
 
 

@@ -93,7 +93,7 @@ class Recipe:
     learning_rate: float | None = option(None, "learning rate; the default depends on the kind of training")
     spatial_learning_rate: float | None = option(None, "learning rate of MotionDirector's spatial LoRA (default: 1e-4)")
     schedule: Literal["constant", "cosine", "linear"] = option(
-        "constant", "how the learning rate goes on after the warm-up"
+        "constant", "learning rate after the warm-up"
     )
     warmup: int | None = option(None, "first steps, with a rising learning rate (default: a tenth of all, at most 100)")
     optimizer: Literal["adamw", "adamw8bit"] = option("adamw", "optimizer; adamw8bit needs bitsandbytes and CUDA")
@@ -106,7 +106,7 @@ class Recipe:
     precision: Literal["float32", "bf16", "fp16"] | None = option(
         None, "precision of matrix products (default: bf16 on CUDA, else float32)"
     )
-    checkpointing: bool = option(False, "gradient checkpointing: much less memory, a third more time")
+    checkpointing: bool = option(False, "gradient checkpointing: much less memory, but one more forward pass")
     temporal_dropout: float | None = option(
         None, "dropout of temporal convolutions (default: 0.1 where they are trained, else 0)"
     )
@@ -132,7 +132,7 @@ class Recipe:
     sample_steps: int = option(25, "denoising steps of samples")
     guidance: float | None = option(None, "guidance scale of samples (default: that of the model)")
     log_every: int = option(10, "steps between lines of log.csv")
-    seed: int = option(0, "seed of everything that is random")
+    seed: int = option(0, "random seed")
     device: str = option("auto", "where to train: auto, cpu, cuda, cuda:1, ...")
     parallel: Literal["ddp", "fsdp"] = option(
         "ddp", "with several processes: each has all weights (ddp) or a part (fsdp)"
@@ -326,7 +326,7 @@ def read_recipe(path: str | Path | None, options: Mapping[str, Any]) -> Recipe:
     for name, there in (("data", recipe.data), ("prior", (recipe.prior,) if recipe.prior != "self" else ())):
         for path in (p.get("path") if isinstance(p, dict) else p for p in there):
             if path is not None and not Path(path).expanduser().exists():
-                raise ValueError(f"{name}: there is no file or folder {path}")
+                raise ValueError(f"{name}: there is no file or folder {str(path)!r} in {Path.cwd()}")
     return recipe
 
 

@@ -132,7 +132,7 @@ def matching(
     """
     patterns = [patterns] if isinstance(patterns, str) else [*patterns]
     if not patterns:
-        raise ValueError("there are no patterns to choose layers by")
+        raise ValueError("targets is empty: give patterns of names such as '*attn2*'")
     found: set[str] = set()
     for pattern in patterns:
         inner = ".*".join(map(re.escape, pattern.strip(".").split("*")))
