@@ -86,7 +86,7 @@ def make_pipe(args: argparse.Namespace, trained: bool) -> DiffusionPipeline:
     for lora in given["lora"] or ():
         pipe.load_lora_weights(lora)
     if given["lora"]:
-        pipe.fuse_lora()
+        pipe.fuse_lora(lora_scale=args.weight)
     pipe.set_progress_bar_config(disable=True)
     return pipe.optimize()
 
@@ -162,6 +162,7 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, help="folder of a trained motion adapter, with --animate")
     parser.add_argument("--vae", type=Path, help="folder of a trained autoencoder")
     parser.add_argument("--lora", action="append", help="file or folder of a LoRA; may be given more than once")
+    parser.add_argument("--weight", type=float, default=1.0, help="of the LoRAs, as in --lora FILE:1.2 of minit2v")
     parser.add_argument("--name", help="of the entry in the result; default: the word, and -animate")
     parser.add_argument("--note", help="a sentence that is kept with the result: how it was trained")
     parser.add_argument("--log", type=Path, help="log.csv of the run: its minutes are kept with the result")
