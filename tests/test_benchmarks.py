@@ -5,11 +5,13 @@ no file is ever half written.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 import tarfile
+import tomllib
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,6 +25,7 @@ from minit2v import fast
 from minit2v.models.unet3d import UNet3DConditionModel, UNet3DConfig
 from minit2v.models.unet_motion import UNetMotionModel
 from minit2v.models.vae import AutoencoderKL
+from minit2v.training.recipe import Recipe
 from minit2v_kernels import _dispatch
 
 ROOT = Path(__file__).parents[1]
@@ -542,3 +545,10 @@ def test_everything_in_one_command(tmp_path):
     assert data["machine"]["command"].startswith("python benchmarks/gpu.py --cpu")
     assert (tmp_path / "steps.png").stat().st_size > 10_000
     assert "dry run" in (tmp_path / "summary.md").read_text() and "not measured" in out
+
+
+@pytest.mark.parametrize("path", sorted((FOLDER / "recipes").glob("*.toml")), ids=lambda path: path.stem)
+def test_recipes_are_recipes(path):
+    """Each has the options of `minit2v train`, and its name in the table of the page beside it."""
+    assert set(tomllib.loads(path.read_text())) <= {field.name for field in dataclasses.fields(Recipe)}
+    assert f"| `{path.name}` |" in (path.parent / "README.md").read_text()
