@@ -174,7 +174,7 @@ def test_choosing_what_is_not_there(unet3d):
         ("motoin", (), "train must be one of .*nearest: 'motion'"),
         ("motion", (), "UNet3DConditionModel has no such parameters"),
         ("patterns", "conv_inn", "nearest: 'conv_in'"),
-        ("patterns", (), "there are no patterns"),
+        ("patterns", (), "give patterns of names"),
     ):
         with pytest.raises(ValueError, match=message):
             choose(unet3d, train, targets)
