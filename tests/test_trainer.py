@@ -83,7 +83,8 @@ def test_what_a_recipe_refuses(tmp_path):
     file = tmp_path / "a.toml"
     (tmp_path / "clips").mkdir()
     for text, said in {
-        "learning_rat = 1": "no option 'learning_rat' (nearest: ",
+        "learning_rat = 1": "no option 'learning_rat' (nearest: 'learning_rate'",
+        "rate = 1": "no option 'rate' (nearest: 'learning_rate'",
         'train = "loar"': "not 'loar' (nearest: 'lora')",
         "steps = 0": "steps must be at least 1",
         "learning_rate = 'x'": "learning_rate must be",

@@ -75,10 +75,16 @@ def shown(text: object) -> str:
 
 
 def nearest(name: object, known: Sequence[str]) -> str:
-    """" (nearest: ...)" with the most similar known name, or "" if none is similar. name: any value from a file."""
+    """" (nearest: ...)" with the most similar known name, or "" if none is similar. name: any value from a file.
+
+    A known name of several words, of which one is `name`, counts as more similar than other spellings.
+    """
     if not isinstance(name, str) or len(name) > 200:
         return ""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    if not close and (word := name.strip("-")):
+        close = sorted((k for k in known if word in re.split(r"[_.-]", k)), key=len)
+    close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f" (nearest: {close[0]!r})" if close else ""
 
 

@@ -74,6 +74,10 @@ def test_under_goes_one_level_deeper_on_both_sides():
 def test_nearest():
     assert nearest("widht", ["width", "height"]) == " (nearest: 'width')"
     assert nearest("xyz", ["width"]) == ""
+    known = ["frames", "spatial_learning_rate", "learning_rate", "--learning-rate"]
+    assert nearest("rate", known) == " (nearest: 'learning_rate')"
+    assert nearest("--rate", known[::3]) == " (nearest: '--learning-rate')"
+    assert nearest("frame", known) == " (nearest: 'frames')" and nearest("-", known) == ""
 
 
 def test_a_layout_reads_other_spellings_and_writes_one():

@@ -47,6 +47,7 @@ FAULTS = {  # op: {name: how it shows}
     "group_norm_silu": {
         "eps": ERROR,  # leaves it out
         "outer": ERROR,  # adds it to the deviation
+        "cancels": ERROR,  # the mean of the squares less the square of the mean
         "sample": ERROR,  # divides by one less
         "half": ERROR,  # rounds the numbers less their mean to float16
         "frames": ERROR,  # always normalises each frame by itself
@@ -64,6 +65,7 @@ FAULTS = {  # op: {name: how it shows}
         "unwritten": NEVER,
         "destroys": CHANGES,  # the sum lies in x's memory
         "single": "returns 1 tensors, not 2",
+        "cancels": ERROR,
         "reads": OUTSIDE,
     },
     "geglu": {

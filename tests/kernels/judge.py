@@ -31,6 +31,10 @@ def cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
+def contiguous(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, Tensor) else value
+
+
 def relative(got: Tensor, want: Tensor) -> float:
     """|got - want| / |want| (Frobenius norms), in float64."""
     return ((got.double() - want).norm() / want.norm().clamp_min(1e-300)).item()
@@ -80,7 +84,8 @@ def check(op: Callable[..., Any], reference: Callable[..., Any], *args: Any, **k
     """
     exact = [{k: cast(v, torch.float64) for k, v in kw.items()}, [cast(v, torch.float64) for v in args]]
     want = reference(*exact[1], **exact[0])
-    theirs = reference(*args, **kw)
+    # Contiguous: in channels-last memory PyTorch's GroupNorm on the CPU loses the digits that a large mean costs.
+    theirs = reference(*map(contiguous, args), **{k: contiguous(v) for k, v in kw.items()})
     with poisoned():
         got = op(*args, **kw, impl="triton")
     for ours, torchs, right in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, theirs, want)), strict=True):
