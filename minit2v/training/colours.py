@@ -8,14 +8,19 @@ of the old colours. So on old pictures the encoder's mean must stay that of the 
 
 import argparse
 import copy
+import csv
+import json
 import math
 import random
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from minit2v_convert.stream import replacing
 
 from ..models.vae import AutoencoderKL
 from ..pipelines.text_to_video import TextToVideoSDPipeline
@@ -27,7 +32,7 @@ NEW = list(product(world.NEW_COLOURS, world.SHAPES, world.MOTIONS))
 
 
 def train(
-    out: Path, seed: int, embedded: AutoencoderKL, steps: int = 900, batch: int = 32, rate: float = 1e-3
+    out: Path, seed: int, embedded: AutoencoderKL, steps: int = 1700, batch: int = 32, rate: float = 1e-3
 ) -> AutoencoderKL:
     """Half of each batch has old colours and half new ones. Returns the moving average of the weights."""
     torch.manual_seed(seed)
@@ -88,9 +93,16 @@ def main(argv: list[str] | None = None) -> None:
     pipe = TextToVideoSDPipeline.from_pretrained("shapes")
     embedded = pipe.vae
     vae = train(args.out, args.seed, embedded)
+    with (args.out / "vae.csv").open() as file:
+        result: dict[str, Any] = {"minutes": float(list(csv.DictReader(file))[-1]["minutes"])}
     for name, network in (("before", embedded), ("after", vae)):
-        for new in (False, True):
-            print(name, "new colours" if new else "old colours", round_trip(network, args.seed, new), flush=True)
+        result[name] = {
+            colours: round_trip(network, args.seed, colours == "new colours")
+            for colours in ("old colours", "new colours")
+        }
+        print(name, result[name], flush=True)
+    with replacing(args.out / "result.json") as temporary:
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
     pipe.vae = vae
     pipe.to(torch.float16).save_pretrained(args.out / "shapes")
     print(f"the model is in {args.out / 'shapes'}")
