@@ -35,6 +35,7 @@ WORKLOADS = {
     "AnimateDiff 512x512, 16 frames": ("sd-1.5", Video(16, 512, 512, chunk=16), ("5GiB", "2.5GiB")),
 }
 SIZE = (1, 4, 4, 32, 32)  # of the full-size step: b c f h w
+WAYS = ("plain", "resident", "streamed")  # the network as it is written; on the fast path; and there block by block
 
 
 def predict(name: str, video: Video, budgets: tuple[str, ...]) -> dict[str, Any]:
@@ -101,33 +102,33 @@ def status(field: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def full_size(folder: str, streamed: bool) -> dict[str, Any]:
-    """In this process: the resident memory at the peak of a step."""
+def full_size(folder: str, how: str) -> dict[str, Any]:
+    """In this process: the resident memory at the peak of a step. how: one of WAYS."""
     torch.set_num_threads(2)
     torch.conv2d(torch.ones(1, 4, 8, 8), torch.ones(4, 4, 3, 3))  # libraries are loaded
     before = status("VmRSS")
     unet = UNet3DConditionModel.from_pretrained(folder, subfolder="unet")
-    if streamed:
+    if how == "streamed":
         stream(unet)
     x, t, text = torch.ones(SIZE), torch.tensor([500]), torch.ones(SIZE[0], 77, 1024)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     start = time.perf_counter()
     with torch.no_grad():
-        fast.runner(unet)(x, t, text)
+        (unet if how == "plain" else fast.runner(unet))(x, t, text)
     seconds = time.perf_counter() - start
     video = Video(SIZE[2], 8 * SIZE[3], 8 * SIZE[4], SIZE[0], guidance=False)
     with torch.device("meta"):
         planner = Planner({"unet": UNet3DConditionModel(unet.config).eval()}, video, "cpu")
-    how = Techniques(offload="group" if streamed else None)
+    offload = {"plain": "sequential", "resident": None, "streamed": "group"}[how]  # "sequential": the plain network
     return {"resident": status("VmHWM"), "before": before, "seconds": seconds, "weights": planner.weights["unet"],
-            "activations": planner.beside(how, "unet"), "streamed": streamed}  # fmt: skip
+            "activations": planner.beside(Techniques(offload=offload), "unet"), "how": how}  # fmt: skip
 
 
 def run_full_size() -> dict[str, Any]:
     found = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_blank("ms-1.7b", Path(temporary) / "model")
-        for name in ("resident", "streamed"):
+        for name in WAYS:
             child = [sys.executable, __file__, "--child", str(folder), name]
             done = subprocess.run(child, capture_output=True, text=True, check=False)
             if done.returncode:
@@ -143,7 +144,7 @@ def main() -> None:
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(full_size(args.child[0], args.child[1] == "streamed")))
+        print(json.dumps(full_size(*args.child)))
         return
     results = Results(args.save, torch.device("cpu"), fresh=True)
     results.data["machine"].pop("dry_run", None)

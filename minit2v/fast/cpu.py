@@ -31,7 +31,7 @@ PRODUCTS = CAPABILITY == "AVX2" or (CAPABILITY == "AVX512" and is_intel())
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 KEPT = 0.3  # transformed copies may take this share of the bytes of a network's weights
 Form = Callable[[Tensor], Tensor]  # weight (o i 3 3) -> Winograd's form of it
-CHUNK = 1_000_000  # Winograd's method works on this many numbers at a time, which fit into the caches
+CHUNK = 1_000_000  # Winograd's method works on this many numbers per thread at a time, which fit into the caches
 
 
 class CPUOps(Ops):
@@ -202,8 +202,9 @@ def in_pieces(
     padded[:, 1:-1, 1:-1].copy_(x.permute(0, 2, 3, 1))
     y = x.new_empty((n, written * h, written * w, o))
     row = products * w * max(c, o)  # intermediate numbers of one row of tiles of one frame
-    frames = max(1, CHUNK // (row * h))
-    rows = max(1, min(h, CHUNK // row))
+    chunk = CHUNK * min(4, torch.get_num_threads())  # with more threads at most 4, so that memory stays small
+    frames = max(1, chunk // (row * h))
+    rows = max(1, min(h, chunk // row))
     for i in range(0, n, frames):
         for j in range(0, h, rows):
             end = min(h, j + rows)
