@@ -5,8 +5,8 @@
 Predicted: counted on `meta` by minit2v/memory/plan.py, in float16, with guidance, with PyTorch's own operations (our
 kernels need less: benchmarks/activations.py). Measured: live tensor bytes of real calls of the embedded model on this
 CPU, with their time. --full-size also runs a step of the 1.41 B UNet3D in float32 from a sparse folder (of `minit2v
-blank`: its weights are zeros), all resident and streamed from its file, each in a process of its own: the peak of
-resident memory. That takes minutes.
+blank`: its weights are zeros): as it is written, on the fast path, and streamed from its file. Each runs in a process
+of its own, and its peak of resident memory is measured. That takes minutes.
 """
 
 import argparse
