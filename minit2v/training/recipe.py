@@ -265,9 +265,10 @@ class Recipe:
         """Every option with its value, for people. Where there is none, the default from the help stands beside it."""
         lines = []
         for f in dataclasses.fields(self):
-            value, usual = getattr(self, f.name), re.search(r"\(default: .*\)$", f.metadata["help"])
-            empty = value is None or value == ()
-            lines.append(f"{f.name} = {'none' if empty else value}" + f" {usual[0]}" * bool(empty and usual))
+            value = getattr(self, f.name)
+            if value is None or value == ():
+                value = " ".join(["none", *re.findall(r"\(default: .*\)$", f.metadata["help"])])
+            lines.append(f"{f.name} = {value}")
         return lines
 
 
