@@ -63,8 +63,8 @@ def look(data: Data, path: str | Path, batch: int = 1, rows: int = 12) -> str:
         draw(strips).save(temporary, format="PNG")
     said = summary(data, batch)
     if changed:
-        said += (f"\nthe model's autoencoder changes {changed} of {len(items)} clips in the picture strongly. It is not "
-                 "trained, so videos cannot show what it loses")  # fmt: skip
+        said += (f"\nthe model's autoencoder changes {changed} of {len(items)} clips in the picture strongly. It is "
+                 "not trained, so videos cannot show what it loses")  # fmt: skip
     return said
 
 
