@@ -507,6 +507,15 @@ def test_wrong_data_is_named_before_a_model_is_loaded(tmp_path, capsys):
     assert "(nearest: 'clips')" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["lora", "patterns"])
+def test_the_check_names_wrong_targets_before_it_reads_clips(tmp_path, capsys, kind):
+    (tmp_path / "a.mp4").write_bytes(b"broken")
+    words = ["train", "--check", "--data", str(tmp_path), "--out", str(tmp_path / "run"), "--train", kind]
+    assert minit2v([*words, "--targets", "to_k", "spatail"]) == 1
+    said = capsys.readouterr().err
+    assert "has no layer or parameter 'spatail' (nearest: 'spatial')" in said and "a.mp4" not in said
+
+
 # The whole --------------------------------------------------------------------------------------------------------
 
 

@@ -19,14 +19,19 @@ from .data import Data
 from .prior import make_prior
 from .recipe import Recipe
 from .result import finish
+from .trainable import check_targets
 from .trainer import Trainer
 
 
 def filled(recipe: Recipe, pipe: Any, guidance: float | None = None) -> Recipe:
-    """The recipe with the usual values for this model. `text_dropout` stays None, because it depends on the data."""
+    """The recipe with the usual values for this model. `text_dropout` stays None, because it depends on the data.
+
+    ValueError where the recipe does not fit the model.
+    """
     usual = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
     recipe = recipe.filled(type(pipe.unet).__name__, cuda=pipe.unet.device.type == "cuda", guidance=guidance or usual)
     height, width = check_size(recipe.height, recipe.width, pipe.unet, pipe.vae_scale_factor)
+    check_targets(pipe.unet, recipe)  # before data are read and videos of the prior are made
     return dataclasses.replace(recipe, height=height, width=width)
 
 
