@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minit2v import AnimateDiffPipeline, DDIMScheduler, TextToVideoSDPipeline, UNet3DConditionModel, UNetMotionModel
 from minit2v.cli import main as minit2v
-from minit2v.training import checkpoints, result, start, validation
+from minit2v.training import checkpoints, result, sheet, start, validation
 from minit2v.training.draw import draw
 from minit2v.training.optimizer import Average
 from minit2v.training.recipe import Recipe, read_recipe
@@ -451,6 +451,69 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits(tmp_path, ra
     os.kill(child.pid, signal.SIGTERM)
     assert child.wait()[0] == -signal.SIGTERM  # which saves after the step that runs
     assert 0 < checkpoints.load_state(checkpoints.newest(asked))["number/done"] < 10
+
+
+def test_a_run_that_is_asked_to_end_says_where_it_goes_on(tmp_path, randomize_):
+    class Asking(Clips):
+        def load(self, items):
+            if 4 in items:
+                signal.raise_signal(signal.SIGINT)
+            return super().load(items)
+
+    said = []
+    recipe = Recipe(data=("clips",), out=str(tmp_path / "run"), steps=9, batch=2, validate_every=0)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(make_pipe(randomize_), Asking(8), recipe, say=said.append).run()
+    done = checkpoints.load_state(checkpoints.newest(tmp_path / "run"))["number/done"]
+    assert 0 < done < 9
+    assert said[-1] == f"step {done:.0f} is saved in {tmp_path / 'run'}; the same command goes on from it"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such lock")
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    recipe = Recipe(data=(str(tmp_path / "none"),), out=str(tmp_path / "run"))
+    with start.alone(tmp_path / "run"), pytest.raises(ValueError, match="another process is training in .*run: wait"):
+        start.train(recipe, None)
+    assert not (tmp_path / "run").exists()  # nothing was written
+    with start.alone(tmp_path / "run"):  # the lock has ended
+        (tmp_path / "run" / "log.csv").touch()
+    assert (tmp_path / "run" / "log.csv").exists()
+
+
+# What people read --------------------------------------------------------------------------------------------------
+
+
+def test_an_option_without_a_value_is_printed_with_its_default(tmp_path):
+    lines = Recipe(data=("a",), out="b", prompt="x").filled("UNet3DConditionModel").lines()
+    assert len(lines) == len(dataclasses.fields(Recipe)) and "prompt = x" in lines and "stride = none" in lines
+    assert "text_dropout = none (default: 0.1, with one clip 0)" in lines and "targets = none (default: both)" in lines
+
+
+def test_samples_stand_below_their_prompts(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(validation, "draw", lambda strips: drawn.append(strips) or sheet.draw(strips))
+    validation.save_grid(torch.rand(2, 16, 3, 8, 8), ["a \u041a\u043e\u0442", ""], tmp_path / "a.png")
+    (text, frames), (none, _) = drawn[0]
+    assert text == ["a \u041a\u043e\u0442"] and none == ["(the empty caption)"]
+    assert frames.shape == (8, 3, 8, 8) and frames.min() < 0 < frames.max() and (tmp_path / "a.png").exists()
+
+
+def test_wrong_data_is_named_before_a_model_is_loaded(tmp_path, capsys):
+    (tmp_path / "clips").mkdir()
+    words = ["train", "--out", str(tmp_path / "run"), "--model", str(tmp_path / "no model"), "--data"]
+    assert minit2v([*words, str(tmp_path / "clips")]) == 1
+    assert "clips: no videos and no pictures" in capsys.readouterr().err
+    assert minit2v([*words, str(tmp_path / "clip")]) == 1
+    assert "(nearest: 'clips')" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["lora", "patterns"])
+def test_the_check_names_wrong_targets_before_it_reads_clips(tmp_path, capsys, kind):
+    (tmp_path / "a.mp4").write_bytes(b"broken")
+    words = ["train", "--check", "--data", str(tmp_path), "--out", str(tmp_path / "run"), "--train", kind]
+    assert minit2v([*words, "--targets", "to_k", "spatail"]) == 1
+    said = capsys.readouterr().err
+    assert "has no layer or parameter 'spatail' (nearest: 'spatial')" in said and "a.mp4" not in said
 
 
 # The whole --------------------------------------------------------------------------------------------------------

@@ -20,9 +20,13 @@ def run(args: argparse.Namespace) -> int:
     recipe = read_recipe(config, given)
     with importing():
         from .. import parallel
+        from ..training.layouts import read_layout
+        from ..training.sources import as_sources
         from ..training.start import filled, make_data, train
         from .loading import find_device
 
+    for source in as_sources(recipe.data, {}):  # a model can take minutes to load: wrong lists are named before
+        read_layout(source.path, source.folder, warn=lambda line: None)
     world = parallel.world(find_device(recipe.device))
     pipe, guidance = load(recipe)
     if args.check:

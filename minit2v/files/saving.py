@@ -87,9 +87,10 @@ def _superseded(files: list[Path], folder: Path) -> list[Path]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, busy: str | None = None) -> Iterator[None]:
     """Lock a folder, so that two processes do not save into it at the same time: the second one waits.
 
+    busy: the message of a ValueError that the second one gets at once, in place of waiting.
     Windows, and disks without locks, give no such protection. The lock ends when the process ends, also by a kill.
     """
     try:
@@ -99,8 +100,12 @@ def locked(folder: Path) -> Iterator[None]:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if busy is None else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise ValueError(busy) from None
+        except OSError:  # a disk without locks
+            pass
         yield
     finally:
         os.close(descriptor)

@@ -150,10 +150,7 @@ class Data:
         sizes = [buckets(source.height, source.width, self.unit) for source in self.sources]
         found: list[tuple[int, Entry]] = []
         for n, source in enumerate(self.sources):
-            entries = read_layout(source.path, source.folder)
-            if not entries:
-                raise ValueError(f"{shown(source.path)}: no videos and no pictures")
-            found += [(n, entry) for entry in entries]
+            found += [(n, entry) for entry in read_layout(source.path, source.folder)]
         self.files = len({entry.media.name for _, entry in found})
         self.without_caption = sum(not entry.captions and entry.fault is None for _, entry in found)
         facts = self._examine(list(dict.fromkeys(entry.media for _, entry in found if entry.fault is None)))
@@ -170,8 +167,9 @@ class Data:
         for name, reason in self.skipped if self.world.is_first else ():
             logger.warning("%s is skipped: %s", shown(name), shown(reason))
         if not self.clips:
-            raise ValueError(f"nothing is left to train on: all of the {self.files} files are skipped, the first one "
-                             f"because: {self.skipped[0][1]}")  # fmt: skip
+            every = "the only file is" if self.files == 1 else f"all of the {self.files} files are"
+            raise ValueError(f"nothing is left to train on: {every} skipped, {shown(self.skipped[0][0])} because: "
+                             f"{self.skipped[0][1]}")  # fmt: skip
 
     def _examine(self, files: Sequence[Media]) -> dict[Media, Facts | str]:
         """The facts of each file, or what is wrong with it.
@@ -198,7 +196,7 @@ class Data:
         source = self.sources[n]
         captions = entry.captions or (() if source.prompt is None else (source.prompt,))
         if not captions:
-            raise ValueError("has no caption; prompt = gives one to all that have none")
+            raise ValueError("has no caption; the option prompt gives one to all that have none")
         captions = tuple(f"{source.prefix}{caption}" for caption in captions)
         whole = facts.shown_width, facts.height
         size = min(sizes, key=lambda s: (cut_off(*whole, s), abs(s[0] * s[1] - source.height * source.width)))

@@ -16,7 +16,7 @@ import logging
 import os
 import tarfile
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -57,19 +57,27 @@ class Entry:
     fault: str | None = None
 
 
-def read_layout(path: str | Path, folder: str | Path | None = None) -> list[Entry]:
+def read_layout(
+    path: str | Path, folder: str | Path | None = None, warn: Callable[[str], None] = logger.warning
+) -> list[Entry]:
     """The files of a folder, a list or an archive, or a single file. It is not checked whether they exist.
 
-    folder: where the files of a list are, if not beside it. ValueError, OSError: the list cannot be read.
+    folder: where the files of a list are, if not beside it. warn: takes a line about files that are left out.
+    ValueError: there are no files. ValueError, OSError: the list cannot be read.
     """
-    path = Path(path)
+    if entries := _entries(Path(path), folder, warn):
+        return entries
+    raise ValueError(f"{shown(path)}: no videos and no pictures")
+
+
+def _entries(path: Path, folder: str | Path | None, warn: Callable[[str], None]) -> list[Entry]:
     if path.is_dir():
         lists = [path / name for name in LISTS if (path / name).is_file()
                  and (name != "videos.txt" or any((path / prompts).is_file() for prompts in PROMPTS))]
         if len(lists) > 1:
             raise ValueError(f"{shown(path)}: has {lists[0].name} and {lists[1].name}: name the one that is meant")
         if not lists:
-            return list(_folder(path))
+            return list(_folder(path, warn))
         path = lists[0]
     ending = path.suffix.lower()
     if ending in MEDIA:
@@ -103,18 +111,23 @@ def _texts(*captions: Any) -> tuple[str, ...]:
 # Folders and archives.
 
 
-def _folder(path: Path) -> Iterator[Entry]:
-    """All files, also in folders inside. Hidden folders and folders of training runs are left out."""
+def _folder(path: Path, warn: Callable[[str], None]) -> Iterator[Entry]:
+    """All files, also in folders inside. Hidden folders, folders of training runs and other files are left out."""
     files, seen = [], set()
     for place, folders, names in os.walk(path, followlinks=True):
         if "run.json" in names:
-            logger.warning("%s is left out: it is the folder of a training run", shown(place))
+            warn(f"{shown(place)} is left out: it is the folder of a training run")
         if "run.json" in names or os.path.realpath(place) in seen:  # links can lead back
             folders.clear()
             continue
         seen.add(os.path.realpath(place))
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [Path(place, name) for name in names if not name.startswith(".")]
+    clips = {file.with_suffix("") for file in files if file.suffix.lower() in MEDIA}
+    alone = sorted(f for f in files if f.suffix.lower() in CAPTIONS and f.with_suffix("") not in clips)
+    if alone:
+        more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
+        warn(f"no clip has the name of {', '.join(shown(f) for f in alone[:3])}{more}: not used as a caption")
     for file in sorted(files):
         if file.suffix.lower() in MEDIA:
             yield _beside(file)
@@ -240,7 +253,8 @@ def _row(path: Path, n: int, row: Any, root: Path) -> Entry:
     """A row of a list. Other columns are ignored."""
     name = next((row[key] for key in FILES if row.get(key)), None) if isinstance(row, dict) else None
     if not isinstance(name, str):
-        raise ValueError(f"{shown(path)}: row {n} names no file: one of {', '.join(FILES)}")
+        there = f"has {', '.join(map(repr, row))}" if isinstance(row, dict) else "has no names"
+        raise ValueError(f"{shown(path)}: row {n} names no file: it {there}, and needs one of {', '.join(FILES)}")
     return _entry(root, name, *_caption(row))
 
 

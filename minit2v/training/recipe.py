@@ -7,6 +7,7 @@
 
 import dataclasses
 import json
+import re
 import tomllib
 import types
 import typing
@@ -43,7 +44,7 @@ class Recipe:
     train: Kind = option("lora", "what is trained: a LoRA, or weights of the model")
 
     targets: tuple[str, ...] = option((), "layers that get a LoRA: spatial, temporal, both, linear, conv, or patterns "
-                                      "of names; with train patterns: patterns of parameter names")  # fmt: skip
+                                      "of names; with train patterns: of parameter names (default: both)")  # fmt: skip
     rank: int = option(8, "rank of a LoRA")
     alpha: float | None = option(None, "a LoRA is multiplied by alpha / rank (default: the rank)")
     dropout: float = option(0.0, "share of a LoRA's inputs that is dropped in training")
@@ -261,8 +262,14 @@ class Recipe:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def lines(self) -> list[str]:
-        """Every option with its value, for people."""
-        return [f"{name} = {'none' if value is None else value}" for name, value in dataclasses.asdict(self).items()]
+        """Every option with its value, for people. Where there is none, the default from the help stands beside it."""
+        lines = []
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if value is None or value == ():
+                value = " ".join(["none", *re.findall(r"\(default: .*\)$", f.metadata["help"])])
+            lines.append(f"{f.name} = {value}")
+        return lines
 
 
 HINTS = typing.get_type_hints(Recipe)
@@ -326,7 +333,9 @@ def read_recipe(path: str | Path | None, options: Mapping[str, Any]) -> Recipe:
     for name, there in (("data", recipe.data), ("prior", (recipe.prior,) if recipe.prior != "self" else ())):
         for path in (p.get("path") if isinstance(p, dict) else p for p in there):
             if path is not None and not Path(path).expanduser().exists():
-                raise ValueError(f"{name}: there is no file or folder {str(path)!r} in {Path.cwd()}")
+                parent = Path(path).expanduser().parent
+                near = nearest(Path(path).name, [p.name for p in parent.iterdir()] if parent.is_dir() else [])
+                raise ValueError(f"{name}: there is no file or folder {str(path)!r} in {Path.cwd()}{near}")
     return recipe
 
 

@@ -69,7 +69,7 @@ def finish(trainer: Trainer, reload: Callable[[Path], Any] | None = None) -> Pat
         path = export(trainer) if first else None
     if path is None or mine is None:
         return None
-    save_grid(mine, trainer.out / "result.png")
+    save_grid(mine, prompts, trainer.out / "result.png")
     trainer.say(f"the result is {path}")
     if reload is not None:
         theirs = sample(reload(path), prompts, trainer.recipe)

@@ -13,9 +13,13 @@ from minit2v_convert.rename import shown
 from minit2v_convert.stream import replacing
 
 from ..files.video import NANO
+from .clips import decode
 from .data import Data
+from .sampler import Sampler
 from .sources import Clip, chosen_frames, cut_off
 
+EMPTY = "(the empty caption)"
+CHANGED = 20.0  # dB of an autoencoder's picture, below which people see another colour or shape
 COLUMNS, HIGHEST, MARGIN, LINE = 8, 160, 8, 18  # frames in a row; pixels of a frame, around it, and of a line of text
 
 
@@ -23,11 +27,13 @@ def look(data: Data, path: str | Path, batch: int = 1, rows: int = 12) -> str:
     """Write a contact sheet, a PNG, and return the `summary` of the data.
 
     Each row is a clip of the first steps. It is decoded from its latents, so it shows what the network can see. Above
-    it stand its caption, its file, and the numbers of its frames.
+    it stand its caption, its file, and the numbers of its frames. Where the autoencoder changes a clip strongly, a row
+    with the frames of the file stands above.
     """
-    items, seen = [], set()
+    items, seen, changed = [], set(), 0
+    sampler = Sampler(data.clips, data.sources, data.seed)  # the same clips, and no caption is dropped
     for step in range(4 * rows):
-        item = data.batch(step, 1)[0]
+        item = sampler.batch(step, 1)[0]
         if item.clip not in seen and len(items) < rows:
             items.append(item)
             seen.add(item.clip)
@@ -39,16 +45,27 @@ def look(data: Data, path: str | Path, batch: int = 1, rows: int = 12) -> str:
         with torch.no_grad():
             z = z[shown_frames].to(data.vae.device, data.vae.dtype) / data.vae.config.scaling_factor
             video = data.vae.decode(z, chunk_size=4).float().cpu()
+        frames = [item.frames[k] for k in shown_frames]
+        own = decode(clip.media, clip.facts, frames, clip.bucket[1:], item.flip).float() / 127.5 - 1
+        alike = 10 * math.log10(4 / max(float((video.clamp(-1, 1) - own).square().mean()), 1e-10))
         about = f"{clip.media.name}: {len(item.frames)} frames of {clip.bucket.width}x{clip.bucket.height}"
         if not clip.facts.still:
-            about += f"; frames {', '.join(str(item.frames[k]) for k in shown_frames)}"
+            about += f"; frames {', '.join(map(str, frames))}"
             begin, end = (clip.facts.times[item.frames[k]] - clip.facts.times[0] for k in (0, -1))
             about += "" if clip.facts.even else f"; {begin / NANO:.2f} to {end / NANO:.2f} s"
-        caption = item.caption or "(the empty caption)"
-        strips.append(([shown(caption), shown(about) + ("; mirrored" if item.flip else "")], video))
+        lines = [shown(item.caption) or EMPTY, shown(about) + ("; mirrored" if item.flip else "")]
+        if alike < CHANGED:
+            changed += 1
+            strips.append((lines, own))
+            lines = [f"the same frames, as the model's autoencoder makes them ({alike:.0f} dB): only this is learned"]
+        strips.append((lines, video))
     with replacing(path) as temporary:
         draw(strips).save(temporary, format="PNG")
-    return summary(data, batch)
+    said = summary(data, batch)
+    if changed:
+        said += (f"\nthe model's autoencoder changes {changed} of {len(items)} clips in the picture strongly. It is "
+                 "not trained, so videos cannot show what it loses")  # fmt: skip
+    return said
 
 
 def summary(data: Data, batch: int = 1) -> str:
@@ -79,12 +96,22 @@ def summary(data: Data, batch: int = 1) -> str:
     spans = [span for clip in clips if (span := seconds_of(data, clip)) is not None]
     if spans:
         lines.append(f"the clips of videos last {min(spans):.2f} to {max(spans):.2f} seconds")
+    free = [c.facts.rate for c in clips if seconds_of(data, c) is not None
+            and data.sources[c.source].fps is None and data.sources[c.source].stride is None]  # fmt: skip
+    if free and max(free) > 1.2 * min(free):
+        lines.append(f"their files have {min(free):.3g} to {max(free):.3g} frames per second, so the same motion has "
+                     f"different speeds. The option fps, here at most {min(free):.3g}, makes them equal")  # fmt: skip
     captions = {caption for clip in clips for caption in clip.captions}
-    counted = "their tokens are not counted"
+    counted, counts, long = "their tokens are not counted", {}, []
     if data.count_tokens is not None:
-        counts = [data.count_tokens(caption) for caption in captions]
-        counted = f"{sum(n > most for n, most in counts)} are cut at {counts[0][1]} tokens"
+        counts = {caption: data.count_tokens(caption) for caption in captions}
+        long = sorted(caption for caption, (n, most) in counts.items() if n > most)
+        counted = f"{len(long)} are cut at {max(most for _, most in counts.values())} tokens"
     lines.append(f"captions: {len(captions)} different ones; {data.without_caption} files have none; {counted}")
+    lines += [f"  cut, with {counts[c][0]} tokens: {shown(c)}" for c in long[:3]]
+    lines += [f"  and {len(long) - 3} more"] * (len(long) > 3)
+    if any(reason.startswith("too short") for _, reason in data.skipped):
+        lines.append("the option short (loop, hold or stretch) also uses files that are too short")
     if data.skipped:
         lines += ["skipped:", *(f"  {shown(name)}: {shown(reason)}" for name, reason in data.skipped)]
     return "\n".join(lines)

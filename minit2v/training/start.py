@@ -6,10 +6,12 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from ..files.saving import locked
 from ..memory.training import binary
 from ..parallel import World
 from ..pipelines.checks import check_size
@@ -17,14 +19,19 @@ from .data import Data
 from .prior import make_prior
 from .recipe import Recipe
 from .result import finish
+from .trainable import check_targets
 from .trainer import Trainer
 
 
 def filled(recipe: Recipe, pipe: Any, guidance: float | None = None) -> Recipe:
-    """The recipe with the usual values for this model. `text_dropout` stays None, because it depends on the data."""
+    """The recipe with the usual values for this model. `text_dropout` stays None, because it depends on the data.
+
+    ValueError where the recipe does not fit the model.
+    """
     usual = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
     recipe = recipe.filled(type(pipe.unet).__name__, cuda=pipe.unet.device.type == "cuda", guidance=guidance or usual)
     height, width = check_size(recipe.height, recipe.width, pipe.unet, pipe.vae_scale_factor)
+    check_targets(pipe.unet, recipe)  # before data are read and videos of the prior are made
     return dataclasses.replace(recipe, height=height, width=width)
 
 
@@ -81,8 +88,28 @@ def train(
     """A whole run: data, training, result. Returns the path of the result, and None on processes but the first.
 
     reload: makes a new pipeline from the result, which is compared with the trained one. None: no comparison.
-    Errors as of `Data`, `Recipe` and `Trainer`.
+    Errors as of `Data`, `Recipe` and `Trainer`. ValueError, too, where another process trains in the same folder.
     """
-    trainer = prepare(recipe, pipe, world, guidance, say, resume_anyway)
-    trainer.run()
-    return finish(trainer, reload)
+    world = world or World()
+    with ExitStack() as stack:
+        world.from_first(lambda: stack.enter_context(alone(Path(recipe.out))))
+        trainer = prepare(recipe, pipe, world, guidance, say, resume_anyway)
+        trainer.run()
+        return finish(trainer, reload)
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """In the block, no other process trains in this folder: their logs and checkpoints would mix.
+
+    ValueError where another process is there. A folder that stays empty is removed.
+    """
+    new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(out, f"another process is training in {out}: wait for it, or give another folder as --out"):
+            yield
+    finally:
+        if new:
+            with suppress(OSError):  # it is not empty
+                out.rmdir()

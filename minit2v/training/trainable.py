@@ -76,6 +76,15 @@ def prepare(
     return Trained(loras, named)
 
 
+def check_targets(unet: Any, recipe: Recipe) -> None:
+    """ValueError where the network has nothing that the recipe's `targets` name. It changes nothing."""
+    if recipe.train == "lora":
+        lora_targets(unet, recipe.targets or "both")
+    elif recipe.train == "patterns":
+        names = {ours: (ours, theirs) for ours, theirs in names_in_files(unet).items()}
+        matching(recipe.targets, names, type(unet).__name__)
+
+
 # ------------------------------------------------------------------------------------------------------ parameters
 
 

@@ -3,21 +3,23 @@
 The loss of a step is noisy, because its timesteps are random. Here clips, timesteps and noise are the same each time.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from minit2v_convert.rename import shown
 from minit2v_convert.stream import replacing
 
 from ..files.video import export_to_video
 from ..parallel import is_sharded
 from .checkpoints import forget_later
 from .logs import append
+from .sheet import COLUMNS, EMPTY, draw, spread
 from .trainable import without_time
 
 BINS, EACH = 4, 2  # ranges of timesteps, from nearly clean to nearly noise; timesteps in each range
@@ -93,7 +95,7 @@ class Validation:
         if videos.shape[1] > 1:
             row = rearrange(videos, "b f c h w -> f h (b w) c").numpy()
             export_to_video(row, f"{path}.mp4", fps=8)
-        save_grid(videos, path.with_name(path.name + ".png"))
+        save_grid(videos, self.trainer.prompts, path.with_name(path.name + ".png"))
 
 
 def sample(pipe: Any, prompts: list[str], recipe: Any, seed: int | None = None, output_type: str = "pt") -> Tensor:
@@ -116,11 +118,9 @@ def motion_of(videos: Tensor) -> float:
     return float((videos[:, 1:] - videos[:, :-1]).abs().mean()) if videos.shape[1] > 1 else 0.0
 
 
-def save_grid(videos: Tensor, path: Path) -> None:
-    """Write a picture of videos (b f c h w) in [0, 1]. Each has a row with up to eight of its frames."""
-    from PIL import Image
-
-    chosen = np.linspace(0, videos.shape[1] - 1, min(8, videos.shape[1])).round().astype(int)
-    grid = rearrange(videos[:, chosen], "b f c h w -> (b h) (f w) c")
+def save_grid(videos: Tensor, prompts: Sequence[str], path: Path) -> None:
+    """Write a picture of videos (b f c h w) in [0, 1]. Each has a row with its prompt and up to eight of its frames."""
+    chosen = spread(videos.shape[1], COLUMNS)
+    strips = [([shown(prompt) or EMPTY], 2 * video[chosen] - 1) for prompt, video in zip(prompts, videos, strict=True)]
     with replacing(path) as temporary:
-        Image.fromarray((grid * 255).round().byte().numpy()).save(temporary)
+        draw(strips).save(temporary, format="PNG")

@@ -15,14 +15,14 @@ from PIL import Image
 from minit2v import DDIMScheduler, TextToVideoSDPipeline, UNet3DConditionModel
 from minit2v.parallel import World
 from minit2v.training import cache as caches
-from minit2v.training import data
+from minit2v.training import data, sheet
 from minit2v.training.cache import Cache, digest_of
 from minit2v.training.clips import decode
 from minit2v.training.data import Data
 from minit2v.training.objective import drop_text
 from minit2v.training.recipe import Recipe
 from minit2v.training.sampler import turn
-from minit2v.training.sheet import look, summary
+from minit2v.training.sheet import draw, look, summary
 from minit2v.training.trainer import Trainer
 
 from .counter import counter, make, write
@@ -321,5 +321,29 @@ def test_the_sheet_shows_what_the_network_can_see(tmp_path, shapes):
     assert (sheet.max(-1) < 40).sum() > 2 * 8 * 3 * 32 * 32 * 0.9  # and the black around
     for line in ("3 files, 2 clips of 2 of them; 1 files are skipped", "frames 16, width 64, height 64: clips 2",
                  "captions: 2 different ones; 1 files have none; 1 are cut at 16 tokens", "broken.mp4: not a video",
-                 "fewer than a batch"):  # fmt: skip
+                 "fewer than a batch", " tokens: a red square that stands"):  # fmt: skip
         assert line in said
+
+
+def test_the_sheet_shows_what_the_autoencoder_loses(tmp_path, shapes, monkeypatch):
+    """`shapes` has no cyan. Its sheet shows the file, too, and captions that training would drop now and then."""
+    drawn, folder = [], tmp_path / "clips"
+    folder.mkdir()
+    monkeypatch.setattr(sheet, "draw", lambda strips: drawn.extend(strips) or draw(strips))
+    for name, colour, rate in (("cyan", (0, 230, 230), 8), ("blue", (0, 0, 255), 24)):
+        frames = np.zeros((16, 64, 64, 3), np.uint8)
+        frames[:, 16:48, 16:48] = colour
+        write(folder / f"{name}.mp4", frames, rate=rate)
+        (folder / f"{name}.txt").write_text(f"a {name} square")
+    write(folder / "short.mp4", frames[:9])
+    (folder / "short.txt").write_text("a short one")
+    said = look(make(shapes, folder, text_dropout=1.0), tmp_path / "sheet.png").splitlines()
+    assert said[-1].startswith("the model's autoencoder changes 1 of 2 clips in the picture strongly")
+    assert any("8 to 24 frames per second" in line and "fps, here at most 8" in line for line in said)
+    assert "the option short (loop, hold or stretch) also uses files that are too short" in said
+    texts = [lines[0] for lines, _ in drawn]
+    assert len(texts) == 3 and {"a cyan square", "a blue square"} < set(texts)  # not the empty caption
+    n = texts.index("a cyan square")
+    own, seen = (drawn[k][1][0, :, 32, 32] for k in (n, n + 1))
+    assert own[1] > 0.6 and seen[1] < 0 and "the model's autoencoder" in texts[n + 1]  # green is in cyan, not in blue
+    assert not [line for line in summary(make(shapes, folder, fps=8)).splitlines() if "frames per second, so" in line]

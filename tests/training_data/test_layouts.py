@@ -215,6 +215,7 @@ def test_wrong_settings_are_named(text, said, tmp_path, shapes):
     ({"metadata.jsonl": "{"}, r"metadata.jsonl: is broken"),
     ({"metadata.jsonl": "", "metadata.csv": ""}, "has metadata.jsonl and metadata.csv"),
     ({"videos.txt": "a.mp4\nb.mp4", "prompt.txt": "x"}, r"videos.txt: has 2 lines, and prompt.txt 1"),
+    ({"metadata.csv": "name;text\na.mp4;x"}, "row 2 names no file: it has 'name;text', and needs one of file_name"),
     ({"metadata.json": '{"data": [{"video_path": 3}]}'}, "entry 1 has no video_path"),
     ({"x.doc": ""}, "no videos and no pictures"),
 ])  # fmt: skip
@@ -223,6 +224,17 @@ def test_broken_lists_are_one_line(files, said, tmp_path, shapes):
         (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=said):
         make(shapes, tmp_path)
+
+
+def test_captions_without_a_clip_are_named(tmp_path, shapes, three, caplog):
+    (tmp_path / "a.mp4").write_bytes(three[0].read_bytes())
+    for name in ("a.txt", "ghost.txt", "b.caption"):
+        (tmp_path / name).write_text("x")
+    with caplog.at_level("WARNING"):
+        found = make(shapes, tmp_path, height=32, width=64)
+    assert [c.captions for c in found.clips] == [("x",)]
+    files = f"{tmp_path / 'b.caption'}, {tmp_path / 'ghost.txt'}"
+    assert [r.getMessage() for r in caplog.records] == [f"no clip has the name of {files}: not used as a caption"]
 
 
 # ------------------------------------------------------------------------------------------------------- damage
