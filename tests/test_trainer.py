@@ -540,7 +540,7 @@ def test_clips_in_a_folder_become_a_lora_that_loads(tmp_path, capsys):
     said = capsys.readouterr()
     path = tmp_path / "run" / "lora.safetensors"
     assert said.out.splitlines()[-1] == str(path) and "rank = 8" in said.out
-    assert "broken.mp4 is skipped" in said.err and "1 files are skipped" in said.err
+    assert "broken.mp4 is skipped" in said.err and "skipped files: 1;" in said.err
     assert "loaded from the file it makes the same videos" in said.err
     samples = sorted(p.name for p in (tmp_path / "run" / "samples").iterdir())
     assert samples == ["step-000000.mp4", "step-000000.png", "step-000002.mp4", "step-000002.png"]

@@ -74,8 +74,8 @@ def summary(data: Data, batch: int = 1) -> str:
     batch: how many samples a step uses.
     """
     clips, sampler = data.clips, data.sampler
-    lines = [f"{data.files} files, {len(clips)} clips of {len({c.media.name for c in clips})} of them; "
-             f"{len(data.skipped)} files are skipped"]  # fmt: skip
+    used = len({c.media.name for c in clips})
+    lines = [f"files: {data.files}, used {used}, skipped {len(data.skipped)}; clips: {len(clips)}"]
     of_round = sampler.samples_of_a_round()
     for n, source in enumerate(data.sources):
         mine = [c for c in clips if c.source == n]
@@ -83,8 +83,9 @@ def summary(data: Data, batch: int = 1) -> str:
         share = sum(sets.get(n, 0) for sets in sampler.shares.values()) / of_round
         lines.append(f"  {shown(source.path)}: clips of videos {len(mine) - stills}, pictures {stills}, share of "
                      f"the samples {float(share):.0%}")  # fmt: skip
-    lines.append(f"with {batch} in a batch, a clip is used once in {math.ceil(of_round / batch)} steps on the average. "
-                 "Each batch is of one bucket:")  # fmt: skip
+    steps = math.ceil(of_round / batch)
+    often = f"once in {steps} steps on the average" if steps > 1 else "in every step"
+    lines.append(f"with {batch} in a batch, a clip is used {often}. Each batch is of one bucket:")
     for bucket, sets in sorted(sampler.streams.items()):
         mine = [clips[n] for numbers in sets.values() for n in numbers]
         cut = max(cut_off(c.facts.shown_width, c.facts.height, bucket[1:]) for c in mine)

@@ -63,7 +63,7 @@ def prepare(
     data = make_data(recipe, pipe, world)
     recipe = dataclasses.replace(recipe, text_dropout=data.text_dropout)
     if data.skipped and world.is_first:
-        say(f"{len(data.skipped)} files are skipped; --check says which and why")
+        say(f"skipped files: {len(data.skipped)}; --check says which and why")
     prior = make_prior(recipe, pipe, make_data, world)
     trainer = Trainer(pipe, data, recipe, world, prior, say, resume_anyway)
     sets = [(data, recipe.batch - recipe.prior_rows), (prior, recipe.prior_rows)]

@@ -61,6 +61,7 @@ def test_a_batch_is_a_function_of_the_seed_and_the_step(seven):
 def test_all_clips_are_used_equally_often_at_any_time(seven):
     found = seven()
     assert "with 2 in a batch, a clip is used once in 4 steps on the average" in summary(found, 2)
+    assert "a clip is used in every step" in summary(found, 8)
     clips = [i.clip for s in range(280) for i in found.batch(s, 2)]
     for end in range(40, len(clips)):
         counts = Counter(clips[:end])
@@ -319,7 +320,7 @@ def test_the_sheet_shows_what_the_network_can_see(tmp_path, shapes):
     red = (np.abs(sheet - [255, 0, 0]).max(-1) < 60).sum()
     assert red == pytest.approx(8 * 32 * 32, rel=0.15)  # eight frames of the sixteen
     assert (sheet.max(-1) < 40).sum() > 2 * 8 * 3 * 32 * 32 * 0.9  # and the black around
-    for line in ("3 files, 2 clips of 2 of them; 1 files are skipped", "frames 16, width 64, height 64: clips 2",
+    for line in ("files: 3, used 2, skipped 1; clips: 2", "frames 16, width 64, height 64: clips 2",
                  "captions: 2 different ones; 1 files have none; 1 are cut at 16 tokens", "broken.mp4: not a video",
                  "fewer than a batch", " tokens: a red square that stands"):  # fmt: skip
         assert line in said

@@ -294,7 +294,7 @@ def test_damaged_files_are_named_once_and_never_trained_on(tmp_path, shapes, cap
     for step in range(6):
         assert {Path(s).stem for s in found.load(found.batch(step, 2)).sources} <= {"good 0", "good 1"}
     said = summary(found)
-    assert f"{len(bad) + 2} files, 2 clips of 2 of them; {len(bad)} files are skipped" in said
+    assert f"files: {len(bad) + 2}, used 2, skipped {len(bad)}; clips: 2" in said
     assert all(str(path) in said for path in bad)
 
 
