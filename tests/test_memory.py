@@ -92,7 +92,8 @@ HOWS = [Techniques(), Techniques(vae_slicing=True, sequential_guidance=True), Te
 
 SIZES = [(16, 64, 64), (8, 128, 96)]
 # Of the combinations half: each two values are in one of them.
-PREDICTED = [(name, SIZES[(i + j) % 2], how) for i, name in enumerate(("shapes", "animate")) for j, how in enumerate(HOWS)]
+PREDICTED = [(name, SIZES[(i + j) % 2], how)
+             for i, name in enumerate(("shapes", "animate")) for j, how in enumerate(HOWS)]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, size, how", PREDICTED, ids=str)
