@@ -147,6 +147,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()
+    gc.set_threshold(5000, 10, 20)  # a network is thousands of objects: by default each looks for garbage many times
     gc.enable()
 
 
