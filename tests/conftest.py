@@ -3,6 +3,7 @@
 The fixtures return functions, because a folder of tests without `__init__.py` cannot be imported from.
 """
 
+import gc
 import gzip
 import json
 import os
@@ -28,6 +29,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core for each: threads of two wou
 # tqdm's own lock is shared with forked processes: a child that is killed while it draws a bar holds it for ever.
 tqdm.set_lock(threading.RLock())
 tqdm.monitor_interval = 0  # and its thread could hold this one at the moment of a fork
+
+# Modules and tests make millions of objects that stay to the end: to look at all of them again and again for garbage
+# takes a quarter of the collection, and a twentieth of the tests. See `pytest_collection_finish`.
+gc.disable()
 
 DATA = Path(__file__).parent / "data"
 
@@ -138,6 +143,16 @@ def pytest_configure(config: pytest.Config) -> None:
     """A worker that ends is replaced once: xdist runs the test that ended it again in every new one."""
     if getattr(config.option, "maxworkerrestart", "") is None:
         config.option.maxworkerrestart = "1"
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.set_threshold(5000, 10, 20)  # a network is thousands of objects: by default each looks for garbage many times
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 def _default_signals() -> None:

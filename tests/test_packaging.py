@@ -166,11 +166,12 @@ def test_importing_is_light():
     heavy = ("torch._dynamo", "torch._inductor", "triton", "huggingface_hub", "tokenizers", "imageio_ffmpeg", "tqdm",
              "matplotlib", "scipy", *PEERS)  # fmt: skip
     assert not [m for m in tries[0]["modules"] if m.startswith(heavy)]
-    while min(t["cpu"] for t in tries) > 0.3 and len(tries) < 5:
+    most = 1.0 if os.environ.get("CI") else 0.3
+    while min(t["cpu"] for t in tries) >= most and len(tries) < 5:
         tries.append(run(MEASURE))
     print({k: v for k, v in tries[-1].items() if k != "modules"})
     assert min(t["mib"] for t in tries) < 30
-    assert min(t["cpu"] for t in tries) < (1.0 if os.environ.get("CI") else 0.3)
+    assert min(t["cpu"] for t in tries) < most
 
 
 @pytest.mark.parametrize("code,most", [("import minit2v", 0.1), ("from minit2v.cli import main; main(['--help'])", 0.3),
@@ -181,9 +182,10 @@ def test_what_needs_no_torch_answers_at_once(code, most):
                f"with say(sys.stderr):\n    {code}\nprint(json.dumps([time.process_time() - start, *sys.modules]))")
     seconds, *loaded = run(measure)
     assert not {"torch", "numpy"} & {*loaded}
+    most *= 3 if os.environ.get("CI") else 1
     for _ in range(4):
         seconds = seconds if seconds < most else min(seconds, run(measure)[0])
-    assert seconds < most * (3 if os.environ.get("CI") else 1)
+    assert seconds < most
 
 
 def test_the_lazy_names_are_those_that_type_checkers_see():

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from judge import DEVICE, DTYPES, check, fenced, fenced_only, new_plans, poisoned, randn
+from judge import DEVICE, DTYPES, check, fenced, fenced_only, new_plans, pairwise, poisoned, randn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minit2v_kernels import attention, temporal_attention, temporal_attention_ref
@@ -81,16 +81,12 @@ def test_frames_beyond_a_tile_in_float32(frames, mask):
     judge(*fused(2, frames, 2, 1, 8), mask)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [1, 8, 17, 40, 64, 80, 96, 160])
-@pytest.mark.parametrize("frames", [3, 35])
+@pytest.mark.parametrize("head_dim, dtype, frames", pairwise([1, 8, 17, 40, 64, 80, 96, 160], DTYPES, [3, 35]))
 def test_head_dims(head_dim, frames, dtype):
     judge(*fused(1, frames, 2, 2, head_dim, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("mean", [0, 10, 100])
-@pytest.mark.parametrize("frames", [6, 16, 40])
+@pytest.mark.parametrize("mean, frames, dtype", pairwise([0, 10, 100], [6, 16, 40], DTYPES))
 def test_means(mean, frames, dtype):
     judge(*fused(2, frames, 3, 2, 24, mean=mean, dtype=dtype))
 
@@ -149,9 +145,7 @@ def expected(q, k, v, causal=False, window=None):
         return temporal_attention_ref(q, k, v, causal, window)
 
 
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("what", range(3), ids="qkv")
-@pytest.mark.parametrize("frames", [1, 5, 16, 70])
+@pytest.mark.parametrize("frames, what, value", pairwise([1, 5, 16, 70], range(3), [NAN, INF, -INF]))
 def test_nan_and_inf_poison_what_they_do_in_pytorch(frames, what, value):
     """And not the other pixels of their tile, which are summed with a weight of zero; nor other heads."""
     qkv = [x.clone() for x in fused(1, frames, 3, 2, 8)]

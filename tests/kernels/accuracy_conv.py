@@ -1,9 +1,11 @@
 """temporal_conv's kernel against its definition."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
-from judge import DEVICE, DTYPES, check, fenced, fenced_only, new_plans, poisoned, randn
+from judge import DEVICE, DTYPES, check, fenced, fenced_only, new_plans, pairwise, poisoned, randn
 
 from minit2v_kernels import conv as module
 from minit2v_kernels import feed_forward, temporal_conv, temporal_conv_ref
@@ -43,9 +45,7 @@ def small_tiles(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("b, c, f, p, n", SIZES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("b, c, f, p, n, dtype, residual", pairwise(SIZES, DTYPES, [False, True]))
 def test_forward(b, c, f, p, n, dtype, residual):
     args, kw = arguments(b, c, f, p, n, dtype=dtype, residual=residual)
     y = check(temporal_conv, temporal_conv_ref, *args, **kw)
@@ -101,9 +101,7 @@ def test_one_rounding():
     assert ((got - want).abs() <= 2**-11 * want.abs() + 1e-5).all()
 
 
-@pytest.mark.parametrize("c", [64, 23])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("value, c, dtype", pairwise([math.nan, math.inf, -math.inf], [64, 23], DTYPES[:2]))
 def test_what_is_not_finite_stays_where_it_is(small_tiles, c, value, dtype):
     """It reaches its pixel in its frame and the two beside it: never the video before or after, nor another pixel."""
     (x, weight, bias), kw = arguments(3, c, 4, 9, 20, dtype=dtype, residual=True)

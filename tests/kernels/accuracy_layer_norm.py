@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 import torch
-from judge import DEVICE, DTYPES, check, randn
+from judge import DEVICE, DTYPES, check, pairwise, randn
 
 from minit2v_kernels import add_layer_norm, add_layer_norm_ref, layer_norm, layer_norm_ref
 from minit2v_kernels._dispatch import interpreting, launch, record
@@ -40,9 +40,7 @@ def check_both(x, residual, weight, bias, positions=None, eps=1e-5):
     return check(add_layer_norm, add_layer_norm_ref, x, residual, weight, bias, eps, positions=positions)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("mean", [0.0, 10.0, 100.0])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape, mean, dtype", pairwise(SHAPES, [0.0, 10.0, 100.0], DTYPES))
 def test_forward(shape, mean, dtype):
     *others, positions = arguments(shape, mean, dtype)
     check_both(*others)

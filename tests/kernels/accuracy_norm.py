@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from judge import DEVICE, DTYPES, check, fenced, fenced_only, new_plans, poisoned, randn, relative
+from judge import DEVICE, DTYPES, check, fenced, fenced_only, new_plans, pairwise, poisoned, randn, relative
 from torch import Tensor
 
 from minit2v_kernels import add_group_norm_silu, add_group_norm_silu_ref, group_norm_silu, group_norm_silu_ref, norm
@@ -20,6 +20,8 @@ SHAPES = [  # (n c *spatial), groups
     pytest.param((2, 12, 1, 1), 2, id="one-pixel"),
     pytest.param((1, 200, 9, 1), 1, id="one-group-of-many-tiles"),
 ]
+MEANS = [pytest.param(mean, dtype, id=f"{mean}-{dtype}")
+         for mean, dtype in ((0, DTYPES[0]), (100, DTYPES[0]), (10, DTYPES[1]), (100, DTYPES[2]))]  # fmt: skip
 ENTRIES = {  # of 4: frames, rows of emb
     "image": (1, None), "clip": (2, None), "emb-per-entry": (1, 4), "emb-of-all": (1, 1), "emb-per-clip": (2, 2),
     "emb-per-frame-of-a-clip": (2, 4), "emb-of-two-clips": (2, 1), "one-clip": (4, 2),
@@ -86,19 +88,16 @@ def test_only_the_weights_want_a_gradient(frames, impl):
 # --- the kernels ---
 
 
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("shape, groups", SHAPES)
-@pytest.mark.parametrize("mean, dtype", [(0, DTYPES[0]), (100, DTYPES[0]), (10, DTYPES[1]), (100, DTYPES[2])])
+@pytest.mark.parametrize("shape, groups, mean, dtype, last", pairwise(SHAPES, MEANS, [False, True]))
 def test_forward(shape, groups, mean, dtype, last):
     x = either(randn(*shape, mean=mean, dtype=dtype), last)
     y = check(group_norm_silu, group_norm_silu_ref, x, *weights(shape[1], dtype), groups)
     assert is_in(y, last)
 
 
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("c2, silu", [(0, True), (4, False)])
-@pytest.mark.parametrize("frames, emb", ENTRIES.values(), ids=ENTRIES)
-def test_options(frames, emb, c2, silu, last):
+@pytest.mark.parametrize("entries, silu, last", pairwise(ENTRIES, [True, False], [False, True]))
+def test_options(entries, silu, last):
+    (frames, emb), c2 = ENTRIES[entries], 4 * (not silu)
     dtype = DTYPES[(frames + silu + last) % 3]
     args, kw = inputs(last, c2, emb, dtype, mean=30 * silu)
     assert is_in(check(group_norm_silu, group_norm_silu_ref, *args, 2, frames=frames, silu=silu, **kw), last)
@@ -173,9 +172,7 @@ def test_splits_of_many_tiles(mean, dtype, last, small_gpu):
     assert norm.split(1, 33 * 31, 12, 32, family(x.device))[1] > 4 * 64
 
 
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("ratio", [50, 10_000])
-@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("last, ratio, first", pairwise([False, True], [50, 10_000], [0, 1]))
 def test_the_mean_costs_no_digits(first, ratio, last, small_gpu):
     """mean / std: PyTorch's error grows with it, ours must not. Nor by one position, the first, that is far away."""
     x = randn(2, 8, 14, 23, mean=ratio)

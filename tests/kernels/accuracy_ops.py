@@ -116,3 +116,12 @@ def test_a_tracer_of_interpreted_kernels_loses_none():
     compiled = torch.compile(lambda *args: minit2v_kernels.geglu(*args, impl="triton"), backend="aot_eager")
     with torch.no_grad(), pytest.raises(torch._dynamo.exc.TorchRuntimeError, match="geglu"):
         compiled(*args)
+
+
+def test_a_second_derivative_is_refused():
+    """`triton_op` gives a derivative of the reference, and no derivative of that."""
+    x, w = torch.ones(3, 4, device=DEVICE, requires_grad=True), torch.ones(6, 4, device=DEVICE)
+    y = minit2v_kernels.geglu(x, w, w[:, 0], impl="triton")
+    assert torch.autograd.grad(y.sum(), x, retain_graph=True)[0].shape == x.shape
+    with pytest.raises(RuntimeError, match="geglu: its kernel has no second derivative"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)

@@ -7,7 +7,7 @@ whether it interprets.
 import ctypes
 import mmap
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,20 @@ from minit2v_kernels._dispatch import interpreting
 
 DEVICE = "cpu" if interpreting() else "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+Parameters = type(pytest.param())
+
+
+def pairwise(first: Iterable[Any], second: Iterable[Any], third: Iterable[Any]) -> list[Any]:
+    """Parameters of a test: each value meets each value of the two other axes, in as few combinations as can be.
+
+    For axes that do not interact. Neither of the first two may be shorter than the third. A value may be a
+    `pytest.param` of several.
+    """
+    axes = [[x if isinstance(x, Parameters) else pytest.param(x, id=str(x)) for x in axis]
+            for axis in (first, second, third)]  # fmt: skip
+    assert len(axes[0]) >= len(axes[2]) <= len(axes[1])
+    triples = [(a, b, axes[2][(i + j) % len(axes[2])]) for i, a in enumerate(axes[0]) for j, b in enumerate(axes[1])]
+    return [pytest.param(*(x for p in ps for x in p.values), id="-".join(p.id for p in ps)) for ps in triples]
 
 
 def randn(*shape: int, mean: float = 0, std: float = 1, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -168,23 +168,6 @@ def test_torch_compile_sees_ops_and_not_what_is_in_them():
     assert len(out.splitlines()) == 1 and "minit2v.geglu.default" in out
 
 
-@needs_triton
-def test_a_second_derivative_is_refused():
-    """`triton_op` gives a derivative of the reference, and no derivative of that."""
-    code = """
-import torch
-from minit2v_kernels import geglu
-x, w = torch.ones(3, 4, requires_grad=True), torch.ones(6, 4)
-y = geglu(x, w, w[:, 0], impl="triton")
-print(torch.autograd.grad(y.sum(), x, retain_graph=True)[0].shape)
-try:
-    torch.autograd.grad(y.sum(), x, create_graph=True)
-except RuntimeError as error:
-    print(error)
-"""
-    assert "geglu: its kernel has no second derivative" in python("-W", "ignore", "-c", code, TRITON_INTERPRET="1")
-
-
 # ---- functions of one's own
 
 Q = torch.randn(1, 4, 3, 2, 8)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-FILES = sorted(path.name for path in HERE.glob("accuracy_*.py"))
+FILES = sorted(HERE.glob("accuracy_*.py"))
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None and os.environ.get("CI", "").lower() not in ("1", "true"), reason="needs triton"
 )
@@ -25,24 +25,23 @@ def interprets() -> bool:
     return triton >= (3, 7) or numpy < (2, 4)
 
 
-def run(file: str, interpret: bool) -> None:
+def run(interpret: bool) -> None:
+    """All files in one process: to import PyTorch and Triton takes as long as most of them."""
     paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "PYTHONPATH": paths, "TRITON_INTERPRET": str(int(interpret)), "MINIT2V_KERNELS": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, FILES)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 
 @needs_triton
 @pytest.mark.skipif(not interprets(), reason="Triton's interpreter does not work with this NumPy")
-@pytest.mark.parametrize("file", FILES)
-def test_in_the_interpreter(file):
-    run(file, interpret=True)
+def test_in_the_interpreter():
+    run(interpret=True)
 
 
 @needs_triton
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("file", FILES)
-def test_on_the_gpu(file):
-    run(file, interpret=False)
+def test_on_the_gpu():
+    run(interpret=False)

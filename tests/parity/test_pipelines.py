@@ -12,7 +12,7 @@ import minit2v.schedulers
 from minit2v.pipelines import DiffusionPipeline, TextToVideoSDPipeline, VideoToVideoSDPipeline
 
 TOLERANCE = 1e-4
-CALL = dict(num_frames=3, num_inference_steps=4, height=16, width=24)
+CALL = dict(num_frames=3, num_inference_steps=2, height=16, width=24)
 SCHEDULERS = (
     "DDIMScheduler",
     "DPMSolverMultistepScheduler",
@@ -65,11 +65,10 @@ def assert_same(pipes, seed=0, **call):
     return ours
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize("name, guidance_scale", [*((name, 4.0) for name in SCHEDULERS), (SCHEDULERS[0], 1.0)])
 def test_text_to_video(pipes, name, guidance_scale):
     use(pipes, name)
-    assert_same(pipes, **CALL, prompt="a cat", guidance_scale=guidance_scale)
+    assert_same(pipes, **CALL | {"num_inference_steps": 4}, prompt="a cat", guidance_scale=guidance_scale)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -95,7 +94,7 @@ def test_forms_of_a_video(v2v):
     use(v2v, "DDIMScheduler")
     pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 24, 3), dtype=np.uint8)
     floats = (pixels / 255).astype(np.float32)
-    call = dict(prompt="a cat", num_inference_steps=4, strength=0.5, guidance_scale=4.0)
+    call = dict(prompt="a cat", num_inference_steps=2, strength=0.5, guidance_scale=4.0)
     for video in ([Image.fromarray(f) for f in pixels], [[Image.fromarray(f) for f in pixels]], floats, floats[None],
                   list(floats), torch.from_numpy(floats).permute(0, 3, 1, 2), torch.randn(3, 4, 8, 12)):
         assert_same(v2v, video=video, **call)

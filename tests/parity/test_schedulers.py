@@ -255,6 +255,18 @@ def cases(*options):
     return [dict(itertools.chain(*(o.items() for o in combination))) for combination in itertools.product(*options)]
 
 
+def pairs(*options):
+    """So many of `cases` that each two dicts of different lists are in one of them."""
+    every = list(itertools.product(*(range(len(o)) for o in options)))
+    left = {pair for numbers in every for pair in itertools.combinations(enumerate(numbers), 2)}
+    found = []
+    while left:
+        best = max(every, key=lambda numbers: len(left.intersection(itertools.combinations(enumerate(numbers), 2))))
+        left.difference_update(itertools.combinations(enumerate(best), 2))
+        found += cases(*([o[n]] for o, n in zip(options, best, strict=True)))
+    return found
+
+
 def ids(config):
     return "-".join(f"{v}"[:20] for v in config.values()) or "default"
 
@@ -266,7 +278,7 @@ ZERO = {"rescale_betas_zero_snr": True}
 BETAS = {"trained_betas": np.linspace(0.001, 0.015, 1000).tolist()}
 
 DDIM = [
-    *cases([LATENT], SCHEDULES, SPACINGS, PREDICTIONS),
+    *pairs([LATENT], SCHEDULES, SPACINGS, PREDICTIONS),
     *cases([SD | LATENT | {"set_alpha_to_one": False, "steps_offset": 1}], SPACINGS, PREDICTIONS),
     *cases([SD | LATENT | ZERO], SPACINGS, PREDICTIONS[1:]),
     SD | LATENT | ZERO,
@@ -298,7 +310,7 @@ LOW = {"final_sigmas_type": "sigma_min"}
 ORDERS = [{"solver_order": n} for n in (1, 2, 3)]
 RULES = [{"solver_type": s} for s in ("midpoint", "heun")]
 DPM = [
-    *cases(SCHEDULES, SPACINGS, PREDICTIONS),
+    *pairs(SCHEDULES, SPACINGS, PREDICTIONS),
     *cases([SD], ORDERS, RULES, [{}, LOW]),
     *cases([SD | LOW], ORDERS, PREDICTIONS, [{"algorithm_type": "dpmsolver"}]),
     SD | LOW | {"algorithm_type": "dpmsolver", "solver_type": "heun"},
@@ -353,7 +365,7 @@ def test_dpm_with_noise(config):
 
 
 EULER = [
-    *cases(SCHEDULES, SPACINGS, PREDICTIONS),
+    *pairs(SCHEDULES, SPACINGS, PREDICTIONS),
     *cases(SCHEDULES, [{f"use_{s}_sigmas": True} for s in ("karras", "exponential", "beta")], [{}, LOW]),
     *cases([SD | ZERO], SPACINGS, PREDICTIONS[1:]),
     SD | {"use_karras_sigmas": True, "sigma_min": 0.05, "sigma_max": 9.0},
@@ -384,7 +396,7 @@ def test_euler_with_churn(config):
 @pytest.mark.parametrize(
     "config",
     [
-        *cases(SCHEDULES, SPACINGS, PREDICTIONS[:2]),
+        *pairs(SCHEDULES, SPACINGS, PREDICTIONS[:2]),
         *cases([SD | ZERO | PREDICTIONS[1]], SPACINGS),
         SD | {"timestep_spacing": "leading", "steps_offset": 1},
         BETAS,
@@ -399,7 +411,7 @@ def test_euler_ancestral(config):
 
 @pytest.mark.parametrize(
     "config",
-    cases(
+    pairs(
         SCHEDULES,
         SPACINGS,
         PREDICTIONS[:2],
