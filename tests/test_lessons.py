@@ -56,6 +56,7 @@ def test_saved_outputs(path):
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     outputs = [out for cell in code for out in cell["outputs"]]
     assert {out["output_type"] for out in outputs} <= {"stream", "display_data", "execute_result"}
+    assert all(out.get("name") != "stderr" for out in outputs), "warnings name folders of a machine"
     assert any("image/png" in out.get("data", {}) for out in outputs) and path.stat().st_size < 500_000
     text = path.read_text()
     anchor = re.search(r"answers\.md#(lesson-\d)", text)
