@@ -462,8 +462,12 @@ def test_a_run_that_is_asked_to_end_says_where_it_goes_on(tmp_path, randomize_):
 
     said = []
     recipe = Recipe(data=("clips",), out=str(tmp_path / "run"), steps=9, batch=2, validate_every=0)
-    with pytest.raises(KeyboardInterrupt):
-        Trainer(make_pipe(randomize_), Asking(8), recipe, say=said.append).run()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Trainer(make_pipe(randomize_), Asking(8), recipe, say=said.append).run()
+    finally:
+        signal.signal(signal.SIGINT, before)
     done = checkpoints.load_state(checkpoints.newest(tmp_path / "run"))["number/done"]
     assert 0 < done < 9
     assert said[-1] == f"step {done:.0f} is saved in {tmp_path / 'run'}; the same command goes on from it"
