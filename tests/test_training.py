@@ -1,6 +1,7 @@
 """The shapes world, what reads it back, and a trainer that a kill does not change."""
 
 import io
+import json
 import random
 from collections import Counter
 from functools import partial
@@ -253,6 +254,9 @@ def test_a_finetuned_autoencoder_is_saved_and_a_kill_does_not_change_it(tmp_path
     # Under its decorator the function's own defaults do not count.
     monkeypatch.setattr(colours, "round_trip", partial(colours.round_trip, count=2))
     colours.main(["--out", str(tmp_path / "whole")])
+    result = json.loads((tmp_path / "whole" / "result.json").read_text())
+    old, new = (result["before"][f"{age} colours"]["psnr"] for age in ("old", "new"))
+    assert result["minutes"] > 0 and old > 30 > new
     draw, drawn = colours.stills, []
 
     def killed(*args):

@@ -8,7 +8,6 @@ of the old colours. So on old pictures the encoder's mean must stay that of the 
 
 import argparse
 import copy
-import csv
 import json
 import math
 import random
@@ -25,6 +24,7 @@ from minit2v_convert.stream import replacing
 from ..models.vae import AutoencoderKL
 from ..pipelines.text_to_video import TextToVideoSDPipeline
 from . import world
+from .checkpoints import load_state
 from .objective import generators
 from .shapes import Run, claim, cosine, stills
 
@@ -93,13 +93,9 @@ def main(argv: list[str] | None = None) -> None:
     pipe = TextToVideoSDPipeline.from_pretrained("shapes")
     embedded = pipe.vae
     vae = train(args.out, args.seed, embedded)
-    with (args.out / "vae.csv").open() as file:
-        result: dict[str, Any] = {"minutes": float(list(csv.DictReader(file))[-1]["minutes"])}
+    result: dict[str, Any] = {"minutes": load_state(args.out / "vae.ckpt")["seconds"] / 60}
     for name, network in (("before", embedded), ("after", vae)):
-        result[name] = {
-            colours: round_trip(network, args.seed, colours == "new colours")
-            for colours in ("old colours", "new colours")
-        }
+        result[name] = {f"{age} colours": round_trip(network, args.seed, age == "new") for age in ("old", "new")}
         print(name, result[name], flush=True)
     with replacing(args.out / "result.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")

@@ -405,7 +405,8 @@ class Trainer:
             if not stop:
                 self._validate()
         if came and self.done < recipe.steps:
-            self.say(f"step {self.done} is saved in {self.out}; the same command goes on from it")
+            if self.world.is_first:
+                self.say(f"step {self.done} is saved in {self.out}; the same command goes on from it")
             if came[0] == signal.SIGINT:
                 raise KeyboardInterrupt
             signal.raise_signal(came[0])
