@@ -22,6 +22,7 @@ import torch
 from measure import RESULTS, Results, table
 
 from minit2v import DiffusionPipeline, UNet3DConditionModel, fast
+from minit2v.memory.heap import return_freed_memory
 from minit2v.memory.live import GIB, Live
 from minit2v.memory.plan import Planner, Techniques, Video, gib, planner_of
 from minit2v.memory.stream import stream
@@ -34,8 +35,10 @@ WORKLOADS = {
     "Zeroscope XL 1024x576, 24 frames": ("zeroscope-v2-xl", Video(24, 576, 1024), ("7.2GiB", "3.0GiB")),
     "AnimateDiff 512x512, 16 frames": ("sd-1.5", Video(16, 512, 512, chunk=16), ("5GiB", "2.5GiB")),
 }
-SIZE = (1, 4, 4, 32, 32)  # of the full-size step: b c f h w
-WAYS = ("plain", "resident", "streamed")  # the network as it is written; on the fast path; and there block by block
+# How a full-size step runs: as the network is written ("plain"), on the fast path, and there block by block. With a
+# budget, `pipe.plan(memory=)` has the process give freed memory back.
+WAYS = ("plain", "plain within a budget", "fast", "fast within a budget", "streamed")
+FRAMES = (4, 16)
 
 
 def predict(name: str, video: Video, budgets: tuple[str, ...]) -> dict[str, Any]:
@@ -102,38 +105,44 @@ def status(field: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def full_size(folder: str, how: str) -> dict[str, Any]:
+def full_size(folder: str, how: str, frames: int) -> dict[str, Any]:
     """In this process: the resident memory at the peak of a step. how: one of WAYS."""
     torch.set_num_threads(2)
-    torch.conv2d(torch.ones(1, 4, 8, 8), torch.ones(4, 4, 3, 3))  # libraries are loaded
+    if how.endswith("within a budget"):
+        return_freed_memory()
+    plain = how.startswith("plain")
+    small = UNet3DConditionModel(block_out_channels=(64, 64, 64, 64)).eval()
+    with torch.no_grad():  # a small step loads what every size needs: libraries and their code
+        (small if plain else fast.runner(small))(torch.ones(1, 4, 2, 16, 16), 500, torch.ones(1, 77, 1024))
+    del small
     before = status("VmRSS")
     unet = UNet3DConditionModel.from_pretrained(folder, subfolder="unet")
     if how == "streamed":
         stream(unet)
-    x, t, text = torch.ones(SIZE), torch.tensor([500]), torch.ones(SIZE[0], 77, 1024)
+    x, t, text = torch.ones(1, 4, frames, 32, 32), torch.tensor([500]), torch.ones(1, 77, 1024)
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     start = time.perf_counter()
     with torch.no_grad():
-        (unet if how == "plain" else fast.runner(unet))(x, t, text)
+        (unet if plain else fast.runner(unet))(x, t, text)
     seconds = time.perf_counter() - start
-    video = Video(SIZE[2], 8 * SIZE[3], 8 * SIZE[4], SIZE[0], guidance=False)
     with torch.device("meta"):
-        planner = Planner({"unet": UNet3DConditionModel(unet.config).eval()}, video, "cpu")
-    offload = {"plain": "sequential", "resident": None, "streamed": "group"}[how]  # "sequential": the plain network
+        planner = Planner({"unet": UNet3DConditionModel(unet.config).eval()}, Video(frames, 256, 256, 1, False), "cpu")
+    offload = "sequential" if plain else "group" if how == "streamed" else None  # "sequential": the plain network
     return {"resident": status("VmHWM"), "before": before, "seconds": seconds, "weights": planner.weights["unet"],
-            "activations": planner.beside(Techniques(offload=offload), "unet"), "how": how}  # fmt: skip
+            "activations": planner.beside(Techniques(offload=offload), "unet")}  # fmt: skip
 
 
 def run_full_size() -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_blank("ms-1.7b", Path(temporary) / "model")
-        for name in WAYS:
-            child = [sys.executable, __file__, "--child", str(folder), name]
-            done = subprocess.run(child, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise SystemExit(done.stderr)
-            found[name] = json.loads(done.stdout.splitlines()[-1])
+        for frames in FRAMES:
+            for how in WAYS:
+                child = [sys.executable, __file__, "--child", str(folder), how, str(frames)]
+                done = subprocess.run(child, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    raise SystemExit(done.stderr)
+                found.setdefault(f"{frames} frames", {})[how] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
@@ -141,10 +150,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full-size", action="store_true", help="also run the 1.41 B UNet, which takes minutes")
     parser.add_argument("--save", type=Path, default=RESULTS / "memory.json", help="a JSON file to write")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(full_size(*args.child)))
+        print(json.dumps(full_size(*args.child[:2], int(args.child[2]))))
         return
     results = Results(args.save, torch.device("cpu"), fresh=True)
     results.data["machine"].pop("dry_run", None)

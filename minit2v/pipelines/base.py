@@ -567,7 +567,8 @@ class DiffusionPipeline:
     ) -> "Plan":
         """Finds the fastest techniques with which a video fits into memory, and turns them on. Returns the plan.
 
-        memory: "8GiB" or a number of bytes. None means all available memory.
+        memory: "8GiB" or a number of bytes. None means all available memory. With a size on a CPU, the process from
+        then on gives freed memory back at once (minit2v/memory/heap.py).
         Raises ValueError if no plan fits, and says what is the least memory. Then nothing has changed.
         """
         return plan_for(self, memory, num_frames, height, width, num_videos, guidance, decode_chunk_size)

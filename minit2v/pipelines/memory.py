@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minit2v_convert.rename import nearest
 
+from ..memory.heap import return_freed_memory
 from ..memory.stream import STORES, is_streamed, let_go, stream, streams, unstream
 from .checks import check_count, check_size, unwrapped
 
@@ -220,6 +221,8 @@ def plan_for(
     if (plan := planner.choose(most)) is None:
         raise ValueError(f"{video} does not fit into {gib(most)}: the least memory is {planner.least()}")
     set_up(pipe, plan)
+    if memory is not None and pipe._execution_device.type == "cpu":
+        return_freed_memory()
     return plan
 
 
