@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -153,6 +153,16 @@ def pytest_collection_finish() -> None:
 
 def pytest_sessionfinish() -> None:
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kept_memory() -> Iterator[None]:
+    """What a plan sets for the whole process would make all later tests slower."""
+    from minit2v.pipelines import memory
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "return_freed_memory", lambda: False)
+        yield
 
 
 def _default_signals() -> None:

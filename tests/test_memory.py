@@ -1,8 +1,11 @@
 """What memory is planned, against what real runs take; the techniques on whole pipelines; running out of memory."""
 
+import ctypes
 import itertools
 import logging
 import re
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 
@@ -355,6 +358,41 @@ def test_plan_turns_it_on(pipe, counted_once):
     assert plan.peak <= most and memory.current(pipe) == plan.techniques != Techniques()
     np.testing.assert_allclose(video(pipe), want, rtol=0, atol=1e-4)
     assert pipe.plan("8GiB", num_frames=4).techniques == Techniques()
+
+
+def test_a_size_has_a_cpu_give_freed_memory_back(pipe, counted_once, monkeypatch):
+    calls = []
+    monkeypatch.setattr(memory, "return_freed_memory", lambda: calls.append(1))
+    pipe.plan(num_frames=4)
+    assert not calls
+    with pytest.raises(ValueError, match="does not fit"):
+        pipe.plan("1MB", num_frames=4)
+    assert not calls
+    pipe.plan("8GiB", num_frames=4)
+    assert calls == [1]
+
+
+FREES = """
+import sys
+from minit2v.memory.heap import return_freed_memory
+
+def resident():  # in MiB
+    with open("/proc/self/status") as file:
+        return int(next(line for line in file if line.startswith("VmRSS")).split()[1]) / 1024
+
+assert sys.argv[1] == "0" or return_freed_memory()
+for size in (2**24, 2**20):  # freeing a block of 16 MiB has glibc keep smaller ones from then on
+    blocks = [bytearray(size) for _ in range(2**28 // size)]
+    before = resident()
+    del blocks[::2]
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's setting")
+def test_freed_memory_goes_back_to_the_system():
+    freed = [float(subprocess.check_output([sys.executable, "-c", FREES, on])) for on in ("0", "1")]
+    assert freed[0] < 64 and freed[1] > 120, "half of 256 blocks of a MiB were freed"
 
 
 def test_moving_the_pipeline_ends_offloading(pipe, caplog):

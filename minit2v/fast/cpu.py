@@ -195,11 +195,10 @@ def in_pieces(
 
     read, written: height and width in pixels of a tile's part of the input and of the output.
     """
-    n, c, h, w = x.shape
+    n, c, height, width = x.shape
     products, _, o = weight.shape
-    h, w = h // read, w // read  # tiles
-    padded = x.new_zeros((n, read * h + 2, read * w + 2, c))
-    padded[:, 1:-1, 1:-1].copy_(x.permute(0, 2, 3, 1))
+    h, w = height // read, width // read  # tiles
+    pixels = x.permute(0, 2, 3, 1)
     y = x.new_empty((n, written * h, written * w, o))
     row = products * w * max(c, o)  # intermediate numbers of one row of tiles of one frame
     chunk = CHUNK * min(4, torch.get_num_threads())  # with more threads at most 4, so that memory stays small
@@ -208,21 +207,32 @@ def in_pieces(
     for i in range(0, n, frames):
         for j in range(0, h, rows):
             end = min(h, j + rows)
-            piece = padded[i : i + frames, read * j : read * end + 2]
+            piece = pixels[i : i + frames, max(0, read * j - 1) : read * end + 1]
+            if j == 0 or end == h:  # a row of zeros above the first, and below the last
+                piece = F.pad(piece, (0, 0, 0, 0, int(j == 0), int(end == h)))
             tiles(piece, weight, bias, y[i : i + frames, written * j : written * end])
     return y.permute(0, 3, 1, 2)
 
 
+def between_zeros(x: Tensor, *shape: int) -> Tensor:
+    """New memory like x, (... w + 2 c) for the shape (... w c), with zeros at both ends of the axis w."""
+    y = x.new_empty((*shape[:-2], shape[-2] + 2, shape[-1]))
+    y[..., 0, :] = 0
+    y[..., -1, :] = 0
+    return y
+
+
 def tiles(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """x (m 2r+2 2s+2 c) -> y (m 2r 2s o), r x s tiles."""
+    """x (m 2r+2 2s c) -> y (m 2r 2s o), r x s tiles. Left and right of x are zeros."""
     m, height, width, c = x.shape
-    r, s, o = height // 2 - 1, width // 2 - 1, weight.shape[2]
-    rows = x.new_empty((4, m, r, width, c))  # B' x
+    r, s, o = height // 2 - 1, width // 2, weight.shape[2]
+    rows = between_zeros(x, 4, m, r, width, c)  # B' x
     x0, x1, x2, x3 = (x[:, k : k + 2 * r : 2] for k in range(4))
-    torch.sub(x0, x2, out=rows[0])
-    torch.add(x1, x2, out=rows[1])
-    torch.sub(x2, x1, out=rows[2])
-    torch.sub(x1, x3, out=rows[3])
+    inside = rows[..., 1:-1, :]
+    torch.sub(x0, x2, out=inside[0])
+    torch.add(x1, x2, out=inside[1])
+    torch.sub(x2, x1, out=inside[2])
+    torch.sub(x1, x3, out=inside[3])
     both = x.new_empty((4, 4, m, r, s, c))  # B' x B
     x0, x1, x2, x3 = (rows[..., k : k + 2 * s : 2, :] for k in range(4))
     torch.sub(x0, x2, out=both[:, 0])
@@ -252,14 +262,15 @@ def transform_for_doubled(weight: Tensor) -> Tensor:
 
 
 def tiles_of_doubled(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """x (m r+2 s+2 c), not doubled -> y (m 2r 2s o)."""
-    m, height, width, c = x.shape
-    r, s, o = height - 2, width - 2, weight.shape[2]
-    rows = x.new_empty((3, m, r, width, c))
+    """x (m r+2 s c), not doubled -> y (m 2r 2s o). Left and right of x are zeros."""
+    m, height, s, c = x.shape
+    r, o = height - 2, weight.shape[2]
+    rows = between_zeros(x, 3, m, r, s, c)
     before, here, after = x[:, :-2], x[:, 1:-1], x[:, 2:]
-    torch.sub(before, here, out=rows[0])
-    rows[1].copy_(here)
-    torch.sub(here, after, out=rows[2])
+    inside = rows[..., 1:-1, :]
+    torch.sub(before, here, out=inside[0])
+    inside[1].copy_(here)
+    torch.sub(here, after, out=inside[2])
     both = x.new_empty((3, 3, m, r, s, c))
     before, here, after = rows[..., :-2, :], rows[..., 1:-1, :], rows[..., 2:, :]
     torch.sub(before, here, out=both[:, 0])
