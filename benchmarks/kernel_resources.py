@@ -464,11 +464,13 @@ def telling(jobs: Iterable[Job]) -> list[Job]:
 def doubtful(jobs: list[Job], table: Iterable[Row]) -> list[Job]:
     """Those that may come out otherwise than in the table: another text of the kernel, or another Triton.
 
-    Of what is as it was when the table was written, one for each kernel on each target: the same compiler makes the
-    same code of the same text.
+    Of what is as it was when the table was written, one for each kernel, on one target after the other: the same
+    compiler makes the same code of the same text.
     """
     known = {row.key: (row.source, row.triton) for row in table}
-    samples = {(job.row.kernel, job.row.target): job.row.key for job in jobs}.values()
+    of_each = {(job.row.kernel, job.row.target): job.row.key for job in jobs}
+    kernels, targets = (sorted({key[i] for key in of_each}) for i in (0, 1))
+    samples = {of_each.get((kernel, targets[n % len(targets)])) for n, kernel in enumerate(kernels)}
     return [
         job for job in jobs
         if job.row.key in samples or known.get(job.row.key) != (job.row.source, job.row.triton)
@@ -543,7 +545,7 @@ def main() -> None:
 
     if args.families is not None:
         sys.exit(families(args.families or list(OTHERS)))
-    wanted = jobs()
+    wanted = jobs(args.check or DTYPES)
     todo, kept = wanted, []
     if args.check:
         todo = doubtful(telling(job for job in wanted if of_dtype(job.row) in args.check), read())

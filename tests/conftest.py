@@ -143,6 +143,16 @@ def pytest_configure(config: pytest.Config) -> None:
     """A worker that ends is replaced once: xdist runs the test that ended it again in every new one."""
     if getattr(config.option, "maxworkerrestart", "") is None:
         config.option.maxworkerrestart = "1"
+    if hasattr(config.option, "loadscopereorder"):  # xdist would start the files with the fewest tests last
+        config.option.loadscopereorder = False
+
+
+# The files that take the longest, some with a single test: at the end, one worker would wait for the other.
+LONGEST = ("test_kernels", "test_memory", "test_trainer", "test_parallel", "test_resources", "test_lessons")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 def pytest_collection_finish() -> None:

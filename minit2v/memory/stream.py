@@ -402,12 +402,14 @@ def advise(tensors: Sequence[Tensor], what: int | None) -> None:
     """Calls madvise(what) for tensors that are memory-mapped from files. None: the system has no such call."""
     if what is None or not sys.platform.startswith("linux"):
         return
+    large = [x for x in tensors if x.device.type == "cpu" and x.is_contiguous() and x.nbytes >= mmap.PAGESIZE]
+    if not large:
+        return  # to read the list of mapped files takes a millisecond
     libc, spans = ctypes.CDLL(None), mapped_spans()
-    for x in tensors:
-        if x.device.type == "cpu" and x.is_contiguous() and x.nbytes >= mmap.PAGESIZE:
-            begin, end = x.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE, x.data_ptr() + x.nbytes
-            if any(a <= begin and end <= b for a, b in spans):
-                libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), what)
+    for x in large:
+        begin, end = x.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE, x.data_ptr() + x.nbytes
+        if any(a <= begin and end <= b for a, b in spans):
+            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), what)
 
 
 def mapped_spans() -> list[tuple[int, int]]:
