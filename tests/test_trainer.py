@@ -285,7 +285,7 @@ def test_a_lora_learns_one_clip_by_heart(tmp_path):
     """As benchmarks/training_overfit.py does at length: at most half of the validation loss is left."""
     draw(tmp_path / "clips", "diagonally", 1)
     options = "--train lora --targets conv --rank 8 --batch 2 --steps 60 --learning-rate 5e-3 --schedule linear " \
-              "--warmup 10 --text-dropout 0 --validate-every 60 --sample-steps 1 --validation-prompts circle"
+              "--warmup 10 --text-dropout 0 --validate-every 60 --sample-steps 1 --validation-prompts circle --frames 8"
     clip = tmp_path / "clips" / "red-circle-diagonally-0.gif"
     assert minit2v(["train", "--data", str(clip), "--out", str(tmp_path / "run"), *options.split()]) == 0
     with (tmp_path / "run" / "validation.csv").open(newline="") as file:
