@@ -10,6 +10,8 @@ of its own, and its peak of resident memory is measured. That takes minutes.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import subprocess
 import sys
@@ -115,6 +117,8 @@ def full_size(folder: str, how: str, frames: int) -> dict[str, Any]:
     with torch.no_grad():  # a small step loads what every size needs: libraries and their code
         (small if plain else fast.runner(small))(torch.ones(1, 4, 2, 16, 16), 500, torch.ones(1, 77, 1024))
     del small
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what the small network leaves free in the heap is not taken as used
     before = status("VmRSS")
     unet = UNet3DConditionModel.from_pretrained(folder, subfolder="unet")
     if how == "streamed":

@@ -4,11 +4,11 @@ import ctypes
 import sys
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-LARGE = 256 * 1024  # bytes
+LARGE = 64 * 1024  # bytes
 
 
 def return_freed_memory() -> bool:
-    """From now on, this process gives every freed block of memory above 256 KiB back to the system at once.
+    """From now on, this process gives every freed block of memory above 64 KiB back to the system at once.
 
     By default, the C library glibc keeps freed blocks of up to 32 MiB, to use them again. Blocks of other sizes do not
     fit into them, so the process grows beyond its live tensors. Without kept blocks, the system must clear new memory
