@@ -468,9 +468,11 @@ def doubtful(jobs: list[Job], table: Iterable[Row]) -> list[Job]:
     compiler makes the same code of the same text.
     """
     known = {row.key: (row.source, row.triton) for row in table}
-    of_each = {(job.row.kernel, job.row.target): job.row.key for job in jobs}
-    kernels, targets = (sorted({key[i] for key in of_each}) for i in (0, 1))
-    samples = {of_each.get((kernel, targets[n % len(targets)])) for n, kernel in enumerate(kernels)}
+    of_kernels: dict[str, dict[str, Any]] = {}  # kernel -> target -> one of its keys
+    for job in jobs:
+        of_kernels.setdefault(job.row.kernel, {})[job.row.target] = job.row.key
+    each = (sorted(keys.items()) for _, keys in sorted(of_kernels.items()))
+    samples = {keys[n % len(keys)][1] for n, keys in enumerate(each)}
     return [
         job for job in jobs
         if job.row.key in samples or known.get(job.row.key) != (job.row.source, job.row.triton)
