@@ -1,19 +1,45 @@
 """What the fast path does on a CPU in float32: every form of an operation, against the module in float64."""
 
+import ctypes
+import logging
+import subprocess
+import sys
+from functools import cache
+
 import pytest
 import torch
 from torch import nn
 
 from minit2v import fast
 from minit2v.fast import cpu
+from minit2v.memory.heap import use_huge_pages
 from minit2v.models.unet3d import UNet3DConditionModel
+from minit2v_kernels import cpu as kernels
+
+library = kernels.library  # tests replace it
 
 
-@pytest.fixture(params=[False, True], ids=["oneDNN", "MKL"])
+@pytest.fixture(params=["oneDNN", "MKL", "compiled", "compiled for AVX2"])
 def ops(request, monkeypatch):
-    """As on a processor with AVX-512, and as on one without."""
-    monkeypatch.setattr(cpu, "PRODUCTS", request.param)
+    """PyTorch's libraries, as on a processor with AVX-512 and as on one without. Then the kernels, for either."""
+    monkeypatch.setattr(cpu, "PRODUCTS", request.param != "oneDNN")
+    monkeypatch.setattr(kernels, "TILES", 400_000)
+    if "compiled" in request.param:
+        if kernels.library() is None:
+            pytest.skip("no C++ compiler")
+        monkeypatch.delenv("MINIT2V_KERNELS", raising=False)
+    else:
+        monkeypatch.setenv("MINIT2V_KERNELS", "torch")
+    if "AVX2" in request.param:
+        monkeypatch.setattr(kernels, "library", for_avx2)
     return cpu.CPUOps(torch.ones(1), nn.Linear(2000, 2000))
+
+
+@cache
+def for_avx2():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "FLAGS", tuple("-march=haswell" if f == "-march=native" else f for f in kernels.FLAGS))
+        return library.__wrapped__()
 
 
 def error(y: torch.Tensor, want: torch.Tensor) -> float:
@@ -23,9 +49,10 @@ def error(y: torch.Tensor, want: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     "n, c, h, w, o, options",
     [
-        pytest.param(4, 200, 8, 8, 160, {}, id="winograd"),
-        pytest.param(3, 170, 4, 30, 176, {}, id="winograd, no square"),
-        pytest.param(2, 200, 34, 36, 170, {}, id="winograd, in pieces of frames and rows"),
+        pytest.param(4, 208, 8, 8, 160, {}, id="winograd"),
+        pytest.param(3, 16, 4, 30, 176, {}, id="winograd, no square"),
+        pytest.param(2, 208, 34, 36, 48, {}, id="winograd, in pieces"),
+        pytest.param(3, 170, 8, 30, 176, {}, id="channels that are no multiple"),
         pytest.param(2, 200, 9, 20, 160, {}, id="odd height"),
         pytest.param(2, 24, 4, 4, 40, {}, id="few pixels"),
         pytest.param(1, 24, 1, 1, 40, {}, id="one pixel"),
@@ -45,8 +72,7 @@ def error(y: torch.Tensor, want: torch.Tensor) -> float:
 )
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @torch.no_grad()
-def test_convolutions(ops, monkeypatch, n, c, h, w, o, options, layout):
-    monkeypatch.setattr(cpu, "CHUNK", 400_000)
+def test_convolutions(ops, n, c, h, w, o, options, layout):
     torch.manual_seed(0)
     m = nn.Conv2d(c, o, **{"kernel_size": 3, "padding": 1, **options})
     x, bias = torch.randn(n, c, h, w).contiguous(memory_format=layout), torch.randn(o)
@@ -62,34 +88,39 @@ def test_convolutions(ops, monkeypatch, n, c, h, w, o, options, layout):
 
 
 def test_which_form_is_taken(ops, monkeypatch):
-    """Else the test above could compare a convolution with itself."""
+    """Else the tests above and below could compare an operation with itself."""
     taken = []
-    for name in ("winograd", "winograd_of_doubled", "unfolded"):
-        real = getattr(cpu, name)
-        monkeypatch.setattr(cpu, name, lambda *args, name=name, real=real: taken.append(name) or real(*args))
-    m = nn.Conv2d(200, 160, 3, padding=1)
+    for name in ("linear", "winograd", "group_norm_silu", "temporal_attention"):
+        real = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *args, name=name, real=real: taken.append(name) or real(*args))
+    unfolded = ops.unfolded
+    ops.unfolded = lambda *args: taken.append("unfolded") or unfolded(*args)
+    m = nn.Conv2d(208, 160, 3, padding=1)
     with torch.no_grad():
         for n, h in ((4, 8), (1, 4), (1, 32), (2, 9)):
-            ops.conv(m, torch.randn(n, 200, h, h))
-        ops.double_and_conv(m, torch.randn(1, 200, 16, 16))
-        ops.temporal_conv(nn.Conv3d(200, 160, (3, 1, 1), padding=(1, 0, 0)), torch.randn(1, 200, 4, 9), None)
-    wanted = ["winograd", "unfolded", "winograd", "winograd_of_doubled", "unfolded"]
-    assert taken == (wanted if cpu.PRODUCTS else [])
+            ops.conv(m, torch.randn(n, 208, h, h))
+        ops.double_and_conv(m, torch.randn(1, 208, 16, 16))
+        ops.temporal_conv(nn.Conv3d(208, 160, (3, 1, 1), padding=(1, 0, 0)), torch.randn(1, 208, 4, 9), None)
+        ops.group_norm(nn.GroupNorm(4, 32), ops.channels_last(torch.randn(2, 32, 4, 4)), 2)
+        ops.frame_attention(*torch.randn(3, 1, 4, 5, 2, 16))
+    wanted = ["winograd", "unfolded", "linear", "winograd", "winograd", "unfolded", "linear", "group_norm_silu",
+              "temporal_attention"]  # fmt: skip
+    assert taken == (wanted if ops.compiled else ["unfolded"] * 2 if cpu.PRODUCTS else [])
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("size", [(1, 24, 5, 3), (4, 24, 8, 8), (1, 24, 20, 31), (3, 24, 9, 11)], ids=str)
+@pytest.mark.parametrize("size", [(1, 32, 5, 3), (4, 32, 8, 8), (1, 32, 20, 31), (3, 32, 9, 11)], ids=str)
 @torch.no_grad()
 def test_doubling(ops, monkeypatch, size, bias):
-    monkeypatch.setattr(cpu, "CHUNK", 40_000)
+    monkeypatch.setattr(kernels, "TILES", 40_000)
     torch.manual_seed(0)
-    m, x = nn.Conv2d(24, 40, 3, padding=1, bias=bias), torch.randn(size)
+    m, x = nn.Conv2d(32, 48, 3, padding=1, bias=bias), torch.randn(size)
     exact = nn.functional.interpolate(x.double(), scale_factor=2.0, mode="nearest")
     exact = m.double()(exact)
     m.float()
     for _ in range(2):  # the second time with what was kept of the first
         assert error(ops.double_and_conv(m, x), exact) <= 1e-6
-    assert bool(ops.kept) == (cpu.PRODUCTS and x[:, 0].numel() >= 256)
+    assert bool(ops.kept) == (ops.compiled and x[:, 0].numel() >= 256)
 
 
 @pytest.mark.parametrize("residual", [True, False])
@@ -105,28 +136,59 @@ def test_along_the_frames(ops, size, residual):
     assert error(ops.temporal_conv(m, x, added), exact) <= 1e-6
 
 
-@pytest.mark.parametrize("rows", [10, 100])
+@pytest.mark.parametrize("rows, k, n", [(5, 24, 80), (1, 32, 80), (7, 2064, 22), (64, 48, 14), (100, 24, 80)])
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
-def test_products(ops, rows, bias):
+def test_products(ops, rows, k, n, bias):
     torch.manual_seed(0)
-    m, x = nn.Linear(24, 80, bias=bias), torch.randn(2, rows, 24).transpose(0, 1)
+    m, x, residual = nn.Linear(k, n, bias=bias), torch.randn(2, rows, k).transpose(0, 1), torch.randn(rows, 2, n)
     exact = m.double()(x.double())
     value, gate = exact.chunk(2, -1)
     m.float()
+    kept = residual.clone()
     assert error(ops.linear(m, x), exact) <= 1e-6
+    assert error(ops.linear_add(m, x, residual), exact + residual) <= 1e-6 and torch.equal(residual, kept)
     assert error(ops.geglu(m, x), value * nn.functional.gelu(gate)) <= 1e-6
 
 
-@pytest.mark.parametrize("size", [(2, 5, 70, 2, 8), (1, 16, 3, 4, 8), (1, 1, 64, 1, 8)], ids=str)
 @torch.no_grad()
-def test_attention_across_frames(ops, size):
+def test_a_product_of_more_rows_than_the_cache_holds():
+    if kernels.library() is None:
+        pytest.skip("no C++ compiler")
     torch.manual_seed(0)
-    q, k, v = (torch.randn(size) for _ in range(3))
-    exact = [x.double().permute(0, 2, 3, 1, 4) for x in (q, k, v)]  # b p h f d
+    x, w, b = torch.randn(300, 1040), torch.randn(20, 1040), torch.randn(20)
+    assert error(kernels.linear(x, w, b), x.double() @ w.double().T + b) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "span, silu, size",
+    [(1, True, (2, 64, 5, 9)), (3, True, (6, 48, 3, 4)), (2, False, (2, 32, 9, 9)), (1, True, (2, 24, 3, 4))],
+)
+@torch.no_grad()
+def test_group_norm(ops, span, silu, size):
+    """Also far from zero, where PyTorch's loses all digits in channels-last memory, and the kernel does not."""
+    torch.manual_seed(0)
+    m, x = nn.GroupNorm(8, size[1], eps=1e-6), torch.randn(size)
+    nn.init.normal_(m.weight), nn.init.normal_(m.bias)
+    if ops.compiled and size[1] % kernels.LANES == 0:
+        x[0] = 1000 + x[0] / 10
+    video = x.double().unflatten(0, (-1, span)).transpose(1, 2)  # n c span h w
+    exact = m.double()(video).transpose(1, 2).flatten(0, 1)
+    y = ops.group_norm(m.float(), x.contiguous(memory_format=torch.channels_last), span, silu=silu)
+    assert error(y, nn.functional.silu(exact) if silu else exact) <= 1e-3 and y.shape == x.shape
+    assert error(y[-1], (nn.functional.silu(exact) if silu else exact)[-1]) <= (1e-6 if span == 1 else 1e-3)
+
+
+@pytest.mark.parametrize("size", [(2, 5, 70, 2, 16), (1, 16, 3, 4, 32), (1, 1, 64, 1, 8), (1, 33, 2, 2, 48)], ids=str)
+@pytest.mark.parametrize("fused", [True, False])
+@torch.no_grad()
+def test_attention_across_frames(ops, size, fused):
+    torch.manual_seed(0)
+    q, k, v = torch.randn((*size[:3], 3, *size[3:])).unbind(3) if fused else torch.randn((3, *size))
+    exact = [x.double().permute(0, 2, 3, 1, 4) for x in (q * 3, k, v)]  # b p h f d
     exact = nn.functional.scaled_dot_product_attention(*exact).permute(0, 3, 1, 2, 4)
-    y = ops.frame_attention(q, k, v)
-    assert y.is_contiguous() and error(y, exact) <= 1e-6
+    y = ops.frame_attention(q * 3, k, v)
+    assert y.is_contiguous() and error(y, exact) <= 2e-6
 
 
 def test_onednn_has_its_op():
@@ -136,9 +198,11 @@ def test_onednn_has_its_op():
 @torch.no_grad()
 def test_copies_of_weights(monkeypatch):
     """They take at most 0.3 times the weights, and never outlive a change, whoever makes it and how."""
-    monkeypatch.setattr(cpu, "PRODUCTS", True)
+    if kernels.library() is None:
+        pytest.skip("no C++ compiler")
+    monkeypatch.delenv("MINIT2V_KERNELS", raising=False)
     torch.manual_seed(0)
-    unet = UNet3DConditionModel(block_out_channels=(168,), layers_per_block=1, norm_num_groups=8,
+    unet = UNet3DConditionModel(block_out_channels=(176,), layers_per_block=1, norm_num_groups=8,
                                 cross_attention_dim=16, attention_head_dim=8,
                                 down_block_types=("CrossAttnDownBlock3D",), up_block_types=("CrossAttnUpBlock3D",))
     call = torch.randn(1, 4, 4, 8, 8), 500, torch.randn(1, 7, 16)
@@ -158,7 +222,7 @@ def test_copies_of_weights(monkeypatch):
     for p in unet.parameters():
         p.data *= 1.02  # which PyTorch does not count
     check(fast.runner(unet))
-    conv = next(m for m in unet.modules() if (m, cpu.transform) in run.executor.ops.kept)
+    conv = next(m for m in unet.modules() if (m, False) in run.executor.ops.kept)
     conv.weight.data.copy_(conv.weight.data.flip(0))  # the same numbers in another order
     check(fast.runner(unet))
     unet.load_state_dict({name: v * 1.1 for name, v in unet.state_dict().items()})
@@ -169,3 +233,70 @@ def test_copies_of_weights(monkeypatch):
     unet.double().float()
     check(run)
     assert run.executor.ops.kept_bytes() == 0
+
+
+def test_the_kernels_are_compiled_once(monkeypatch, tmp_path, caplog):
+    """Two processes may do it at once. What they leave is one library, which is loaded from then on."""
+    if kernels.library() is None:
+        pytest.skip("no C++ compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code = "from minit2v_kernels import cpu; assert cpu.library() is not None"
+    for process in [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]:
+        assert process.wait() == 0
+    (made,) = (tmp_path / "minit2v").iterdir()
+    assert ctypes.CDLL(str(made)).linear
+    monkeypatch.setattr(subprocess, "run", once(subprocess.run))
+    with caplog.at_level(logging.INFO):
+        assert library.__wrapped__() is not None
+    assert not caplog.records
+
+
+def once(run):
+    """subprocess.run that may only ask for the compiler's version."""
+    def only(command, **options):
+        assert command[1:] == ["--version"]
+        return run(command, **options)
+    return only
+
+
+@pytest.mark.parametrize("compiler", ["false", "no-such-compiler", "gives something else"])
+def test_without_a_compiler(monkeypatch, tmp_path, caplog, compiler):
+    """PyTorch's operators run, and a warning says why."""
+    if "else" in compiler:
+        (tmp_path / "c++").write_text("#!/bin/sh\n[ $1 = --version ] && exit\nfor last; do :; done\necho broken > $last\n")
+        (tmp_path / "c++").chmod(0o755)
+        compiler = str(tmp_path / "c++")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", compiler)
+    made = library.__wrapped__()
+    assert made is None and compiler in caplog.text and "PyTorch's operators run" in caplog.text
+    monkeypatch.setattr(kernels, "library", lambda: made)
+    assert not cpu.CPUOps(torch.ones(1), nn.Linear(4, 4)).compiled
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    caplog.clear()
+    assert library.__wrapped__() is None and not caplog.text  # nothing is wrong with a machine that has no compiler
+
+
+def test_a_cache_folder_that_cannot_be_written(monkeypatch, tmp_path):
+    if kernels.library() is None:
+        pytest.skip("no C++ compiler")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(kernels.tempfile, "tempdir", None)
+    assert library.__wrapped__() is not None
+
+
+def test_torchs_operators_are_chosen(monkeypatch):
+    monkeypatch.setenv("MINIT2V_KERNELS", "torch")
+    assert not cpu.CPUOps(torch.ones(1), nn.Linear(4, 4)).compiled
+
+
+@torch.no_grad()
+def test_huge_pages_change_no_value():
+    tensors = [torch.randn(700, 700) for _ in range(5)] + [torch.randn(3), torch.randn(3, 1 << 20)[1]]
+    before = [x.clone() for x in tensors]
+    places = [x.data_ptr() for x in tensors]
+    use_huge_pages(tensors)
+    assert all(map(torch.equal, tensors, before)) and places == [x.data_ptr() for x in tensors]

@@ -87,6 +87,10 @@ class Ops:
     def linear(self, m: nn.Linear, x: Tensor) -> Tensor:
         return F.linear(x, m.weight, m.bias)
 
+    def product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x (... k), weight (n k) -> x weight' (... n)."""
+        return F.linear(x, weight)
+
     def linear_add(self, m: nn.Linear, x: Tensor, residual: Tensor) -> Tensor:
         """x (... d), residual (... d_out) -> m of x, plus the residual (... d_out)."""
         if self._linear_add is None or m.bias is None:
@@ -102,7 +106,7 @@ class Ops:
         weight = self.together.get(m)
         if weight is None or (x.ndim == 4 and not self.reads_fused):
             return tuple(self.linear(to, x).unflatten(-1, (m.heads, -1)) for to in (m.to_q, m.to_k, m.to_v))
-        return F.linear(x, weight).unflatten(-1, (3, m.heads, -1)).unbind(-3)
+        return self.product(x, weight).unflatten(-1, (3, m.heads, -1)).unbind(-3)
 
     def frame_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (b f p h d) -> attention across frames (b f p h d), contiguous."""

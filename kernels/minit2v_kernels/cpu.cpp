@@ -1,0 +1,369 @@
+// Operations of the fast path on a CPU, in float32. cpu.py compiles this file and calls it.
+//
+// Tensors are in channels-last memory: (frames, height, width, channels), and their channels lie next to each other.
+// A Vector holds LANES numbers, and one instruction computes with all of them.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__AVX512F__)  // 32 registers of 16 numbers
+constexpr int LANES = 16, ROWS = 4, COLUMNS = 6;
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#else  // 16 registers of 8 numbers
+constexpr int LANES = 8, ROWS = 2, COLUMNS = 4;
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15
+#endif
+typedef int64_t Size;
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+
+static inline Vector load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
+static inline void store(float* p, Vector x) { *reinterpret_cast<Unaligned*>(p) = x; }
+
+// ------------------------------------------------------------------------------------------------------ Matrix product
+//
+// y = x w', where a row of w holds the weights of one output. So both are read along their rows, and w needs no copy.
+
+constexpr Size PIECE = 1024;  // so many numbers of ROWS + COLUMNS rows fit into the first cache
+constexpr Size MANY = 256;    // PIECE numbers of so many rows fit into the second cache
+
+// The sums of neighbours: a0 + a1, a2 + a3, ..., b0 + b1, ...
+static inline Vector add_neighbours(Vector a, Vector b) {
+  return __builtin_shufflevector(a, b, EVEN) + __builtin_shufflevector(a, b, ODD);
+}
+
+// sums[r][c] = the dot product of row r of x and row c of w, k numbers each. It fetches rows of `next` from memory.
+template <int R, int C>
+static void dot_products(const float* x, Size x_row, const float* w, Size w_row, Size k, float* sums, const float* next,
+                         Size next_row) {
+  constexpr int ALL = (R * C + LANES - 1) / LANES * LANES;
+  Vector sum[ALL] = {};
+  for (Size i = 0; i < k; i += LANES) {
+    Vector a[R];
+    for (int r = 0; r < R; r++) a[r] = load(x + r * x_row + i);
+    if (next) {
+      __builtin_prefetch(next + i, 0, 2);
+      if (next_row) __builtin_prefetch(next + next_row + i, 0, 2);
+    }
+    for (int c = 0; c < C; c++) {
+      Vector b = load(w + c * w_row + i);
+      for (int r = 0; r < R; r++) sum[r * C + c] += a[r] * b;
+    }
+  }
+#pragma GCC unroll 8
+  for (int first = 0; first < ALL; first += LANES) {
+#pragma GCC unroll 8
+    for (int n = LANES; n > 1; n /= 2)
+#pragma GCC unroll 16
+      for (int i = 0; i < n / 2; i++) sum[first + i] = add_neighbours(sum[first + 2 * i], sum[first + 2 * i + 1]);
+    store(sums + first, sum[first]);
+  }
+}
+
+typedef void (*DotProducts)(const float*, Size, const float*, Size, Size, float*, const float*, Size);
+#define FOUR(r) dot_products<r, 1>, dot_products<r, 2>, dot_products<r, 3>, dot_products<r, 4>
+#if defined(__AVX512F__)
+#define SIX(r) {FOUR(r), dot_products<r, 5>, dot_products<r, 6>}
+static const DotProducts DOT_PRODUCTS[ROWS][COLUMNS] = {SIX(1), SIX(2), SIX(3), SIX(4)};
+#else
+static const DotProducts DOT_PRODUCTS[ROWS][COLUMNS] = {{FOUR(1)}, {FOUR(2)}};
+#endif
+
+// x (m, k), w (n, k), bias (n) or null, residual (m, n) or null -> y (m, n). The rows lie *_row numbers apart.
+static void product(const float* x, Size m, Size x_row, const float* w, Size n, Size w_row, Size k, const float* bias,
+                    const float* residual, float* y, Size y_row) {
+  Size pieces = (k + PIECE - 1) / PIECE, piece = (k / LANES + pieces - 1) / pieces * LANES;
+  for (Size top = 0; top < m; top += MANY)
+    for (Size from = 0; from < k; from += piece)
+      for (Size column = 0; column < n; column += COLUMNS) {
+        Size bottom = std::min(m, top + MANY), size = std::min(piece, k - from);
+        Size steps = (bottom - top + ROWS - 1) / ROWS, columns = std::min<Size>(COLUMNS, n - column);
+        const float* panel = w + column * w_row + from;
+        for (Size step = 0; step < steps; step++) {
+          Size row = top + step * ROWS, rows = std::min<Size>(ROWS, bottom - row);
+          // Each step fetches one or two rows of the next panel.
+          const float* next = step < COLUMNS && column + 2 * COLUMNS <= n ? panel + (COLUMNS + step) * w_row : nullptr;
+          Size next_row = step + steps < COLUMNS ? steps * w_row : 0;
+          float sums[ROWS * COLUMNS + LANES];
+          DOT_PRODUCTS[rows - 1][columns - 1](x + row * x_row + from, x_row, panel, w_row, size, sums, next, next_row);
+          for (Size r = 0; r < rows; r++) {
+            float *to = y + (row + r) * y_row + column, *sum = sums + r * columns;
+            const float* more = from > 0 ? to : residual ? residual + (row + r) * y_row + column : nullptr;
+            if (more)
+              for (Size c = 0; c < columns; c++) sum[c] += more[c];
+            if (bias && from == 0)
+              for (Size c = 0; c < columns; c++) sum[c] += bias[column + c];
+            if (columns == COLUMNS) std::memcpy(to, sum, sizeof(float) * COLUMNS);
+            else std::memcpy(to, sum, sizeof(float) * columns);
+          }
+        }
+      }
+}
+
+// x (m, k), w (n, k), bias (n) or null, residual (m, n) or null -> y (m, n).
+extern "C" void linear(const float* x, Size m, const float* w, Size n, Size k, const float* bias, const float* residual,
+                       float* y, int threads) {
+  Size panels = (n + COLUMNS - 1) / COLUMNS;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (Size part = 0; part < threads; part++) {
+    Size from = std::min(n, panels * part / threads * COLUMNS), to = std::min(n, panels * (part + 1) / threads * COLUMNS);
+    product(x, m, k, w + from * k, to - from, k, k, bias ? bias + from : nullptr, residual ? residual + from : nullptr,
+            y + from, n);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------ Winograd
+//
+// 2x2 results of a 3x3 convolution with 16 products, not 36: F(2x2, 3x3) of Lavin and Gray 2015, arXiv:1509.09308.
+// y = A' [(G w G') * (B' x B)] A. The products are matrix products over the channels. If every pixel of the image is
+// doubled in height and width, 2x2 results read only 3x3 different pixels, and 9 products suffice.
+//
+// N is 4, or 3 for doubled pixels: a tile reads N x N pixels.
+
+template <int N>
+static inline void transform_input(Vector* x, int step) {  // B'
+  if (N == 4) {
+    Vector x1 = x[step], x2 = x[2 * step];
+    x[0] -= x2;
+    x[step] = x1 + x2;
+    x[2 * step] = x2 - x1;
+    x[3 * step] = x1 - x[3 * step];
+  } else {
+    x[0] -= x[step];
+    x[2 * step] = x[step] - x[2 * step];
+  }
+}
+
+template <int N>
+static inline void transform_output(Vector* y, int step) {  // A': the two results are in the first two places
+  if (N == 4) {
+    Vector y1 = y[step];
+    y[0] += y1 + y[2 * step];
+    y[step] = y1 - y[2 * step] - y[3 * step];
+  } else {
+    y[0] += y[step];
+    y[step] -= y[2 * step];
+  }
+}
+
+struct Image {
+  Size height, width, channels;
+};
+
+template <int N>
+static void read_tile(const float* x, Image image, Size row, Size column, const float* zeros, float* to, Size apart) {
+  const float* pixels[N * N];
+  for (int i = 0; i < N; i++)
+    for (int j = 0; j < N; j++) {
+      Size r = row + i, c = column + j;
+      bool inside = r >= 0 && r < image.height && c >= 0 && c < image.width;
+      pixels[i * N + j] = inside ? x + (r * image.width + c) * image.channels : zeros;
+    }
+  for (Size channel = 0; channel < image.channels; channel += LANES) {
+    Vector v[N * N];
+    for (int i = 0; i < N * N; i++) v[i] = load(pixels[i] + channel);
+    for (int i = 0; i < N; i++) transform_input<N>(v + i, N);
+    for (int i = 0; i < N; i++) transform_input<N>(v + i * N, 1);
+    for (int i = 0; i < N * N; i++) store(to + i * apart + channel, v[i]);
+  }
+}
+
+template <int N>
+static void write_tile(const float* from, Size apart, const float* bias, const float* residual, float* y, Image image) {
+  for (Size channel = 0; channel < image.channels; channel += LANES) {
+    Vector v[N * N];
+    for (int i = 0; i < N * N; i++) v[i] = load(from + i * apart + channel);
+    for (int i = 0; i < N; i++) transform_output<N>(v + i, N);
+    for (int i = 0; i < 2; i++) transform_output<N>(v + i * N, 1);
+    for (int i = 0; i < 4; i++) {
+      Size pixel = (i / 2 * image.width + i % 2) * image.channels + channel;
+      Vector sum = v[i / 2 * N + i % 2];
+      if (bias) sum += load(bias + channel);
+      if (residual) sum += load(residual + pixel);
+      store(y + pixel, sum);
+    }
+  }
+}
+
+template <int N>
+static void convolve(const float* x, Size frames, Image image, const float* w, Size c_out, const float* bias,
+                     const float* residual, float* y, Size some, float* scratch, int threads) {
+  Size h = N == 4 ? image.height / 2 : image.height, wide = N == 4 ? image.width / 2 : image.width;
+  Size c = image.channels, tiles = frames * h * wide;
+  Image result = {2 * h, 2 * wide, c_out};
+  std::vector<float> zeros(c);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (Size first = 0; first < tiles; first += some) {
+    Size count = std::min(some, tiles - first);
+    float* inputs = scratch + omp_get_thread_num() * N * N * some * (c + c_out);
+    float* outputs = inputs + N * N * some * c;
+    for (Size t = 0; t < count; t++) {
+      Size frame = (first + t) / (h * wide), row = (first + t) / wide % h, column = (first + t) % wide;
+      int step = N == 4 ? 2 : 1;
+      read_tile<N>(x + frame * image.height * image.width * c, image, step * row - 1, step * column - 1, zeros.data(),
+                   inputs + t * c, some * c);
+    }
+    for (int i = 0; i < N * N; i++)
+      product(inputs + i * some * c, count, c, w + i * c_out * c, c_out, c, c, nullptr, nullptr,
+              outputs + i * some * c_out, c_out);
+    for (Size t = 0; t < count; t++) {
+      Size frame = (first + t) / (h * wide), row = (first + t) / wide % h, column = (first + t) % wide;
+      Size place = ((frame * 2 * h + 2 * row) * 2 * wide + 2 * column) * c_out;
+      write_tile<N>(outputs + t * c_out, some * c_out, bias, residual ? residual + place : nullptr, y + place, result);
+    }
+  }
+}
+
+// x (frames, height, width, c), w (16, c_out, c) of `transform_weight` -> y (frames, height, width, c_out).
+// doubled: w (9, c_out, c), y (frames, 2 height, 2 width, c_out). scratch: threads x 16 (9) x some x (c + c_out).
+extern "C" void winograd(const float* x, Size frames, Size height, Size width, Size c, const float* w, Size c_out,
+                         const float* bias, const float* residual, float* y, int doubled, Size some, float* scratch,
+                         int threads) {
+  auto run = doubled ? convolve<3> : convolve<4>;
+  run(x, frames, {height, width, c}, w, c_out, bias, residual, y, some, scratch, threads);
+}
+
+// w (c_out, c, 3, 3) -> G w G' (16, c_out, c), or (9, c_out, c) for doubled pixels.
+extern "C" void transform_weight(const float* w, Size c_out, Size c, float* to, int doubled, int threads) {
+  Size all = c_out * c;
+#pragma omp parallel for num_threads(threads)
+  for (Size first = 0; first < all; first += LANES) {
+    int n = doubled ? 3 : 4;
+    float rows[4][3][LANES];
+    for (int lane = 0; lane < LANES; lane++)
+      for (int j = 0; j < 3; j++) {
+        const float* from = w + (first + lane) * 9 + j;
+        float w0 = from[0], w1 = from[3], w2 = from[6];
+        rows[0][j][lane] = w0;
+        rows[1][j][lane] = doubled ? w0 + w1 + w2 : 0.5f * (w0 + w1 + w2);
+        rows[2][j][lane] = doubled ? w2 : 0.5f * (w0 - w1 + w2);
+        rows[3][j][lane] = w2;
+      }
+    for (int i = 0; i < n; i++) {
+      Vector w0 = load(rows[i][0]), w1 = load(rows[i][1]), w2 = load(rows[i][2]);
+      float* place = to + i * n * all + first;
+      store(place, w0);
+      store(place + all, doubled ? w0 + w1 + w2 : 0.5f * (w0 + w1 + w2));
+      store(place + 2 * all, doubled ? w2 : 0.5f * (w0 - w1 + w2));
+      if (!doubled) store(place + 3 * all, w2);
+    }
+  }
+}
+
+// -------------------------------------------------------------------------------------------------- Norm and attention
+
+// e^x, with a relative error of 1e-7. x = n log 2 + r, and e^r is its Taylor series of degree 7, |r| < 0.35.
+static inline Vector exponential(Vector x) {
+  const Vector LEAST = Vector{} - 87.0f, MOST = Vector{} + 88.0f;
+  x = x < LEAST ? LEAST : x > MOST ? MOST : x;
+  const float ROUND = 12582912.0f;  // 1.5 x 2^23: adding it rounds to a whole number, which is in the lowest bits
+  Vector rounded = x * 1.44269504f + ROUND, n = rounded - ROUND;
+  Vector r = x - n * 0.693359375f + n * 2.12194440e-4f, sum = r * (1.0f / 5040) + 1.0f / 720;
+  const float TERMS[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  for (float term : TERMS) sum = sum * r + term;
+  return (Vector)((Integers)sum + ((Integers)rounded << 23));
+}
+
+// GroupNorm over `span` frames, then SiLU if `silu`: x (frames, pixels, c) -> y. partial: frames x parts x groups x 3.
+extern "C" void group_norm(const float* x, Size frames, Size pixels, Size c, Size groups, Size span, const float* weight,
+                           const float* bias, float eps, int silu, float* y, int threads) {
+  constexpr Size SOME = 32;  // pixels whose numbers fit into the second cache
+  Size parts = (pixels + SOME - 1) / SOME, size = c / groups;
+  std::vector<double> partial(frames * parts * groups * 2);  // mean, and sum of the squared distances from it
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<float> means(c), squares(c), scale(c), shift(c);
+#pragma omp for
+    for (Size part = 0; part < frames * parts; part++) {
+      Size first = part % parts * SOME, count = std::min(SOME, pixels - first);
+      const float* from = x + (part / parts * pixels + first) * c;
+      for (Size i = 0; i < c; i += LANES) {
+        Vector sum = {}, square = {};
+        for (Size p = 0; p < count; p++) sum += load(from + p * c + i);
+        Vector mean = sum / (float)count;
+        for (Size p = 0; p < count; p++) {
+          Vector d = load(from + p * c + i) - mean;
+          square += d * d;
+        }
+        store(&means[i], mean);
+        store(&squares[i], square);
+      }
+      for (Size g = 0; g < groups; g++) {
+        double mean = 0, square = 0;
+        for (Size i = g * size; i < (g + 1) * size; i++) mean += means[i];
+        mean /= size;
+        for (Size i = g * size; i < (g + 1) * size; i++)
+          square += squares[i] + count * (means[i] - mean) * (means[i] - mean);
+        partial[(part * groups + g) * 2] = mean;
+        partial[(part * groups + g) * 2 + 1] = square;
+      }
+    }
+    Size video = -1;
+#pragma omp for
+    for (Size part = 0; part < frames * parts; part++) {
+      Size first = part % parts * SOME, count = std::min(SOME, pixels - first), begin = part / parts / span * span;
+      if (begin != video) {
+        video = begin;
+        for (Size g = 0; g < groups; g++) {
+          double mean = 0, square = 0, seen = 0;
+          for (Size q = begin * parts; q < (begin + span) * parts; q++) {
+            double more = size * std::min(SOME, pixels - q % parts * SOME), apart = partial[(q * groups + g) * 2] - mean;
+            mean += apart * more / (seen + more);
+            square += partial[(q * groups + g) * 2 + 1] + apart * apart * seen * more / (seen + more);
+            seen += more;
+          }
+          double over = 1 / std::sqrt(square / seen + eps);
+          for (Size i = g * size; i < (g + 1) * size; i++) {
+            scale[i] = weight[i] * over;
+            shift[i] = bias[i] - weight[i] * over * mean;
+          }
+        }
+      }
+      Size place = (part / parts * pixels + first) * c;
+      for (Size p = 0; p < count; p++)
+        for (Size i = 0; i < c; i += LANES) {
+          Vector v = load(x + place + p * c + i) * load(&scale[i]) + load(&shift[i]);
+          if (silu) v = v / (1 + exponential(-v));
+          store(y + place + p * c + i, v);
+        }
+    }
+  }
+}
+
+// Attention across at most 64 frames: q, k, v (videos, frames, pixels, heads, d) -> y, contiguous. *_at: how many
+// numbers lie between two videos, frames, pixels, heads.
+extern "C" void frame_attention(const float* q, const Size* q_at, const float* k, const Size* k_at, const float* v,
+                                const Size* v_at, Size videos, Size frames, Size pixels, Size heads, Size d, float* y,
+                                int threads) {
+  constexpr Size MOST = 64;
+  float factor = 1 / std::sqrt((float)d);
+  Size padded = (frames + LANES - 1) / LANES * LANES;
+#pragma omp parallel for num_threads(threads)
+  for (Size pixel = 0; pixel < videos * pixels; pixel++)
+    for (Size head = 0; head < heads; head++) {
+      Size at[3] = {pixel / pixels, pixel % pixels, head};
+      auto begin = [&](const float* x, const Size* s) { return x + at[0] * s[0] + at[1] * s[2] + at[2] * s[3]; };
+      float scores[MOST * MOST];
+      product(begin(q, q_at), frames, q_at[1], begin(k, k_at), frames, k_at[1], d, nullptr, nullptr, scores, padded);
+      for (Size i = 0; i < frames; i++) {
+        float *row = scores + i * padded, most = *std::max_element(row, row + frames), sum = 0;
+        std::fill(row + frames, row + padded, -INFINITY);
+        for (Size j = 0; j < padded; j += LANES) store(row + j, exponential((load(row + j) - most) * factor));
+        for (Size j = 0; j < frames; j++) sum += row[j];
+        float* to = y + (((at[0] * frames + i) * pixels + at[1]) * heads + head) * d;
+        for (Size channel = 0; channel < d; channel += LANES) {
+          Vector mixed = {};
+          for (Size j = 0; j < frames; j++) mixed += row[j] * load(begin(v, v_at) + j * v_at[1] + channel);
+          store(to + channel, mixed / sum);
+        }
+      }
+    }
+}

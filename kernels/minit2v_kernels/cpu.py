@@ -1,0 +1,179 @@
+"""The operations of cpu.cpp: float32 on a CPU. A C++ compiler makes them for this processor at their first use.
+
+That takes a few seconds. The result is kept in the user's cache folder, so it happens once per machine.
+"""
+
+import ctypes
+import hashlib
+import logging
+import mmap
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC", "-shared")
+LANES = 16  # channels must be a multiple of it
+MOST_FRAMES = 64  # of `frame_attention`
+TILES = 1_000_000  # numbers of Winograd's tiles that a thread works on at a time: they fit into its caches
+MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # of Linux's madvise(2)
+LARGE = 4 * 2**20  # bytes: in this size there is at least one whole page of 2 MiB
+SIZE, POINTER, INT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+ARGUMENTS = {
+    "linear": (POINTER, SIZE, POINTER, SIZE, SIZE, POINTER, POINTER, POINTER, INT),
+    "winograd": (POINTER, *[SIZE] * 4, POINTER, SIZE, POINTER, POINTER, POINTER, INT, SIZE, POINTER, INT),
+    "transform_weight": (POINTER, SIZE, SIZE, POINTER, INT, INT),
+    "group_norm": (POINTER, *[SIZE] * 5, POINTER, POINTER, ctypes.c_float, INT, POINTER, INT),
+    "frame_attention": (*[POINTER, SIZE * 5] * 3, *[SIZE] * 5, POINTER, INT),
+}  # fmt: skip
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled operations. None if there is no C++ compiler, or if it fails, which is logged."""
+    found = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
+    compiler = shlex.split(os.environ.get("CXX", "")) or found[:1]
+    if not compiler or sys.platform != "linux" or platform.machine() != "x86_64":
+        return None
+    command = [*compiler, *FLAGS, str(SOURCE)]
+    try:
+        loaded = ctypes.CDLL(str(compiled(command)))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip()
+        logger.warning("The kernels for the CPU could not be compiled, so PyTorch's operators run. %s: %s",
+                       shlex.join(command), said.splitlines()[0])  # fmt: skip
+        return None
+    for name, types in ARGUMENTS.items():
+        getattr(loaded, name).argtypes = types
+        getattr(loaded, name).restype = None
+    return loaded
+
+
+def compiled(command: list[str]) -> Path:
+    """Where the library is. It is compiled if it does not exist for this source, compiler and processor."""
+    version = subprocess.run([command[0], "--version"], capture_output=True, text=True, timeout=60).stdout
+    of = [SOURCE.read_text(), *command, version]
+    cpuinfo = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    of += [line for line in cpuinfo if line.startswith(("model name", "flags"))][:2]
+    name = f"cpu-{hashlib.sha256(chr(0).join(of).encode()).hexdigest()[:16]}.so"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minit2v"
+    if (cache / name).is_file():
+        return cache / name
+    logger.info("Compiling kernels for this CPU: a few seconds, once.")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix=".compiling-", dir=cache)
+    except OSError:  # nothing can be kept there
+        cache = Path(tempfile.mkdtemp(prefix="minit2v-"))
+        folder = tempfile.mkdtemp(dir=cache)
+    try:
+        made = Path(folder) / name
+        subprocess.run([*command, "-o", str(made)], check=True, capture_output=True, text=True, timeout=300)
+        os.replace(made, cache / name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return cache / name
+
+
+def at(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+@cache
+def madvise() -> Callable[[int, int, int], int] | None:
+    function = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+    if function is not None:
+        function.argtypes = POINTER, ctypes.c_size_t, INT
+    return function
+
+
+def use_huge_pages(first: int, end: int, now: bool = False) -> None:
+    """From now on, the memory between two addresses gets pages of 2 MiB where Linux allows it, if it is large.
+
+    A processor looks up each page in a table, which takes time: most in a virtual machine. now: moves what is in
+    pages of 4 KiB. Values and addresses stay. Nothing happens for memory of a file, before Linux 6.1 (now), or where
+    /sys/kernel/mm/transparent_hugepage/enabled says "never".
+    """
+    advise, page = madvise(), mmap.PAGESIZE
+    first, end = -(-first // page) * page, end // page * page
+    if advise is not None and end - first >= LARGE:
+        advise(first, end - first, MADV_HUGEPAGE)
+        if now:
+            advise(first, end - first, MADV_COLLAPSE)
+
+
+def empty(size: tuple[int, ...] | torch.Size, channels_last: bool = False) -> Tensor:
+    """New memory, in huge pages if it is large."""
+    y = torch.empty(size, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    use_huge_pages(y.data_ptr(), y.data_ptr() + y.nbytes)
+    return y
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """x (... k), weight (n k), bias (n), residual (... n), all contiguous -> x weight' + bias + residual (... n)."""
+    n, k = weight.shape
+    y = empty((*x.shape[:-1], n))
+    threads = torch.get_num_threads()
+    library().linear(at(x), x.numel() // k, at(weight), n, k, at(bias), at(residual), at(y), threads)
+    return y
+
+
+def transform(weight: Tensor, doubled: bool) -> Tensor:
+    """weight (o c 3 3), contiguous -> Winograd's form of it for `winograd`: (16 o c), or (9 o c) if `doubled`."""
+    o, c = weight.shape[:2]
+    y = empty((9 if doubled else 16, o, c))
+    library().transform_weight(at(weight), o, c, at(y), doubled, torch.get_num_threads())
+    return y
+
+
+def winograd(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """A 3x3 convolution by Winograd's method: x (n c h w) and residual (n o h w) -> (n o h w), all channels-last.
+
+    weight: of `transform`. If it is for doubled pixels, every pixel of x counts as 2x2 pixels, and the results are
+    (n o 2h 2w). Else h and w must be even.
+    """
+    (products, o, _), (n, c, h, w) = weight.shape, x.shape
+    doubled, threads = products == 9, torch.get_num_threads()
+    size = (n, o, 2 * h, 2 * w) if doubled else (n, o, h, w)
+    y = empty(size, channels_last=True)
+    tiles = n * h * w // (1 if doubled else 4)
+    some = min(TILES // (products * max(c, o)), -(-tiles // threads))
+    some = max(4, -(-some // 4) * 4)
+    scratch = empty((min(threads, -(-tiles // some)) * products * some * (c + o),))
+    library().winograd(
+        at(x), n, h, w, c, at(weight), o, at(bias), at(residual), at(y), doubled, some, at(scratch), threads
+    )
+    return y
+
+
+def group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, frames: int = 1
+) -> Tensor:
+    """x ((n frames) c h w) in channels-last memory -> GroupNorm over each `frames` frames, and SiLU if `silu`."""
+    n, c, h, w = x.shape
+    y = empty(x.shape, channels_last=True)
+    library().group_norm(
+        at(x), n, h * w, c, groups, frames, at(weight), at(bias), eps, silu, at(y), torch.get_num_threads()
+    )
+    return y
+
+
+def temporal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q, k, v (b f p h d), whose last axis is contiguous -> attention across frames (b f p h d), contiguous."""
+    y = empty(q.shape)
+    strides = [(SIZE * 5)(*x.stride()) for x in (q, k, v)]
+    pairs = (x for t, stride in zip((q, k, v), strides, strict=True) for x in (at(t), stride))
+    library().frame_attention(*pairs, *q.shape, at(y), torch.get_num_threads())
+    return y
