@@ -1,7 +1,8 @@
 """minit2v beside diffusers on this machine's CPU: a step of each video UNet, a VAE decode, loading, importing.
 
     python benchmarks/unet_vs_diffusers.py [--rounds 15] [--only unet motion vae import load memory] [--threads 1|2]
-                                           [--openvino] [--compiled] [--modes] [--out FILE]
+                                           [--openvino] [--compiled] [--modes] [--huge-pages]
+                                           [--out FILE]
 
     plain       our network as it is written
     fast        its fast path, as pipelines run it
@@ -17,6 +18,7 @@ of weights that it packs at its first call.
 
 import argparse
 import datetime
+import gc
 import gzip
 import importlib.metadata
 import json
@@ -47,6 +49,12 @@ VAE = {
 }
 
 
+# With --huge-pages, the C library takes all memory from one heap in pages of 2 MiB, for every library in the process.
+# In a virtual machine, pages of 4 KiB can cost most of the time, and a different time in each minute.
+HUGE_PAGES = ":".join(
+    f"glibc.malloc.{name}={value}"
+    for name, value in {"hugetlb": 1, "mmap_threshold": 2**32, "trim_threshold": 2**32, "top_pad": 2**26}.items()
+)
 PEER = "diffusers"
 OPTIONS = argparse.Namespace(openvino=False, compiled=False, modes=False)  # of the command line
 
@@ -54,6 +62,8 @@ OPTIONS = argparse.Namespace(openvino=False, compiled=False, modes=False)  # of 
 def in_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict:
     """Wall and CPU seconds of each, median and least, and the median ratio of the rounds, diffusers / other."""
     seconds: dict[str, dict[str, list[float]]] = {kind: {name: [] for name in runs} for kind in ("wall_s", "cpu_s")}
+    gc.collect()
+    gc.disable()  # a collection would count for the library that runs then
     for n in range(-2, rounds):  # the first two warm up
         for name in list(runs) if n % 2 else list(runs)[::-1]:
             wall, cpu = time.perf_counter(), time.process_time()
@@ -61,6 +71,7 @@ def in_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict:
             if n >= 0:
                 seconds["wall_s"][name].append(time.perf_counter() - wall)
                 seconds["cpu_s"][name].append(time.process_time() - cpu)
+    gc.enable()
     return {"rounds": rounds, **{kind: summary(values) for kind, values in seconds.items()}}
 
 
@@ -309,6 +320,7 @@ def machine() -> dict:
         "threads": torch.get_num_threads(),
         "threads_may_use_cores": sorted(os.sched_getaffinity(0)),
         "OMP_WAIT_POLICY": os.environ["OMP_WAIT_POLICY"],
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES"),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "load_at_start": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
@@ -340,7 +352,11 @@ def main() -> None:
     parser.add_argument(
         "--modes", action="store_true", help="AnimateDiff also in the modes that diffusers does not have"
     )
+    parser.add_argument("--huge-pages", action="store_true", help="all memory in pages of 2 MiB, for all libraries")
     args = parser.parse_args(namespace=OPTIONS)
+    if args.huge_pages and os.environ.get("GLIBC_TUNABLES") != HUGE_PAGES:
+        os.environ["GLIBC_TUNABLES"] = HUGE_PAGES  # which the C library reads when a process starts
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     sys.path[:0] = [str(REPO), str(REPO / "kernels"), str(REPO / "convert")]
     import torch
 

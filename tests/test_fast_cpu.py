@@ -263,7 +263,8 @@ def once(run):
 def test_without_a_compiler(monkeypatch, tmp_path, caplog, compiler):
     """PyTorch's operators run, and a warning says why."""
     if "else" in compiler:
-        (tmp_path / "c++").write_text("#!/bin/sh\n[ $1 = --version ] && exit\nfor last; do :; done\necho broken > $last\n")
+        script = "#!/bin/sh\n[ $1 = --version ] && exit\nfor last; do :; done\necho broken > $last\n"
+        (tmp_path / "c++").write_text(script)
         (tmp_path / "c++").chmod(0o755)
         compiler = str(tmp_path / "c++")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

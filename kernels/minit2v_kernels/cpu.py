@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,27 +115,34 @@ def use_huge_pages(first: int, end: int, now: bool = False) -> None:
             advise(first, end - first, MADV_COLLAPSE)
 
 
-def empty(size: tuple[int, ...] | torch.Size, channels_last: bool = False) -> Tensor:
-    """New memory, in huge pages if it is large."""
-    y = torch.empty(size, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    use_huge_pages(y.data_ptr(), y.data_ptr() + y.nbytes)
+def empty(x: Tensor, size: tuple[int, ...] | torch.Size, channels_last: bool = False) -> Tensor:
+    """New memory on the device of x, in huge pages if it is large."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    y = torch.empty(size, device=x.device, memory_format=layout)
+    if x.is_cpu:
+        use_huge_pages(y.data_ptr(), y.data_ptr() + y.nbytes)
     return y
+
+
+def run(name: str, x: Tensor, *arguments: Any) -> None:
+    """Calls the operation. Not on `meta`, where only memory is counted."""
+    if x.is_cpu:
+        getattr(library(), name)(at(x), *arguments, torch.get_num_threads())
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     """x (... k), weight (n k), bias (n), residual (... n), all contiguous -> x weight' + bias + residual (... n)."""
     n, k = weight.shape
-    y = empty((*x.shape[:-1], n))
-    threads = torch.get_num_threads()
-    library().linear(at(x), x.numel() // k, at(weight), n, k, at(bias), at(residual), at(y), threads)
+    y = empty(x, (*x.shape[:-1], n))
+    run("linear", x, x.numel() // k, at(weight), n, k, at(bias), at(residual), at(y))
     return y
 
 
 def transform(weight: Tensor, doubled: bool) -> Tensor:
     """weight (o c 3 3), contiguous -> Winograd's form of it for `winograd`: (16 o c), or (9 o c) if `doubled`."""
     o, c = weight.shape[:2]
-    y = empty((9 if doubled else 16, o, c))
-    library().transform_weight(at(weight), o, c, at(y), doubled, torch.get_num_threads())
+    y = empty(weight, (9 if doubled else 16, o, c))
+    run("transform_weight", weight, o, c, at(y), doubled)
     return y
 
 
@@ -147,14 +155,12 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | 
     (products, o, _), (n, c, h, w) = weight.shape, x.shape
     doubled, threads = products == 9, torch.get_num_threads()
     size = (n, o, 2 * h, 2 * w) if doubled else (n, o, h, w)
-    y = empty(size, channels_last=True)
+    y = empty(x, size, channels_last=True)
     tiles = n * h * w // (1 if doubled else 4)
     some = min(TILES // (products * max(c, o)), -(-tiles // threads))
     some = max(4, -(-some // 4) * 4)
-    scratch = empty((min(threads, -(-tiles // some)) * products * some * (c + o),))
-    library().winograd(
-        at(x), n, h, w, c, at(weight), o, at(bias), at(residual), at(y), doubled, some, at(scratch), threads
-    )
+    scratch = empty(x, (min(threads, -(-tiles // some)) * products * some * (c + o),))
+    run("winograd", x, n, h, w, c, at(weight), o, at(bias), at(residual), at(y), doubled, some, at(scratch))
     return y
 
 
@@ -163,17 +169,14 @@ def group_norm_silu(
 ) -> Tensor:
     """x ((n frames) c h w) in channels-last memory -> GroupNorm over each `frames` frames, and SiLU if `silu`."""
     n, c, h, w = x.shape
-    y = empty(x.shape, channels_last=True)
-    library().group_norm(
-        at(x), n, h * w, c, groups, frames, at(weight), at(bias), eps, silu, at(y), torch.get_num_threads()
-    )
+    y = empty(x, x.shape, channels_last=True)
+    run("group_norm", x, n, h * w, c, groups, frames, at(weight), at(bias), eps, silu, at(y))
     return y
 
 
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q, k, v (b f p h d), whose last axis is contiguous -> attention across frames (b f p h d), contiguous."""
-    y = empty(q.shape)
-    strides = [(SIZE * 5)(*x.stride()) for x in (q, k, v)]
-    pairs = (x for t, stride in zip((q, k, v), strides, strict=True) for x in (at(t), stride))
-    library().frame_attention(*pairs, *q.shape, at(y), torch.get_num_threads())
+    y = empty(q, q.shape)
+    of_q, of_k, of_v = ((SIZE * 5)(*x.stride()) for x in (q, k, v))
+    run("frame_attention", q, of_q, at(k), of_k, at(v), of_v, *q.shape, at(y))
     return y

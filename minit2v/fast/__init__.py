@@ -39,9 +39,15 @@ def runner(network: Any) -> Any:
     executor = executors[network]
     if executor is None:
         return network
-    if executor.state is not None:
-        executor.ops.check_kept()
+    free_copies(network)
     return UNetRunner(executor) if isinstance(executor, UNetExecutor) else executor
+
+
+def free_copies(network: nn.Module) -> None:
+    """Frees the transformed copies of weights that the last run has made."""
+    executor = executors.get(network)
+    if executor is not None and executor.state is not None:
+        executor.ops.free_copies()
 
 
 def is_on() -> bool:

@@ -41,22 +41,20 @@ FEW = 128  # rows: for so few, the compiled product beats those of PyTorch, whic
 class CPUOps(Ops):
     def __init__(self, x: Tensor, network: nn.Module, impl: str | None = None):
         super().__init__(x, impl)
-        chosen = impl or os.environ.get("MINIT2V_KERNELS") or "auto"
-        self.compiled = chosen == "auto" and kernels.library() is not None
+        self.compiled = os.environ.get("MINIT2V_KERNELS") in (None, "", "auto") and kernels.library() is not None
         if self.compiled and not is_streamed(network):
             use_huge_pages(network.parameters())
         self.reads_fused = self.compiled
         self.room = KEPT * sum(p.nbytes for p in network.parameters())
-        # (convolution, doubled) -> transformed weight, with version and fingerprint of the original weight.
-        self.kept: dict[tuple[nn.Conv2d, bool], tuple[Tensor, int, tuple[int, float]]] = {}
+        # (convolution, doubled) -> transformed weight, and the version of the original weight.
+        self.kept: dict[tuple[nn.Conv2d, bool], tuple[Tensor, int]] = {}
 
     def kept_bytes(self) -> int:
         """The bytes of the transformed weights."""
-        return sum(transformed.nbytes for transformed, *_ in self.kept.values())
+        return sum(transformed.nbytes for transformed, _ in self.kept.values())
 
-    def check_kept(self) -> None:
-        """Drops transformed weights whose originals were changed through `.data`, which PyTorch does not count."""
-        self.kept = {key: kept for key, kept in self.kept.items() if kept[2] == fingerprint(key[0].weight)}
+    def free_copies(self) -> None:
+        self.kept.clear()
 
     def image_layout(self, x: Tensor) -> Tensor:
         return self.channels_last(x)
@@ -178,7 +176,7 @@ class CPUOps(Ops):
         if kept is None and self.kept_bytes() + size > self.room:
             return None
         transformed = kernels.transform(m.weight, doubled)
-        self.kept[m, doubled] = transformed, m.weight._version, fingerprint(m.weight)
+        self.kept[m, doubled] = transformed, m.weight._version
         return transformed
 
 
@@ -198,9 +196,3 @@ def is_common(m: nn.Conv2d) -> bool:
 def is_3x3(m: nn.Conv2d) -> bool:
     """Whether it is a common 3x3 convolution that keeps height and width."""
     return is_common(m) and m.kernel_size == (3, 3) and m.stride == (1, 1) and m.padding == (1, 1)
-
-
-def fingerprint(x: Tensor) -> tuple[int, float]:
-    """Two numbers that change with x: the sum of its bits, and a sum that depends on their order."""
-    flat = x.detach().flatten()
-    return int(flat.view(torch.int32).sum(dtype=torch.int64)), float(flat @ torch.linspace(-1, 1, len(flat)))

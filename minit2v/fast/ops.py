@@ -56,8 +56,8 @@ class Ops:
         """The bytes of transformed copies of weights."""
         return 0
 
-    def check_kept(self) -> None:
-        """Drops copies whose original weights were changed without PyTorch's notice."""
+    def free_copies(self) -> None:
+        """Frees transformed copies of weights."""
 
     def channels_last(self, x: Tensor) -> Tensor:
         """x (n c h w) in channels-last memory, so that tokens (n (h w) c) are views."""

@@ -326,7 +326,7 @@ class Counted(Executor):
         self.device, self.keeps = device, True
 
     def choose_ops(self, weight: Tensor) -> Ops:
-        # The count is for PyTorch's operations. With kernels, less memory is needed.
+        # The count is for PyTorch's operations. With Triton's kernels, less memory is needed.
         ops: Ops = Ops(weight, "torch")
         if self.device == "cpu" and weight.dtype == torch.float32:
             ops = CPUOps(weight, self.network, "torch")

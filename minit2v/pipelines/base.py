@@ -1264,6 +1264,7 @@ class DiffusionPipeline:
                     done += 1
                     bar.update()
             check_result(x, unet, "the UNet")
+            fast.free_copies(unet)  # the VAE needs the memory
         return x
 
     def _predictor(self, unet: Any) -> Callable[..., Tensor]:
