@@ -90,7 +90,7 @@ def test_convolutions(ops, n, c, h, w, o, options, layout):
 def test_which_form_is_taken(ops, monkeypatch):
     """Else the tests above and below could compare an operation with itself."""
     taken = []
-    for name in ("linear", "winograd", "group_norm_silu", "temporal_attention"):
+    for name in ("linear", "winograd", "group_norm_silu", "geglu", "temporal_attention"):
         real = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *args, name=name, real=real: taken.append(name) or real(*args))
     unfolded = ops.unfolded
@@ -103,8 +103,9 @@ def test_which_form_is_taken(ops, monkeypatch):
         ops.temporal_conv(nn.Conv3d(208, 160, (3, 1, 1), padding=(1, 0, 0)), torch.randn(1, 208, 4, 9), None)
         ops.group_norm(nn.GroupNorm(4, 32), ops.channels_last(torch.randn(2, 32, 4, 4)), 2)
         ops.frame_attention(*torch.randn(3, 1, 4, 5, 2, 16))
+        ops.geglu(nn.Linear(16, 64), torch.randn(200, 16))
     wanted = ["winograd", "unfolded", "linear", "winograd", "winograd", "unfolded", "linear", "group_norm_silu",
-              "temporal_attention"]  # fmt: skip
+              "temporal_attention", "geglu"]  # fmt: skip
     assert taken == (wanted if ops.compiled else ["unfolded"] * 2 if cpu.PRODUCTS else [])
 
 
@@ -136,7 +137,23 @@ def test_along_the_frames(ops, size, residual):
     assert error(ops.temporal_conv(m, x, added), exact) <= 1e-6
 
 
-@pytest.mark.parametrize("rows, k, n", [(5, 24, 80), (1, 32, 80), (7, 2064, 22), (64, 48, 14), (100, 24, 80)])
+@torch.no_grad()
+def test_more_threads_than_work(ops):
+    """So that no thread writes outside of the memory that it was given."""
+    before = torch.get_num_threads()
+    torch.manual_seed(0)
+    m, x = nn.Conv2d(16, 16, 3, padding=1), torch.randn(16, 16, 4, 4)
+    product, row = nn.Linear(16, 3), torch.randn(1, 16)
+    wants = m(x).double(), product(row).double()
+    torch.set_num_threads(5)
+    try:
+        for _ in range(20):
+            assert error(ops.conv(m, x), wants[0]) <= 1e-5 and error(ops.linear(product, row), wants[1]) <= 1e-5
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("rows, k, n", [(5, 24, 80), (1, 32, 96), (7, 2064, 22), (64, 48, 14), (100, 24, 64)])
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
 def test_products(ops, rows, k, n, bias):
@@ -149,6 +166,17 @@ def test_products(ops, rows, k, n, bias):
     assert error(ops.linear(m, x), exact) <= 1e-6
     assert error(ops.linear_add(m, x, residual), exact + residual) <= 1e-6 and torch.equal(residual, kept)
     assert error(ops.geglu(m, x), value * nn.functional.gelu(gate)) <= 1e-6
+
+
+@torch.no_grad()
+def test_gelu_of_every_size():
+    if kernels.library() is None:
+        pytest.skip("no C++ compiler")
+    gate = torch.linspace(-12, 12, 16 * 4001).view(-1, 16)
+    y = kernels.geglu(torch.cat((torch.ones_like(gate), gate), 1), None)
+    exact = nn.functional.gelu(gate.double())
+    mine, torchs = (y - exact).abs().max(), (nn.functional.gelu(gate) - exact).abs().max()
+    assert mine <= 1.5 * torchs
 
 
 @torch.no_grad()
@@ -287,6 +315,20 @@ def test_a_cache_folder_that_cannot_be_written(monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(kernels.tempfile, "tempdir", None)
     assert library.__wrapped__() is not None
+
+
+@torch.no_grad()
+def test_not_a_number_stays_one(ops):
+    """Also NaN with other bits than the usual ones."""
+    odd = torch.tensor([0x7FC12345], dtype=torch.int32).view(torch.float32)
+    x = torch.randn(1, 16, 4, 4).contiguous(memory_format=torch.channels_last)
+    x[0, 3, 1, 1] = odd
+    y = ops.group_norm(nn.GroupNorm(4, 16), x, 1, silu=True)
+    assert y[:, :4].isnan().all() and not y[:, 4:].isnan().any()
+    q, k, v = torch.randn(3, 1, 4, 5, 2, 16)
+    q[0, 1, 2, 1, 3] = odd
+    y = ops.frame_attention(q, k, v)
+    assert y[0, 1, 2, 1].isnan().all() and y.isnan().sum() == 16
 
 
 def test_torchs_operators_are_chosen(monkeypatch):

@@ -200,6 +200,7 @@ static void convolve(const float* x, Size frames, Image image, const float* w, S
   Size c = image.channels, tiles = frames * h * wide;
   Image result = {2 * h, 2 * wide, c_out};
   std::vector<float> zeros(c);
+  threads = std::max<Size>(1, std::min<Size>(threads, (tiles + some - 1) / some));  // scratch is for so many
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
   for (Size first = 0; first < tiles; first += some) {
     Size count = std::min(some, tiles - first);
@@ -223,7 +224,8 @@ static void convolve(const float* x, Size frames, Image image, const float* w, S
 }
 
 // x (frames, height, width, c), w (16, c_out, c) of `transform_weight` -> y (frames, height, width, c_out).
-// doubled: w (9, c_out, c), y (frames, 2 height, 2 width, c_out). scratch: threads x 16 (9) x some x (c + c_out).
+// doubled: w (9, c_out, c), y (frames, 2 height, 2 width, c_out). some: tiles at a time. scratch: for each thread that has tiles,
+// 16 (or 9) x some x (c + c_out).
 extern "C" void winograd(const float* x, Size frames, Size height, Size width, Size c, const float* w, Size c_out,
                          const float* bias, const float* residual, float* y, int doubled, Size some, float* scratch,
                          int threads) {
@@ -269,10 +271,35 @@ static inline Vector exponential(Vector x) {
   Vector r = x - n * 0.693359375f + n * 2.12194440e-4f, sum = r * (1.0f / 5040) + 1.0f / 720;
   const float TERMS[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
   for (float term : TERMS) sum = sum * r + term;
-  return (Vector)((Integers)sum + ((Integers)rounded << 23));
+  return x == x ? (Vector)((Integers)sum + ((Integers)rounded << 23)) : x;  // NaN stays NaN
 }
 
-// GroupNorm over `span` frames, then SiLU if `silu`: x (frames, pixels, c) -> y. partial: frames x parts x groups x 3.
+// The error function, as Eigen computes it: x P(x^2) / Q(x^2), whose coefficients are fitted for |x| < 4.
+static inline Vector erf(Vector x) {
+  const Vector MOST = Vector{} + 4.0f;
+  x = x > MOST ? MOST : x < -MOST ? -MOST : x;
+  const float P[] = {2.77068142495902e-08f,  -2.10102402082508e-06f, -5.69250639462346e-05f,
+                     -7.34990630326855e-04f, -2.95459980854025e-03f, -1.60960333262415e-02f};
+  const float Q[] = {-2.13374055278905e-04f, -1.68282697438203e-03f, -7.37332916720468e-03f, -1.42647390514189e-02f};
+  Vector square = x * x, p = Vector{} - 2.72614225801306e-10f, q = Vector{} - 1.45660718464996e-05f;
+  for (float term : P) p = p * square + term;
+  for (float term : Q) q = q * square + term;
+  return x * p / q;
+}
+
+// x (rows, 2 d), bias (2 d) or null -> y (rows, d): value times GELU of gate, the two halves of x + bias.
+extern "C" void geglu(const float* x, Size rows, Size d, const float* bias, float* y, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (Size row = 0; row < rows; row++)
+    for (Size i = 0; i < d; i += LANES) {
+      Vector value = load(x + row * 2 * d + i), gate = load(x + row * 2 * d + d + i);
+      if (bias) value += load(bias + i), gate += load(bias + d + i);
+      store(y + row * d + i, value * gate * 0.5f * (1 + erf(gate * 0.70710678f)));
+    }
+}
+
+// GroupNorm over `span` frames, then SiLU if `silu`: x (frames, pixels, c) -> y. Means and squares are of SOME pixels at
+// a time, so that they need one reading of x and lose no digits (Chan et al. 1979).
 extern "C" void group_norm(const float* x, Size frames, Size pixels, Size c, Size groups, Size span, const float* weight,
                            const float* bias, float eps, int silu, float* y, int threads) {
   constexpr Size SOME = 32;  // pixels whose numbers fit into the second cache

@@ -37,6 +37,7 @@ ARGUMENTS = {
     "winograd": (POINTER, *[SIZE] * 4, POINTER, SIZE, POINTER, POINTER, POINTER, INT, SIZE, POINTER, INT),
     "transform_weight": (POINTER, SIZE, SIZE, POINTER, INT, INT),
     "group_norm": (POINTER, *[SIZE] * 5, POINTER, POINTER, ctypes.c_float, INT, POINTER, INT),
+    "geglu": (POINTER, SIZE, SIZE, POINTER, POINTER, INT),
     "frame_attention": (*[POINTER, SIZE * 5] * 3, *[SIZE] * 5, POINTER, INT),
 }  # fmt: skip
 
@@ -171,6 +172,14 @@ def group_norm_silu(
     n, c, h, w = x.shape
     y = empty(x, x.shape, channels_last=True)
     run("group_norm", x, n, h * w, c, groups, frames, at(weight), at(bias), eps, silu, at(y))
+    return y
+
+
+def geglu(x: Tensor, bias: Tensor | None) -> Tensor:
+    """x (... 2d), contiguous, bias (2d) -> value * gelu(gate) (... d): the halves of x + bias."""
+    d = x.shape[-1] // 2
+    y = empty(x, (*x.shape[:-1], d))
+    run("geglu", x, y.numel() // d, d, at(bias), at(y))
     return y
 
 
