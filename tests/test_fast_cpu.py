@@ -320,6 +320,8 @@ def test_a_cache_folder_that_cannot_be_written(monkeypatch, tmp_path):
 @torch.no_grad()
 def test_not_a_number_stays_one(ops):
     """Also NaN with other bits than the usual ones."""
+    if not ops.compiled:
+        pytest.skip("PyTorch's operators differ among themselves")
     odd = torch.tensor([0x7FC12345], dtype=torch.int32).view(torch.float32)
     x = torch.randn(1, 16, 4, 4).contiguous(memory_format=torch.channels_last)
     x[0, 3, 1, 1] = odd
