@@ -101,7 +101,7 @@ static void product(const float* x, Size m, Size x_row, const float* w, Size n, 
               for (Size c = 0; c < columns; c++) sum[c] += more[c];
             if (bias && from == 0)
               for (Size c = 0; c < columns; c++) sum[c] += bias[column + c];
-            if (columns == COLUMNS) std::memcpy(to, sum, sizeof(float) * COLUMNS);
+            if (columns == COLUMNS) std::memcpy(to, sum, sizeof(float) * COLUMNS);  // a size that the compiler knows
             else std::memcpy(to, sum, sizeof(float) * columns);
           }
         }
@@ -177,7 +177,7 @@ static void read_tile(const float* x, Image image, Size row, Size column, const 
 }
 
 template <int N>
-static void write_tile(const float* from, Size apart, const float* bias, const float* residual, float* y, Image image) {
+static void write_tile(const float* from, Size apart, const float* bias, float* y, Image image) {
   for (Size channel = 0; channel < image.channels; channel += LANES) {
     Vector v[N * N];
     for (int i = 0; i < N * N; i++) v[i] = load(from + i * apart + channel);
@@ -187,15 +187,14 @@ static void write_tile(const float* from, Size apart, const float* bias, const f
       Size pixel = (i / 2 * image.width + i % 2) * image.channels + channel;
       Vector sum = v[i / 2 * N + i % 2];
       if (bias) sum += load(bias + channel);
-      if (residual) sum += load(residual + pixel);
       store(y + pixel, sum);
     }
   }
 }
 
 template <int N>
-static void convolve(const float* x, Size frames, Image image, const float* w, Size c_out, const float* bias,
-                     const float* residual, float* y, Size some, float* scratch, int threads) {
+static void convolve(const float* x, Size frames, Image image, const float* w, Size c_out, const float* bias, float* y,
+                     Size some, float* scratch, int threads) {
   Size h = N == 4 ? image.height / 2 : image.height, wide = N == 4 ? image.width / 2 : image.width;
   Size c = image.channels, tiles = frames * h * wide;
   Image result = {2 * h, 2 * wide, c_out};
@@ -218,7 +217,7 @@ static void convolve(const float* x, Size frames, Image image, const float* w, S
     for (Size t = 0; t < count; t++) {
       Size frame = (first + t) / (h * wide), row = (first + t) / wide % h, column = (first + t) % wide;
       Size place = ((frame * 2 * h + 2 * row) * 2 * wide + 2 * column) * c_out;
-      write_tile<N>(outputs + t * c_out, some * c_out, bias, residual ? residual + place : nullptr, y + place, result);
+      write_tile<N>(outputs + t * c_out, some * c_out, bias, y + place, result);
     }
   }
 }
@@ -227,10 +226,9 @@ static void convolve(const float* x, Size frames, Image image, const float* w, S
 // doubled: w (9, c_out, c), y (frames, 2 height, 2 width, c_out). some: tiles at a time. scratch: for each thread that has tiles,
 // 16 (or 9) x some x (c + c_out).
 extern "C" void winograd(const float* x, Size frames, Size height, Size width, Size c, const float* w, Size c_out,
-                         const float* bias, const float* residual, float* y, int doubled, Size some, float* scratch,
-                         int threads) {
+                         const float* bias, float* y, int doubled, Size some, float* scratch, int threads) {
   auto run = doubled ? convolve<3> : convolve<4>;
-  run(x, frames, {height, width, c}, w, c_out, bias, residual, y, some, scratch, threads);
+  run(x, frames, {height, width, c}, w, c_out, bias, y, some, scratch, threads);
 }
 
 // w (c_out, c, 3, 3) -> G w G' (16, c_out, c), or (9, c_out, c) for doubled pixels.

@@ -34,7 +34,7 @@ LARGE = 4 * 2**20  # bytes: in this size there is at least one whole page of 2 M
 SIZE, POINTER, INT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 ARGUMENTS = {
     "linear": (POINTER, SIZE, POINTER, SIZE, SIZE, POINTER, POINTER, POINTER, INT),
-    "winograd": (POINTER, *[SIZE] * 4, POINTER, SIZE, POINTER, POINTER, POINTER, INT, SIZE, POINTER, INT),
+    "winograd": (POINTER, *[SIZE] * 4, POINTER, SIZE, POINTER, POINTER, INT, SIZE, POINTER, INT),
     "transform_weight": (POINTER, SIZE, SIZE, POINTER, INT, INT),
     "group_norm": (POINTER, *[SIZE] * 5, POINTER, POINTER, ctypes.c_float, INT, POINTER, INT),
     "geglu": (POINTER, SIZE, SIZE, POINTER, POINTER, INT),
@@ -53,7 +53,7 @@ def library() -> ctypes.CDLL | None:
     try:
         loaded = ctypes.CDLL(str(compiled(command)))
     except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip()
+        said = (getattr(error, "stderr", None) or "").strip() or str(error)
         logger.warning("The kernels for the CPU could not be compiled, so PyTorch's operators run. %s: %s",
                        shlex.join(command), said.splitlines()[0])  # fmt: skip
         return None
@@ -70,16 +70,16 @@ def compiled(command: list[str]) -> Path:
     cpuinfo = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     of += [line for line in cpuinfo if line.startswith(("model name", "flags"))][:2]
     name = f"cpu-{hashlib.sha256(chr(0).join(of).encode()).hexdigest()[:16]}.so"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minit2v"
-    if (cache / name).is_file():
-        return cache / name
-    logger.info("Compiling kernels for this CPU: a few seconds, once.")
     try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minit2v"
+        if (cache / name).is_file():
+            return cache / name
         cache.mkdir(parents=True, exist_ok=True)
         folder = tempfile.mkdtemp(prefix=".compiling-", dir=cache)
-    except OSError:  # nothing can be kept there
+    except (OSError, RuntimeError):  # nothing can be kept there, or the user has no home
         cache = Path(tempfile.mkdtemp(prefix="minit2v-"))
         folder = tempfile.mkdtemp(dir=cache)
+    logger.info("Compiling kernels for this CPU: a few seconds, once.")
     try:
         made = Path(folder) / name
         subprocess.run([*command, "-o", str(made)], check=True, capture_output=True, text=True, timeout=300)
@@ -94,10 +94,10 @@ def at(x: Tensor | None) -> int | None:
 
 
 @cache
-def madvise() -> Callable[[int, int, int], int] | None:
-    function = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
-    if function is not None:
-        function.argtypes = POINTER, ctypes.c_size_t, INT
+def madvise() -> Callable[[int, int, int], int]:
+    """madvise(2) of Linux: address, bytes, advice."""
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = POINTER, ctypes.c_size_t, INT
     return function
 
 
@@ -105,15 +105,15 @@ def use_huge_pages(first: int, end: int, now: bool = False) -> None:
     """From now on, the memory between two addresses gets pages of 2 MiB where Linux allows it, if it is large.
 
     A processor looks up each page in a table, which takes time: most in a virtual machine. now: moves what is in
-    pages of 4 KiB. Values and addresses stay. Nothing happens for memory of a file, before Linux 6.1 (now), or where
+    pages of 4 KiB. Values and addresses stay. Nothing happens before Linux 6.1 (now), or where
     /sys/kernel/mm/transparent_hugepage/enabled says "never".
     """
-    advise, page = madvise(), mmap.PAGESIZE
+    page = mmap.PAGESIZE
     first, end = -(-first // page) * page, end // page * page
-    if advise is not None and end - first >= LARGE:
-        advise(first, end - first, MADV_HUGEPAGE)
+    if sys.platform == "linux" and end - first >= LARGE:
+        madvise()(first, end - first, MADV_HUGEPAGE)
         if now:
-            advise(first, end - first, MADV_COLLAPSE)
+            madvise()(first, end - first, MADV_COLLAPSE)
 
 
 def empty(x: Tensor, size: tuple[int, ...] | torch.Size, channels_last: bool = False) -> Tensor:
@@ -147,8 +147,8 @@ def transform(weight: Tensor, doubled: bool) -> Tensor:
     return y
 
 
-def winograd(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-    """A 3x3 convolution by Winograd's method: x (n c h w) and residual (n o h w) -> (n o h w), all channels-last.
+def winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 3x3 convolution by Winograd's method: x (n c h w) -> (n o h w), both channels-last.
 
     weight: of `transform`. If it is for doubled pixels, every pixel of x counts as 2x2 pixels, and the results are
     (n o 2h 2w). Else h and w must be even.
@@ -161,7 +161,7 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | 
     some = min(TILES // (products * max(c, o)), -(-tiles // threads))
     some = max(4, -(-some // 4) * 4)
     scratch = empty(x, (min(threads, -(-tiles // some)) * products * some * (c + o),))
-    run("winograd", x, n, h, w, c, at(weight), o, at(bias), at(residual), at(y), doubled, some, at(scratch))
+    run("winograd", x, n, h, w, c, at(weight), o, at(bias), at(y), doubled, some, at(scratch))
     return y
 
 

@@ -114,10 +114,7 @@ class CPUOps(Ops):
         n, c, h, w = x.shape
         rows = n * h * w
         if self.is_winograds(m) and rows >= 256 and h % 2 == w % 2 == 0:
-            transformed = self.transformed(m, doubled=False)
-            if transformed is not None or rows >= 512:
-                transformed = kernels.transform(m.weight, False) if transformed is None else transformed
-                return kernels.winograd(self.channels_last(x), transformed, bias)
+            return kernels.winograd(self.channels_last(x), self.transformed(m, doubled=False), bias)
         if (PRODUCTS or self.compiled) and is_common(m):
             if m.kernel_size == (1, 1) and m.stride == (1, 1) and m.padding == (0, 0):
                 pixels = self.channels_last(x).permute(0, 2, 3, 1)
@@ -150,9 +147,7 @@ class CPUOps(Ops):
         if not is_3x3(m) or x.shape[0] * x.shape[2] * x.shape[3] < 256:  # too small to gain time
             return super().double_and_conv(m, x)
         if self.is_winograds(m):
-            transformed = self.transformed(m, doubled=True)
-            transformed = kernels.transform(m.weight, True) if transformed is None else transformed
-            return kernels.winograd(self.channels_last(x), transformed, m.bias)
+            return kernels.winograd(self.channels_last(x), self.transformed(m, doubled=True), m.bias)
         # Doubling is a transposed convolution with a 2x2 kernel of ones. Together the two are a transposed convolution.
         # Its 4x4 kernel is the flipped 3x3 kernel, summed over 2x2 windows. So 4 pixels need 16 products, not 36.
         windows = m.weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
@@ -164,18 +159,15 @@ class CPUOps(Ops):
         whole = m.in_channels % kernels.LANES == m.out_channels % kernels.LANES == 0
         return self.compiled and is_3x3(m) and whole and m.weight.is_contiguous()
 
-    def transformed(self, m: nn.Conv2d, doubled: bool) -> Tensor | None:
-        """The weight in Winograd's form, or None if it exceeds the limit for copies."""
+    def transformed(self, m: nn.Conv2d, doubled: bool) -> Tensor:
+        """The weight in Winograd's form. It is kept for the rest of the run, if that is within the limit for copies."""
         kept = self.kept.get((m, doubled))
-        if kept is not None and kept[1] == m.weight._version:
+        countable = not m.weight.is_inference()
+        if kept is not None and countable and kept[1] == m.weight._version:
             return kept[0]
-        if m.weight.is_inference():
-            return None
-        size = m.weight.nbytes * (1 if doubled else 16 / 9)
-        if kept is None and self.kept_bytes() + size > self.room:
-            return None
         transformed = kernels.transform(m.weight, doubled)
-        self.kept[m, doubled] = transformed, m.weight._version
+        if countable and (kept is not None or self.kept_bytes() + transformed.nbytes <= self.room):
+            self.kept[m, doubled] = transformed, m.weight._version
         return transformed
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from minit2v_kernels import cpu as kernels
 
+from .stream import mapped_spans
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGE = 64 * 1024  # bytes
 
@@ -31,11 +33,17 @@ def return_freed_memory() -> bool:
 def use_huge_pages(tensors: Iterable[Tensor]) -> None:
     """Moves tensors on the CPU into memory pages of 2 MiB, where Linux allows it. Addresses and values stay the same.
 
-    Small tensors that lie side by side move together. See `minit2v_kernels.cpu.use_huge_pages`.
+    Small tensors that lie side by side move together. Those that are mapped from files stay, because the system may
+    read their files when it needs them. See `minit2v_kernels.cpu.use_huge_pages`.
     """
     storages = [x.untyped_storage() for x in tensors if x.is_cpu]
+    if sys.platform != "linux" or sum(s.nbytes() for s in storages) < kernels.LARGE:
+        return
+    spans = mapped_spans()
     blocks: list[list[int]] = []  # first address and end of neighbours
     for first, end in sorted((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages):
+        if any(a <= first and end <= b for a, b in spans):
+            continue
         if blocks and first <= blocks[-1][1] + mmap.PAGESIZE:
             blocks[-1][1] = max(blocks[-1][1], end)
         else:

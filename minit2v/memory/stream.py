@@ -13,7 +13,6 @@ are freed after use. The system reads them from the disk again if it has to.
 Hooks on the modules bring the blocks to the device. They run in the plain network and in the fast path.
 """
 
-import ctypes
 import logging
 import mmap
 import sys
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from minit2v_convert.rename import nearest
+from minit2v_kernels import cpu as kernels
 
 from ..models.unet import UNet
 
@@ -405,11 +405,11 @@ def advise(tensors: Sequence[Tensor], what: int | None) -> None:
     large = [x for x in tensors if x.device.type == "cpu" and x.is_contiguous() and x.nbytes >= mmap.PAGESIZE]
     if not large:
         return  # to read the list of mapped files takes a millisecond
-    libc, spans = ctypes.CDLL(None), mapped_spans()
+    spans = mapped_spans()
     for x in large:
         begin, end = x.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE, x.data_ptr() + x.nbytes
         if any(a <= begin and end <= b for a, b in spans):
-            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), what)
+            kernels.madvise()(begin, end - begin, what)
 
 
 def mapped_spans() -> list[tuple[int, int]]:
