@@ -333,6 +333,25 @@ def test_not_a_number_stays_one(ops):
     assert y[0, 1, 2, 1].isnan().all() and y.isnan().sum() == 16
 
 
+@torch.no_grad()
+def test_tensors_that_lie_scattered_or_are_of_another_dtype(ops):
+    """Parameters that a user has replaced are read where they lie, or refused. They are never misread."""
+    torch.manual_seed(0)
+    wide = torch.randn(64, 2)
+    linear, norm = nn.Linear(32, 64), nn.GroupNorm(4, 64)
+    linear.bias.data, norm.weight.data, norm.bias.data = wide[:, 0], wide[:, 1], wide[:, 0]
+    x, image = torch.randn(3, 32), torch.randn(2, 64, 4, 4).contiguous(memory_format=torch.channels_last)
+    assert error(ops.linear(linear, x), linear.double()(x.double())) <= 1e-6
+    assert error(ops.group_norm(norm, image, 1), norm.double()(image.double())) <= 1e-5
+    q, k, v = torch.randn(3, 1, 4, 16, 2, 5).transpose(-1, -3)
+    exact = [y.double().permute(0, 2, 3, 1, 4) for y in (q, k, v)]
+    exact = nn.functional.scaled_dot_product_attention(*exact).permute(0, 3, 1, 2, 4)
+    assert error(ops.frame_attention(q, k, v), exact) <= 1e-6
+    for call in (lambda: ops.linear(linear, x), lambda: ops.group_norm(norm, image, 1)):  # in float64 now
+        with pytest.raises((ValueError, RuntimeError), match="float|Float|double|Double"):
+            call()
+
+
 def test_torchs_operators_are_chosen(monkeypatch):
     monkeypatch.setenv("MINIT2V_KERNELS", "torch")
     assert not cpu.CPUOps(torch.ones(1), nn.Linear(4, 4)).compiled

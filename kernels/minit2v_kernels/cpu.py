@@ -89,10 +89,6 @@ def compiled(command: list[str]) -> Path:
     return cache / name
 
 
-def at(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
 @cache
 def madvise() -> Callable[[int, int, int], int]:
     """madvise(2) of Linux: address, bytes, advice."""
@@ -126,16 +122,31 @@ def empty(x: Tensor, size: tuple[int, ...] | torch.Size, channels_last: bool = F
 
 
 def run(name: str, x: Tensor, *arguments: Any) -> None:
-    """Calls the operation. Not on `meta`, where only memory is counted."""
-    if x.is_cpu:
-        getattr(library(), name)(at(x), *arguments, torch.get_num_threads())
+    """Calls the operation. Not on `meta`, where only memory is counted.
+
+    Raises ValueError if a tensor is not of float32 on the CPU.
+    """
+    if not x.is_meta:
+        places = (address(a) if isinstance(a, Tensor) else a for a in (x, *arguments))
+        getattr(library(), name)(*places, torch.get_num_threads())
+
+
+def address(x: Tensor) -> int:
+    if x.dtype != torch.float32 or not x.is_cpu:
+        raise ValueError(f"the kernels for the CPU read float32 on the CPU, not {x.dtype} on {x.device}")
+    return x.data_ptr()
+
+
+def dense(x: Tensor | None) -> Tensor | None:
+    """x without gaps between its numbers."""
+    return None if x is None else x.contiguous()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-    """x (... k), weight (n k), bias (n), residual (... n), all contiguous -> x weight' + bias + residual (... n)."""
+    """x (... k), weight (n k), both contiguous, bias (n), residual (... n) -> x weight' + bias + residual (... n)."""
     n, k = weight.shape
     y = empty(x, (*x.shape[:-1], n))
-    run("linear", x, x.numel() // k, at(weight), n, k, at(bias), at(residual), at(y))
+    run("linear", x, x.numel() // k, weight, n, k, dense(bias), dense(residual), y)
     return y
 
 
@@ -143,7 +154,7 @@ def transform(weight: Tensor, doubled: bool) -> Tensor:
     """weight (o c 3 3), contiguous -> Winograd's form of it for `winograd`: (16 o c), or (9 o c) if `doubled`."""
     o, c = weight.shape[:2]
     y = empty(weight, (9 if doubled else 16, o, c))
-    run("transform_weight", weight, o, c, at(y), doubled)
+    run("transform_weight", weight, o, c, y, doubled)
     return y
 
 
@@ -161,7 +172,7 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     some = min(TILES // (products * max(c, o)), -(-tiles // threads))
     some = max(4, -(-some // 4) * 4)
     scratch = empty(x, (min(threads, -(-tiles // some)) * products * some * (c + o),))
-    run("winograd", x, n, h, w, c, at(weight), o, at(bias), at(y), doubled, some, at(scratch))
+    run("winograd", x, n, h, w, c, weight, o, dense(bias), y, doubled, some, scratch)
     return y
 
 
@@ -171,7 +182,7 @@ def group_norm_silu(
     """x ((n frames) c h w) in channels-last memory -> GroupNorm over each `frames` frames, and SiLU if `silu`."""
     n, c, h, w = x.shape
     y = empty(x, x.shape, channels_last=True)
-    run("group_norm", x, n, h * w, c, groups, frames, at(weight), at(bias), eps, silu, at(y))
+    run("group_norm", x, n, h * w, c, groups, frames, dense(weight), dense(bias), eps, silu, y)
     return y
 
 
@@ -179,13 +190,14 @@ def geglu(x: Tensor, bias: Tensor | None) -> Tensor:
     """x (... 2d), contiguous, bias (2d) -> value * gelu(gate) (... d): the halves of x + bias."""
     d = x.shape[-1] // 2
     y = empty(x, (*x.shape[:-1], d))
-    run("geglu", x, y.numel() // d, d, at(bias), at(y))
+    run("geglu", x, y.numel() // d, d, dense(bias), y)
     return y
 
 
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q, k, v (b f p h d), whose last axis is contiguous -> attention across frames (b f p h d), contiguous."""
+    """q, k, v (b f p h d) -> attention across frames (b f p h d), contiguous."""
     y = empty(q, q.shape)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     of_q, of_k, of_v = ((SIZE * 5)(*x.stride()) for x in (q, k, v))
-    run("frame_attention", q, of_q, at(k), of_k, at(v), of_v, *q.shape, at(y))
+    run("frame_attention", q, of_q, k, of_k, v, of_v, *q.shape, y)
     return y

@@ -78,7 +78,7 @@ class CPUOps(Ops):
         """x (... k), weight (n k), bias (n), residual (... n) -> x weight' + bias + residual (... n)."""
         rows, k = x.numel() // x.shape[-1], x.shape[-1]
         if self.compiled and rows <= FEW and k % kernels.LANES == 0 and weight.is_contiguous():
-            return kernels.linear(x.contiguous(), weight, bias, None if residual is None else residual.contiguous())
+            return kernels.linear(x.contiguous(), weight, bias, residual)
         y = linear(x, weight, bias)
         return y if residual is None else y.add_(residual)
 
@@ -176,7 +176,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, onednn: bool | None =
     onednn = not PRODUCTS if onednn is None else onednn
     if not onednn or not ONEDNN:
         return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    # oneDNN would read a bias with gaps as if it had none.
+    return torch.ops.mkldnn._linear_pointwise(x, weight, kernels.dense(bias), "none", [], "")
 
 
 def is_common(m: nn.Conv2d) -> bool:
