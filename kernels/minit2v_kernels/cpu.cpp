@@ -285,14 +285,15 @@ static inline Vector erf(Vector x) {
   return x * p / q;
 }
 
-// x (rows, 2 d), bias (2 d) or null -> y (rows, d): value times GELU of gate, the two halves of x + bias.
-extern "C" void geglu(const float* x, Size rows, Size d, const float* bias, float* y, int threads) {
+// value, gate (rows, d), bias (2 d) of both or null: value times GELU of gate, in place of value.
+extern "C" void geglu(float* value, const float* gate, Size rows, Size d, const float* bias, int threads) {
 #pragma omp parallel for num_threads(threads)
   for (Size row = 0; row < rows; row++)
     for (Size i = 0; i < d; i += LANES) {
-      Vector value = load(x + row * 2 * d + i), gate = load(x + row * 2 * d + d + i);
-      if (bias) value += load(bias + i), gate += load(bias + d + i);
-      store(y + row * d + i, value * gate * 0.5f * (1 + erf(gate * 0.70710678f)));
+      float* place = value + row * d + i;
+      Vector v = load(place), g = load(gate + row * d + i);
+      if (bias) v += load(bias + i), g += load(bias + d + i);
+      store(place, v * g * 0.5f * (1 + erf(g * 0.70710678f)));
     }
 }
 

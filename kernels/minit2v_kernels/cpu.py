@@ -28,7 +28,7 @@ SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC", "-shared")
 LANES = 16  # channels must be a multiple of it
 MOST_FRAMES = 64  # of `frame_attention`
-TILES = 1_000_000  # numbers of Winograd's tiles that a thread works on at a time: they fit into its caches
+TILES = 64  # of Winograd's method, at a time in each thread: their numbers fit into its caches
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # of Linux's madvise(2)
 LARGE = 4 * 2**20  # bytes: in this size there is at least one whole page of 2 MiB
 SIZE, POINTER, INT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
@@ -37,7 +37,7 @@ ARGUMENTS = {
     "winograd": (POINTER, *[SIZE] * 4, POINTER, SIZE, POINTER, POINTER, INT, SIZE, POINTER, INT),
     "transform_weight": (POINTER, SIZE, SIZE, POINTER, INT, INT),
     "group_norm": (POINTER, *[SIZE] * 5, POINTER, POINTER, ctypes.c_float, INT, POINTER, INT),
-    "geglu": (POINTER, SIZE, SIZE, POINTER, POINTER, INT),
+    "geglu": (POINTER, POINTER, SIZE, SIZE, POINTER, INT),
     "frame_attention": (*[POINTER, SIZE * 5] * 3, *[SIZE] * 5, POINTER, INT),
 }  # fmt: skip
 
@@ -169,8 +169,7 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     size = (n, o, 2 * h, 2 * w) if doubled else (n, o, h, w)
     y = empty(x, size, channels_last=True)
     tiles = n * h * w // (1 if doubled else 4)
-    some = min(TILES // (products * max(c, o)), -(-tiles // threads))
-    some = max(4, -(-some // 4) * 4)
+    some = min(TILES, -(-tiles // threads))
     scratch = empty(x, (min(threads, -(-tiles // some)) * products * some * (c + o),))
     run("winograd", x, n, h, w, c, weight, o, dense(bias), y, doubled, some, scratch)
     return y
@@ -186,12 +185,11 @@ def group_norm_silu(
     return y
 
 
-def geglu(x: Tensor, bias: Tensor | None) -> Tensor:
-    """x (... 2d), contiguous, bias (2d) -> value * gelu(gate) (... d): the halves of x + bias."""
-    d = x.shape[-1] // 2
-    y = empty(x, (*x.shape[:-1], d))
-    run("geglu", x, y.numel() // d, d, dense(bias), y)
-    return y
+def geglu(value: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
+    """value, gate (... d), contiguous, bias (2d) of both -> value * gelu(gate) (... d), in the memory of value."""
+    d = value.shape[-1]
+    run("geglu", value, gate, value.numel() // d, d, dense(bias))
+    return value
 
 
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -83,14 +83,14 @@ class CPUOps(Ops):
         return y if residual is None else y.add_(residual)
 
     def geglu(self, m: nn.Linear, x: Tensor) -> Tensor:
-        if self.compiled and len(m.weight) % (2 * kernels.LANES) == 0:
-            return kernels.geglu(self.product(x, m.weight), m.bias)
+        of_value, of_gate = m.weight.chunk(2)
+        if self.compiled and len(of_gate) % kernels.LANES == 0:
+            return kernels.geglu(self.product(x, of_value), self.product(x, of_gate), m.bias)
         rows = x.numel() // x.shape[-1]
         if not PRODUCTS or rows <= 64:
             # For few rows and many columns, oneDNN is faster on every processor.
             value, gate = linear(x, m.weight, m.bias, onednn=True).chunk(2, dim=-1)
             return F.gelu(gate).mul_(value)
-        of_value, of_gate = m.weight.chunk(2)
         bias, bias_gate = (None, None) if m.bias is None else m.bias.chunk(2)
         return F.gelu(F.linear(x, of_gate, bias_gate)).mul_(F.linear(x, of_value, bias))
 
@@ -113,7 +113,7 @@ class CPUOps(Ops):
         bias = m.bias if bias is OWN else bias
         n, c, h, w = x.shape
         rows = n * h * w
-        if self.is_winograds(m) and rows >= 256 and h % 2 == w % 2 == 0:
+        if self.is_winograds(m) and rows >= 256 and c + len(m.weight) >= 256 and h % 2 == w % 2 == 0:
             return kernels.winograd(self.channels_last(x), self.transformed(m, doubled=False), bias)
         if (PRODUCTS or self.compiled) and is_common(m):
             if m.kernel_size == (1, 1) and m.stride == (1, 1) and m.padding == (0, 0):
