@@ -134,7 +134,8 @@ def block(run: Run, m: nn.Module, x: Tensor, skip: Tensor | None) -> Tensor:
     """x ((b f) c h w) and skip ((b f) c2 h w), concatenated along the channels -> ((b f) c_out h w)."""
     if not run.knows(m):
         m = run.compiled.get(m, m)
-        return m(x if skip is None else torch.cat((x, skip), dim=1), run.emb, run.context, run.f)
+        x = x if skip is None else torch.cat((x, skip), dim=1)
+        return m(run.ops.as_written(x), run.emb, run.context, run.f)
     with held(m):
         return block_as_known(run, m, x, skip)
 
@@ -158,7 +159,7 @@ def res_block(run: Run, m: ResBlock, x: Tensor, skip: Tensor | None, span: int) 
     if skip is not None and not (ops.reads_skip and run.knows(m) and type(m.skip) is nn.Conv2d):
         x, skip = torch.cat((x, skip), dim=1), None
     if not run.knows(m):
-        return m(x, run.emb, span)
+        return m(ops.as_written(x), run.emb, span)
     time = run.times[m]
     h = ops.group_norm(m.norm1, x, span, silu=True, skip=skip)
     if len(time) == 1 and not ops.reads_emb:
@@ -176,7 +177,7 @@ def res_block(run: Run, m: ResBlock, x: Tensor, skip: Tensor | None, span: int) 
 
 def temporal_conv(run: Run, m: TemporalConv, x: Tensor) -> Tensor:
     if not run.knows(m):
-        return m(x, run.f)
+        return m(run.ops.as_written(x), run.f)
     # The batch axis is split off last. In another order, the stride of a batch of 1 would hide the channels-last
     # layout from PyTorch.
     video = run.ops.channels_last(x).flatten(2).unflatten(0, (-1, run.f)).transpose(1, 2)  # b c f (h w)
@@ -189,7 +190,7 @@ def temporal_conv(run: Run, m: TemporalConv, x: Tensor) -> Tensor:
 
 def spatial_transformer(run: Run, m: SpatialTransformer, x: Tensor) -> Tensor:
     if not run.knows(m):
-        return m(x, run.context)
+        return m(run.ops.as_written(x), run.context)
     ops, part = run.ops, m.block
     x = ops.channels_last(x)
     h = ops.linear(m.proj_in, to_tokens(ops.group_norm(m.norm, x, 1)))
@@ -202,14 +203,14 @@ def spatial_transformer(run: Run, m: SpatialTransformer, x: Tensor) -> Tensor:
 
 def temporal_transformer(run: Run, m: TemporalTransformer, x: Tensor) -> Tensor:
     if not run.knows(m):
-        return m(x, run.f)
+        return m(run.ops.as_written(x), run.f)
     with held(m):
         return across_frames(run, m, [m.block], x, run.f)
 
 
 def motion_module(run: Run, m: MotionModule, x: Tensor) -> Tensor:
     if not run.knows(m):
-        return m(x, run.f)
+        return m(run.ops.as_written(x), run.f)
     return across_frames(run, m, m.blocks, x, run.f if m.norm_over_video else 1)
 
 

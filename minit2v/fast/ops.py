@@ -63,6 +63,10 @@ class Ops:
         """x (n c h w) in channels-last memory, so that tokens (n (h w) c) are views."""
         return x.contiguous(memory_format=torch.channels_last)
 
+    def as_written(self, x: Tensor) -> Tensor:
+        """x (n c h w) in a memory layout that suits modules which run as they are written."""
+        return x
+
     def image_layout(self, x: Tensor) -> Tensor:
         """x (n c h w) in the memory layout that is fast for the VAE. PyTorch's GroupNorm on CUDA needs contiguous x."""
         return self.channels_last(x) if self.reads_skip else x
