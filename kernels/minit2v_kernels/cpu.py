@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("minit2v.kernels")  # below minit2v, whose warnings the command line prints in its way
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC", "-shared")
