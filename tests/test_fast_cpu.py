@@ -4,7 +4,8 @@ import ctypes
 import logging
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +20,9 @@ from minit2v_kernels import cpu as kernels
 library = kernels.library  # tests replace it
 
 
-@pytest.fixture(params=["oneDNN", "MKL", "compiled", "compiled for AVX2"])
+@pytest.fixture(params=["oneDNN", "MKL", "compiled", "compiled without matrix units", "compiled for AVX2"])
 def ops(request, monkeypatch):
-    """PyTorch's libraries, as on a processor with AVX-512 and as on one without. Then the kernels, for either."""
+    """PyTorch's libraries, as on a processor with AVX-512 and as on one without. Then the kernels, for each."""
     monkeypatch.setattr(cpu, "PRODUCTS", request.param != "oneDNN")
     monkeypatch.setattr(kernels, "TILES", 12)
     if "compiled" in request.param:
@@ -31,14 +32,17 @@ def ops(request, monkeypatch):
     else:
         monkeypatch.setenv("MINIT2V_KERNELS", "torch")
     if "AVX2" in request.param:
-        monkeypatch.setattr(kernels, "library", for_avx2)
+        monkeypatch.setattr(kernels, "library", partial(built_for, "-march=haswell"))
+    elif "without" in request.param:
+        monkeypatch.setattr(kernels, "library", partial(built_for, "-march=native", "-mno-amx-bf16"))
     return cpu.CPUOps(torch.ones(1), nn.Linear(2000, 2000))
 
 
 @cache
-def for_avx2():
+def built_for(*processor: str):
+    flags = [processor if flag == "-march=native" else (flag,) for flag in kernels.FLAGS]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "FLAGS", tuple("-march=haswell" if f == "-march=native" else f for f in kernels.FLAGS))
+        patch.setattr(kernels, "FLAGS", sum(flags, ()))
         return library.__wrapped__()
 
 
@@ -49,9 +53,12 @@ def error(y: torch.Tensor, want: torch.Tensor) -> float:
 @pytest.mark.parametrize(
     "n, c, h, w, o, options",
     [
-        pytest.param(4, 208, 8, 8, 160, {}, id="winograd"),
-        pytest.param(3, 80, 4, 30, 176, {}, id="winograd, no square"),
-        pytest.param(2, 208, 34, 36, 48, {}, id="winograd, in pieces"),
+        pytest.param(4, 208, 8, 8, 176, {}, id="winograd"),
+        pytest.param(3, 80, 4, 30, 304, {}, id="winograd, no square"),
+        pytest.param(3, 80, 4, 30, 176, {}, id="not enough channels for winograd"),
+        pytest.param(2, 48, 9, 40, 20, {"padding": (0, 2), "kernel_size": (2, 3), "stride": (1, 3)}, id="many pixels"),
+        pytest.param(2, 48, 9, 40, 20, {"kernel_size": 5, "padding": 2}, id="a large kernel"),
+        pytest.param(2, 208, 34, 36, 176, {}, id="winograd, in pieces"),
         pytest.param(2, 16, 12, 12, 48, {}, id="few channels"),
         pytest.param(3, 170, 8, 30, 176, {}, id="channels that are no multiple"),
         pytest.param(2, 200, 9, 20, 160, {}, id="odd height"),
@@ -91,12 +98,12 @@ def test_convolutions(ops, n, c, h, w, o, options, layout):
 def test_which_form_is_taken(ops, monkeypatch):
     """Else the tests above and below could compare an operation with itself."""
     taken = []
-    for name in ("linear", "winograd", "group_norm_silu", "geglu", "temporal_attention"):
+    for name in ("linear", "conv", "winograd", "group_norm_silu", "geglu", "temporal_attention"):
         real = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *args, name=name, real=real: taken.append(name) or real(*args))
     unfolded = ops.unfolded
     ops.unfolded = lambda *args: taken.append("unfolded") or unfolded(*args)
-    m = nn.Conv2d(208, 160, 3, padding=1)
+    m = nn.Conv2d(208, 176, 3, padding=1)
     with torch.no_grad():
         for n, h in ((4, 8), (1, 4), (1, 32), (2, 9)):
             ops.conv(m, torch.randn(n, 208, h, h))
@@ -107,7 +114,18 @@ def test_which_form_is_taken(ops, monkeypatch):
         ops.geglu(nn.Linear(16, 64), torch.randn(200, 16))
     wanted = ["winograd", "unfolded", "linear", "winograd", "winograd", "unfolded", "linear", "group_norm_silu",
               "temporal_attention", "geglu"]  # fmt: skip
+    if ops.matrix_units:
+        wanted = ["winograd", "unfolded", "linear", "winograd", "conv", "winograd", "conv", "group_norm_silu",
+                  "temporal_attention", "linear", "linear", "geglu"]  # fmt: skip
     assert taken == (wanted if ops.compiled else ["unfolded"] * 2 if cpu.PRODUCTS else [])
+
+
+def test_matrix_units_are_used():
+    """Where the processor has them and the compiler knows them."""
+    flags = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    if kernels.library() is None or "amx_bf16" not in flags:
+        pytest.skip("no C++ compiler, or no matrix units")
+    assert kernels.has_matrix_units()
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -180,13 +198,29 @@ def test_gelu_of_every_size():
     assert mine <= 1.5 * torchs
 
 
+@pytest.mark.parametrize("m, k, n", [(300, 1040, 20), (20, 1040, 300), (530, 48, 33), (33, 2576, 530), (17, 16, 1)])
 @torch.no_grad()
-def test_a_product_of_more_rows_than_the_cache_holds():
-    if kernels.library() is None:
-        pytest.skip("no C++ compiler")
+def test_products_larger_than_the_caches(ops, m, k, n):
+    """And with rows and columns left over."""
+    if not ops.compiled:
+        pytest.skip("PyTorch's operators")
     torch.manual_seed(0)
-    x, w, b = torch.randn(300, 1040), torch.randn(20, 1040), torch.randn(20)
-    assert error(kernels.linear(x, w, b), x.double() @ w.double().T + b) <= 1e-6
+    x, w, b, residual = torch.randn(m, k), torch.randn(n, k), torch.randn(n), torch.randn(m, n)
+    exact = x.double() @ w.double().T
+    assert error(kernels.linear(x, w, b, residual), exact + b + residual) <= 1e-6
+    assert error(kernels.linear(x, w, None), exact) <= 1e-6
+
+
+@torch.no_grad()
+def test_products_of_numbers_of_every_size(ops):
+    """The matrix units compute with parts of numbers. Together they have all digits, whatever the size of a number."""
+    if not ops.compiled:
+        pytest.skip("PyTorch's operators")
+    torch.manual_seed(0)
+    sizes = 10.0 ** torch.linspace(-15, 15, 64)[:, None]
+    x, w = torch.randn(64, 96) * sizes, torch.randn(48, 96) / sizes[:48].flip(0)
+    exact, sums = x.double() @ w.double().T, x.double().abs() @ w.double().abs().T
+    assert ((kernels.linear(x, w, None) - exact).abs() / sums).max() <= 3e-7  # 2.5 units in the last place
 
 
 @pytest.mark.parametrize(
@@ -332,6 +366,11 @@ def test_not_a_number_stays_one(ops):
     q[0, 1, 2, 1, 3] = odd
     y = ops.frame_attention(q, k, v)
     assert y[0, 1, 2, 1].isnan().all() and y.isnan().sum() == 16
+    for bits in (0x7FC12345, 0x7FFFFFFF, 0x7F800001, -1, 0x7F800000):  # the last one is infinity
+        x = torch.randn(20, 48)
+        x[3, 7] = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
+        y = kernels.linear(x, torch.randn(40, 48), None)
+        assert not y[3].isfinite().any() and y[:3].isfinite().all() and y[4:].isfinite().all()
 
 
 @torch.no_grad()

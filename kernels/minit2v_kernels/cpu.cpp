@@ -3,11 +3,16 @@
 // Tensors are in channels-last memory: (frames, height, width, channels), and their channels lie next to each other.
 // A Vector holds LANES numbers, and one instruction computes with all of them.
 
+#include <immintrin.h>
 #include <omp.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -78,8 +83,8 @@ static const DotProducts DOT_PRODUCTS[ROWS][COLUMNS] = {{FOUR(1)}, {FOUR(2)}};
 #endif
 
 // x (m, k), w (n, k), bias (n) or null, residual (m, n) or null -> y (m, n). The rows lie *_row numbers apart.
-static void product(const float* x, Size m, Size x_row, const float* w, Size n, Size w_row, Size k, const float* bias,
-                    const float* residual, float* y, Size y_row) {
+static void vector_product(const float* x, Size m, Size x_row, const float* w, Size n, Size w_row, Size k,
+                           const float* bias, const float* residual, float* y, Size y_row) {
   Size pieces = (k + PIECE - 1) / PIECE, piece = (k / LANES + pieces - 1) / pieces * LANES;
   for (Size top = 0; top < m; top += MANY)
     for (Size from = 0; from < k; from += piece)
@@ -108,15 +113,304 @@ static void product(const float* x, Size m, Size x_row, const float* w, Size n, 
       }
 }
 
+// ------------------------------------------------------------------------------------------------------- Matrix units
+//
+// Some processors multiply tiles of 16 rows of bfloat16 (AMX). Such a number has 8 binary digits, a float32 has 24. So
+// x = high + middle + low, three numbers of bfloat16, and six products of the parts give the digits of a float32:
+// high high + high middle + middle high + middle middle + high low + low high. The others are below its last digit.
+// Infinity gives NaN, and numbers below 1e-33 lose digits.
+
+#if defined(__AMX_BF16__)
+
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+struct Tile {
+  Vector row[16];  // two numbers of bfloat16 in each place
+};
+constexpr Size PARTS = 3, DEPTH = 32;               // a step multiplies DEPTH numbers of each row
+constexpr Size MOST_TILES = 1300, MOST_STEPS = 40;  // so many tiles fit into the second cache
+constexpr Size MOST_SIDE = 16;                      // so many tiles side by side
+constexpr Size MOST_TAPS = 9;
+
+// The kernel asks Linux for the matrix units, once in a process.
+static bool has_matrix_units() {
+  constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18;
+  static const bool granted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0;
+  return granted;
+}
+
+// Every thread has memory for tiles, in one page of 2 MiB.
+static Tile* tiles() {
+  struct Memory {
+    void* place;
+    Memory() : place(std::aligned_alloc(1 << 21, 1 << 21)) { madvise(place, 1 << 21, MADV_HUGEPAGE); }
+    ~Memory() { std::free(place); }
+  };
+  static_assert(MOST_TILES * sizeof(Tile) <= 1 << 21);
+  static thread_local Memory memory;
+  return static_cast<Tile*>(memory.place);
+}
+
+struct TileSizes {  // what _tile_loadconfig reads: eight tiles of 16 rows of 64 bytes
+  uint8_t palette = 1, start = 0, unused[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// Where a convolution reads: the image, the size of the result, and the kernel's width, step and border.
+struct Window {
+  Size height, width, result_height, result_width, kernel_width, step_y, step_x, border_y, border_x;
+};
+
+// One factor of a product: rows of `taps` x c numbers. A tap is a place in the kernel of a convolution.
+struct Factor {
+  const float* from;
+  Size rows, row_size, c, taps = 1, apart = 1;  // apart: how far the numbers of a tap lie apart
+  const Window* window = nullptr;               // if null, every row lies at from + row * row_size
+  Size first = 0;                               // the number of the first row
+
+  // Writes where the taps of a row lie: to[tap][0]. Null is outside of the image.
+  void places(Size row, const float* (*to)[32]) const {
+    row += first;
+    if (!window) {
+      for (Size tap = 0; tap < taps; tap++) to[tap][0] = from + row * row_size + tap;
+      return;
+    }
+    const Window& w = *window;
+    Size line = row / w.result_width, frame = line / w.result_height;
+    Size y = (line - frame * w.result_height) * w.step_y - w.border_y;
+    Size x = (row - line * w.result_width) * w.step_x - w.border_x;
+    for (Size tap = 0; tap < taps; tap++) {
+      Size i = y + tap / w.kernel_width, j = x + tap % w.kernel_width;
+      bool inside = i >= 0 && i < w.height && j >= 0 && j < w.width;
+      to[tap][0] = inside ? from + ((frame * w.height + i) * w.width + j) * c : nullptr;
+    }
+  }
+};
+
+// At most 32 rows of a factor. As tiles, they are at to[step * tiles * PARTS + row / 16 * PARTS + part].
+struct Panel {
+  const float* place[MOST_TAPS][32];
+  Integers lanes;
+  Size first_step, c, taps, apart, ahead, tiles;
+  Tile* to;
+
+  void set(const Factor& f, Size row, Size first, Tile* tiles_at) {
+    first_step = first, to = tiles_at, tiles = f.rows - row > 16 ? 2 : 1;
+    c = f.c, taps = f.taps, apart = f.apart, ahead = 32 * (f.window ? f.window->step_x * f.c : f.row_size);
+    for (int lane = 0; lane < LANES; lane++) lanes[lane] = lane * apart;
+    for (Size i = 0; i < 16 * tiles; i++)
+      if (row + i < f.rows) f.places(row + i, reinterpret_cast<const float*(*)[32]>(&place[0][i]));
+      else
+        for (Size tap = 0; tap < taps; tap++) place[tap][i] = nullptr;
+  }
+
+  // Writes DEPTH numbers of some rows in parts. Places without a number get 0.
+  void split(Size step, Size first, Size last) const {
+    if (first == last) return;
+    Size at = first_step + step, tap = at % taps, channel = at / taps * DEPTH;
+    for (Size row = first; row < last; row++) {
+      Vector a = {}, b = {};
+      if (const float* from = place[tap][row]) {
+        from += channel * apart;
+        a = get(from);
+        if (channel + LANES < c) b = get(from + LANES * apart);
+        const float* next = (apart == 1 ? from : place[0][row] + at * DEPTH) + ahead;  // of the panel after it
+        __builtin_prefetch(next, 0, 2);
+        __builtin_prefetch(next + LANES, 0, 2);
+      }
+      Tile* tile = to + (step * tiles + row / 16) * PARTS;
+      for (int part = 0; part < PARTS; part++) {
+        Bits half = Bits{} + (part < PARTS - 1 ? 0x8000 : 0);  // for rounding; the last part is exact, and keeps NaN
+        Bits low = ((Bits)a + half) & 0xffff0000, high = ((Bits)b + half) & 0xffff0000;
+        tile[part].row[row % 16] = (Vector)(low >> 16 | high);
+        a -= (Vector)low, b -= (Vector)high;
+      }
+    }
+  }
+
+  Vector get(const float* from) const {
+    return apart == 1 ? load(from) : (Vector)_mm512_mask_i32gather_ps(__m512{}, 0xffff, (__m512i)lanes, from, 4);
+  }
+};
+
+// Rows become columns.
+static void transpose(Vector* x) {
+#define STAGE(step, first, second)                                         \
+  for (int i = 0; i < 16; i++)                                             \
+    if (!(i & step)) {                                                     \
+      Vector a = x[i], b = x[i + step];                                    \
+      x[i] = __builtin_shufflevector(a, b, first);                         \
+      x[i + step] = __builtin_shufflevector(a, b, second);                 \
+    }
+#define ARGS(...) __VA_ARGS__
+  STAGE(1, ARGS(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+        ARGS(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
+  STAGE(2, ARGS(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+        ARGS(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
+  STAGE(4, ARGS(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+        ARGS(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
+  STAGE(8, ARGS(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+        ARGS(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+}
+
+// sums[r][c] = tiles of x times tiles of w, for R x C pairs. Meanwhile the vector units split rows of the next panel.
+template <int R, int C>
+static void multiply(const Tile* x, const Tile* w, Size steps, Tile* sums, const Panel& next, Size first, Size last) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (Size step = 0; step < steps; step++, x += R * PARTS, w += C * PARTS) {
+    constexpr int OF_X[] = {2, 1, 1, 0, 0, 0}, OF_W[] = {0, 0, 1, 1, 2, 0};  // the smallest first
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; i++) {
+      if (i == 0 || OF_X[i] != OF_X[i - 1]) {
+        _tile_loadd(4, x + OF_X[i], 64);
+        if (R == 2) _tile_loadd(5, x + PARTS + OF_X[i], 64);
+      }
+      if (i == 0 || OF_W[i] != OF_W[i - 1]) {
+        _tile_loadd(6, w + OF_W[i], 64);
+        if (C == 2) _tile_loadd(7, w + PARTS + OF_W[i], 64);
+      }
+      next.split(step, first + (last - first) * i / 6, first + (last - first) * (i + 1) / 6);
+      _tile_dpbf16ps(0, 4, 6);
+      if (C == 2) _tile_dpbf16ps(1, 4, 7);
+      if (R == 2) _tile_dpbf16ps(2, 5, 6);
+      if (R == 2 && C == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, sums, 64);
+  if (C == 2) _tile_stored(1, sums + 1, 64);
+  if (R == 2) _tile_stored(2, sums + C, 64);
+  if (R == 2 && C == 2) _tile_stored(3, sums + 3, 64);
+}
+
+// y = tile + bias + more, for a tile of y at `row` and `column`.
+static void add_tile(const Tile& tile, Size row, Size rows, Size column, Size columns, const float* bias,
+                     const float* more, float* y, Size y_row) {
+  for (Size i = 0; i < rows; i++) {
+    Size place = (row + i) * y_row + column;
+    if (columns == 16) {
+      Vector sum = tile.row[i];
+      if (more) sum += load(more + place);
+      if (bias) sum += load(bias + column);
+      store(y + place, sum);
+    } else
+      for (Size j = 0; j < columns; j++)
+        y[place + j] = tile.row[i][j] + (more ? more[place + j] : 0) + (bias ? bias[column + j] : 0);
+  }
+}
+
+// y (rows of x, rows of w) = x w' + bias + residual. The factor with fewer rows is kept as tiles. The other passes by.
+static void tile_product(Factor x, Factor w, const float* bias, const float* residual, float* y, Size y_row) {
+  if (x.rows == 0 || w.rows == 0) return;
+  TileSizes sizes;
+  _tile_loadconfig(&sizes);
+  bool x_passes = x.rows > w.rows;
+  const Factor &passing = x_passes ? x : w, &kept = x_passes ? w : x;
+  Size all = (x.c + DEPTH - 1) / DEPTH * x.taps, side = std::min(MOST_SIDE, (kept.rows + 15) / 16);
+  Size most = std::min(MOST_STEPS, MOST_TILES / PARTS / (side + 4)), pieces = (all + most - 1) / most;
+  Size piece = (all + pieces - 1) / pieces;
+  Tile *of_kept = tiles(), *of_passing = of_kept + side * piece * PARTS, *of_next = of_passing + 2 * piece * PARTS;
+  Panel panels[2], *panel = panels, *next = panels + 1;
+  for (Size left = 0; left < kept.rows; left += 16 * side)
+    for (Size from = 0; from < all; from += piece) {
+      Size steps = std::min(piece, all - from), right = std::min(kept.rows, left + 16 * side);
+      Size pairs = (right - left + 31) / 32;
+      for (Size pair = 0; pair < pairs; pair++) {
+        panel->set(kept, left + 32 * pair, from, of_kept + pair * 2 * steps * PARTS);
+        for (Size step = 0; step < steps; step++) {
+          panel->split(step, 0, 16 * panel->tiles);
+          for (Size i = 0; i < panel->tiles * PARTS; i++) transpose(panel->to[step * panel->tiles * PARTS + i].row);
+        }
+      }
+      panel->set(passing, 0, from, of_passing);
+      for (Size step = 0; step < steps; step++) panel->split(step, 0, 16 * panel->tiles);
+      for (Size top = 0; top < passing.rows; top += 32) {
+        Size todo = 0;
+        if (top + 32 < passing.rows) {
+          next->set(passing, top + 32, from, panel->to == of_passing ? of_next : of_passing);
+          todo = 16 * next->tiles;
+        }
+        for (Size pair = 0; pair < pairs; pair++) {
+          Size r = panel->tiles, c = right - left - 32 * pair > 16 ? 2 : 1;
+          Tile sums[4];
+          auto run = r == 2 ? (c == 2 ? multiply<2, 2> : multiply<2, 1>) : (c == 2 ? multiply<1, 2> : multiply<1, 1>);
+          run(panel->to, of_kept + pair * 2 * steps * PARTS, steps, sums, *next, todo * pair / pairs,
+              todo * (pair + 1) / pairs);
+          for (Size i = 0; i < r; i++)
+            for (Size j = 0; j < c; j++) {
+              Size row = top + 16 * i, column = left + 32 * pair + 16 * j;
+              if (!x_passes) std::swap(row, column), transpose(sums[i * c + j].row);
+              add_tile(sums[i * c + j], row, std::min<Size>(16, x.rows - row), column,
+                       std::min<Size>(16, w.rows - column), from == 0 ? bias : nullptr, from == 0 ? residual : y, y,
+                       y_row);
+            }
+        }
+        std::swap(panel, next);
+      }
+    }
+  _tile_release();
+}
+
+// The same with several threads.
+static void tile_product_in_parallel(Factor x, Factor w, const float* bias, const float* residual, float* y,
+                                     int threads) {
+  Size n = w.rows;
+  bool by_rows = x.rows >= threads * MANY;  // else by columns
+  Size panels = ((by_rows ? x.rows : n) + 31) / 32;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (Size part = 0; part < threads; part++) {
+    Factor my_x = x, my_w = w, &mine = by_rows ? my_x : my_w;
+    mine.first = panels * part / threads * 32;
+    mine.rows = std::min(mine.rows, panels * (part + 1) / threads * 32) - mine.first;
+    Size place = by_rows ? my_x.first * n : my_w.first;
+    tile_product(my_x, my_w, bias ? bias + my_w.first : nullptr, residual ? residual + place : nullptr, y + place, n);
+  }
+}
+
+// A convolution of x (frames, height, width, c) with w (n, c, kernel height, kernel width), bias (n) or null, and a
+// residual as y or null -> y (frames, result height, result width, n). kernel, step, border: of height and width.
+extern "C" void conv(const float* x, Size frames, Size height, Size width, Size c, const float* w, Size n,
+                     const Size* kernel, const Size* step, const Size* border, const float* bias, const float* residual,
+                     float* y, int threads) {
+  Size taps = kernel[0] * kernel[1], result_height = (height + 2 * border[0] - kernel[0]) / step[0] + 1;
+  Size result_width = (width + 2 * border[1] - kernel[1]) / step[1] + 1;
+  Window window = {height, width, result_height, result_width, kernel[1], step[0], step[1], border[0], border[1]};
+  Factor pixels = {x, frames * result_height * result_width, 0, c, taps, 1, &window};
+  tile_product_in_parallel(pixels, {w, n, c * taps, c, taps, taps}, bias, residual, y, threads);
+}
+#endif
+
+// Whether there are matrix units, and Linux grants them. To be called first.
+extern "C" int ask_for_matrix_units() {
+#if defined(__AMX_BF16__)
+  return has_matrix_units();
+#endif
+  return 0;
+}
+
+// As vector_product.
+static void product(const float* x, Size m, Size x_row, const float* w, Size n, Size w_row, Size k, const float* bias,
+                    const float* residual, float* y, Size y_row) {
+#if defined(__AMX_BF16__)
+  if (has_matrix_units()) return tile_product({x, m, x_row, k}, {w, n, w_row, k}, bias, residual, y, y_row);
+#endif
+  vector_product(x, m, x_row, w, n, w_row, k, bias, residual, y, y_row);
+}
+
 // x (m, k), w (n, k), bias (n) or null, residual (m, n) or null -> y (m, n).
 extern "C" void linear(const float* x, Size m, const float* w, Size n, Size k, const float* bias, const float* residual,
                        float* y, int threads) {
+#if defined(__AMX_BF16__)
+  if (has_matrix_units()) return tile_product_in_parallel({x, m, k, k}, {w, n, k, k}, bias, residual, y, threads);
+#endif
   Size panels = (n + COLUMNS - 1) / COLUMNS;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (Size part = 0; part < threads; part++) {
     Size from = std::min(n, panels * part / threads * COLUMNS), to = std::min(n, panels * (part + 1) / threads * COLUMNS);
-    product(x, m, k, w + from * k, to - from, k, k, bias ? bias + from : nullptr, residual ? residual + from : nullptr,
-            y + from, n);
+    vector_product(x, m, k, w + from * k, to - from, k, k, bias ? bias + from : nullptr,
+                   residual ? residual + from : nullptr, y + from, n);
   }
 }
 
@@ -378,7 +672,7 @@ extern "C" void frame_attention(const float* q, const Size* q_at, const float* k
       Size at[3] = {pixel / pixels, pixel % pixels, head};
       auto begin = [&](const float* x, const Size* s) { return x + at[0] * s[0] + at[1] * s[2] + at[2] * s[3]; };
       float scores[MOST * MOST];
-      product(begin(q, q_at), frames, q_at[1], begin(k, k_at), frames, k_at[1], d, nullptr, nullptr, scores, padded);
+      vector_product(begin(q, q_at), frames, q_at[1], begin(k, k_at), frames, k_at[1], d, nullptr, nullptr, scores, padded);
       for (Size i = 0; i < frames; i++) {
         float *row = scores + i * padded, most = *std::max_element(row, row + frames), sum = 0;
         std::fill(row + frames, row + padded, -INFINITY);

@@ -29,11 +29,14 @@ FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC", "-shared")
 LANES = 16  # channels must be a multiple of it
 MOST_FRAMES = 64  # of `frame_attention`
 TILES = 64  # of Winograd's method, at a time in each thread: their numbers fit into its caches
+MOST_TAPS = 9  # numbers of a kernel of `conv`
 MADV_HUGEPAGE, MADV_COLLAPSE = 14, 25  # of Linux's madvise(2)
 LARGE = 4 * 2**20  # bytes: in this size there is at least one whole page of 2 MiB
 SIZE, POINTER, INT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 ARGUMENTS = {
+    "ask_for_matrix_units": (),
     "linear": (POINTER, SIZE, POINTER, SIZE, SIZE, POINTER, POINTER, POINTER, INT),
+    "conv": (POINTER, *[SIZE] * 4, POINTER, SIZE, *[SIZE * 2] * 3, POINTER, POINTER, POINTER, INT),
     "winograd": (POINTER, *[SIZE] * 4, POINTER, SIZE, POINTER, POINTER, INT, SIZE, POINTER, INT),
     "transform_weight": (POINTER, SIZE, SIZE, POINTER, INT, INT),
     "group_norm": (POINTER, *[SIZE] * 5, POINTER, POINTER, ctypes.c_float, INT, POINTER, INT),
@@ -58,8 +61,10 @@ def library() -> ctypes.CDLL | None:
                        shlex.join(command), said.splitlines()[0])  # fmt: skip
         return None
     for name, types in ARGUMENTS.items():
-        getattr(loaded, name).argtypes = types
-        getattr(loaded, name).restype = None
+        if function := getattr(loaded, name, None):  # those for matrix units are only there if the processor has them
+            function.argtypes = types
+            function.restype = INT if name == "ask_for_matrix_units" else None
+    loaded.has_matrix_units = bool(loaded.ask_for_matrix_units())
     return loaded
 
 
@@ -112,6 +117,12 @@ def use_huge_pages(first: int, end: int, now: bool = False) -> None:
             madvise()(first, end - first, MADV_COLLAPSE)
 
 
+def has_matrix_units() -> bool:
+    """Whether `linear` and `winograd` compute with this processor's matrix units (AMX), faster than with vectors."""
+    loaded = library()
+    return loaded is not None and loaded.has_matrix_units
+
+
 def empty(x: Tensor, size: tuple[int, ...] | torch.Size, channels_last: bool = False) -> Tensor:
     """New memory on the device of x, in huge pages if it is large."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -150,6 +161,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
     return y
 
 
+def conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...],
+    residual: Tensor | None = None,
+) -> Tensor:
+    """A convolution plus the residual, with matrix units: x (n c h w) -> (n o h' w'), both channels-last.
+
+    weight (o c kh kw), contiguous; at most 9 numbers for each pair of channels.
+    """
+    (o, c, *kernel), (n, _, *size) = weight.shape, x.shape
+    results = ((p + 2 * q - k) // s + 1 for p, q, k, s in zip(size, padding, kernel, stride, strict=True))
+    y = empty(x, (n, o, *results), channels_last=True)
+    pairs = ((SIZE * 2)(*pair) for pair in (kernel, stride, padding))
+    run("conv", x, n, *size, c, weight, o, *pairs, dense(bias), residual, y)
+    return y
+
+
 def transform(weight: Tensor, doubled: bool) -> Tensor:
     """weight (o c 3 3), contiguous -> Winograd's form of it for `winograd`: (16 o c), or (9 o c) if `doubled`."""
     o, c = weight.shape[:2]
@@ -169,7 +196,7 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     size = (n, o, 2 * h, 2 * w) if doubled else (n, o, h, w)
     y = empty(x, size, channels_last=True)
     tiles = n * h * w // (1 if doubled else 4)
-    some = min(TILES, -(-tiles // threads))
+    some = min(TILES * (2 if has_matrix_units() else 1), -(-tiles // threads))
     scratch = empty(x, (min(threads, -(-tiles // some)) * products * some * (c + o),))
     run("winograd", x, n, h, w, c, weight, o, dense(bias), y, doubled, some, scratch)
     return y

@@ -45,6 +45,8 @@ class CPUOps(Ops):
         if self.compiled and not is_streamed(network):
             use_huge_pages(network.parameters())
         self.reads_fused = self.compiled
+        self.matrix_units = self.compiled and kernels.has_matrix_units()
+        self.few_pixels = 32 if self.matrix_units else 64
         self.room = KEPT * sum(p.nbytes for p in network.parameters())
         # (convolution, doubled) -> transformed weight, and the version of the original weight.
         self.kept: dict[tuple[nn.Conv2d, bool], tuple[Tensor, int]] = {}
@@ -80,7 +82,7 @@ class CPUOps(Ops):
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         """x (... k), weight (n k), bias (n), residual (... n) -> x weight' + bias + residual (... n)."""
         rows, k = x.numel() // x.shape[-1], x.shape[-1]
-        if self.compiled and rows <= FEW and k % kernels.LANES == 0 and weight.is_contiguous():
+        if self.compiled and (self.matrix_units or rows <= FEW) and k % kernels.LANES == 0 and weight.is_contiguous():
             return kernels.linear(x.contiguous(), weight, bias, residual)
         y = linear(x, weight, bias)
         return y if residual is None else y.add_(residual)
@@ -116,14 +118,17 @@ class CPUOps(Ops):
         bias = m.bias if bias is OWN else bias
         n, c, h, w = x.shape
         rows = n * h * w
-        if self.is_winograds(m) and rows >= 256 and c + len(m.weight) >= 256 and h % 2 == w % 2 == 0:
+        many = 384 if self.matrix_units else 256  # with fewer channels, Winograd's method gains nothing
+        if self.is_winograds(m) and rows >= 256 and c + len(m.weight) >= many and h % 2 == w % 2 == 0:
             return kernels.winograd(self.channels_last(x), self.transformed(m, doubled=False), bias)
         if (PRODUCTS or self.compiled) and is_common(m):
             if m.kernel_size == (1, 1) and m.stride == (1, 1) and m.padding == (0, 0):
                 pixels = self.channels_last(x).permute(0, 2, 3, 1)
                 return self.product(pixels, m.weight.flatten(1), bias).permute(0, 3, 1, 2)
-            if rows <= 64 * m.stride[0] * m.stride[1]:
+            if rows <= self.few_pixels * m.stride[0] * m.stride[1]:
                 return self.unfolded(x, m.weight, bias, m.stride, m.padding)
+            if self.is_for_matrix_units(m):
+                return kernels.conv(self.channels_last(x), m.weight, bias, m.stride, m.padding)
         # oneDNN rearranges the weights for channels-last input at every call. At the coarse levels this takes as long
         # as the convolution itself.
         large = rows >= 2 * c  # 2 was measured with 160 to 1280 channels
@@ -131,6 +136,8 @@ class CPUOps(Ops):
 
     def temporal_conv(self, m: nn.Conv3d, x: Tensor, residual: Tensor | None) -> Tensor:
         rows = x.shape[0] * x.shape[2] * x.shape[3]
+        if rows > self.few_pixels and self.is_for_matrix_units(m):
+            return kernels.conv(x, m.weight.squeeze(-1), m.bias, (1, 1), (1, 0), residual)
         if not (PRODUCTS or self.compiled) or rows > 256 or rows >= x.shape[1]:
             return super().temporal_conv(m, x, residual)
         y = self.unfolded(x, m.weight.squeeze(-1), m.bias, (1, 1), (1, 0))
@@ -159,8 +166,15 @@ class CPUOps(Ops):
 
     def is_winograds(self, m: nn.Conv2d) -> bool:
         """Whether the compiled kernel of Winograd's method can run it."""
-        whole = m.in_channels % kernels.LANES == m.out_channels % kernels.LANES == 0
-        return self.compiled and is_3x3(m) and whole and m.weight.is_contiguous()
+        return self.compiled and is_3x3(m) and m.out_channels % kernels.LANES == 0 and self.is_whole(m)
+
+    def is_for_matrix_units(self, m: nn.Conv2d | nn.Conv3d) -> bool:
+        """Whether the compiled kernel of convolutions can run it."""
+        return self.matrix_units and m.weight[0, 0].numel() <= kernels.MOST_TAPS and self.is_whole(m)
+
+    def is_whole(self, m: nn.Conv2d | nn.Conv3d) -> bool:
+        """Whether the compiled kernels can read its weight."""
+        return m.in_channels % kernels.LANES == 0 and m.weight.is_contiguous()
 
     def transformed(self, m: nn.Conv2d, doubled: bool) -> Tensor:
         """The weight in Winograd's form. It is kept for the rest of the run, if that is within the limit for copies."""
