@@ -35,8 +35,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-# Threads that wait sleep. The default is to spin, and on a machine that others use too, spinning is what one measures.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Half of the published widths: 361 M parameters, so that both networks fit into a small machine.
 HALF = {"block_out_channels": (160, 320, 640, 640)}
 VAE = {
@@ -319,7 +317,7 @@ def machine() -> dict:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "threads_may_use_cores": sorted(os.sched_getaffinity(0)),
-        "OMP_WAIT_POLICY": os.environ["OMP_WAIT_POLICY"],
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "the default"),
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES"),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "load_at_start": round(os.getloadavg()[0], 2),

@@ -1,5 +1,6 @@
 """What the fast path does on a CPU in float32: every form of an operation, against the module in float64."""
 
+import copy
 import ctypes
 import logging
 import subprocess
@@ -18,6 +19,7 @@ from minit2v.models.unet3d import UNet3DConditionModel
 from minit2v_kernels import cpu as kernels
 
 library = kernels.library  # tests replace it
+LAST = torch.channels_last
 
 
 @pytest.fixture(params=["oneDNN", "MKL", "compiled", "compiled without matrix units", "compiled for AVX2"])
@@ -47,7 +49,8 @@ def built_for(*processor: str):
 
 
 def error(y: torch.Tensor, want: torch.Tensor) -> float:
-    return ((y.double() - want).abs().max() / want.abs().max()).item()
+    assert y.shape == want.shape
+    return ((y.double() - want).abs().max() / want.abs().max()).item() if want.numel() else 0.0
 
 
 @pytest.mark.parametrize(
@@ -61,7 +64,9 @@ def error(y: torch.Tensor, want: torch.Tensor) -> float:
         pytest.param(2, 208, 34, 36, 176, {}, id="winograd, in pieces"),
         pytest.param(2, 16, 12, 12, 48, {}, id="few channels"),
         pytest.param(3, 170, 8, 30, 176, {}, id="channels that are no multiple"),
-        pytest.param(2, 200, 9, 20, 160, {}, id="odd height"),
+        pytest.param(2, 208, 9, 20, 160, {}, id="odd height"),
+        pytest.param(3, 160, 8, 5, 300, {}, id="more channels than pixels"),
+        pytest.param(2, 32, 30, 20, 40, {}, id="many pixels, few channels"),
         pytest.param(2, 24, 4, 4, 40, {}, id="few pixels"),
         pytest.param(1, 24, 1, 1, 40, {}, id="one pixel"),
         pytest.param(2, 24, 6, 8, 40, {"stride": 2}, id="few pixels, stride"),
@@ -70,12 +75,13 @@ def error(y: torch.Tensor, want: torch.Tensor) -> float:
         pytest.param(2, 24, 4, 5, 40, {"kernel_size": 1, "padding": 1}, id="1x1 with padding"),
         pytest.param(2, 24, 8, 8, 40, {"kernel_size": 1, "padding": 0, "stride": 2}, id="1x1 with stride"),
         pytest.param(4, 40, 8, 9, 24, {}, id="as it is"),
-        pytest.param(2, 200, 16, 16, 160, {"stride": 2}, id="stride"),
-        pytest.param(2, 200, 16, 16, 160, {"padding_mode": "reflect"}, id="reflected"),
-        pytest.param(2, 200, 16, 16, 160, {"groups": 2}, id="groups"),
-        pytest.param(2, 200, 16, 16, 160, {"dilation": 2}, id="dilation"),
-        pytest.param(2, 200, 16, 16, 160, {"kernel_size": 1, "padding": 0}, id="1x1"),
-        pytest.param(2, 200, 16, 16, 160, {"bias": False}, id="no bias"),
+        pytest.param(2, 208, 16, 16, 160, {"stride": 2}, id="stride"),
+        pytest.param(2, 208, 16, 16, 160, {"padding_mode": "reflect"}, id="reflected"),
+        pytest.param(2, 208, 16, 16, 160, {"groups": 2}, id="groups"),
+        pytest.param(2, 208, 16, 16, 160, {"dilation": 2}, id="dilation"),
+        pytest.param(2, 208, 16, 16, 160, {"kernel_size": 1, "padding": 0}, id="1x1"),
+        pytest.param(2, 208, 16, 16, 160, {"bias": False}, id="no bias"),
+        pytest.param(0, 32, 4, 4, 48, {}, id="no image"),
     ],
 )
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -98,7 +104,7 @@ def test_convolutions(ops, n, c, h, w, o, options, layout):
 def test_which_form_is_taken(ops, monkeypatch):
     """Else the tests above and below could compare an operation with itself."""
     taken = []
-    for name in ("linear", "conv", "winograd", "group_norm_silu", "geglu", "temporal_attention"):
+    for name in ("linear", "conv", "winograd", "group_norm_silu", "geglu", "layer_norm", "temporal_attention"):
         real = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *args, name=name, real=real: taken.append(name) or real(*args))
     unfolded = ops.unfolded
@@ -112,20 +118,74 @@ def test_which_form_is_taken(ops, monkeypatch):
         ops.group_norm(nn.GroupNorm(4, 32), ops.channels_last(torch.randn(2, 32, 4, 4)), 2)
         ops.frame_attention(*torch.randn(3, 1, 4, 5, 2, 16))
         ops.geglu(nn.Linear(16, 64), torch.randn(200, 16))
+        ops.add_layer_norm(nn.LayerNorm(32), *torch.randn(2, 1, 3, 32))
     wanted = ["winograd", "unfolded", "linear", "winograd", "winograd", "unfolded", "linear", "group_norm_silu",
-              "temporal_attention", "geglu"]  # fmt: skip
+              "temporal_attention", "geglu", "layer_norm"]  # fmt: skip
     if ops.matrix_units:
         wanted = ["winograd", "unfolded", "linear", "winograd", "conv", "winograd", "conv", "group_norm_silu",
-                  "temporal_attention", "linear", "linear", "geglu"]  # fmt: skip
+                  "temporal_attention", "linear", "linear", "geglu", "layer_norm"]  # fmt: skip
     assert taken == (wanted if ops.compiled else ["unfolded"] * 2 if cpu.PRODUCTS else [])
 
 
 def test_matrix_units_are_used():
     """Where the processor has them and the compiler knows them."""
     flags = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    if kernels.library() is None or "amx_bf16" not in flags:
-        pytest.skip("no C++ compiler, or no matrix units")
+    if "amx_bf16" not in flags or not hasattr(kernels.library(), "conv"):
+        pytest.skip("no matrix units")
     assert kernels.has_matrix_units()
+
+
+@pytest.mark.parametrize("k", [320, 1280, 5120])
+@pytest.mark.parametrize("positive", [True, False])
+def test_products_are_as_exact_as_torchs(ops, k, positive):
+    if not ops.compiled:
+        pytest.skip("PyTorch's operators")
+    torch.manual_seed(0)
+    x, w = torch.randn(64, k), torch.randn(96, k)
+    x, w = (x.abs(), w.abs()) if positive else (x, w)
+    exact = x.double() @ w.double().T
+    mine, torchs = ((y - exact).square().mean().sqrt() for y in (kernels.linear(x, w, None), x @ w.T))
+    assert mine <= torchs
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "size, o, kernel, stride",
+    [((2, 48, 20, 30), 33, 3, 1), ((1, 320, 5, 8), 300, 3, 1), ((3, 32, 17, 31), 48, (2, 3), (1, 2))],
+    ids=["many pixels", "many channels", "stride"],
+)
+@torch.no_grad()
+def test_convolutions_by_matrix_units(threads, size, o, kernel, stride):
+    """With a residual; split among threads by pixels or by channels; with long sums, in pieces."""
+    if not kernels.has_matrix_units():
+        pytest.skip("no matrix units")
+    before = torch.get_num_threads()
+    torch.manual_seed(0)
+    m, x = nn.Conv2d(size[1], o, kernel, stride, padding=1), torch.randn(size).contiguous(memory_format=LAST)
+    exact = m.double()(x.double())
+    residual = torch.randn(exact.shape).contiguous(memory_format=LAST)
+    torch.set_num_threads(threads)
+    try:
+        y = kernels.conv(x, m.float().weight, m.bias, m.stride, m.padding, residual)
+    finally:
+        torch.set_num_threads(before)
+    assert y.is_contiguous(memory_format=LAST) and error(y, exact + residual) <= 1e-6
+
+
+def test_sizes_that_do_not_fit_are_refused(ops):
+    if not ops.compiled:
+        pytest.skip("PyTorch's operators")
+    m = nn.Linear(64, 48)
+    with pytest.raises(ValueError, match="cannot read x of"):
+        kernels.linear(torch.randn(2, 32), m.weight, m.bias)
+    with pytest.raises(ValueError, match="residual"):
+        kernels.linear(torch.randn(2, 64), m.weight, m.bias, torch.randn(48))
+    if ops.matrix_units:
+        for c, height in ((16, 1), (32, 8)):
+            with pytest.raises(ValueError, match="cannot read x of"):
+                kernels.conv(torch.randn(1, c, height, 90), torch.randn(32, 16, 2, 3), None, (2, 1), (0, 1))
+        with pytest.raises(ValueError, match="residual"):
+            kernels.conv(torch.randn(1, 16, 9, 9), torch.randn(32, 16, 1, 1), None, (1, 1), (0, 0), torch.ones(32))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -144,13 +204,13 @@ def test_doubling(ops, monkeypatch, size, bias):
 
 
 @pytest.mark.parametrize("residual", [True, False])
-@pytest.mark.parametrize("size", [(1, 40, 4, 6), (2, 40, 3, 4), (1, 40, 1, 5), (2, 40, 4, 30)], ids=str)
+@pytest.mark.parametrize("size", [(1, 48, 4, 6), (2, 48, 3, 4), (1, 40, 1, 5), (2, 48, 4, 30)], ids=str)
 @torch.no_grad()
 def test_along_the_frames(ops, size, residual):
     torch.manual_seed(0)
-    m = nn.Conv3d(40, 40, (3, 1, 1), padding=(1, 0, 0))
+    m = nn.Conv3d(size[1], size[1], (3, 1, 1), padding=(1, 0, 0))
     x = torch.randn(size).contiguous(memory_format=torch.channels_last)
-    added = torch.randn(size).contiguous(memory_format=torch.channels_last) if residual else None
+    added = torch.randn(size) if residual else None  # in another layout
     exact = m.double()(x.double()[..., None])[..., 0] + (0 if added is None else added)
     m.float()
     assert error(ops.temporal_conv(m, x, added), exact) <= 1e-6
@@ -161,7 +221,7 @@ def test_more_threads_than_work(ops):
     """So that no thread writes outside of the memory that it was given."""
     before = torch.get_num_threads()
     torch.manual_seed(0)
-    m, x = nn.Conv2d(16, 240, 3, padding=1), torch.randn(16, 16, 4, 4)
+    m, x = nn.Conv2d(16, 368, 3, padding=1), torch.randn(16, 16, 4, 4)
     product, row = nn.Linear(16, 3), torch.randn(1, 16)
     wants = m(x).double(), product(row).double()
     torch.set_num_threads(5)
@@ -198,7 +258,9 @@ def test_gelu_of_every_size():
     assert mine <= 1.5 * torchs
 
 
-@pytest.mark.parametrize("m, k, n", [(300, 1040, 20), (20, 1040, 300), (530, 48, 33), (33, 2576, 530), (17, 16, 1)])
+@pytest.mark.parametrize("m, k, n", [
+    (300, 1040, 20), (20, 1040, 300), (530, 48, 33), (33, 2576, 530), (17, 16, 1), (300, 1312, 300), (600, 48, 300),
+])
 @torch.no_grad()
 def test_products_larger_than_the_caches(ops, m, k, n):
     """And with rows and columns left over."""
@@ -240,6 +302,24 @@ def test_group_norm(ops, span, silu, size):
     y = ops.group_norm(m.float(), x.contiguous(memory_format=torch.channels_last), span, silu=silu)
     assert error(y, nn.functional.silu(exact) if silu else exact) <= 1e-3 and y.shape == x.shape
     assert error(y[-1], (nn.functional.silu(exact) if silu else exact)[-1]) <= (1e-6 if span == 1 else 1e-3)
+
+
+@pytest.mark.parametrize("size", [(2, 5, 3, 48), (1, 4, 320), (7, 32), (2, 3, 5, 20)], ids=str)
+@pytest.mark.parametrize("numbered", [True, False])
+@torch.no_grad()
+def test_layer_norm(ops, size, numbered):
+    """Also far from zero. positions: one for each frame, which is the second axis."""
+    torch.manual_seed(0)
+    numbered = numbered and len(size) == 4
+    m, x, residual = nn.LayerNorm(size[-1]), torch.randn(size) + 50, torch.randn(size)
+    nn.init.normal_(m.weight), nn.init.normal_(m.bias)
+    positions = torch.randn(size[1], size[-1]) if numbered else None
+    added, kept = (positions[:, None] if numbered else 0), (x.clone(), residual.clone())
+    exact = copy.deepcopy(m).double()
+    assert error(ops.layer_norm(m, x, positions), exact(x.double()) + added) <= 3e-6 and torch.equal(x, kept[0])
+    together, y = ops.add_layer_norm(m, x, residual, positions)
+    assert torch.equal(together, kept[0] + residual) and torch.equal(residual, kept[1])
+    assert error(y, exact(together.double()) + added) <= 3e-6
 
 
 @pytest.mark.parametrize("size", [(2, 5, 70, 2, 16), (1, 16, 3, 4, 32), (1, 1, 64, 1, 8), (1, 33, 2, 2, 48)], ids=str)
@@ -369,8 +449,10 @@ def test_not_a_number_stays_one(ops):
     for bits in (0x7FC12345, 0x7FFFFFFF, 0x7F800001, -1, 0x7F800000):  # the last one is infinity
         x = torch.randn(20, 48)
         x[3, 7] = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
-        y = kernels.linear(x, torch.randn(40, 48), None)
-        assert not y[3].isfinite().any() and y[:3].isfinite().all() and y[4:].isfinite().all()
+        for of_x in (True, False):
+            other = torch.randn(40, 48)
+            y = kernels.linear(x, other, None) if of_x else kernels.linear(other, x, None).T
+            assert not y[3].isfinite().any() and y[:3].isfinite().all() and y[4:].isfinite().all()
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <vector>
 
 #if defined(__AVX512F__)  // 32 registers of 16 numbers
@@ -24,6 +25,9 @@ constexpr int LANES = 16, ROWS = 4, COLUMNS = 6;
 constexpr int LANES = 8, ROWS = 2, COLUMNS = 4;
 #define EVEN 0, 2, 4, 6, 8, 10, 12, 14
 #define ODD 1, 3, 5, 7, 9, 11, 13, 15
+#endif
+#if defined(__AVX512F__) && (defined(__AMX_BF16__) || defined(__AMXBF16__))  // as GCC and as Clang say it
+#define MATRIX_UNITS
 #endif
 typedef int64_t Size;
 typedef float Vector __attribute__((vector_size(4 * LANES)));
@@ -118,34 +122,37 @@ static void vector_product(const float* x, Size m, Size x_row, const float* w, S
 // Some processors multiply tiles of 16 rows of bfloat16 (AMX). Such a number has 8 binary digits, a float32 has 24. So
 // x = high + middle + low, three numbers of bfloat16, and six products of the parts give the digits of a float32:
 // high high + high middle + middle high + middle middle + high low + low high. The others are below its last digit.
-// Infinity gives NaN, and numbers below 1e-33 lose digits.
+// Infinity, and numbers above 3.39e38, give NaN. Numbers and results below 1e-33 lose digits.
 
-#if defined(__AMX_BF16__)
+#ifdef MATRIX_UNITS
 
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 struct Tile {
   Vector row[16];  // two numbers of bfloat16 in each place
 };
-constexpr Size PARTS = 3, DEPTH = 32;               // a step multiplies DEPTH numbers of each row
-constexpr Size MOST_TILES = 1300, MOST_STEPS = 40;  // so many tiles fit into the second cache
-constexpr Size MOST_SIDE = 16;                      // so many tiles side by side
+constexpr Size PARTS = 3, DEPTH = 32;  // a step multiplies DEPTH numbers of each row
+constexpr Size MOST_STEPS = 20;        // in one sum: each step rounds it six times, so a long sum would lose digits
+constexpr Size MOST_SIDE = 16;         // tiles side by side: with so many steps, they fit into the second cache
 constexpr Size MOST_TAPS = 9;
 
-// The kernel asks Linux for the matrix units, once in a process.
+// A process must ask Linux once before it may use the matrix units.
 static bool has_matrix_units() {
   constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18;
   static const bool granted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0;
   return granted;
 }
 
-// Every thread has memory for tiles, in one page of 2 MiB.
+// The memory for tiles of this thread, in one page of 2 MiB if Linux allows it.
 static Tile* tiles() {
   struct Memory {
     void* place;
-    Memory() : place(std::aligned_alloc(1 << 21, 1 << 21)) { madvise(place, 1 << 21, MADV_HUGEPAGE); }
+    Memory() : place(std::aligned_alloc(1 << 21, 1 << 21)) {
+      if (!place) throw std::bad_alloc();
+      madvise(place, 1 << 21, MADV_HUGEPAGE);
+    }
     ~Memory() { std::free(place); }
   };
-  static_assert(MOST_TILES * sizeof(Tile) <= 1 << 21);
+  static_assert((MOST_SIDE + 4) * MOST_STEPS * PARTS * sizeof(Tile) <= 1 << 21);
   static thread_local Memory memory;
   return static_cast<Tile*>(memory.place);
 }
@@ -161,35 +168,17 @@ struct Window {
   Size height, width, result_height, result_width, kernel_width, step_y, step_x, border_y, border_x;
 };
 
-// One factor of a product: rows of `taps` x c numbers. A tap is a place in the kernel of a convolution.
+// One factor of a product. A row has c numbers for each tap, and a tap is a place in the kernel of a convolution.
 struct Factor {
   const float* from;
-  Size rows, row_size, c, taps = 1, apart = 1;  // apart: how far the numbers of a tap lie apart
+  Size rows, row_size, c, taps = 1, apart = 1;  // apart: how far the numbers of one tap lie apart
   const Window* window = nullptr;               // if null, every row lies at from + row * row_size
   Size first = 0;                               // the number of the first row
-
-  // Writes where the taps of a row lie: to[tap][0]. Null is outside of the image.
-  void places(Size row, const float* (*to)[32]) const {
-    row += first;
-    if (!window) {
-      for (Size tap = 0; tap < taps; tap++) to[tap][0] = from + row * row_size + tap;
-      return;
-    }
-    const Window& w = *window;
-    Size line = row / w.result_width, frame = line / w.result_height;
-    Size y = (line - frame * w.result_height) * w.step_y - w.border_y;
-    Size x = (row - line * w.result_width) * w.step_x - w.border_x;
-    for (Size tap = 0; tap < taps; tap++) {
-      Size i = y + tap / w.kernel_width, j = x + tap % w.kernel_width;
-      bool inside = i >= 0 && i < w.height && j >= 0 && j < w.width;
-      to[tap][0] = inside ? from + ((frame * w.height + i) * w.width + j) * c : nullptr;
-    }
-  }
 };
 
-// At most 32 rows of a factor. As tiles, they are at to[step * tiles * PARTS + row / 16 * PARTS + part].
+// At most 32 rows of a factor. As tiles, they are at to[(step * tiles + row / 16) * PARTS + part].
 struct Panel {
-  const float* place[MOST_TAPS][32];
+  const float* place[MOST_TAPS][32];  // the first number of each row, or null
   Integers lanes;
   Size first_step, c, taps, apart, ahead, tiles;
   Tile* to;
@@ -199,9 +188,25 @@ struct Panel {
     c = f.c, taps = f.taps, apart = f.apart, ahead = 32 * (f.window ? f.window->step_x * f.c : f.row_size);
     for (int lane = 0; lane < LANES; lane++) lanes[lane] = lane * apart;
     for (Size i = 0; i < 16 * tiles; i++)
-      if (row + i < f.rows) f.places(row + i, reinterpret_cast<const float*(*)[32]>(&place[0][i]));
-      else
+      if (row + i >= f.rows)
         for (Size tap = 0; tap < taps; tap++) place[tap][i] = nullptr;
+      else if (f.window)
+        find_pixels(f, f.first + row + i, i);
+      else
+        for (Size tap = 0; tap < taps; tap++) place[tap][i] = f.from + (f.first + row + i) * f.row_size + tap;
+  }
+
+  // The pixels that the taps read for one pixel of the result. Outside of the image there are none.
+  void find_pixels(const Factor& f, Size pixel, Size i) {
+    const Window& w = *f.window;
+    Size line = pixel / w.result_width, frame = line / w.result_height;
+    Size top = (line - frame * w.result_height) * w.step_y - w.border_y;
+    Size left = (pixel - line * w.result_width) * w.step_x - w.border_x;
+    for (Size tap = 0; tap < taps; tap++) {
+      Size y = top + tap / w.kernel_width, x = left + tap % w.kernel_width;
+      bool inside = y >= 0 && y < w.height && x >= 0 && x < w.width;
+      place[tap][i] = inside ? f.from + ((frame * w.height + y) * w.width + x) * c : nullptr;
+    }
   }
 
   // Writes DEPTH numbers of some rows in parts. Places without a number get 0.
@@ -309,8 +314,7 @@ static void tile_product(Factor x, Factor w, const float* bias, const float* res
   bool x_passes = x.rows > w.rows;
   const Factor &passing = x_passes ? x : w, &kept = x_passes ? w : x;
   Size all = (x.c + DEPTH - 1) / DEPTH * x.taps, side = std::min(MOST_SIDE, (kept.rows + 15) / 16);
-  Size most = std::min(MOST_STEPS, MOST_TILES / PARTS / (side + 4)), pieces = (all + most - 1) / most;
-  Size piece = (all + pieces - 1) / pieces;
+  Size pieces = (all + MOST_STEPS - 1) / MOST_STEPS, piece = (all + pieces - 1) / pieces;
   Tile *of_kept = tiles(), *of_passing = of_kept + side * piece * PARTS, *of_next = of_passing + 2 * piece * PARTS;
   Panel panels[2], *panel = panels, *next = panels + 1;
   for (Size left = 0; left < kept.rows; left += 16 * side)
@@ -357,7 +361,7 @@ static void tile_product(Factor x, Factor w, const float* bias, const float* res
 static void tile_product_in_parallel(Factor x, Factor w, const float* bias, const float* residual, float* y,
                                      int threads) {
   Size n = w.rows;
-  bool by_rows = x.rows >= threads * MANY;  // else by columns
+  bool by_rows = x.rows >= threads * MANY || ((n + 31) / 32 < threads && x.rows > n);  // else by columns
   Size panels = ((by_rows ? x.rows : n) + 31) / 32;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (Size part = 0; part < threads; part++) {
@@ -370,21 +374,20 @@ static void tile_product_in_parallel(Factor x, Factor w, const float* bias, cons
 }
 
 // A convolution of x (frames, height, width, c) with w (n, c, kernel height, kernel width), bias (n) or null, and a
-// residual as y or null -> y (frames, result height, result width, n). kernel, step, border: of height and width.
-extern "C" void conv(const float* x, Size frames, Size height, Size width, Size c, const float* w, Size n,
-                     const Size* kernel, const Size* step, const Size* border, const float* bias, const float* residual,
+// residual as y or null -> y (frames, result height, result width, n). The pairs are for height and width.
+extern "C" void conv(const float* x, Size frames, const Size* size, Size c, const float* w, Size n, const Size* kernel,
+                     const Size* step, const Size* border, const Size* result, const float* bias, const float* residual,
                      float* y, int threads) {
-  Size taps = kernel[0] * kernel[1], result_height = (height + 2 * border[0] - kernel[0]) / step[0] + 1;
-  Size result_width = (width + 2 * border[1] - kernel[1]) / step[1] + 1;
-  Window window = {height, width, result_height, result_width, kernel[1], step[0], step[1], border[0], border[1]};
-  Factor pixels = {x, frames * result_height * result_width, 0, c, taps, 1, &window};
+  Window window = {size[0], size[1], result[0], result[1], kernel[1], step[0], step[1], border[0], border[1]};
+  Size taps = kernel[0] * kernel[1];
+  Factor pixels = {x, frames * result[0] * result[1], 0, c, taps, 1, &window};
   tile_product_in_parallel(pixels, {w, n, c * taps, c, taps, taps}, bias, residual, y, threads);
 }
 #endif
 
 // Whether there are matrix units, and Linux grants them. To be called first.
 extern "C" int ask_for_matrix_units() {
-#if defined(__AMX_BF16__)
+#ifdef MATRIX_UNITS
   return has_matrix_units();
 #endif
   return 0;
@@ -393,7 +396,7 @@ extern "C" int ask_for_matrix_units() {
 // As vector_product.
 static void product(const float* x, Size m, Size x_row, const float* w, Size n, Size w_row, Size k, const float* bias,
                     const float* residual, float* y, Size y_row) {
-#if defined(__AMX_BF16__)
+#ifdef MATRIX_UNITS
   if (has_matrix_units()) return tile_product({x, m, x_row, k}, {w, n, w_row, k}, bias, residual, y, y_row);
 #endif
   vector_product(x, m, x_row, w, n, w_row, k, bias, residual, y, y_row);
@@ -402,7 +405,7 @@ static void product(const float* x, Size m, Size x_row, const float* w, Size n, 
 // x (m, k), w (n, k), bias (n) or null, residual (m, n) or null -> y (m, n).
 extern "C" void linear(const float* x, Size m, const float* w, Size n, Size k, const float* bias, const float* residual,
                        float* y, int threads) {
-#if defined(__AMX_BF16__)
+#ifdef MATRIX_UNITS
   if (has_matrix_units()) return tile_product_in_parallel({x, m, k, k}, {w, n, k, k}, bias, residual, y, threads);
 #endif
   Size panels = (n + COLUMNS - 1) / COLUMNS;
@@ -589,6 +592,40 @@ extern "C" void geglu(float* value, const float* gate, Size rows, Size d, const 
       if (bias) v += load(bias + i), g += load(bias + d + i);
       store(place, v * g * 0.5f * (1 + erf(g * 0.70710678f)));
     }
+}
+
+static inline float total(Vector x) {
+  float sum = 0;
+  for (int lane = 0; lane < LANES; lane++) sum += x[lane];
+  return sum;
+}
+
+// x (rows, d) becomes x + residual, unless that is null -> y = LayerNorm(x) + positions. positions (frames, d) or null:
+// each is for `pixels` rows, one after the other.
+extern "C" void layer_norm(float* x, const float* residual, Size rows, Size d, const float* weight, const float* bias,
+                           float eps, const float* positions, Size frames, Size pixels, float* y, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (Size row = 0; row < rows; row++) {
+    float* from = x + row * d;
+    Vector sum = {}, square = {};
+    for (Size i = 0; i < d; i += LANES) {
+      Vector v = load(from + i);
+      if (residual) store(from + i, v += load(residual + row * d + i));
+      sum += v;
+    }
+    float mean = total(sum) / d;
+    sum = Vector{};
+    for (Size i = 0; i < d; i += LANES) {
+      Vector apart = load(from + i) - mean;
+      sum += apart, square += apart * apart;
+    }
+    float rest = total(sum) / d, over = 1 / std::sqrt(total(square) / d - rest * rest + eps);  // rest: of the mean
+    for (Size i = 0; i < d; i += LANES) {
+      Vector v = (load(from + i) - mean - rest) * over * load(weight + i) + load(bias + i);
+      if (positions) v += load(positions + row / pixels % frames * d + i);
+      store(y + row * d + i, v);
+    }
+  }
 }
 
 // GroupNorm over `span` frames, then SiLU if `silu`: x (frames, pixels, c) -> y. Means and squares are of SOME pixels at

@@ -36,11 +36,12 @@ SIZE, POINTER, INT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
 ARGUMENTS = {
     "ask_for_matrix_units": (),
     "linear": (POINTER, SIZE, POINTER, SIZE, SIZE, POINTER, POINTER, POINTER, INT),
-    "conv": (POINTER, *[SIZE] * 4, POINTER, SIZE, *[SIZE * 2] * 3, POINTER, POINTER, POINTER, INT),
+    "conv": (POINTER, SIZE, SIZE * 2, SIZE, POINTER, SIZE, *[SIZE * 2] * 4, POINTER, POINTER, POINTER, INT),
     "winograd": (POINTER, *[SIZE] * 4, POINTER, SIZE, POINTER, POINTER, INT, SIZE, POINTER, INT),
     "transform_weight": (POINTER, SIZE, SIZE, POINTER, INT, INT),
     "group_norm": (POINTER, *[SIZE] * 5, POINTER, POINTER, ctypes.c_float, INT, POINTER, INT),
     "geglu": (POINTER, POINTER, SIZE, SIZE, POINTER, INT),
+    "layer_norm": (POINTER, POINTER, SIZE, SIZE, POINTER, POINTER, ctypes.c_float, POINTER, SIZE, SIZE, POINTER, INT),
     "frame_attention": (*[POINTER, SIZE * 5] * 3, *[SIZE] * 5, POINTER, INT),
 }  # fmt: skip
 
@@ -118,7 +119,7 @@ def use_huge_pages(first: int, end: int, now: bool = False) -> None:
 
 
 def has_matrix_units() -> bool:
-    """Whether `linear` and `winograd` compute with this processor's matrix units (AMX), faster than with vectors."""
+    """Whether `linear`, `conv` and `winograd` compute with this processor's matrix units (AMX)."""
     loaded = library()
     return loaded is not None and loaded.has_matrix_units
 
@@ -126,8 +127,8 @@ def has_matrix_units() -> bool:
 def empty(x: Tensor, size: tuple[int, ...] | torch.Size, channels_last: bool = False) -> Tensor:
     """New memory on the device of x, in huge pages if it is large."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    y = torch.empty(size, device=x.device, memory_format=layout)
-    if x.is_cpu:
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=layout)
+    if x.is_cpu and y.nbytes >= LARGE:
         use_huge_pages(y.data_ptr(), y.data_ptr() + y.nbytes)
     return y
 
@@ -137,15 +138,16 @@ def run(name: str, x: Tensor, *arguments: Any) -> None:
 
     Raises ValueError if a tensor is not of float32 on the CPU.
     """
-    if not x.is_meta:
-        places = (address(a) if isinstance(a, Tensor) else a for a in (x, *arguments))
-        getattr(library(), name)(*places, torch.get_num_threads())
-
-
-def address(x: Tensor) -> int:
-    if x.dtype != torch.float32 or not x.is_cpu:
-        raise ValueError(f"the kernels for the CPU read float32 on the CPU, not {x.dtype} on {x.device}")
-    return x.data_ptr()
+    if x.is_meta:
+        return
+    places = []
+    for value in (x, *arguments):
+        if isinstance(value, Tensor):
+            if value.dtype is not torch.float32 or not value.is_cpu:
+                raise ValueError(f"these kernels read float32 on the CPU, not {value.dtype} on {value.device}")
+            value = value.data_ptr()
+        places.append(value)
+    getattr(library(), name)(*places, torch.get_num_threads())
 
 
 def dense(x: Tensor | None) -> Tensor | None:
@@ -157,6 +159,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
     """x (... k), weight (n k), both contiguous, bias (n), residual (... n) -> x weight' + bias + residual (... n)."""
     n, k = weight.shape
     y = empty(x, (*x.shape[:-1], n))
+    if x.shape[-1] != k or (residual is not None and residual.shape != y.shape):
+        of = f"x of {tuple(x.shape)}" + ("" if residual is None else f" and a residual of {tuple(residual.shape)}")
+        raise ValueError(f"a product with weights of {(n, k)} cannot read {of}")
     run("linear", x, x.numel() // k, weight, n, k, dense(bias), dense(residual), y)
     return y
 
@@ -165,15 +170,20 @@ def conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...],
     residual: Tensor | None = None,
 ) -> Tensor:
-    """A convolution plus the residual, with matrix units: x (n c h w) -> (n o h' w'), both channels-last.
+    """A convolution plus the residual, with matrix units: x (n c h w) -> (n o h' w'). Images are channels-last.
 
     weight (o c kh kw), contiguous; at most 9 numbers for each pair of channels.
+    Raises ValueError for sizes that do not fit each other.
     """
-    (o, c, *kernel), (n, _, *size) = weight.shape, x.shape
-    results = ((p + 2 * q - k) // s + 1 for p, q, k, s in zip(size, padding, kernel, stride, strict=True))
-    y = empty(x, (n, o, *results), channels_last=True)
-    pairs = ((SIZE * 2)(*pair) for pair in (kernel, stride, padding))
-    run("conv", x, n, *size, c, weight, o, *pairs, dense(bias), residual, y)
+    (o, c, *kernel), (n, channels, *size) = weight.shape, x.shape
+    result = [(p + 2 * q - k) // s + 1 for p, q, k, s in zip(size, padding, kernel, stride, strict=True)]
+    if c != channels or min(result) < 1:
+        raise ValueError(f"a convolution with weights of {(o, c, *kernel)} cannot read x of {(n, channels, *size)}")
+    y = empty(x, (n, o, *result), channels_last=True)
+    if residual is not None and residual.shape != y.shape:
+        raise ValueError(f"the residual has the shape {tuple(residual.shape)}, not {tuple(y.shape)}")
+    size, kernel, stride, padding, result = ((SIZE * 2)(*pair) for pair in (size, kernel, stride, padding, result))
+    run("conv", x, n, size, c, weight, o, kernel, stride, padding, result, dense(bias), residual, y)
     return y
 
 
@@ -217,6 +227,18 @@ def geglu(value: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
     d = value.shape[-1]
     run("geglu", value, gate, value.numel() // d, d, dense(bias))
     return value
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, positions: Tensor | None, residual: Tensor | None = None
+) -> Tensor:
+    """x (b f ... d), contiguous -> LayerNorm(x) + positions (f d). With a residual, x becomes x + residual first."""
+    y, d = empty(x, x.shape), x.shape[-1]
+    frames = 1 if positions is None else x.shape[1]
+    pixels = x.numel() // (x.shape[0] * frames * d)
+    run("layer_norm", x, dense(residual), x.numel() // d, d, dense(weight), dense(bias), eps, dense(positions), frames,
+        pixels, y)  # fmt: skip
+    return y
 
 
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

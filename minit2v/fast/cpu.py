@@ -73,6 +73,18 @@ class CPUOps(Ops):
             return super().group_norm(m, x, span, silu=silu, skip=skip, emb=emb)
         return kernels.group_norm_silu(x, m.weight, m.bias, m.num_groups, m.eps, silu, span)
 
+    def layer_norm(self, m: nn.LayerNorm, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        if not self.compiled or x.shape[-1] % kernels.LANES or m.bias is None:
+            return super().layer_norm(m, x, positions)
+        return kernels.layer_norm(x.contiguous(), m.weight, m.bias, m.eps, positions)
+
+    def add_layer_norm(
+        self, m: nn.LayerNorm, x: Tensor, residual: Tensor, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if not self.compiled or x.shape[-1] % kernels.LANES or m.bias is None or not x.is_contiguous():
+            return super().add_layer_norm(m, x, residual, positions)
+        return x, kernels.layer_norm(x, m.weight, m.bias, m.eps, positions, residual)
+
     def linear(self, m: nn.Linear, x: Tensor) -> Tensor:
         return self.product(x, m.weight, m.bias)
 
@@ -137,7 +149,8 @@ class CPUOps(Ops):
     def temporal_conv(self, m: nn.Conv3d, x: Tensor, residual: Tensor | None) -> Tensor:
         rows = x.shape[0] * x.shape[2] * x.shape[3]
         if rows > self.few_pixels and self.is_for_matrix_units(m):
-            return kernels.conv(x, m.weight.squeeze(-1), m.bias, (1, 1), (1, 0), residual)
+            residual = None if residual is None else self.channels_last(residual)
+            return kernels.conv(self.channels_last(x), m.weight.squeeze(-1), m.bias, (1, 1), (1, 0), residual)
         if not (PRODUCTS or self.compiled) or rows > 256 or rows >= x.shape[1]:
             return super().temporal_conv(m, x, residual)
         y = self.unfolded(x, m.weight.squeeze(-1), m.bias, (1, 1), (1, 0))
@@ -150,8 +163,8 @@ class CPUOps(Ops):
         windows = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
         windows = windows.unfold(2, weight.shape[2], stride[0]).unfold(3, weight.shape[3], stride[1])  # n c h w kh kw
         n, _, h, w = windows.shape[:4]
-        rows = windows.permute(0, 2, 3, 1, 4, 5).reshape(n * h * w, -1)
-        return self.product(rows, weight.flatten(1), bias).view(n, h, w, -1).permute(0, 3, 1, 2)
+        rows = windows.permute(0, 2, 3, 1, 4, 5).reshape(n * h * w, weight[0].numel())
+        return self.product(rows, weight.flatten(1), bias).view(n, h, w, len(weight)).permute(0, 3, 1, 2)
 
     def double_and_conv(self, m: nn.Conv2d, x: Tensor) -> Tensor:
         if not is_3x3(m) or x.shape[0] * x.shape[2] * x.shape[3] < 256:  # too small to gain time

@@ -301,7 +301,7 @@ def to_tokens(x: Tensor) -> Tensor:
 
 def to_image(x: Tensor, h: int) -> Tensor:
     """(n (h w) c) -> (n c h w) in channels-last memory."""
-    return x.unflatten(1, (h, -1)).permute(0, 3, 1, 2)
+    return x.view(len(x), h, -1, x.shape[-1]).permute(0, 3, 1, 2)
 
 
 def times_of(run: Run, m: UNet, t: Tensor, together: tuple[Tensor, Tensor, Tensor] | None) -> None:

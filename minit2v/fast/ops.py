@@ -110,7 +110,7 @@ class Ops:
         weight = self.together.get(m)
         if weight is None or (x.ndim == 4 and not self.reads_fused):
             return tuple(self.linear(to, x).unflatten(-1, (m.heads, -1)) for to in (m.to_q, m.to_k, m.to_v))
-        return self.product(x, weight).unflatten(-1, (3, m.heads, -1)).unbind(-3)
+        return self.product(x, weight).view(*x.shape[:-1], 3, m.heads, -1).unbind(-3)
 
     def frame_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (b f p h d) -> attention across frames (b f p h d), contiguous."""
