@@ -148,6 +148,18 @@ def test_products_are_as_exact_as_torchs(ops, k, positive):
     assert mine <= torchs
 
 
+@torch.no_grad()
+def test_a_row_of_a_product_depends_on_no_other(ops):
+    """To the last bit: so q, k and v can be one product or three, and a batch can be split."""
+    if not ops.matrix_units:
+        pytest.skip("no matrix units")
+    torch.manual_seed(0)
+    x, w = torch.randn(300, 720), torch.randn(400, 720)
+    y = kernels.linear(x, w, None)
+    for rows, columns in ((300, 100), (40, 400), (8, 400), (300, 8), (1, 1)):
+        assert torch.equal(kernels.linear(x[:rows], w[:columns], None), y[:rows, :columns])
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     "size, o, kernel, stride",

@@ -258,24 +258,26 @@ static void transpose(Vector* x) {
         ARGS(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
 }
 
-// sums[r][c] = tiles of x times tiles of w, for R x C pairs. Meanwhile the vector units split rows of the next panel.
-template <int R, int C>
-static void multiply(const Tile* x, const Tile* w, Size steps, Tile* sums, const Panel& next, Size first, Size last) {
+// sums[r][c] = tiles of a times tiles of b, for R x C pairs. Meanwhile the vector units split rows of the next panel.
+// The order of the parts makes the same sums, to the last bit, whether a is x and b is w or the other way round.
+template <bool A_IS_X, int R, int C>
+static void multiply(const Tile* a, const Tile* b, Size steps, Tile* sums, const Panel& next, Size first, Size last) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (Size step = 0; step < steps; step++, x += R * PARTS, w += C * PARTS) {
-    constexpr int OF_X[] = {2, 1, 1, 0, 0, 0}, OF_W[] = {0, 0, 1, 1, 2, 0};  // the smallest first
+  for (Size step = 0; step < steps; step++, a += R * PARTS, b += C * PARTS) {
+    static constexpr int OF_X[] = {2, 1, 1, 0, 0, 0}, OF_W[] = {0, 0, 1, 1, 2, 0};  // the smallest first
+    constexpr auto &OF_A = A_IS_X ? OF_X : OF_W, &OF_B = A_IS_X ? OF_W : OF_X;
 #pragma GCC unroll 6
     for (int i = 0; i < 6; i++) {
-      if (i == 0 || OF_X[i] != OF_X[i - 1]) {
-        _tile_loadd(4, x + OF_X[i], 64);
-        if (R == 2) _tile_loadd(5, x + PARTS + OF_X[i], 64);
+      if (i == 0 || OF_A[i] != OF_A[i - 1]) {
+        _tile_loadd(4, a + OF_A[i], 64);
+        if (R == 2) _tile_loadd(5, a + PARTS + OF_A[i], 64);
       }
-      if (i == 0 || OF_W[i] != OF_W[i - 1]) {
-        _tile_loadd(6, w + OF_W[i], 64);
-        if (C == 2) _tile_loadd(7, w + PARTS + OF_W[i], 64);
+      if (i == 0 || OF_B[i] != OF_B[i - 1]) {
+        _tile_loadd(6, b + OF_B[i], 64);
+        if (C == 2) _tile_loadd(7, b + PARTS + OF_B[i], 64);
       }
       next.split(step, first + (last - first) * i / 6, first + (last - first) * (i + 1) / 6);
       _tile_dpbf16ps(0, 4, 6);
@@ -289,6 +291,11 @@ static void multiply(const Tile* x, const Tile* w, Size steps, Tile* sums, const
   if (R == 2) _tile_stored(2, sums + C, 64);
   if (R == 2 && C == 2) _tile_stored(3, sums + 3, 64);
 }
+
+typedef void (*Multiply)(const Tile*, const Tile*, Size, Tile*, const Panel&, Size, Size);
+#define ONE_OR_TWO(a_is_x, r) {multiply<a_is_x, r, 1>, multiply<a_is_x, r, 2>}
+static const Multiply MULTIPLY[2][2][2] = {{ONE_OR_TWO(false, 1), ONE_OR_TWO(false, 2)},
+                                           {ONE_OR_TWO(true, 1), ONE_OR_TWO(true, 2)}};
 
 // y = tile + bias + more, for a tile of y at `row` and `column`.
 static void add_tile(const Tile& tile, Size row, Size rows, Size column, Size columns, const float* bias,
@@ -339,9 +346,8 @@ static void tile_product(Factor x, Factor w, const float* bias, const float* res
         for (Size pair = 0; pair < pairs; pair++) {
           Size r = panel->tiles, c = right - left - 32 * pair > 16 ? 2 : 1;
           Tile sums[4];
-          auto run = r == 2 ? (c == 2 ? multiply<2, 2> : multiply<2, 1>) : (c == 2 ? multiply<1, 2> : multiply<1, 1>);
-          run(panel->to, of_kept + pair * 2 * steps * PARTS, steps, sums, *next, todo * pair / pairs,
-              todo * (pair + 1) / pairs);
+          MULTIPLY[x_passes][r - 1][c - 1](panel->to, of_kept + pair * 2 * steps * PARTS, steps, sums, *next,
+                                           todo * pair / pairs, todo * (pair + 1) / pairs);
           for (Size i = 0; i < r; i++)
             for (Size j = 0; j < c; j++) {
               Size row = top + 16 * i, column = left + 32 * pair + 16 * j;
@@ -411,7 +417,8 @@ extern "C" void linear(const float* x, Size m, const float* w, Size n, Size k, c
   Size panels = (n + COLUMNS - 1) / COLUMNS;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (Size part = 0; part < threads; part++) {
-    Size from = std::min(n, panels * part / threads * COLUMNS), to = std::min(n, panels * (part + 1) / threads * COLUMNS);
+    Size from = std::min(n, panels * part / threads * COLUMNS);
+    Size to = std::min(n, panels * (part + 1) / threads * COLUMNS);
     vector_product(x, m, k, w + from * k, to - from, k, k, bias ? bias + from : nullptr,
                    residual ? residual + from : nullptr, y + from, n);
   }
@@ -520,8 +527,8 @@ static void convolve(const float* x, Size frames, Image image, const float* w, S
 }
 
 // x (frames, height, width, c), w (16, c_out, c) of `transform_weight` -> y (frames, height, width, c_out).
-// doubled: w (9, c_out, c), y (frames, 2 height, 2 width, c_out). some: tiles at a time. scratch: for each thread that has tiles,
-// 16 (or 9) x some x (c + c_out).
+// doubled: w (9, c_out, c), y (frames, 2 height, 2 width, c_out). some: tiles at a time. scratch: for each thread that
+// has tiles, 16 (or 9) x some x (c + c_out).
 extern "C" void winograd(const float* x, Size frames, Size height, Size width, Size c, const float* w, Size c_out,
                          const float* bias, float* y, int doubled, Size some, float* scratch, int threads) {
   auto run = doubled ? convolve<3> : convolve<4>;
@@ -709,7 +716,8 @@ extern "C" void frame_attention(const float* q, const Size* q_at, const float* k
       Size at[3] = {pixel / pixels, pixel % pixels, head};
       auto begin = [&](const float* x, const Size* s) { return x + at[0] * s[0] + at[1] * s[2] + at[2] * s[3]; };
       float scores[MOST * MOST];
-      vector_product(begin(q, q_at), frames, q_at[1], begin(k, k_at), frames, k_at[1], d, nullptr, nullptr, scores, padded);
+      vector_product(begin(q, q_at), frames, q_at[1], begin(k, k_at), frames, k_at[1], d, nullptr, nullptr, scores,
+                     padded);
       for (Size i = 0; i < frames; i++) {
         float *row = scores + i * padded, most = *std::max_element(row, row + frames), sum = 0;
         std::fill(row + frames, row + padded, -INFINITY);
