@@ -310,6 +310,8 @@ def machine() -> dict:
     cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
     import torch
 
+    from minit2v_kernels import cpu as kernels
+
     versions = {name: importlib.metadata.version(name) for name in VERSIONS if find_spec(name)}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPO, capture_output=True, text=True).stdout
     return {
@@ -320,6 +322,7 @@ def machine() -> dict:
         "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "the default"),
         "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES"),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "matrix_units": kernels.has_matrix_units(),
         "load_at_start": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         **versions,

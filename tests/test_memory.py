@@ -195,6 +195,13 @@ def test_the_seeds_promise_is_beaten(long, large):
         assert gib(planner.weights["unet"]) == "2.63 GiB" and gib(planner.weights["vae"]) == "0.16 GiB"
 
 
+@pytest.mark.parametrize("offload", ["sequential", "group", None])
+def test_the_first_question_to_a_planner(offload):
+    """Also about a network that runs as it is written, before anything was asked about the fast path."""
+    planner = planner_of_model("shapes", device="cpu", dtype=torch.float32, frames=4)
+    assert planner.beside(Techniques(offload=offload), "unet") > 0
+
+
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_rules_between_techniques(device, counted_once):
     long = planner_of_model("shapes", device=device, dtype=torch.float32, frames=4)

@@ -203,7 +203,7 @@ class Planner:
             door = (lambda: unet) if written or executor is None else (lambda: fast.runner(unet))
             predict = OneByOne([door() for _ in range(branches)]) if sequential else door()
             eps = predict(x.repeat(branches, 1, 1, 1, 1), torch.empty(1, device="meta"), text)
-            if isinstance(executor, CountedUNet) and executor.ops.kept_bytes():
+            if isinstance(executor, CountedUNet) and not written and executor.ops.kept_bytes():
                 # The second step begins with the copies of weights that the first has made.
                 eps = predict(x.repeat(branches, 1, 1, 1, 1), torch.empty(1, device="meta"), text)
             if v.guidance:
