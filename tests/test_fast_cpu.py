@@ -192,6 +192,22 @@ def test_sizes_that_do_not_fit_are_refused(ops):
         kernels.linear(torch.randn(2, 32), m.weight, m.bias)
     with pytest.raises(ValueError, match="residual"):
         kernels.linear(torch.randn(2, 64), m.weight, m.bias, torch.randn(48))
+    x, image, four, frames = torch.randn(2, 4, 32), torch.randn(2, 32, 4, 4), torch.ones(4), torch.randn(1, 4, 5, 2, 16)
+    for call in (
+        lambda: kernels.linear(x, torch.randn(48, 32), four),
+        lambda: kernels.layer_norm(x, four, torch.ones(32), 1e-5, None),
+        lambda: kernels.layer_norm(x, torch.ones(32), torch.ones(32), 1e-5, torch.randn(3, 32)),
+        lambda: kernels.layer_norm(x, torch.ones(32), torch.ones(32), 1e-5, None, x[0]),
+        lambda: kernels.group_norm_silu(image, four, torch.ones(32), 4, 1e-5, True),
+        lambda: kernels.geglu(x, x[0], None),
+        lambda: kernels.geglu(x.clone(), x, four),
+        lambda: kernels.winograd(image, torch.randn(16, 48, 32), four),
+        lambda: kernels.temporal_attention(frames, frames[:, :2], frames),
+    ):
+        with pytest.raises(ValueError, match="has the shape"):
+            call()
+    with pytest.raises(ValueError, match="cannot read x of"):
+        kernels.winograd(image, torch.randn(16, 48, 16), None)
     if ops.matrix_units:
         for c, height in ((16, 1), (32, 8)):
             with pytest.raises(ValueError, match="cannot read x of"):
@@ -216,7 +232,7 @@ def test_doubling(ops, monkeypatch, size, bias):
 
 
 @pytest.mark.parametrize("residual", [True, False])
-@pytest.mark.parametrize("size", [(1, 48, 4, 6), (2, 48, 3, 4), (1, 40, 1, 5), (2, 48, 4, 30)], ids=str)
+@pytest.mark.parametrize("size", [(1, 48, 4, 6), (2, 48, 3, 4), (1, 40, 1, 5), (2, 48, 4, 30), (2, 40, 4, 30)], ids=str)
 @torch.no_grad()
 def test_along_the_frames(ops, size, residual):
     torch.manual_seed(0)
@@ -234,12 +250,13 @@ def test_more_threads_than_work(ops):
     before = torch.get_num_threads()
     torch.manual_seed(0)
     m, x = nn.Conv2d(16, 368, 3, padding=1), torch.randn(16, 16, 4, 4)
-    product, row = nn.Linear(16, 3), torch.randn(1, 16)
-    wants = m(x).double(), product(row).double()
+    product, row, rows = nn.Linear(16, 3), torch.randn(1, 16), torch.randn(200, 16)
+    wants = m(x).double(), product(row).double(), product(rows).double()
     torch.set_num_threads(5)
     try:
         for _ in range(20):
             assert error(ops.conv(m, x), wants[0]) <= 1e-5 and error(ops.linear(product, row), wants[1]) <= 1e-5
+            assert error(ops.linear(product, rows), wants[2]) <= 1e-5
     finally:
         torch.set_num_threads(before)
 

@@ -348,14 +348,12 @@ static void tile_product(Factor x, Factor w, const float* bias, const float* res
           Tile sums[4];
           MULTIPLY[x_passes][r - 1][c - 1](panel->to, of_kept + pair * 2 * steps * PARTS, steps, sums, *next,
                                            todo * pair / pairs, todo * (pair + 1) / pairs);
-          for (Size i = 0; i < r; i++)
-            for (Size j = 0; j < c; j++) {
-              Size row = top + 16 * i, column = left + 32 * pair + 16 * j;
-              if (!x_passes) std::swap(row, column), transpose(sums[i * c + j].row);
-              add_tile(sums[i * c + j], row, std::min<Size>(16, x.rows - row), column,
-                       std::min<Size>(16, w.rows - column), from == 0 ? bias : nullptr, from == 0 ? residual : y, y,
-                       y_row);
-            }
+          for (Size i = 0; i < r * c; i++) {
+            Size row = top + i / c * 16, column = left + 32 * pair + i % c * 16;
+            if (!x_passes) std::swap(row, column), transpose(sums[i].row);
+            add_tile(sums[i], row, std::min<Size>(16, x.rows - row), column, std::min<Size>(16, w.rows - column),
+                     from == 0 ? bias : nullptr, from == 0 ? residual : y, y, y_row);
+          }
         }
         std::swap(panel, next);
       }

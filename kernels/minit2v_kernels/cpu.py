@@ -150,6 +150,13 @@ def run(name: str, x: Tensor, *arguments: Any) -> None:
     getattr(library(), name)(*places, torch.get_num_threads())
 
 
+def fit(wanted: tuple[int, ...], **tensors: Tensor | None) -> None:
+    """Raises ValueError for a tensor of another shape: the kernels would read memory that is not its own."""
+    for name, x in tensors.items():
+        if x is not None and x.shape != wanted:
+            raise ValueError(f"the {name} has the shape {tuple(x.shape)}, not {tuple(wanted)}")
+
+
 def dense(x: Tensor | None) -> Tensor | None:
     """x without gaps between its numbers."""
     return None if x is None else x.contiguous()
@@ -159,9 +166,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
     """x (... k), weight (n k), both contiguous, bias (n), residual (... n) -> x weight' + bias + residual (... n)."""
     n, k = weight.shape
     y = empty(x, (*x.shape[:-1], n))
-    if x.shape[-1] != k or (residual is not None and residual.shape != y.shape):
-        of = f"x of {tuple(x.shape)}" + ("" if residual is None else f" and a residual of {tuple(residual.shape)}")
-        raise ValueError(f"a product with weights of {(n, k)} cannot read {of}")
+    if x.shape[-1] != k:
+        raise ValueError(f"a product with weights of {(n, k)} cannot read x of {tuple(x.shape)}")
+    fit((n,), bias=bias)
+    fit(y.shape, residual=residual)
     run("linear", x, x.numel() // k, weight, n, k, dense(bias), dense(residual), y)
     return y
 
@@ -180,8 +188,8 @@ def conv(
     if c != channels or min(result) < 1:
         raise ValueError(f"a convolution with weights of {(o, c, *kernel)} cannot read x of {(n, channels, *size)}")
     y = empty(x, (n, o, *result), channels_last=True)
-    if residual is not None and residual.shape != y.shape:
-        raise ValueError(f"the residual has the shape {tuple(residual.shape)}, not {tuple(y.shape)}")
+    fit((o,), bias=bias)
+    fit(y.shape, residual=residual)
     size, kernel, stride, padding, result = ((SIZE * 2)(*pair) for pair in (size, kernel, stride, padding, result))
     run("conv", x, n, size, c, weight, o, kernel, stride, padding, result, dense(bias), residual, y)
     return y
@@ -201,7 +209,10 @@ def winograd(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     weight: of `transform`. If it is for doubled pixels, every pixel of x counts as 2x2 pixels, and the results are
     (n o 2h 2w). Else h and w must be even.
     """
-    (products, o, _), (n, c, h, w) = weight.shape, x.shape
+    (products, o, channels), (n, c, h, w) = weight.shape, x.shape
+    if c != channels:
+        raise ValueError(f"a convolution of {channels} channels cannot read x of {tuple(x.shape)}")
+    fit((o,), bias=bias)
     doubled, threads = products == 9, torch.get_num_threads()
     size = (n, o, 2 * h, 2 * w) if doubled else (n, o, h, w)
     y = empty(x, size, channels_last=True)
@@ -218,6 +229,7 @@ def group_norm_silu(
     """x ((n frames) c h w) in channels-last memory -> GroupNorm over each `frames` frames, and SiLU if `silu`."""
     n, c, h, w = x.shape
     y = empty(x, x.shape, channels_last=True)
+    fit((c,), weight=weight, bias=bias)
     run("group_norm", x, n, h * w, c, groups, frames, dense(weight), dense(bias), eps, silu, y)
     return y
 
@@ -225,6 +237,8 @@ def group_norm_silu(
 def geglu(value: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
     """value, gate (... d), contiguous, bias (2d) of both -> value * gelu(gate) (... d), in the memory of value."""
     d = value.shape[-1]
+    fit(value.shape, gate=gate)
+    fit((2 * d,), bias=bias)
     run("geglu", value, gate, value.numel() // d, d, dense(bias))
     return value
 
@@ -236,6 +250,9 @@ def layer_norm(
     y, d = empty(x, x.shape), x.shape[-1]
     frames = 1 if positions is None else x.shape[1]
     pixels = x.numel() // (x.shape[0] * frames * d)
+    fit((d,), weight=weight, bias=bias)
+    fit((frames, d), positions=positions)
+    fit(x.shape, residual=residual)
     run("layer_norm", x, dense(residual), x.numel() // d, d, dense(weight), dense(bias), eps, dense(positions), frames,
         pixels, y)  # fmt: skip
     return y
@@ -244,6 +261,7 @@ def layer_norm(
 def temporal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q, k, v (b f p h d) -> attention across frames (b f p h d), contiguous."""
     y = empty(q, q.shape)
+    fit(q.shape, keys=k, values=v)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     of_q, of_k, of_v = ((SIZE * 5)(*x.stride()) for x in (q, k, v))
     run("frame_attention", q, of_q, k, of_k, v, of_v, *q.shape, y)

@@ -46,7 +46,7 @@ class CPUOps(Ops):
             use_huge_pages(network.parameters())
         self.reads_fused = self.compiled
         self.matrix_units = self.compiled and kernels.has_matrix_units()
-        self.few_pixels = 32 if self.matrix_units else 64
+        self.few_pixels = 32 if self.matrix_units else 64  # of so few, a convolution is the fastest as one product
         self.room = KEPT * sum(p.nbytes for p in network.parameters())
         # (convolution, doubled) -> transformed weight, and the version of the original weight.
         self.kept: dict[tuple[nn.Conv2d, bool], tuple[Tensor, int]] = {}
